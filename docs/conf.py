@@ -1,0 +1,13 @@
+"""Sphinx configuration."""
+
+project = "pgsignals"
+author = "pgsignals contributors"
+copyright = author  # noqa: A001
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+
+html_theme = "furo"
+html_title = "pgsignals"

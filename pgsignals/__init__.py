@@ -1,0 +1,56 @@
+"""PostgreSQL changes as Python signals.
+
+The functions here act on one default Hub; ``Hub()`` makes further ones, for a second database.
+"""
+
+from __future__ import annotations
+
+from . import errors
+from .errors import (
+    ConfigurationError,
+    ConnectError,
+    DatabaseError,
+    DriftError,
+    InstallLockError,
+    MissingExtraError,
+    ModelError,
+    PayloadError,
+    PgSignalsError,
+    PluginError,
+    PrivilegeError,
+    ReceiverError,
+    StateError,
+    TableError,
+    WaitTimeout,
+    WatcherError,
+)
+from .events import Batch, Event, Gap
+from .hookspecs import hookimpl
+from .hub import Hub
+from .receivers import Subscription
+from .inspection import Status
+from .streams import Stream
+from .tables import Resolver, Table, TableRef
+from .transaction import context, muted
+from .watchers import Watcher, watch
+
+__version__ = "0.1.0"
+
+default_hub = Hub()
+"""The default Hub."""
+
+start = default_hub.start
+stop = default_hub.stop
+wait = default_hub.wait
+status = default_hub.status
+on = default_hub.on
+on_batch = default_hub.on_batch
+on_gap = default_hub.on_gap
+subscribe = default_hub.subscribe
+signal = default_hub.signal
+stream = default_hub.stream
+wait_for = default_hub.wait_for
+connected = default_hub.connected
+disconnected = default_hub.disconnected
+gap = default_hub.gap
+receiver_failed = default_hub.receiver_failed

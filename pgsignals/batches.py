@@ -1,0 +1,110 @@
+"""``on_batch``: the latest event of each record, once in a while."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .events import Batch, Event
+
+BatchReceiver = Callable[[Batch], object]
+BatchFailureHandler = Callable[[Any, Event, BaseException], None]
+
+
+class Batcher:
+    """Collects events for one receiver, whose name it goes by in messages."""
+
+    def __init__(
+        self, fn: BatchReceiver, every: float, max_size: int, timer: BatchTimer
+    ) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self._every = every
+        self._max_size = max_size
+        self._timer = timer
+        self._lock = threading.Lock()
+        self._latest: dict[Any, Event] = {}
+        self._anonymous = itertools.count()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event, in place of an earlier one of the same record."""
+        message = event._message
+        record: Any = event._row[: len(message.topic.key)]
+        if not record:
+            record = next(self._anonymous)
+        key = (message.topic.schema, message.topic.table, record)
+        with self._lock:
+            first = not self._latest
+            self._latest.pop(key, None)
+            self._latest[key] = event
+            full = len(self._latest) >= self._max_size
+        if full:
+            self._timer.schedule(self, 0.0)
+        elif first:
+            self._timer.schedule(self, self._every)
+
+    def flush(self, failed: BatchFailureHandler) -> None:
+        """Call the receiver with what was collected, if anything was."""
+        with self._lock:
+            events = tuple(self._latest.values())
+            self._latest.clear()
+        if not events:
+            return
+        for at in range(0, len(events), self._max_size):
+            chunk = events[at : at + self._max_size]
+            try:
+                self.fn(Batch(chunk))
+            except BaseException as error:
+                failed(self.fn, chunk[-1], error)
+
+
+class BatchTimer:
+    """The thread that calls batch receivers when their time has come."""
+
+    def __init__(self, failed: BatchFailureHandler) -> None:
+        self._failed = failed
+        self._condition = threading.Condition()
+        self._due: list[tuple[float, int, Batcher]] = []
+        self._order = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def schedule(self, batcher: Batcher, delay: float) -> None:
+        """Flush ``batcher`` in ``delay`` seconds."""
+        with self._condition:
+            heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), batcher))
+            self._condition.notify()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="pgsignals-batches", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Flush what is collected and end the thread, waiting at most ``timeout`` seconds."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._stopping and (
+                    not self._due or self._due[0][0] > time.monotonic()
+                ):
+                    self._condition.wait(
+                        self._due[0][0] - time.monotonic() if self._due else None
+                    )
+                if not self._due:
+                    return
+                _, _, batcher = heapq.heappop(self._due)
+            batcher.flush(self._failed)

@@ -1,0 +1,56 @@
+"""The broadcaster that is always there: it calls the receivers of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..events import Event
+from ..receivers import Registry, Subscription
+
+FailureHandler = Callable[[Any, Event, BaseException], None]
+
+
+class InProcess:
+    """Calls each receiver of each event; one that raises is reported and stops nobody."""
+
+    def __init__(self, registry: Registry, failed: FailureHandler) -> None:
+        self._registry = registry
+        self._failed = failed
+        self._closed = False
+
+    def publish(self, events: Sequence[Event]) -> None:
+        """Call the receivers of ``events``, which are of one topic."""
+        topic = events[0]._message.topic
+        everybody, indexes = self._registry.receivers(topic)
+        if not everybody and not indexes:
+            return
+        # Our own subscriptions are called without blinker's wrapper: one call less for each event.
+        plain = [receiver for receiver in everybody if type(receiver) is Subscription]
+        others = [receiver for receiver in everybody if type(receiver) is not Subscription]
+        for event in events:
+            if self._closed:
+                return
+            receivers = plain
+            for index in indexes:
+                receivers = [*receivers, *index.find(event)]
+            for receiver in receivers:
+                if receiver.active:
+                    try:
+                        receiver.fn(event)
+                    # A thread that ends by SystemExit would leave the program deaf.
+                    except BaseException as error:
+                        self._failed(receiver.fn, event, error)
+            for receiver in others:
+                try:
+                    receiver(topic.model, event=event)
+                except BaseException as error:
+                    self._failed(receiver, event, error)
+
+    def flush(self, timeout: float) -> bool:
+        """Nothing is ever under way after ``publish``."""
+        return True
+
+    def close(self) -> None:
+        """Begin no further call."""
+        self._closed = True

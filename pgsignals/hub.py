@@ -1,0 +1,438 @@
+"""The Hub wires it all: watchers, triggers, source, dispatcher, receivers."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+
+import psycopg2
+from blinker import Signal
+from psycopg2.extensions import connection as Connection
+
+from .batches import Batcher, BatchReceiver, BatchTimer
+from .broadcasters.inprocess import InProcess
+from .connection import connect, make_cast, redact
+from .dispatch import Dispatcher
+from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
+from .events import Event, Gap, Message, model_name
+from .payload import Decoder
+from .plugins import Plugins
+from .receivers import Receiver, Registry, Subscription, receiver_name
+from .resolvers import BUILTIN
+from .sources.notify import NotifySource
+from .inspection import Status, read_queue_usage, read_states
+from .streams import Stream
+from .tables import Resolver
+from .triggers import names
+from .triggers.definitions import Definition, define
+from .triggers.installer import Limits, check, install, prune
+from .watchers import Watcher, normalize
+
+log = logging.getLogger("pgsignals")
+
+R = TypeVar("R", bound=Callable[..., object])
+GapReceiver = Callable[[Gap], object]
+Install = Literal["auto", "check", "off"]
+
+_INSTALL = ("auto", "check", "off")
+_EXIT_SECONDS = 5.0
+
+
+class Hub:
+    """One database's events and their receivers. A context manager that stops at its end.
+
+    ``connected``, ``disconnected`` (``error=``), ``gap`` (``gap=``) and ``receiver_failed``
+    (``receiver=``, ``event=``, ``error=``) are blinker signals whose sender is the Hub.
+    """
+
+    def __init__(self) -> None:
+        self.connected = Signal("connected")
+        self.disconnected = Signal("disconnected")
+        self.gap = Signal("gap")
+        self.receiver_failed = Signal("receiver_failed")
+        self._registry = Registry()
+        self._gap_receivers: dict[GapReceiver, None] = {}
+        self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()
+        self._timer = BatchTimer(self._failed)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._stopped.set()
+        self._run: _Run | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and not stopped."""
+        return self._run is not None
+
+    def start(
+        self,
+        dsn: str = "",
+        watchers: Iterable[Any] = (),
+        *,
+        delivery: Literal["notify"] = "notify",
+        install: Install = "auto",
+        workers: int = 1,
+        queue_size: int = 10_000,
+        namespace: str = "default",
+        prune: bool = True,
+        lock_timeout: float = 0.5,
+        install_timeout: float = 10.0,
+        resolvers: Sequence[Resolver] = (),
+    ) -> Hub:
+        """Install triggers for the watchers and deliver their events from now on.
+
+        ``dsn`` is anything libpq takes; what it leaves out comes from libpq's environment.
+        ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one is
+        missing, ``"off"`` does not look. ``workers`` threads call the receivers, in order for each
+        record; ``queue_size`` events wait for them at most before reading pauses. Watchers of
+        one ``namespace`` share triggers; applications that are not versions of each other take
+        different ones, since starting removes triggers of the namespace that nobody listens to
+        (``prune=False`` leaves them). ``lock_timeout`` bounds, in seconds, how long a table's
+        writers may wait behind one try to install, ``install_timeout`` how long it goes on trying.
+        ``resolvers`` are asked for models before the built-in ones.
+
+        Returns once events are being received. Raises ConfigurationError, ConnectError and the
+        other kinds of DatabaseError, StateError when it runs already.
+        """
+        if delivery != "notify":
+            raise ConfigurationError(
+                f"delivery={delivery!r} is not a delivery of this version; there is 'notify'."
+            )
+        if install not in _INSTALL:
+            raise ConfigurationError(
+                f"install={install!r}: it is one of {', '.join(map(repr, _INSTALL))}."
+            )
+        for option, number in (("workers", workers), ("queue_size", queue_size)):
+            if not isinstance(number, int) or number < 1:
+                raise ConfigurationError(f"{option}={number!r}: give a whole number from 1.")
+        if not isinstance(namespace, str) or not namespace:
+            raise ConfigurationError(f"namespace={namespace!r}: give a text that is not empty.")
+        plan = normalize(watchers)
+        if not plan:
+            raise ConfigurationError("There is nothing to watch: give at least one watcher.")
+        with self._lock:
+            if self._run is not None:
+                raise StateError(
+                    "This Hub is running already. Call stop() first, or make another: "
+                    "pgsignals.Hub()."
+                )
+            plugins = Plugins()
+            plugins.load()
+            run = _Run(
+                self,
+                dsn,
+                plan,
+                (*resolvers, *plugins.resolvers(), *BUILTIN),
+                namespace,
+                install,
+                prune,
+                Limits(lock_timeout, install_timeout),
+                workers,
+                queue_size,
+            )
+            try:
+                run.source.start()
+            except BaseException:
+                run.dispatcher.stop(0)
+                run.source.stop(0)
+                self._registry.unbind()
+                raise
+            self._timer.start()
+            self._run = run
+            self._stopped.clear()
+        atexit.register(_stop_at_exit, weakref.ref(self))
+        log.debug("started with %d watchers", len(plan))
+        return self
+
+    def stop(self, timeout: float = 10.0) -> bool:
+        """Stop receiving, and let receivers handle what has arrived for at most ``timeout`` s.
+
+        Safe to call twice, before start, and from a receiver, which then is the last one called.
+        Returns whether everything that had arrived was handled.
+        """
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            run, self._run = self._run, None
+        if run is None:
+            return True
+        run.source.stop(timeout)
+        drained = run.dispatcher.stop(max(0.0, deadline - time.monotonic()))
+        self._timer.stop(max(0.0, deadline - time.monotonic()))
+        for stream in list(self._streams):
+            stream.close()
+        self._registry.unbind()
+        self._stopped.set()
+        if not drained:
+            log.warning("stopped after %.1f s with receivers still at work", timeout)
+        return drained
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the Hub is stopped (True), or for ``timeout`` seconds (False)."""
+        return self._stopped.wait(timeout)
+
+    def on(self, target: Any, *ops: str, **filters: Any) -> Callable[[R], R]:
+        """Decorate a function to be called with each event of a model or label.
+
+        Without operations it gets all that are delivered. ``filters`` narrow it to records whose
+        key or extra columns have these values (``id=`` is the key, whatever its name).
+        Raises ReceiverError, here or at start, when no watcher delivers that.
+        """
+
+        def register(fn: R) -> R:
+            self._registry.subscribe(fn, target, ops, filters)
+            return fn
+
+        return register
+
+    def subscribe(self, fn: Receiver, target: Any, *ops: str, **filters: Any) -> Subscription:
+        """Like :meth:`on`, for later: returns a handle whose ``cancel()`` ends it."""
+        return self._registry.subscribe(fn, target, ops, filters)
+
+    def on_batch(
+        self, target: Any, *ops: str, every: float = 0.5, max_size: int = 10_000, **filters: Any
+    ) -> Callable[[Callable[[Any], object]], Callable[[Any], object]]:
+        """Decorate a function to be called with a Batch: the latest event of each record.
+
+        The first change starts a period of ``every`` seconds, at whose end the function is called;
+        it is called earlier when ``max_size`` records have changed.
+        """
+        if every < 0 or max_size < 1:
+            raise ConfigurationError(
+                f"every={every!r}, max_size={max_size!r}: a period is not negative, and a batch "
+                "holds at least one event."
+            )
+
+        def register(fn: BatchReceiver) -> BatchReceiver:
+            batcher = Batcher(fn, every, max_size, self._timer)
+            self._registry.subscribe(batcher, target, ops, filters)
+            return fn
+
+        return register
+
+    def on_gap(self, fn: GapReceiver) -> GapReceiver:
+        """Decorate a function to be called with each Gap, before any later event."""
+        self._gap_receivers[fn] = None
+        return fn
+
+    def signal(self, target: Any, op: str) -> Signal:
+        """The blinker signal of a model or label and an operation.
+
+        Its receivers are called as ``receiver(model, event=event)``.
+        """
+        return self._registry.signal(target, op)
+
+    @overload
+    def stream(
+        self, target: Any, *ops: str, maxsize: int = ..., gaps: Literal[False] = ..., **filters: Any
+    ) -> Stream[Event]: ...
+
+    @overload
+    def stream(
+        self, target: Any, *ops: str, maxsize: int = ..., gaps: Literal[True], **filters: Any
+    ) -> Stream[Event | Gap]: ...
+
+    def stream(
+        self, target: Any, *ops: str, maxsize: int = 1000, gaps: bool = False, **filters: Any
+    ) -> Stream[Any]:
+        """Events to iterate over with ``for`` or ``async for``; a context manager.
+
+        It hears what happens from this call on. ``gaps=True`` also yields Gap objects.
+        """
+        found: Stream[Any] = Stream(maxsize, gaps)
+        subscription = self._registry.subscribe(
+            found.put, target, ops, filters, f"stream of {model_name(target)}"
+        )
+        if gaps:
+            self._gap_receivers[found.put] = None
+        self._streams.add(found)
+
+        def end() -> None:
+            subscription.cancel()
+            self._gap_receivers.pop(found.put, None)
+
+        found._on_close = end
+        return found
+
+    def wait_for(
+        self, target: Any, *ops: str, timeout: float | None = 5.0, **filters: Any
+    ) -> Event:
+        """The next such event. Raises WaitTimeout when none comes within ``timeout`` seconds."""
+        with self.stream(target, *ops, maxsize=1, **filters) as events:
+            event = events.get(timeout)
+        if event is None:
+            wanted = ", ".join(
+                [model_name(target), *map(repr, ops), *(f"{k}={v!r}" for k, v in filters.items())]
+            )
+            raise WaitTimeout(f"No event ({wanted}) within {timeout:g} s.")
+        return event
+
+    def status(self) -> Status:
+        """How the Hub and its database stand now. Raises StateError when it is not running."""
+        run = self._run
+        if run is None:
+            raise StateError("The Hub is not running: there is no database to ask. Call start().")
+        return run.status()
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<Hub {'running' if self.running else 'stopped'}>"
+
+    def _failed(self, receiver: Any, event: Event, error: BaseException) -> None:
+        name = receiver_name(receiver)
+        log.error(
+            "the receiver %s raised %s for event %s",
+            name,
+            type(error).__name__,
+            event.uid,
+            exc_info=error,
+            extra={"receiver": name, "event_uid": event.uid},
+        )
+        self._send(self.receiver_failed, receiver=receiver, event=event, error=error)
+
+    def _send(self, signal: Signal, **values: Any) -> None:
+        for receiver in signal.receivers_for(self):
+            try:
+                receiver(self, **values)
+            except BaseException:
+                log.exception("a receiver of the signal %r raised", signal.name)
+
+    def _send_gap(self, gap: Gap) -> None:
+        log.warning("events from %s to %s may be missing: %s", gap.since, gap.until, gap.reason)
+        for fn in list(self._gap_receivers):
+            try:
+                fn(gap)
+            except BaseException:
+                log.exception("the gap receiver %s raised", receiver_name(fn))
+        self._send(self.gap, gap=gap)
+
+
+class _Run:
+    """What exists between ``start`` and ``stop``; the sink of its source."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        dsn: str,
+        watchers: tuple[Watcher, ...],
+        resolvers: Sequence[Resolver],
+        namespace: str,
+        install: Install,
+        prune: bool,
+        limits: Limits,
+        workers: int,
+        queue_size: int,
+    ) -> None:
+        self._hub = hub
+        self._dsn = dsn
+        self._watchers = watchers
+        self._resolvers = resolvers
+        self._namespace = namespace
+        self._install = install
+        self._prune = prune
+        self._limits = limits
+        self._definitions: list[Definition] = []
+        self.dispatcher = Dispatcher(
+            [InProcess(hub._registry, hub._failed)], workers, queue_size
+        )
+        self.source = NotifySource(dsn, self.prepare, self)
+        self.dispatcher.start()
+
+    def prepare(self, connection: Connection) -> Mapping[str, Decoder]:
+        """Make a fresh connection hear the watchers' events."""
+        with connection.cursor() as cursor:
+            problem = self._define(cursor)
+            definitions = self._definitions
+            triggers = [definition.trigger for definition in definitions]
+            # Before looking whether the triggers are there: whoever prunes takes these locks, so
+            # that from here on nobody removes what we are about to rely on.
+            cursor.execute(
+                "SELECT pg_catalog.pg_advisory_lock_shared(%s, key)"
+                " FROM pg_catalog.unnest(%s::int[]) AS key",
+                (names.LOCK_CLASS, [trigger.lock_key for trigger in triggers]),
+            )
+            for trigger in triggers:
+                cursor.execute(f'LISTEN "{trigger.name}"')
+            if problem is None and self._install == "auto":
+                install(cursor, self._namespace, triggers, self._limits)
+            elif problem is None and self._install == "check":
+                check(cursor, self._namespace, triggers)
+            if self._prune and self._install == "auto":
+                prune(cursor, self._namespace, triggers, limits=self._limits)
+                self._prune = False
+        cast = make_cast(connection)
+        return {d.channel: d.decoder(cast) for d in definitions}
+
+    def _define(self, cursor: Any) -> PgSignalsError | None:
+        """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
+        try:
+            definitions = define(cursor, self._watchers, self._resolvers, self._namespace)
+            self._hub._registry.bind([definition.topic for definition in definitions])
+        except ConfigurationError as error:
+            if not self._definitions:
+                raise
+            log.error("the watchers no longer fit the database: %s", error)
+            return error
+        self._definitions = definitions
+        return None
+
+    @property
+    def full(self) -> bool:
+        return self.dispatcher.full
+
+    def submit(self, message: Message) -> None:
+        self.dispatcher.submit(message)
+
+    def wait_for_room(self, timeout: float) -> bool:
+        return self.dispatcher.wait_for_room(timeout)
+
+    def gap(self, gap: Gap) -> None:
+        self.dispatcher.announce(lambda: self._hub._send_gap(gap))
+
+    def connected(self) -> None:
+        self.dispatcher.announce(lambda: self._hub._send(self._hub.connected))
+
+    def disconnected(self, error: BaseException) -> None:
+        self.dispatcher.announce(lambda: self._hub._send(self._hub.disconnected, error=error))
+
+    def status(self) -> Status:
+        connection = connect(self._dsn)
+        try:
+            with connection.cursor() as cursor:
+                states = read_states(cursor, self._watchers, self._resolvers, self._namespace)
+                usage = read_queue_usage(cursor)
+        finally:
+            connection.close()
+        return Status(
+            watchers=tuple(states),
+            namespace=self._namespace,
+            queue_usage=usage,
+            running=True,
+            connected=self.source.is_connected,
+            depth=self.dispatcher.depth,
+            received=self.source.received,
+            invalid=self.source.invalid,
+            shed=self.source.shed,
+            reconnects=self.source.reconnects,
+        )
+
+
+def _stop_at_exit(reference: weakref.ref[Hub]) -> None:
+    hub = reference()
+    if hub is not None:
+        hub.stop(_EXIT_SECONDS)

@@ -1,0 +1,201 @@
+"""The text that triggers send, turned into messages; everything in it is untrusted until here.
+
+A payload is a line of JSON, the header, then a line of JSON for each row: an array of the key, a
+tab, then the values, or the bare key where it is all there is and a number. The tab, which is
+white space to JSON and cannot occur inside its strings, is where the trigger cuts a row that is
+too long for a notification. A key that is itself too long comes in fragments, in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+
+from .errors import PayloadError
+from .events import Message, Topic
+
+VERSION = 1
+MAX_FRAGMENTS = 4096
+_END_OF_TIME_US = 253_402_300_800_000_000
+
+_RAW = {"bool": bool, "int2": int, "int4": int, "int8": int}
+_TEXT = frozenset(("text", "varchar", "bpchar", "name", "char"))
+
+Cast = Callable[[int, str], Any]
+
+
+class Field(msgspec.Struct, frozen=True):
+    """How one column travels: its type's oid and its name if that is one of ``pg_catalog``."""
+
+    oid: int
+    builtin: str | None
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is a JSON number or boolean, not a string."""
+        return self.builtin in _RAW
+
+    @property
+    def plain(self) -> bool:
+        """Whether the JSON string is the value itself, with no cast to come."""
+        return self.builtin in _TEXT
+
+
+class Header(msgspec.Struct):
+    """The first line: v(ersion), x (txid), s(equence), t (µs since 1970), c(ontext), and kind."""
+
+    v: int
+    x: int
+    s: int
+    t: int
+    c: str | None = None
+    moved: bool = False
+    cut: bool = False
+    part: tuple[int, int] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A trigger's word that it could not describe a change any more."""
+
+    at_us: int
+    error: str
+
+
+_header = msgspec.json.Decoder(Header)
+_context = msgspec.json.Decoder(dict[str, Any])
+
+
+class Decoder:
+    """Decodes the payloads of one topic.
+
+    ``key`` and ``values`` say how the topic's columns travel; ``cast`` makes a Python value of a
+    type's oid and a text, as a query's result would have it.
+    """
+
+    def __init__(
+        self, topic: Topic, key: Sequence[Field], values: Sequence[Field], cast: Cast
+    ) -> None:
+        self._topic = topic
+        bare = len(key) == 1 and key[0].raw and not values
+        self._rows: dict[tuple[bool, bool], Callable[[str], list[tuple[Any, ...]]]] = {}
+        for moved in (False, True):
+            keys = [*key, *key] if moved else [*key]
+            travelling = [*values, *values] if topic.compared else [*values]
+            self._rows[moved, False] = _Rows(keys, travelling, topic.compared, cast)
+            self._rows[moved, True] = _Rows(keys, (), False, cast)
+        if bare:
+            self._rows[False, False] = _bare_keys
+        self._fragments: list[str] = []
+
+    def decode(self, payload: str) -> Message | Broken | None:
+        """What the payload says; None for a fragment that others must follow.
+
+        Raises PayloadError for anything that the topic's own trigger does not write.
+        """
+        head, _, body = payload.partition("\n")
+        try:
+            header = _header.decode(head)
+            if header.v != VERSION:
+                raise PayloadError(f"version {header.v} of the payload, not {VERSION}")
+            if header.error is not None:
+                return Broken(header.t, header.error)
+            if header.part is not None:
+                whole = self._assemble(header.part, body)
+                if whole is None:
+                    return None
+                body = whole
+            rows = self._rows[header.moved, header.cut](body)
+            # Both are read as datetimes and numbers by receivers, so out of range is refused here.
+            if not 0 <= header.t < _END_OF_TIME_US or header.x < 0 or header.s < 0:
+                raise PayloadError("a number of the header is out of range")
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise PayloadError(f"{type(error).__name__}: {error}") from error
+        return Message(
+            self._topic,
+            header.x,
+            header.s,
+            header.t,
+            _decode_context(header.c),
+            rows,
+            header.moved,
+            header.cut,
+        )
+
+    def _assemble(self, part: tuple[int, int], piece: str) -> str | None:
+        number, count = part
+        if number == 1:
+            self._fragments.clear()
+        if not 1 <= number <= count <= MAX_FRAGMENTS or number != len(self._fragments) + 1:
+            self._fragments.clear()
+            raise PayloadError(f"fragment {number} of {count} out of turn")
+        self._fragments.append(piece)
+        if number < count:
+            return None
+        whole = "".join(self._fragments)
+        self._fragments.clear()
+        return base64.b64decode(whole, validate=True).decode()
+
+
+class _Rows:
+    """Decodes lines that have the same columns."""
+
+    def __init__(
+        self, keys: Sequence[Field], values: Sequence[Field], compared: bool, cast: Cast
+    ) -> None:
+        fields = [*keys, *values]
+        types: list[Any] = [
+            _RAW.get(field.builtin or "", str) | None for field in fields
+        ]
+        if compared:
+            types.append(Annotated[str, msgspec.Meta(pattern=f"^[01]{{{len(values) // 2}}}$")])
+        self._decoder = msgspec.json.Decoder(tuple[tuple(types)])  # type: ignore[misc]
+        self._casts = [
+            (index, field.oid, index < len(keys))
+            for index, field in enumerate(fields)
+            if not (field.raw or field.plain)
+        ]
+        self._cast = cast
+
+    def __call__(self, body: str) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = self._decoder.decode_lines(body)
+        if not self._casts:
+            return rows
+        return [self._cast_row(row) for row in rows]
+
+    def _cast_row(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = list(row)
+        for index, oid, is_key in self._casts:
+            text = found[index]
+            if text is None:
+                continue
+            try:
+                found[index] = self._cast(oid, text)
+            except Exception as error:
+                # Python has no date before the year 1, PostgreSQL has: such a value stays text,
+                # since the event matters more. A key that does not parse is not from a trigger.
+                if is_key:
+                    raise PayloadError(f"{text!r:.50} is no key of type {oid}") from error
+        return tuple(found)
+
+
+_bare_decoder = msgspec.json.Decoder(int)
+
+
+def _bare_keys(body: str) -> list[tuple[Any, ...]]:
+    return [(key,) for key in _bare_decoder.decode_lines(body)]
+
+
+def _decode_context(text: str | None) -> Mapping[str, Any]:
+    if not text:
+        return {}
+    try:
+        return _context.decode(text)
+    except (msgspec.MsgspecError, RecursionError):
+        # Anybody can set the parameter to anything; the change itself is still true.
+        return {}

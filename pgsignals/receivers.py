@@ -1,0 +1,356 @@
+"""Who listens to what: ``on``, ``subscribe``, the blinker signals, the per-record index."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from blinker import Signal
+
+from .errors import ReceiverError, near
+from .events import Event, Topic, model_identity, model_name
+from .watchers import OPERATIONS
+
+Receiver = Callable[[Event], object]
+R = TypeVar("R", bound=Callable[..., object])
+Key = tuple["int | str", str]
+
+
+class Subscription:
+    """A receiver that listens; ``cancel()`` ends it."""
+
+    __slots__ = ("_cancel", "active", "filters", "fn", "name", "ops", "target")
+
+    def __init__(
+        self,
+        fn: Receiver,
+        target: Any,
+        ops: tuple[str, ...],
+        filters: dict[str, Any],
+        cancel: Callable[[Subscription], None],
+        name: str,
+    ) -> None:
+        self.fn = fn
+        self.name = name
+        self.target = target
+        self.ops = ops
+        self.filters = filters
+        self.active = True
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """No call begins after this returns, except one that its worker had already begun."""
+        self.active = False
+        self._cancel(self)
+
+    def __call__(self, sender: Any, *, event: Event) -> object:
+        """What blinker calls."""
+        return self.fn(event) if self.active else None
+
+    def __repr__(self) -> str:
+        return f"<Subscription of {self.name} to {_described(self.target, self.ops)}>"
+
+
+class Registry:
+    """All receivers of one Hub.
+
+    Before the Hub starts, receivers are only remembered. ``bind`` checks them against what the
+    watchers deliver; from then on a receiver that nothing reaches is refused when it comes.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._signals: dict[Key, Signal] = {}
+        self._models: dict[Key, Any] = {}
+        self._indexes: dict[Key, _Index] = {}
+        self._subscriptions: dict[Subscription, None] = {}
+        self._topics: Sequence[Topic] | None = None
+        self._names: dict[Topic, tuple[int | str, ...]] = {}
+
+    def subscribe(
+        self,
+        fn: Receiver,
+        target: Any,
+        ops: tuple[str, ...],
+        filters: dict[str, Any],
+        name: str | None = None,
+    ) -> Subscription:
+        """Have ``fn`` called with each event of the model or label and the operations.
+
+        ``name`` is how messages call the receiver, if not by the function.
+        Raises ReceiverError when ``fn`` cannot be called so, or nothing delivers that.
+        """
+        _check_callable(fn)
+        for op in ops:
+            _check_operation(op)
+        subscription = Subscription(
+            fn, target, ops, filters, self._remove, name or f"receiver {receiver_name(fn)}"
+        )
+        with self._lock:
+            self._check(subscription)
+            for key in _keys(subscription):
+                if filters:
+                    self._indexes.setdefault(key, _Index()).add(subscription)
+                else:
+                    self._signal(key, target).connect(subscription, weak=False)
+            self._subscriptions[subscription] = None
+        return subscription
+
+    def signal(self, target: Any, op: str) -> Signal:
+        """The blinker signal of a model or label and an operation."""
+        _check_operation(op)
+        with self._lock:
+            if self._topics is not None:
+                self._check_delivered(f"signal({model_name(target)}, {op!r})", target, (op,))
+            return self._signal((model_identity(target), op), target)
+
+    def bind(self, topics: Sequence[Topic]) -> None:
+        """Check all receivers against what will be delivered, and deliver by it from now on.
+
+        Raises ReceiverError, and then nothing has changed.
+        """
+        with self._lock:
+            before = self._topics, self._names
+            self._topics = tuple(topics)
+            self._names = {topic: _names(topic, topics) for topic in topics}
+            try:
+                for subscription in self._subscriptions:
+                    self._check(subscription)
+                for key, signal in self._signals.items():
+                    if any(not isinstance(r, Subscription) for r in signal.receivers.values()):
+                        target = self._models[key]
+                        self._check_delivered(
+                            f"signal({model_name(target)}, {key[1]!r})", target, (key[1],)
+                        )
+            except ReceiverError:
+                self._topics, self._names = before
+                raise
+
+    def unbind(self) -> None:
+        """Forget what is delivered; receivers stay for the next start."""
+        with self._lock:
+            self._topics = None
+            self._names = {}
+
+    def receivers(self, topic: Topic) -> tuple[list[Any], list[_Index]]:
+        """Who gets every event of the topic, and the indexes of who gets some."""
+        everybody: list[Any] = []
+        indexes: list[_Index] = []
+        with self._lock:
+            for name in self._names.get(topic, ()):
+                key = (name, topic.op)
+                if (signal := self._signals.get(key)) is not None and signal.receivers:
+                    everybody += signal.receivers_for(topic.model)
+                if (index := self._indexes.get(key)) is not None:
+                    indexes.append(index)
+        return everybody, indexes
+
+    def _signal(self, key: Key, target: Any) -> Signal:
+        if key not in self._signals:
+            self._signals[key] = Signal(f"{model_name(target)} {key[1]}")
+            self._models[key] = target  # Keeps the model alive, since its id is the key.
+        return self._signals[key]
+
+    def _remove(self, subscription: Subscription) -> None:
+        with self._lock:
+            if self._subscriptions.pop(subscription, False) is False:
+                return
+            for key in _keys(subscription):
+                if subscription.filters:
+                    index = self._indexes[key]
+                    index.remove(subscription)
+                    if not index:
+                        del self._indexes[key]
+                else:
+                    self._signals[key].disconnect(subscription)
+
+    def _check(self, subscription: Subscription) -> None:
+        if self._topics is None:
+            return
+        who = f"The {subscription.name}"
+        for topic in self._check_delivered(who, subscription.target, subscription.ops):
+            known = ("id", *topic.key, *topic.values)
+            for name in subscription.filters:
+                if name not in known:
+                    raise ReceiverError(
+                        f"{who} asks for {name}=…, which events of {_topic_text(topic)} do not "
+                        f"carry{near(name, known)} They carry {', '.join(known)}; add "
+                        f"extra=[{name!r}] to the watcher."
+                    )
+
+    def _check_delivered(self, who: str, target: Any, ops: tuple[str, ...]) -> list[Topic]:
+        topics = self._topics or ()
+        identity = model_identity(target)
+        named = [topic for topic in topics if identity in self._names[topic]]
+        delivered = {topic.op for topic in named}
+        missing = [op for op in ops if op not in delivered]
+        if named and not missing:
+            return [topic for topic in named if not ops or topic.op in ops]
+        wanted = _described(target, tuple(missing) or ops)
+        if named:
+            nearest = ", ".join(_topic_text(topic) for topic in named)
+            fix = f"add {missing[0]!r} to that watcher"
+        else:
+            nearest = _nearest(target, topics)
+            fix = f"add {model_name(target)} to the watchers" if topics else "add a watcher"
+        raise ReceiverError(
+            f"{who} listens to {wanted}, which no watcher delivers. "
+            f"{f'The nearest: {nearest}' if nearest else 'There are no watchers'}; {fix}, or "
+            "listen to what is delivered."
+        )
+
+
+class _Index:
+    """Subscriptions to single records: found by value, however many there are."""
+
+    def __init__(self) -> None:
+        self._by_columns: dict[tuple[str, ...], dict[Any, dict[Subscription, None]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._by_columns)
+
+    def add(self, subscription: Subscription) -> None:
+        columns, wanted = _filter_key(subscription)
+        try:
+            found = self._by_columns.setdefault(columns, {}).setdefault(wanted, {})
+        except TypeError:
+            raise ReceiverError(
+                f"The {subscription.name} asks for {subscription.filters!r}: only values that hash can be asked for."
+            ) from None
+        found[subscription] = None
+
+    def remove(self, subscription: Subscription) -> None:
+        columns, wanted = _filter_key(subscription)
+        by_value = self._by_columns[columns]
+        del by_value[wanted][subscription]
+        if not by_value[wanted]:
+            del by_value[wanted]
+        if not by_value:
+            del self._by_columns[columns]
+
+    def find(self, event: Event) -> list[Subscription]:
+        """Who asked for this record, by its new or by its former values."""
+        found: dict[Subscription, None] = {}
+        for columns, by_value in list(self._by_columns.items()):
+            for wanted in _event_values(event, columns):
+                if wanted is _UNKNOWN:
+                    for subscriptions in list(by_value.values()):
+                        found.update(subscriptions)
+                    continue
+                try:
+                    found.update(by_value.get(wanted, {}))
+                except TypeError:
+                    continue  # A value that does not hash; nobody could have asked for it.
+        return list(found)
+
+
+_UNKNOWN = object()
+
+
+def _event_values(event: Event, columns: tuple[str, ...]) -> Iterator[Any]:
+    """The event's values of the columns: the new ones, and the former ones where they differ.
+
+    Values that were too long to travel could be anybody's: whoever asked for such a column gets
+    the event, which says that it is truncated.
+    """
+    message = event._message
+    topic, row = message.topic, event._row
+    width = len(topic.key)
+    new: list[Any] = []
+    old: list[Any] = []
+    for name in columns:
+        if name == "id" and "id" not in topic.key and "id" not in topic.values:
+            new.append(row[0] if width == 1 else row[:width])
+            before = row[width : 2 * width] if message.moved else row[:width]
+            old.append(before[0] if width == 1 else before)
+        elif name in topic.key:
+            at = topic.key.index(name)
+            new.append(row[at])
+            old.append(row[width + at] if message.moved else row[at])
+        elif message.truncated:
+            yield _UNKNOWN
+            return
+        else:
+            at = message.values_start + topic.values.index(name)
+            new.append(row[at])
+            old.append(row[at + len(topic.values)] if topic.compared else row[at])
+    yield tuple(new)
+    if old != new:
+        yield tuple(old)
+
+
+def _filter_key(subscription: Subscription) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    columns = tuple(sorted(subscription.filters))
+    return columns, tuple(subscription.filters[name] for name in columns)
+
+
+def _keys(subscription: Subscription) -> list[Key]:
+    identity = model_identity(subscription.target)
+    return [(identity, op) for op in subscription.ops or OPERATIONS]
+
+
+def _names(topic: Topic, topics: Sequence[Topic]) -> tuple[int | str, ...]:
+    """What receivers may call the topic's watcher."""
+    if topic.label is not None:
+        return (topic.label,)
+    found: list[int | str] = [model_identity(topic.model)]
+    qualified = f"{topic.schema}.{topic.table}"
+    if qualified not in found:
+        found.append(qualified)
+    schemas = {t.schema for t in topics if t.table == topic.table}
+    if topic.table not in found and len(schemas) == 1:
+        found.append(topic.table)
+    labels = {t.label for t in topics}
+    return tuple(name for name in found if name not in labels)
+
+
+def _check_operation(op: object) -> None:
+    if op not in OPERATIONS:
+        raise ReceiverError(
+            f"{op!r} is not an operation{near(str(op), OPERATIONS)} "
+            f"Operations are {', '.join(map(repr, OPERATIONS))}."
+        )
+
+
+def _check_callable(fn: object) -> None:
+    if not callable(fn):
+        raise ReceiverError(f"{fn!r} cannot be called: give a function that takes the event.")
+    if inspect.iscoroutinefunction(fn):
+        raise ReceiverError(
+            f"{receiver_name(fn)} is a coroutine function, and workers are threads: use "
+            "`async for event in pgsignals.stream(…)`, or a plain function."
+        )
+
+
+def receiver_name(fn: object) -> str:
+    """How messages call a receiver: ``module.function``."""
+    if isinstance(fn, Subscription):
+        fn = fn.fn
+    name = getattr(fn, "__qualname__", None)
+    return f"{getattr(fn, '__module__', '?')}.{name}" if name else repr(fn)
+
+
+def _described(target: object, ops: tuple[str, ...]) -> str:
+    name = repr(target) if isinstance(target, str) else model_name(target)
+    return f"({', '.join((name, *map(repr, ops)))})"
+
+
+def _topic_text(topic: Topic) -> str:
+    return _described(topic.label if topic.label is not None else topic.model, (topic.op,))
+
+
+def _nearest(target: object, topics: Sequence[Topic]) -> str:
+    texts = {
+        topic.label if topic.label is not None else model_name(topic.model): topic
+        for topic in topics
+    }
+    same_model = [t for t in topics if t.model is target]
+    if same_model:
+        return ", ".join(_topic_text(topic) for topic in same_model)
+    if not texts:
+        return ""
+    best = difflib.get_close_matches(model_name(target), list(texts), n=1, cutoff=0.0)
+    return _topic_text(texts[best[0]] if best else next(iter(texts.values())))

@@ -1,0 +1,1 @@
+"""The database side: names, SQL and installation of the triggers."""

@@ -1,0 +1,159 @@
+"""From watchers to definitions: resolved against the catalogue, checked, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg2
+from psycopg2 import sql
+from psycopg2.extensions import cursor as Cursor
+
+from ..errors import ConfigurationError, WatcherError
+from ..events import Topic, model_identity, model_name
+from ..payload import Cast, Decoder, Field
+from ..tables import Column, Resolver, Table, describe, resolve
+from ..watchers import Watcher
+from .sql import Specification, Trigger, compile_trigger
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One operation of one watcher: what its events are and the trigger that sends them."""
+
+    watcher: Watcher
+    topic: Topic
+    trigger: Trigger
+
+    @property
+    def channel(self) -> str:
+        """The notification channel."""
+        return self.trigger.name
+
+    def decoder(self, cast: Cast) -> Decoder:
+        """A decoder for what the trigger sends."""
+        spec = self.trigger.spec
+        key = [] if spec.op == "truncated" else _fields(spec.table.key_columns)
+        return Decoder(self.topic, key, _fields(spec.tracked), cast)
+
+
+def define(
+    cursor: Cursor, watchers: Sequence[Watcher], resolvers: Sequence[Resolver], namespace: str
+) -> list[Definition]:
+    """The definitions of all watchers, in their order.
+
+    Raises WatcherError and its kinds: a model that nobody knows, a table that is missing or a
+    view, a column that the table lacks, a condition that PostgreSQL rejects.
+    """
+    cursor.execute("SELECT pg_catalog.current_schemas(false)")
+    row = cursor.fetchone()
+    schemas: list[str] = row[0] if row is not None else []
+    path = sql.SQL(", ").join(sql.Identifier(s) for s in (*schemas, "pg_temp")).as_string(cursor)
+    found = []
+    tables: dict[int | str, tuple[Table, Resolver]] = {}
+    for watcher in watchers:
+        identity = model_identity(watcher.model)
+        if identity not in tables:
+            ref, resolver = resolve(watcher.model, resolvers)
+            tables[identity] = describe(cursor, ref), resolver
+        table, resolver = tables[identity]
+        columns = tuple(table.column(name) for name in watcher.columns)
+        extra = tuple(table.column(name) for name in watcher.extra)
+        tracked = tuple(dict.fromkeys((*columns, *extra)))
+        for op in watcher.ops:
+            with_rows = op != "truncated"
+            spec = Specification(
+                namespace=namespace,
+                table=table,
+                op=op,
+                label=watcher.label,
+                columns=columns,
+                tracked=tracked if with_rows else (),
+                when=watcher.when if with_rows else None,
+                replicated=watcher.replicated,
+            )
+            if spec.when is not None:
+                _check_condition(cursor, watcher, spec)
+            trigger = compile_trigger(spec, cursor, path)
+            topic = Topic(
+                model=watcher.model,
+                op=op,
+                label=watcher.label,
+                schema=table.schema,
+                table=table.name,
+                key=tuple(c.attribute for c in table.key_columns) if with_rows else (),
+                values=tuple(c.attribute for c in spec.tracked),
+                compared=spec.compared,
+                loader=_Loader(watcher.model, table, resolver, resolvers),
+                name=trigger.hash[:8],
+            )
+            found.append(Definition(watcher, topic, trigger))
+    return found
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Fetches records of one model through whatever session the user has."""
+
+    model: Any
+    table: Table
+    resolver: Resolver
+    resolvers: Sequence[Resolver]
+
+    def __call__(self, session: Any, ids: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if not self.table.key:
+            raise ConfigurationError(
+                f"{self.table.qualified} has no key, so that its events cannot load a record. Give "
+                "it a primary key, or ask for the columns with extra=."
+            )
+        found = self.resolver.load(self.model, self.table, session, ids)
+        if found is None:
+            raise ConfigurationError(
+                f"load() of {model_name(self.model)} cannot use {type(session).__name__}: give an "
+                "SQLAlchemy Session or Connection for an SQLAlchemy model, nothing or a database "
+                "alias for a Django model, a psycopg2 connection for a plain table name."
+            )
+        return found
+
+
+def _fields(columns: Sequence[Column]) -> list[Field]:
+    return [
+        Field(c.base_oid, c.base_type[1] if c.base_type[0] == "pg_catalog" else None)
+        for c in columns
+    ]
+
+
+def _check_condition(cursor: Cursor, watcher: Watcher, spec: Specification) -> None:
+    """Let PostgreSQL plan the condition, as the trigger will.
+
+    Raises WatcherError with PostgreSQL's message and the position in the user's text.
+    """
+    table = sql.Identifier(spec.table.schema, spec.table.name)
+    sides = {"inserted": ["new"], "deleted": ["old"]}.get(spec.op, ["new", "old"])
+    head = (
+        sql.SQL("EXPLAIN SELECT FROM {} WHERE (\n")
+        .format(
+            sql.SQL(" CROSS JOIN ").join(
+                sql.SQL("{} AS {}").format(table, sql.SQL(side)) for side in sides
+            )
+        )
+        .as_string(cursor)
+    )
+    assert spec.when is not None
+    try:
+        cursor.execute(f"{head}{spec.when}\n)")
+    except psycopg2.Error as error:
+        if error.pgcode is None:
+            raise
+        where = ""
+        if error.diag.statement_position is not None:
+            position = int(error.diag.statement_position) - len(head)
+            if 0 < position <= len(spec.when):
+                where = f" at character {position} ({spec.when[position - 1 :][:20]!r})"
+        hint = f" {error.diag.message_hint}" if error.diag.message_hint else ""
+        raise WatcherError(
+            f"The watcher {watcher} has a condition that PostgreSQL rejects for {spec.op!r}: "
+            f"{error.diag.message_primary}{where}.{hint} when={spec.when!r}; it may use "
+            f"{' and '.join(side.upper() for side in sides)}, and must be true or false."
+        ) from error

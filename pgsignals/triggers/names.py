@@ -1,0 +1,30 @@
+"""Names of database objects: short, and hashed from all that defines the object."""
+
+from __future__ import annotations
+
+import hashlib
+
+PREFIX = "pgsignals_"
+LOCK_CLASS = 0x70677367  # "pgsg", so that our advisory locks can be told from others'
+INSTALL_LOCK = 0
+
+
+def digest(*parts: str) -> str:
+    """16 hexadecimal digits that stand for ``parts`` and their order."""
+    hasher = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        hasher.update(b"%d:" % len(data))
+        hasher.update(data)
+    return hasher.hexdigest()[:16]
+
+
+def object_name(hashed: str) -> str:
+    """The name of a trigger, of its function and of its channel."""
+    return PREFIX + hashed
+
+
+def lock_key(hashed: str) -> int:
+    """The key, a signed 32-bit number, of the advisory lock that a listener of it holds."""
+    key = int(hashed[:8], 16)
+    return key - (1 << 32) if key >= 1 << 31 else key

@@ -1,0 +1,140 @@
+"""Fixtures: real servers, fresh databases, a Hub that is stopped, events to wait for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+from psycopg2.extensions import connection as Connection
+
+import pgsignals
+from pgsignals.testing import Server, find_installations
+
+DEADLINE = 15.0
+OLDEST, NEWEST = 15, 18
+
+
+def _started(version: int | None) -> Server:
+    if version is not None and version not in {i.major for i in find_installations()}:
+        message = f"PostgreSQL {version} is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    server = Server(version=version, settings={"max_connections": "200"})
+    server.start()
+    return server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A running PostgreSQL, the version that the system has."""
+    running = _started(None)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session", params=[OLDEST, NEWEST], ids=["pg15", "pg18"])
+def each_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A running PostgreSQL, the oldest and then the newest version that is tested."""
+    running = _started(request.param)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def dsn(server: Server) -> str:
+    """A fresh database, as its superuser."""
+    return server.create_database()
+
+
+@pytest.fixture
+def each_dsn(each_server: Server) -> str:
+    """A fresh database on each tested version, as its superuser."""
+    return each_server.create_database()
+
+
+class Database:
+    """A connection in autocommit mode, with the shortest way to run SQL."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self.connection: Connection = psycopg2.connect(dsn)
+        self.connection.autocommit = True
+
+    def __call__(self, statement: Any, parameters: Any = None) -> list[tuple[Any, ...]]:
+        """Run a statement; its rows, if it gives any."""
+        with self.connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[str], Database]]:
+    """Makes Database objects that are closed at the end."""
+    made: list[Database] = []
+
+    def make(dsn: str) -> Database:
+        made.append(Database(dsn))
+        return made[-1]
+
+    yield make
+    for database in made:
+        database.connection.close()
+
+
+@pytest.fixture
+def db(dsn: str, connect: Callable[[str], Database]) -> Database:
+    """The fresh database, ready to run SQL."""
+    return connect(dsn)
+
+
+@pytest.fixture
+def each_db(each_dsn: str, connect: Callable[[str], Database]) -> Database:
+    """The fresh database on each tested version, ready to run SQL."""
+    return connect(each_dsn)
+
+
+@pytest.fixture
+def hub() -> Iterator[pgsignals.Hub]:
+    """A Hub that is stopped at the end."""
+    made = pgsignals.Hub()
+    yield made
+    made.stop()
+
+
+class Recorder:
+    """A receiver that keeps what it gets, and can be waited on."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self._condition = threading.Condition()
+
+    def __call__(self, item: Any) -> None:
+        with self._condition:
+            self.items.append(item)
+            self._condition.notify_all()
+
+    def wait(self, count: int, timeout: float = DEADLINE) -> list[Any]:
+        """The first ``count`` items, as soon as they are here; fails after ``timeout`` seconds."""
+        with self._condition:
+            arrived = self._condition.wait_for(lambda: len(self.items) >= count, timeout)
+        assert arrived, f"{len(self.items)} of {count} came: {self.items}"
+        return self.items[:count]
+
+    def wait_until(self, last: Callable[[Any], bool], timeout: float = DEADLINE) -> list[Any]:
+        """All items up to the first for which ``last`` is true."""
+        with self._condition:
+            arrived = self._condition.wait_for(lambda: any(map(last, self.items)), timeout)
+        assert arrived, f"not among {self.items}"
+        end = next(number for number, item in enumerate(self.items) if last(item))
+        return self.items[: end + 1]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """A receiver that keeps what it gets."""
+    return Recorder()
