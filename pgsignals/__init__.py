@@ -5,7 +5,6 @@ The functions here act on one default Hub; ``Hub()`` makes further ones, for a s
 
 from __future__ import annotations
 
-from . import errors
 from .errors import (
     ConfigurationError,
     ConnectError,
@@ -27,17 +26,17 @@ from .errors import (
 from .events import Batch, Event, Gap
 from .hookspecs import hookimpl
 from .hub import Hub
-from .receivers import Subscription
 from .inspection import Status
+from .receivers import Subscription
 from .streams import Stream
-from .tables import Resolver, Table, TableRef
+from .tables import Column, Resolver, Table, TableRef
 from .transaction import context, muted
 from .watchers import Watcher, watch
 
 __version__ = "0.1.0"
 
 default_hub = Hub()
-"""The default Hub."""
+"""The Hub that the functions of this module act on."""
 
 start = default_hub.start
 stop = default_hub.stop
@@ -54,3 +53,54 @@ connected = default_hub.connected
 disconnected = default_hub.disconnected
 gap = default_hub.gap
 receiver_failed = default_hub.receiver_failed
+
+__all__ = [
+    "Batch",
+    "Column",
+    "ConfigurationError",
+    "ConnectError",
+    "DatabaseError",
+    "DriftError",
+    "Event",
+    "Gap",
+    "Hub",
+    "InstallLockError",
+    "MissingExtraError",
+    "ModelError",
+    "PayloadError",
+    "PgSignalsError",
+    "PluginError",
+    "PrivilegeError",
+    "ReceiverError",
+    "Resolver",
+    "StateError",
+    "Status",
+    "Stream",
+    "Subscription",
+    "Table",
+    "TableError",
+    "TableRef",
+    "WaitTimeout",
+    "Watcher",
+    "WatcherError",
+    "connected",
+    "context",
+    "default_hub",
+    "disconnected",
+    "gap",
+    "hookimpl",
+    "muted",
+    "on",
+    "on_batch",
+    "on_gap",
+    "receiver_failed",
+    "signal",
+    "start",
+    "status",
+    "stop",
+    "stream",
+    "subscribe",
+    "wait",
+    "wait_for",
+    "watch",
+]

@@ -19,9 +19,7 @@ BatchFailureHandler = Callable[[Any, Event, BaseException], None]
 class Batcher:
     """Collects events for one receiver, whose name it goes by in messages."""
 
-    def __init__(
-        self, fn: BatchReceiver, every: float, max_size: int, timer: BatchTimer
-    ) -> None:
+    def __init__(self, fn: BatchReceiver, every: float, max_size: int, timer: BatchTimer) -> None:
         functools.update_wrapper(self, fn)
         self.fn = fn
         self._every = every
@@ -98,12 +96,8 @@ class BatchTimer:
     def _run(self) -> None:
         while True:
             with self._condition:
-                while not self._stopping and (
-                    not self._due or self._due[0][0] > time.monotonic()
-                ):
-                    self._condition.wait(
-                        self._due[0][0] - time.monotonic() if self._due else None
-                    )
+                while not self._stopping and (not self._due or self._due[0][0] > time.monotonic()):
+                    self._condition.wait(self._due[0][0] - time.monotonic() if self._due else None)
                 if not self._due:
                     return
                 _, _, batcher = heapq.heappop(self._due)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import selectors
@@ -71,7 +72,7 @@ def make_cast(connection: Connection) -> Cast:
     as long as the function. It stays usable when its connection is closed.
     """
     cursor = connection.cursor()
-    psycopg2.extras.register_uuid(conn_or_curs=cursor)
+    psycopg2.extras.register_uuid(conn_or_curs=cursor)  # type: ignore[no-untyped-call]
     own: dict[int, Callable[[str, Any], Any]] = cursor.string_types or {}
     everywhere = psycopg2.extensions.string_types
     default = psycopg2.extensions.UNICODE
@@ -141,10 +142,9 @@ class Waiter:
 
     def wake(self) -> None:
         """End the wait, or the next one if none is under way."""
-        try:
+        # A full buffer holds wake-ups enough, and who has closed this waits no more.
+        with contextlib.suppress(OSError):
             self._alarm.send(b"\0")
-        except BlockingIOError:
-            pass  # The buffer is full of wake-ups already.
 
     def close(self) -> None:
         """Give the descriptors back."""
@@ -153,8 +153,6 @@ class Waiter:
         self._alarm.close()
 
     def _drain(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             while self._awake.recv(4096):
                 pass
-        except BlockingIOError:
-            pass

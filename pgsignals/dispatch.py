@@ -38,16 +38,12 @@ class Dispatcher:
     queued; whoever submits looks at it, or waits for room.
     """
 
-    def __init__(
-        self, broadcasters: Sequence[Broadcaster], workers: int, queue_size: int
-    ) -> None:
+    def __init__(self, broadcasters: Sequence[Broadcaster], workers: int, queue_size: int) -> None:
         self._broadcasters = tuple(broadcasters)
         self._queue_size = queue_size
         self._room = threading.Condition()
         self._depth = 0
-        self._queues: list[SimpleQueue[_Item]] = [
-            SimpleQueue() for _ in range(workers)
-        ]
+        self._queues: list[SimpleQueue[_Item]] = [SimpleQueue() for _ in range(workers)]
         self._threads = [
             threading.Thread(
                 target=self._work, args=(queue,), name=f"pgsignals-worker-{number}", daemon=True
@@ -152,4 +148,3 @@ class Dispatcher:
             self._depth -= len(events)
             if self._depth <= self._queue_size // 2:
                 self._room.notify_all()
-

@@ -11,22 +11,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
-import psycopg2
 from blinker import Signal
 from psycopg2.extensions import connection as Connection
 
 from .batches import Batcher, BatchReceiver, BatchTimer
 from .broadcasters.inprocess import InProcess
-from .connection import connect, make_cast, redact
+from .connection import connect, make_cast
 from .dispatch import Dispatcher
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Event, Gap, Message, model_name
+from .inspection import Status, read_queue_usage, read_states
 from .payload import Decoder
 from .plugins import Plugins
 from .receivers import Receiver, Registry, Subscription, receiver_name
 from .resolvers import BUILTIN
 from .sources.notify import NotifySource
-from .inspection import Status, read_queue_usage, read_states
 from .streams import Stream
 from .tables import Resolver
 from .triggers import names
@@ -245,18 +244,25 @@ class Hub:
         It hears what happens from this call on. ``gaps=True`` also yields Gap objects.
         """
         found: Stream[Any] = Stream(maxsize, gaps)
-        subscription = self._registry.subscribe(
-            found.put, target, ops, filters, f"stream of {model_name(target)}"
-        )
-        if gaps:
-            self._gap_receivers[found.put] = None
-        self._streams.add(found)
+        reference = weakref.ref(found)
+
+        # Weak, so that a stream which its user forgets to close goes, and its subscription too.
+        def put(item: Event | Gap) -> None:
+            if (stream := reference()) is not None:
+                stream.put(item)
 
         def end() -> None:
             subscription.cancel()
-            self._gap_receivers.pop(found.put, None)
+            self._gap_receivers.pop(put, None)
 
+        subscription = self._registry.subscribe(
+            put, target, ops, filters, f"stream of {model_name(target)}"
+        )
+        if gaps:
+            self._gap_receivers[put] = None
+        weakref.finalize(found, end)
         found._on_close = end
+        self._streams.add(found)
         return found
 
     def wait_for(
@@ -264,7 +270,7 @@ class Hub:
     ) -> Event:
         """The next such event. Raises WaitTimeout when none comes within ``timeout`` seconds."""
         with self.stream(target, *ops, maxsize=1, **filters) as events:
-            event = events.get(timeout)
+            event: Event | None = events.get(timeout)
         if event is None:
             wanted = ", ".join(
                 [model_name(target), *map(repr, ops), *(f"{k}={v!r}" for k, v in filters.items())]
@@ -310,7 +316,7 @@ class Hub:
             try:
                 receiver(self, **values)
             except BaseException:
-                log.exception("a receiver of the signal %r raised", signal.name)
+                log.exception("a receiver of %r raised", signal)
 
     def _send_gap(self, gap: Gap) -> None:
         log.warning("events from %s to %s may be missing: %s", gap.since, gap.until, gap.reason)
@@ -347,9 +353,7 @@ class _Run:
         self._prune = prune
         self._limits = limits
         self._definitions: list[Definition] = []
-        self.dispatcher = Dispatcher(
-            [InProcess(hub._registry, hub._failed)], workers, queue_size
-        )
+        self.dispatcher = Dispatcher([InProcess(hub._registry, hub._failed)], workers, queue_size)
         self.source = NotifySource(dsn, self.prepare, self)
         self.dispatcher.start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib.metadata import EntryPoint, entry_points
+from typing import cast
 
 import pluggy
 
@@ -39,7 +40,7 @@ class Plugins:
         found: list[Resolver] = []
         for implementation in self._manager.hook.pgsignals_resolver.get_hookimpls():
             try:
-                found.append(implementation.function())
+                found.append(cast(Resolver, implementation.function()))
             except Exception as error:
                 self.failed[implementation.plugin_name] = f"{type(error).__name__}: {error}"
                 log.error(
@@ -53,4 +54,3 @@ class Plugins:
 def _origin(point: EntryPoint) -> str:
     distribution = point.dist
     return f"{distribution.name} {distribution.version}" if distribution else point.value
-

@@ -218,7 +218,8 @@ class _Index:
             found = self._by_columns.setdefault(columns, {}).setdefault(wanted, {})
         except TypeError:
             raise ReceiverError(
-                f"The {subscription.name} asks for {subscription.filters!r}: only values that hash can be asked for."
+                f"The {subscription.name} asks for {subscription.filters!r}: only values that hash "
+                "can be asked for."
             ) from None
         found[subscription] = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -59,8 +60,10 @@ class Stream(Generic[Item]):
 
     def _wake(self) -> None:
         self._condition.notify()
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._resolve)
+        if self._loop is not None:
+            # The loop may have ended with the stream still open.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._resolve)
 
     def _resolve(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -90,9 +93,7 @@ class Stream(Generic[Item]):
     def get(self, timeout: float | None = None) -> Item | None:
         """The next item; None when the time (seconds) is over or the stream has ended."""
         with self._condition:
-            self._condition.wait_for(
-                lambda: self._items or self._lost or self._closed, timeout
-            )
+            self._condition.wait_for(lambda: self._items or self._lost or self._closed, timeout)
             return self._take()
 
     def __iter__(self) -> Stream[Item]:

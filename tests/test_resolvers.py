@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
@@ -247,6 +249,15 @@ def session(engine: sa.Engine) -> Iterator[orm.Session]:
 
 
 # What models say
+
+
+def test_imports_no_framework() -> None:
+    """Who uses none of the frameworks has none of them imported."""
+    script = (
+        "import sys, pgsignals.resolvers as r; assert r.PlainResolver().resolve('t');"
+        "assert not {'sqlalchemy', 'django', 'psycopg'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_attribute_names_are_not_column_names() -> None:

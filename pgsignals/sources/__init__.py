@@ -38,4 +38,3 @@ class Source(Protocol):
 
     def stop(self, timeout: float) -> None:
         """Stop reading and give everything back, waiting at most ``timeout`` seconds."""
-

@@ -67,13 +67,20 @@ class NotifySource:
         """Stop listening and close the connection."""
         self._stopping = True
         self._waiter.wake()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        if self._thread.ident is None:
+            self._close()
+            self._waiter.close()
+        else:
             self._thread.join(timeout)
-        if not self._thread.is_alive():
+
+    def _run(self) -> None:
+        try:
+            self._keep_listening()
+        finally:
             self._close()
             self._waiter.close()
 
-    def _run(self) -> None:
+    def _keep_listening(self) -> None:
         while not self._stopping:
             began = time.monotonic()
             try:
@@ -99,7 +106,6 @@ class NotifySource:
         while not self._stopping:
             pause = 0.1 if self._shedding_since is not None else None
             if self._waiter.wait(connection.fileno(), pause):
-                connection.poll()
                 self._drain(connection)
             self._end_shedding()
 
@@ -108,6 +114,7 @@ class NotifySource:
 
         Over TLS, one poll may bring one notification of several that the socket no longer shows.
         """
+        connection.poll()
         while connection.notifies:
             arrived = connection.notifies[:]
             del connection.notifies[: len(arrived)]
@@ -127,7 +134,9 @@ class NotifySource:
         except PayloadError as error:
             self.invalid += 1
             log.warning(
-                "ignored a payload on %s that is not from pgsignals: %s", channel, error,
+                "ignored a payload on %s that is not from pgsignals: %s",
+                channel,
+                error,
                 extra={"channel": channel},
             )
             return
