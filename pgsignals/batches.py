@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .events import Batch, Event
+from .events import Batch, Event, hashable
 
 BatchReceiver = Callable[[Batch], object]
 BatchFailureHandler = Callable[[Any, Event, BaseException], None]
@@ -32,9 +32,7 @@ class Batcher:
     def __call__(self, event: Event) -> None:
         """Take an event, in place of an earlier one of the same record."""
         message = event._message
-        record: Any = event._row[: len(message.topic.key)]
-        if not record:
-            record = next(self._anonymous)
+        record = hashable(event._row[: len(message.topic.key)]) or next(self._anonymous)
         key = (message.topic.schema, message.topic.table, record)
         with self._lock:
             first = not self._latest

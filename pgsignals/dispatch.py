@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from .broadcasters import Broadcaster
-from .events import Event, Message
+from .events import Event, Message, hashable
 
 log = logging.getLogger("pgsignals")
 
@@ -97,10 +97,7 @@ class Dispatcher:
             self._queues[new].put(handled.wait)
 
     def _worker_of(self, key: tuple[object, ...]) -> int:
-        try:
-            return hash(key) % len(self._queues)
-        except TypeError:
-            return hash(repr(key)) % len(self._queues)
+        return hash(hashable(key)) % len(self._queues)
 
     def announce(self, call: Callable[[], None]) -> None:
         """Have ``call`` made once, before anything that is submitted later is handled."""

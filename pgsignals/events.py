@@ -28,6 +28,15 @@ def model_identity(model: object) -> int | str:
     return model if isinstance(model, str) else id(model)
 
 
+def hashable(key: tuple[Any, ...]) -> Any:
+    """``key``, or a text in its place when one of its values does not hash (an array, say)."""
+    try:
+        hash(key)
+    except TypeError:
+        return repr(key)
+    return key
+
+
 @dataclass(frozen=True, eq=False)
 class Topic:
     """What all events of one operation of one watcher have in common.

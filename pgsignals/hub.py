@@ -138,10 +138,10 @@ class Hub:
             try:
                 run.source.start()
             except BaseException:
-                run.dispatcher.stop(0)
                 run.source.stop(0)
                 self._registry.unbind()
                 raise
+            run.dispatcher.start()
             self._timer.start()
             self._run = run
             self._stopped.clear()
@@ -355,7 +355,6 @@ class _Run:
         self._definitions: list[Definition] = []
         self.dispatcher = Dispatcher([InProcess(hub._registry, hub._failed)], workers, queue_size)
         self.source = NotifySource(dsn, self.prepare, self)
-        self.dispatcher.start()
 
     def prepare(self, connection: Connection) -> Mapping[str, Decoder]:
         """Make a fresh connection hear the watchers' events."""
@@ -379,6 +378,11 @@ class _Run:
             if self._prune and self._install == "auto":
                 prune(cursor, self._namespace, triggers, limits=self._limits)
                 self._prune = False
+            if problem is not None:
+                cursor.execute("SELECT pg_catalog.clock_timestamp()")
+                row = cursor.fetchone()
+                assert row is not None
+                self.gap(Gap(row[0], row[0], "watcher_broken", str(problem)))
         cast = make_cast(connection)
         return {d.channel: d.decoder(cast) for d in definitions}
 

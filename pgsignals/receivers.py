@@ -68,7 +68,7 @@ class Registry:
         self._indexes: dict[Key, _Index] = {}
         self._subscriptions: dict[Subscription, None] = {}
         self._topics: Sequence[Topic] | None = None
-        self._names: dict[Topic, tuple[int | str, ...]] = {}
+        self._names: dict[Key, tuple[int | str, ...]] = {}
 
     def subscribe(
         self,
@@ -89,6 +89,13 @@ class Registry:
         subscription = Subscription(
             fn, target, ops, filters, self._remove, name or f"receiver {receiver_name(fn)}"
         )
+        try:
+            hash(tuple(filters.values()))
+        except TypeError:
+            raise ReceiverError(
+                f"The {subscription.name} asks for {filters!r}: only values that hash can be asked "
+                "for."
+            ) from None
         with self._lock:
             self._check(subscription)
             for key in _keys(subscription):
@@ -115,7 +122,8 @@ class Registry:
         with self._lock:
             before = self._topics, self._names
             self._topics = tuple(topics)
-            self._names = {topic: _names(topic, topics) for topic in topics}
+            # Over a reconnection, events of former topics may still be queued: those stay known.
+            self._names = self._names | {_key(topic): _names(topic, topics) for topic in topics}
             try:
                 for subscription in self._subscriptions:
                     self._check(subscription)
@@ -140,7 +148,7 @@ class Registry:
         everybody: list[Any] = []
         indexes: list[_Index] = []
         with self._lock:
-            for name in self._names.get(topic, ()):
+            for name in self._names.get(_key(topic), ()):
                 key = (name, topic.op)
                 if (signal := self._signals.get(key)) is not None and signal.receivers:
                     everybody += signal.receivers_for(topic.model)
@@ -184,7 +192,7 @@ class Registry:
     def _check_delivered(self, who: str, target: Any, ops: tuple[str, ...]) -> list[Topic]:
         topics = self._topics or ()
         identity = model_identity(target)
-        named = [topic for topic in topics if identity in self._names[topic]]
+        named = [topic for topic in topics if identity in self._names[_key(topic)]]
         delivered = {topic.op for topic in named}
         missing = [op for op in ops if op not in delivered]
         if named and not missing:
@@ -214,14 +222,8 @@ class _Index:
 
     def add(self, subscription: Subscription) -> None:
         columns, wanted = _filter_key(subscription)
-        try:
-            found = self._by_columns.setdefault(columns, {}).setdefault(wanted, {})
-        except TypeError:
-            raise ReceiverError(
-                f"The {subscription.name} asks for {subscription.filters!r}: only values that hash "
-                "can be asked for."
-            ) from None
-        found[subscription] = None
+        by_value = self._by_columns.setdefault(columns, {})
+        by_value.setdefault(wanted, {})[subscription] = None
 
     def remove(self, subscription: Subscription) -> None:
         columns, wanted = _filter_key(subscription)
@@ -293,6 +295,11 @@ def _keys(subscription: Subscription) -> list[Key]:
     return [(identity, op) for op in subscription.ops or OPERATIONS]
 
 
+def _key(topic: Topic) -> Key:
+    """What tells a topic from the others of a Hub, over its definitions in time."""
+    return (topic.label if topic.label is not None else model_identity(topic.model), topic.op)
+
+
 def _names(topic: Topic, topics: Sequence[Topic]) -> tuple[int | str, ...]:
     """What receivers may call the topic's watcher."""
     if topic.label is not None:
@@ -336,7 +343,7 @@ def receiver_name(fn: object) -> str:
 
 def _described(target: object, ops: tuple[str, ...]) -> str:
     name = repr(target) if isinstance(target, str) else model_name(target)
-    return f"({', '.join((name, *map(repr, ops)))})"
+    return f"({', '.join((name, *map(repr, ops)))})" if ops else name
 
 
 def _topic_text(topic: Topic) -> str:

@@ -1,0 +1,152 @@
+"""Queues and workers: order per record, isolation, bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pgsignals.dispatch import Dispatcher
+from pgsignals.events import Event, Message, Topic
+from tests.conftest import DEADLINE
+
+
+def topic(key: tuple[str, ...] = ("id",)) -> Topic:
+    """A topic of updates without values."""
+    return Topic("t", "updated", None, "public", "t", key, (), False, lambda session, ids: [])
+
+
+def message(number: int, *rows: tuple[Any, ...], moved: bool = False) -> Message:
+    """A message that carries the rows."""
+    return Message(TOPIC, 1, number, 0, {}, rows, moved)
+
+
+TOPIC = topic()
+
+
+class Collector:
+    """A broadcaster that notes what each thread was given."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[Any, list[int]] = defaultdict(list)
+        self.threads: dict[Any, set[str]] = defaultdict(set)
+        self.order: list[tuple[int, Any]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.closed = False
+
+    def publish(self, events: Any) -> None:
+        """Note the events, once the gate is open."""
+        self.gate.wait(DEADLINE)
+        for event in events:
+            self.by_id[str(event.id)].append(event._message.sequence)
+            self.threads[str(event.id)].add(threading.current_thread().name)
+            self.order.append((event._message.sequence, event.id))
+
+    def flush(self, timeout: float) -> bool:
+        """Nothing is ever under way."""
+        return True
+
+    def close(self) -> None:
+        """Note that it was closed."""
+        self.closed = True
+
+
+@pytest.fixture
+def collector() -> Collector:
+    """A broadcaster that notes what it was given."""
+    return Collector()
+
+
+@pytest.fixture(params=[1, 4])
+def dispatcher(request: pytest.FixtureRequest, collector: Collector) -> Iterator[Dispatcher]:
+    """A dispatcher that runs, with one worker and with four."""
+    made = Dispatcher([collector], request.param, 100)
+    made.start()
+    yield made
+    made.stop(DEADLINE)
+
+
+def test_order_per_record(dispatcher: Dispatcher, collector: Collector) -> None:
+    """Events of one record are handled in order, all by the same worker."""
+    for number in range(200):
+        dispatcher.submit(message(number, *((i,) for i in range(20))))
+    dispatcher.stop(DEADLINE)
+    assert all(collector.by_id[str(i)] == list(range(200)) for i in range(20))
+    assert all(len(names) == 1 for names in collector.threads.values())
+
+
+def test_order_when_the_key_changes(dispatcher: Dispatcher, collector: Collector) -> None:
+    """A record's events stay in order across its changes of key, whoever's worker that is."""
+    sequence = 0
+    for start in range(50):
+        keys = [1000 * start + step for step in range(5)]
+        dispatcher.submit(message(sequence, (keys[0],)))
+        sequence += 1
+        for old, new in itertools.pairwise(keys):
+            dispatcher.submit(message(sequence, (new, old), moved=True))
+            dispatcher.submit(message(sequence + 1, (new,)))
+            sequence += 2
+    dispatcher.stop(DEADLINE)
+    for start in range(50):
+        own = [s for s, key in collector.order if key // 1000 == start]
+        assert own == sorted(own)
+        assert len(own) == 9
+
+
+def test_unhashable_keys(dispatcher: Dispatcher, collector: Collector) -> None:
+    """A key of an array type is no obstacle."""
+    dispatcher.submit(message(1, ([1, 2],)))
+    assert dispatcher.stop(DEADLINE)
+    assert len(collector.order) == 1
+
+
+def test_an_announcement_comes_before_later_events(
+    dispatcher: Dispatcher, collector: Collector
+) -> None:
+    """What is announced is called once, and before anything that is submitted after it."""
+    announced: list[int] = []
+    dispatcher.announce(lambda: announced.append(len(collector.order)))
+    dispatcher.submit(message(1, *((i,) for i in range(50))))
+    dispatcher.stop(DEADLINE)
+    assert announced == [0]
+    assert len(collector.order) == 50
+
+
+def test_room(collector: Collector) -> None:
+    """The depth counts events that wait or are handled, and room comes as they go."""
+    collector.gate.clear()
+    dispatcher = Dispatcher([collector], 1, 10)
+    dispatcher.start()
+    for number in range(10):
+        dispatcher.submit(message(number, (number,)))
+    assert dispatcher.full
+    assert dispatcher.depth == 10
+    assert not dispatcher.wait_for_room(0)
+    collector.gate.set()
+    assert dispatcher.wait_for_room(DEADLINE)
+    assert not dispatcher.full
+    assert dispatcher.stop(DEADLINE)
+    assert dispatcher.depth == 0
+    assert collector.closed
+
+
+def test_a_broadcaster_that_raises_stops_nobody(
+    collector: Collector, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other broadcasters get what one could not take, and the log names the one."""
+
+    class Broken(Collector):
+        def publish(self, events: list[Event]) -> None:
+            raise ConnectionError("no broker")
+
+    dispatcher = Dispatcher([Broken(), collector], 1, 10)
+    dispatcher.start()
+    dispatcher.submit(message(1, (1,)))
+    assert dispatcher.stop(DEADLINE)
+    assert collector.order == [(1, 1)]
+    assert "no broker" in caplog.text
