@@ -76,6 +76,13 @@ class BatchTimer:
             heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), batcher))
             self._condition.notify()
 
+    def flush(self) -> None:
+        """Call, in this thread, every receiver that has collected something."""
+        with self._condition:
+            due, self._due = self._due, []
+        for _, _, batcher in sorted(due):
+            batcher.flush(self._failed)
+
     def start(self) -> None:
         """Start the thread."""
         self._stopping = False

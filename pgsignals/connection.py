@@ -1,4 +1,4 @@
-"""psycopg2 connections for listening: connecting, waiting, backing off."""
+"""psycopg2 connections: connecting, sessions that never block for ever, backing off."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ import re
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
-from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import (
+    POLL_OK,
+    POLL_WRITE,
+    Notify,
+)
+from psycopg2.extensions import (
+    connection as Connection,
+)
 
 from .errors import ConnectError
 from .payload import Cast
@@ -36,33 +43,72 @@ def libpq_dsn(dsn: str) -> str:
     return re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn)
 
 
-def connect(dsn: str, *, application_name: str = "pgsignals", timeout: int = 10) -> Connection:
-    """A connection in autocommit mode.
-
-    Raises ConnectError, whose message carries no password.
-    """
-    options: dict[str, Any] = {
-        "connect_timeout": timeout,
+def _options(dsn: str, timeout: float) -> dict[str, Any]:
+    """What we add to the user's connection string where it leaves it open."""
+    defaults = {
+        "connect_timeout": max(2, round(timeout)),
         "keepalives": 1,
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,
         "tcp_user_timeout": 60_000,
-        "fallback_application_name": application_name,
-        "client_encoding": "UTF8",
+        "fallback_application_name": "pgsignals",
     }
+    given = psycopg2.extensions.parse_dsn(dsn)
+    return {name: value for name, value in defaults.items() if name not in given} | {
+        "client_encoding": "UTF8"
+    }
+
+
+def connect(dsn: str, timeout: float = 10.0) -> Connection:
+    """An ordinary, blocking connection in autocommit mode.
+
+    Raises ConnectError, whose message carries no password, when there is none in ``timeout``
+    seconds.
+    """
     dsn = libpq_dsn(dsn)
     try:
-        given = psycopg2.extensions.parse_dsn(dsn)
-        defaults = {name: value for name, value in options.items() if name not in given}
-        connection: Connection = psycopg2.connect(dsn, **{**defaults, "client_encoding": "UTF8"})
+        connection: Connection = psycopg2.connect(dsn, **_options(dsn, timeout))
     except psycopg2.Error as error:
-        raise ConnectError(
-            f"Cannot connect to PostgreSQL at {redact(dsn) or 'the default of libpq'}: "
-            f"{redact(str(error)).strip()}"
-        ) from None
+        raise _connect_error(dsn, error) from None
     connection.autocommit = True
     return connection
+
+
+_CAUSES = (
+    ("password authentication failed", "the user or the password is wrong"),
+    ("no password supplied", "the server asks for a password: put one into the DSN or ~/.pgpass"),
+    ("could not translate host name", "the host name is not known"),
+    ("does not support SSL", "the server offers no TLS: use another sslmode, or configure it"),
+    ("certificate verify failed", "the server's certificate is not trusted: see sslrootcert"),
+    ("no pg_hba.conf entry", "the server's pg_hba.conf does not let this user in from here"),
+    ("Connection refused", "nothing listens there: is PostgreSQL running, is the port right?"),
+    ("timeout expired", "the server does not answer: a firewall, or a wrong address?"),
+    ("too many connections", "the server's max_connections is used up"),
+    ("remaining connection slots", "the server's max_connections is used up"),
+    ("invalid connection option", "the connection string has an unknown option"),
+    ("invalid dsn", "the connection string is malformed"),
+    ("does not exist", "the database or the role does not exist on that server"),
+)
+
+
+def _connect_error(dsn: str, error: Exception) -> ConnectError:
+    message = redact(str(error)).strip()
+    for secret in filter(None, _passwords(dsn)):
+        message = message.replace(secret, "***")
+    cause = next((meaning for text, meaning in _CAUSES if text in message), None)
+    return ConnectError(
+        f"Cannot connect to PostgreSQL at {redact(dsn) or 'the default of libpq'}"
+        f"{f': {cause}' if cause else ''}. {message}"
+    )
+
+
+def _passwords(dsn: str) -> list[str]:
+    try:
+        given = psycopg2.extensions.parse_dsn(dsn)
+    except psycopg2.Error:
+        return []
+    return [given.get("password", ""), given.get("sslpassword", "")]
 
 
 def make_cast(connection: Connection) -> Cast:
@@ -117,22 +163,27 @@ class Waiter:
         self._alarm.setblocking(False)
         self._selector.register(self._awake, selectors.EVENT_READ)
 
-    def wait(self, descriptor: int | None, timeout: float | None) -> bool:
-        """Wait until ``descriptor`` can be read (True), or for a wake-up or the time (False)."""
+    def wait(self, descriptor: int | None, timeout: float | None, write: bool = False) -> bool:
+        """Wait until ``descriptor`` can be read (or written), or for a wake-up or the time.
+
+        Returns whether it can.
+        """
         if descriptor is not None:
-            self._selector.register(descriptor, selectors.EVENT_READ)
+            self._selector.register(
+                descriptor, selectors.EVENT_WRITE if write else selectors.EVENT_READ
+            )
         try:
             ready = self._selector.select(timeout)
         finally:
             if descriptor is not None:
                 self._selector.unregister(descriptor)
-        readable = False
+        usable = False
         for key, _ in ready:
             if key.fileobj is self._awake:
                 self._drain()
             else:
-                readable = True
-        return readable
+                usable = True
+        return usable
 
     def sleep(self, seconds: float, until: Callable[[], bool]) -> None:
         """Sleep for ``seconds``, or until woken with ``until()`` true."""
@@ -156,3 +207,86 @@ class Waiter:
         with contextlib.suppress(BlockingIOError):
             while self._awake.recv(4096):
                 pass
+
+
+class Session:
+    """A connection for listening that never blocks for longer than it is told.
+
+    psycopg2's asynchronous mode: a server that goes silent in the middle of a statement would hold
+    a blocking connection for ever. It commits each statement by itself.
+    """
+
+    def __init__(self, dsn: str, waiter: Waiter, cancelled: Callable[[], bool]) -> None:
+        self._waiter = waiter
+        self._cancelled = cancelled
+        self._dsn = libpq_dsn(dsn)
+        self._connection: Connection | None = None
+
+    def open(self, timeout: float) -> None:
+        """Connect within ``timeout`` seconds, or raise ConnectError."""
+        try:
+            self._connection = psycopg2.connect(
+                self._dsn, async_=True, **_options(self._dsn, timeout)
+            )
+            self._finish(time.monotonic() + timeout)
+        except (psycopg2.Error, TimeoutError) as error:
+            self.close()
+            raise _connect_error(self._dsn, error) from None
+
+    def execute(
+        self, statement: str, parameters: Sequence[Any] | None = None, *, timeout: float
+    ) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows.
+
+        Raises psycopg2.Error, and TimeoutError when it takes longer than ``timeout`` seconds.
+        """
+        cursor = self._live.cursor()
+        cursor.execute(statement, parameters)
+        self._finish(time.monotonic() + timeout)
+        return cursor.fetchall() if cursor.description else []
+
+    def send(self, statement: str) -> None:
+        """Begin a statement without waiting for its end, which ``receive`` takes note of."""
+        self._live.cursor().execute(statement)
+
+    def receive(self) -> list[Notify]:
+        """The notifications that have arrived, without waiting.
+
+        Over TLS, one poll may bring one notification of several that the socket no longer shows:
+        call it until it returns none.
+        """
+        connection = self._live
+        connection.poll()
+        arrived = connection.notifies[:]
+        del connection.notifies[: len(arrived)]
+        return arrived
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for something to arrive; whether it has, rather than a wake-up or the time."""
+        return self._waiter.wait(self._live.fileno(), timeout)
+
+    def close(self) -> None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def cast(self) -> Cast:
+        """See :func:`make_cast`."""
+        return make_cast(self._live)
+
+    @property
+    def _live(self) -> Connection:
+        if self._connection is None:
+            raise psycopg2.InterfaceError("the session is closed")
+        return self._connection
+
+    def _finish(self, deadline: float) -> None:
+        connection = self._live
+        while (state := connection.poll()) != POLL_OK:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timeout expired: the server does not answer")
+            if self._cancelled():
+                raise TimeoutError("stopped while waiting for the server")
+            self._waiter.wait(connection.fileno(), left, write=state == POLL_WRITE)

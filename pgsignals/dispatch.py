@@ -31,6 +31,22 @@ class _Once:
                 self._call()
 
 
+class _Last:
+    """A call that the last of several workers to reach it makes; nobody waits for it."""
+
+    def __init__(self, call: Callable[[], None], workers: int) -> None:
+        self._call = call
+        self._left = workers
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._call()
+
+
 class Dispatcher:
     """Hands events to the broadcasters from worker threads.
 
@@ -104,6 +120,12 @@ class Dispatcher:
         once = _Once(call)
         for queue in self._queues:
             queue.put(once)
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """Have ``call`` made once all that was submitted before is handled."""
+        last = _Last(call, len(self._queues))
+        for queue in self._queues:
+            queue.put(last)
 
     def wait_for_room(self, timeout: float) -> bool:
         """Wait until the queue is half empty; whether it is, within ``timeout`` seconds."""

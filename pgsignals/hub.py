@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import atexit
 import logging
+import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeVar, overload
 
 from blinker import Signal
-from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import cursor as Cursor
 
 from .batches import Batcher, BatchReceiver, BatchTimer
 from .broadcasters.inprocess import InProcess
-from .connection import connect, make_cast
+from .connection import connect
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
+from .errors import ConfigurationError, StateError, WaitTimeout
 from .events import Event, Gap, Message, model_name
 from .inspection import Status, read_queue_usage, read_states
-from .payload import Decoder
 from .plugins import Plugins
 from .receivers import Receiver, Registry, Subscription, receiver_name
 from .resolvers import BUILTIN
-from .sources.notify import NotifySource
+from .sources.notify import NotifySource, Timing
 from .streams import Stream
 from .tables import Resolver
-from .triggers import names
 from .triggers.definitions import Definition, define
 from .triggers.installer import Limits, check, install, prune
 from .watchers import Watcher, normalize
@@ -62,7 +62,13 @@ class Hub:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._stopped.set()
-        self._run: _Run | None = None
+        self._run: Run | None = None
+        self._created: set[str] = set()
+
+    @property
+    def created(self) -> frozenset[str]:
+        """Names of the triggers that starting this Hub has created, which it leaves at its end."""
+        return frozenset(self._created)
 
     @property
     def running(self) -> bool:
@@ -82,6 +88,9 @@ class Hub:
         prune: bool = True,
         lock_timeout: float = 0.5,
         install_timeout: float = 10.0,
+        listen_dsn: str | None = None,
+        heartbeat: float = 30.0,
+        heartbeat_timeout: float = 10.0,
         resolvers: Sequence[Resolver] = (),
     ) -> Hub:
         """Install triggers for the watchers and deliver their events from now on.
@@ -94,7 +103,10 @@ class Hub:
         different ones, since starting removes triggers of the namespace that nobody listens to
         (``prune=False`` leaves them). ``lock_timeout`` bounds, in seconds, how long a table's
         writers may wait behind one try to install, ``install_timeout`` how long it goes on trying.
-        ``resolvers`` are asked for models before the built-in ones.
+        ``listen_dsn`` is a direct connection for listening when ``dsn`` goes through a pooler.
+        After ``heartbeat`` seconds of quiet a notification is sent round; a connection that stays
+        silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed within
+        their sum. ``resolvers`` are asked for models before the built-in ones.
 
         Returns once events are being received. Raises ConfigurationError, ConnectError and the
         other kinds of DatabaseError, StateError when it runs already.
@@ -115,19 +127,14 @@ class Hub:
         plan = normalize(watchers)
         if not plan:
             raise ConfigurationError("There is nothing to watch: give at least one watcher.")
-        with self._lock:
-            if self._run is not None:
-                raise StateError(
-                    "This Hub is running already. Call stop() first, or make another: "
-                    "pgsignals.Hub()."
-                )
-            plugins = Plugins()
-            plugins.load()
-            run = _Run(
+        self._begin(
+            lambda: _Run(
                 self,
                 dsn,
+                listen_dsn,
+                Timing(heartbeat, heartbeat_timeout),
                 plan,
-                (*resolvers, *plugins.resolvers(), *BUILTIN),
+                all_resolvers(resolvers),
                 namespace,
                 install,
                 prune,
@@ -135,17 +142,7 @@ class Hub:
                 workers,
                 queue_size,
             )
-            try:
-                run.source.start()
-            except BaseException:
-                run.source.stop(0)
-                self._registry.unbind()
-                raise
-            run.dispatcher.start()
-            self._timer.start()
-            self._run = run
-            self._stopped.clear()
-        atexit.register(_stop_at_exit, weakref.ref(self))
+        )
         log.debug("started with %d watchers", len(plan))
         return self
 
@@ -155,14 +152,11 @@ class Hub:
         Safe to call twice, before start, and from a receiver, which then is the last one called.
         Returns whether everything that had arrived was handled.
         """
-        deadline = time.monotonic() + timeout
         with self._lock:
             run, self._run = self._run, None
         if run is None:
             return True
-        run.source.stop(timeout)
-        drained = run.dispatcher.stop(max(0.0, deadline - time.monotonic()))
-        self._timer.stop(max(0.0, deadline - time.monotonic()))
+        drained = run.stop(timeout)
         for stream in list(self._streams):
             stream.close()
         self._registry.unbind()
@@ -299,6 +293,33 @@ class Hub:
     def __repr__(self) -> str:
         return f"<Hub {'running' if self.running else 'stopped'}>"
 
+    def _begin(self, make: Callable[[], Run]) -> None:
+        with self._lock:
+            if self._run is not None:
+                raise StateError(
+                    "This Hub is running already. Call stop() first, or make another: "
+                    "pgsignals.Hub()."
+                )
+            run = make()
+            try:
+                run.start()
+            except BaseException:
+                run.stop(0)
+                self._registry.unbind()
+                raise
+            self._run = run
+            self._stopped.clear()
+        atexit.register(_stop_at_exit, weakref.ref(self))
+
+    def _settle(self, timeout: float) -> bool:
+        """Wait until receivers have handled all that is committed by now; whether they have."""
+        run = self._run
+        if run is None:
+            raise StateError("The Hub is not running: nothing can arrive. Call start().")
+        settled = threading.Event()
+        run.settle(settled.set)
+        return settled.wait(timeout)
+
     def _failed(self, receiver: Any, event: Event, error: BaseException) -> None:
         name = receiver_name(receiver)
         log.error(
@@ -328,13 +349,38 @@ class Hub:
         self._send(self.gap, gap=gap)
 
 
+class Run(Protocol):
+    """What exists between ``start`` and ``stop``."""
+
+    def start(self) -> None:
+        """Deliver events from now on. When it raises, ``stop`` is called."""
+
+    def stop(self, timeout: float) -> bool:
+        """Deliver what has arrived, then end; whether that took less than ``timeout`` seconds."""
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """Have ``call`` made once all that is committed by now has been handled."""
+
+    def status(self) -> Status:
+        """How things stand."""
+
+
+def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
+    """``first``, those of the installed plugins, and the built-in ones."""
+    plugins = Plugins()
+    plugins.load()
+    return (*first, *plugins.resolvers(), *BUILTIN)
+
+
 class _Run:
-    """What exists between ``start`` and ``stop``; the sink of its source."""
+    """Events from the database; the sink of its source."""
 
     def __init__(
         self,
         hub: Hub,
         dsn: str,
+        listen_dsn: str | None,
+        timing: Timing,
         watchers: tuple[Watcher, ...],
         resolvers: Sequence[Resolver],
         namespace: str,
@@ -354,40 +400,38 @@ class _Run:
         self._limits = limits
         self._definitions: list[Definition] = []
         self.dispatcher = Dispatcher([InProcess(hub._registry, hub._failed)], workers, queue_size)
-        self.source = NotifySource(dsn, self.prepare, self)
+        self.source = NotifySource(dsn, listen_dsn or dsn, self, self, timing)
+        self._awaited: dict[str, Callable[[], None]] = {}
 
-    def prepare(self, connection: Connection) -> Mapping[str, Decoder]:
-        """Make a fresh connection hear the watchers' events."""
-        with connection.cursor() as cursor:
-            problem = self._define(cursor)
-            definitions = self._definitions
-            triggers = [definition.trigger for definition in definitions]
-            # Before looking whether the triggers are there: whoever prunes takes these locks, so
-            # that from here on nobody removes what we are about to rely on.
-            cursor.execute(
-                "SELECT pg_catalog.pg_advisory_lock_shared(%s, key)"
-                " FROM pg_catalog.unnest(%s::int[]) AS key",
-                (names.LOCK_CLASS, [trigger.lock_key for trigger in triggers]),
-            )
-            for trigger in triggers:
-                cursor.execute(f'LISTEN "{trigger.name}"')
-            if problem is None and self._install == "auto":
-                install(cursor, self._namespace, triggers, self._limits)
-            elif problem is None and self._install == "check":
-                check(cursor, self._namespace, triggers)
-            if self._prune and self._install == "auto":
-                prune(cursor, self._namespace, triggers, limits=self._limits)
-                self._prune = False
-            if problem is not None:
-                cursor.execute("SELECT pg_catalog.clock_timestamp()")
-                row = cursor.fetchone()
-                assert row is not None
-                self.gap(Gap(row[0], row[0], "watcher_broken", str(problem)))
-        cast = make_cast(connection)
-        return {d.channel: d.decoder(cast) for d in definitions}
+    def start(self) -> None:
+        self.source.start()
+        self.dispatcher.start()
+        self._hub._timer.start()
 
-    def _define(self, cursor: Any) -> PgSignalsError | None:
+    def stop(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        self.source.stop(timeout)
+        drained = self.dispatcher.stop(max(0.0, deadline - time.monotonic()))
+        self._hub._timer.stop(max(0.0, deadline - time.monotonic()))
+        return drained
+
+    def settle(self, call: Callable[[], None]) -> None:
+        marker = secrets.token_hex(8)
+        self._awaited[marker] = call
+        connection = connect(self._dsn)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_notify(%s, %s)", (self.source.own_channel, marker))
+        finally:
+            connection.close()
+
+    def reached(self, marker: str) -> None:
+        if (call := self._awaited.pop(marker, None)) is not None:
+            self.dispatcher.settle(call)
+
+    def define(self, cursor: Cursor) -> list[Definition]:
         """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
+        self._problem: ConfigurationError | None = None
         try:
             definitions = define(cursor, self._watchers, self._resolvers, self._namespace)
             self._hub._registry.bind([definition.topic for definition in definitions])
@@ -395,9 +439,25 @@ class _Run:
             if not self._definitions:
                 raise
             log.error("the watchers no longer fit the database: %s", error)
-            return error
-        self._definitions = definitions
-        return None
+            self._problem = error
+        else:
+            self._definitions = definitions
+        return self._definitions
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        """See that the triggers are there, as far as ``install=`` allows."""
+        triggers = [definition.trigger for definition in definitions]
+        if self._problem is not None:
+            now = datetime.now(timezone.utc)
+            self.gap(Gap(now, now, "watcher_broken", str(self._problem)))
+        elif self._install == "auto":
+            created = install(cursor, self._namespace, triggers, self._limits)
+            self._hub._created.update(trigger.name for trigger in created)
+            if self._prune:
+                prune(cursor, self._namespace, triggers, limits=self._limits)
+                self._prune = False
+        elif self._install == "check":
+            check(cursor, self._namespace, triggers)
 
     @property
     def full(self) -> bool:

@@ -68,6 +68,7 @@ class Registry:
         self._indexes: dict[Key, _Index] = {}
         self._subscriptions: dict[Subscription, None] = {}
         self._topics: Sequence[Topic] | None = None
+        self.observers: tuple[Callable[[Sequence[Event]], None], ...] = ()
         self._names: dict[Key, tuple[int | str, ...]] = {}
 
     def subscribe(
@@ -140,8 +141,50 @@ class Registry:
     def unbind(self) -> None:
         """Forget what is delivered; receivers stay for the next start."""
         with self._lock:
+            # The names stay, so that events which somebody kept can still be matched.
             self._topics = None
-            self._names = {}
+
+    def admit(self, topic: Topic) -> None:
+        """Deliver a topic without ``bind``: who else listens, and to what, is not checked.
+
+        Raises ReceiverError when a receiver asks for a column that the topic does not have.
+        """
+        with self._lock:
+            self._names[_key(topic)] = names = _names(topic, [topic])
+            for subscription in self._subscriptions:
+                if model_identity(subscription.target) in names and (
+                    not subscription.ops or topic.op in subscription.ops
+                ):
+                    _check_filters(subscription, topic)
+
+    def names(self, topic: Topic) -> tuple[int | str, ...]:
+        """What receivers may call the topic's model or watcher."""
+        return self._names.get(_key(topic), ())
+
+    def matcher(
+        self, target: Any, ops: tuple[str, ...], filters: dict[str, Any]
+    ) -> Callable[[Event], bool]:
+        """Whether a receiver of this gets an event.
+
+        Raises ReceiverError where ``subscribe`` does.
+        """
+        for op in ops:
+            _check_operation(op)
+        wanted = Subscription(_nothing, target, ops, filters, _nothing, "question")
+        with self._lock:
+            self._check(wanted)
+        identity = model_identity(target)
+        index = _Index()
+        index.add(wanted)
+
+        def matches(event: Event) -> bool:
+            topic = event._message.topic
+            if identity not in self.names(topic) or (ops and topic.op not in ops):
+                return False
+            known = ("id", *topic.key, *topic.values)
+            return all(name in known for name in filters) and bool(index.find(event))
+
+        return matches
 
     def receivers(self, topic: Topic) -> tuple[list[Any], list[_Index]]:
         """Who gets every event of the topic, and the indexes of who gets some."""
@@ -180,14 +223,7 @@ class Registry:
             return
         who = f"The {subscription.name}"
         for topic in self._check_delivered(who, subscription.target, subscription.ops):
-            known = ("id", *topic.key, *topic.values)
-            for name in subscription.filters:
-                if name not in known:
-                    raise ReceiverError(
-                        f"{who} asks for {name}=…, which events of {_topic_text(topic)} do not "
-                        f"carry{near(name, known)} They carry {', '.join(known)}; add "
-                        f"extra=[{name!r}] to the watcher."
-                    )
+            _check_filters(subscription, topic)
 
     def _check_delivered(self, who: str, target: Any, ops: tuple[str, ...]) -> list[Topic]:
         topics = self._topics or ()
@@ -209,6 +245,21 @@ class Registry:
             f"{f'The nearest: {nearest}' if nearest else 'There are no watchers'}; {fix}, or "
             "listen to what is delivered."
         )
+
+
+def _check_filters(subscription: Subscription, topic: Topic) -> None:
+    known = ("id", *topic.key, *topic.values)
+    for name in subscription.filters:
+        if name not in known:
+            raise ReceiverError(
+                f"The {subscription.name} asks for {name}=…, which events of {_topic_text(topic)} "
+                f"do not carry{near(name, known)} They carry {', '.join(known)}; add "
+                f"extra=[{name!r}] to the watcher."
+            )
+
+
+def _nothing(_: object) -> None:
+    """Stands where a function must."""
 
 
 class _Index:

@@ -20,6 +20,9 @@ class Sink(Protocol):
     def wait_for_room(self, timeout: float) -> bool:
         """Wait for at most ``timeout`` seconds until the source may read on; whether it may."""
 
+    def reached(self, marker: str) -> None:
+        """Take note that all that was committed before the marker has been submitted."""
+
     def gap(self, gap: Gap) -> None:
         """Tell the receivers of a Gap, before anything that is submitted later."""
 

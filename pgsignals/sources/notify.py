@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Protocol
 
 import psycopg2
-from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import Notify
+from psycopg2.extensions import cursor as Cursor
 
-from ..connection import Backoff, Waiter, connect, redact
-from ..errors import PayloadError, PgSignalsError
+from ..connection import Backoff, Session, Waiter, connect, redact
+from ..errors import ConnectError, PayloadError, PgSignalsError
 from ..events import Gap, Message
 from ..payload import Broken, Decoder
+from ..triggers import names
+from ..triggers.definitions import Definition
 from . import Sink
 
 log = logging.getLogger("pgsignals")
-
-Prepare = Callable[[Connection], Mapping[str, Decoder]]
 
 # How long reading may pause for slow receivers before events are shed: while it does, the server
 # keeps what we have not read in its notification queue, which all of its databases share.
@@ -28,26 +33,54 @@ PAUSE_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
 
 
-class NotifySource:
-    """Listens on one connection, in one thread, for as long as it is not stopped.
+@dataclass(frozen=True)
+class Timing:
+    """Patience with the server, in seconds.
 
-    ``prepare`` makes a fresh connection listen and says how to decode each of its channels.
+    After ``heartbeat`` of quiet a notification is sent to ourselves; when it, or anything else, has
+    not come after ``timeout``, the connection is given up. ``timeout`` also bounds connecting.
     """
 
-    def __init__(self, dsn: str, prepare: Prepare, sink: Sink) -> None:
+    heartbeat: float = 30.0
+    timeout: float = 10.0
+
+
+class Preparer(Protocol):
+    """What a source needs done before it can listen, through an ordinary connection."""
+
+    def define(self, cursor: Cursor) -> Sequence[Definition]:
+        """What to listen to."""
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        """Make sure that the triggers are there. Called when the source is listening already."""
+
+
+class NotifySource:
+    """Listens in one session, from one thread, for as long as it is not stopped.
+
+    ``dsn`` is for the catalogue and for installing, ``listen_dsn`` for listening.
+    """
+
+    def __init__(
+        self, dsn: str, listen_dsn: str, preparer: Preparer, sink: Sink, timing: Timing
+    ) -> None:
         self._dsn = dsn
-        self._prepare = prepare
+        self._listen_dsn = listen_dsn
+        self._preparer = preparer
         self._sink = sink
+        self._timing = timing
         self._waiter = Waiter()
         self._backoff = Backoff()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="pgsignals-source", daemon=True)
-        self._connection: Connection | None = None
+        self._session: Session | None = None
         self._decoders: Mapping[str, Decoder] = {}
+        self.own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
         self._clock_offset = timedelta(0)
-        self._heard = datetime.now(timezone.utc)
+        self._heard = self._asked = datetime.now(timezone.utc)
         self._loss = ""
         self._shedding_since: datetime | None = None
+        self._shed_until = self._heard
         self.invalid = 0
         self.reconnects = 0
         self.shed = 0
@@ -56,7 +89,7 @@ class NotifySource:
     @property
     def is_connected(self) -> bool:
         """Whether it is listening now."""
-        return self._connection is not None
+        return self._session is not None
 
     def start(self) -> None:
         """Connect once in the caller's thread, so that it gets the error, then listen."""
@@ -64,7 +97,7 @@ class NotifySource:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Stop listening and close the connection."""
+        """Stop listening and close the session."""
         self._stopping = True
         self._waiter.wake()
         if self._thread.ident is None:
@@ -99,54 +132,72 @@ class NotifySource:
                 self._reconnect()
 
     def _listen(self) -> None:
-        connection = self._connection
-        assert connection is not None
+        session = self._session
+        assert session is not None
         self._sink.connected()
-        self._drain(connection)
+        quiet_since = time.monotonic()
+        asked_at: float | None = None
         while not self._stopping:
-            pause = 0.1 if self._shedding_since is not None else None
-            if self._waiter.wait(connection.fileno(), pause):
-                self._drain(connection)
+            if self._receive_all(session):
+                quiet_since, asked_at = time.monotonic(), None
             self._end_shedding()
+            now = time.monotonic()
+            if asked_at is not None and now - asked_at >= self._timing.timeout:
+                raise TimeoutError(f"no answer to the heartbeat within {self._timing.timeout:g} s")
+            if asked_at is None and now - quiet_since >= self._timing.heartbeat:
+                # Only a notification proves that notifications arrive; SELECT 1 would not.
+                session.send(f'NOTIFY "{self.own_channel}"')
+                self._asked = self._now()
+                asked_at = now
+            due = (
+                quiet_since + self._timing.heartbeat
+                if asked_at is None
+                else asked_at + self._timing.timeout
+            )
+            pause = 0.1 if self._shedding_since is not None else max(0.0, due - now)
+            session.wait(pause)
 
-    def _drain(self, connection: Connection) -> None:
-        """Handle all that has arrived.
-
-        Over TLS, one poll may bring one notification of several that the socket no longer shows.
-        """
-        connection.poll()
-        while connection.notifies:
-            arrived = connection.notifies[:]
-            del connection.notifies[: len(arrived)]
-            self._heard = self._now()
+    def _receive_all(self, session: Session) -> bool:
+        """Handle all that has arrived; whether there was anything."""
+        heard = False
+        while arrived := session.receive():
+            heard = True
             for notify in arrived:
                 if self._stopping:
-                    return
-                self._receive(notify.channel, notify.payload)
-            connection.poll()
+                    break
+                self._receive(notify)
+        return heard
 
-    def _receive(self, channel: str, payload: str) -> None:
-        decoder = self._decoders.get(channel)
+    def _receive(self, notify: Notify) -> None:
+        if notify.channel == self.own_channel:
+            if notify.payload:
+                self._sink.reached(notify.payload)
+            # All that was committed before we asked has arrived.
+            self._heard = self._asked
+            return
+        decoder = self._decoders.get(notify.channel)
         if decoder is None:
             return
         try:
-            message = decoder.decode(payload)
+            message = decoder.decode(notify.payload)
         except PayloadError as error:
             self.invalid += 1
             log.warning(
                 "ignored a payload on %s that is not from pgsignals: %s",
-                channel,
+                notify.channel,
                 error,
-                extra={"channel": channel},
+                extra={"channel": notify.channel},
             )
             return
         if isinstance(message, Message):
             self.received += len(message.rows)
+            # Notifications come in the order of their commits: nothing before this is missing.
+            self._heard = max(self._heard, min(message.at, self._now()))
             if self._has_room(message):
                 self._sink.submit(message)
         elif isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
-            log.error("a watcher is broken: %s", message.error, extra={"channel": channel})
+            log.error("a watcher is broken: %s", message.error, extra={"channel": notify.channel})
             self._sink.gap(Gap(at, at, "watcher_broken", message.error))
 
     def _has_room(self, message: Message) -> bool:
@@ -154,6 +205,7 @@ class NotifySource:
         if self._shedding_since is not None:
             if self._sink.full or not self._end_shedding():
                 self.shed += len(message.rows)
+                self._shed_until = message.at
                 return False
             return True
         deadline = time.monotonic() + PAUSE_SECONDS
@@ -161,7 +213,7 @@ class NotifySource:
             if self._sink.wait_for_room(0.1):
                 break
             if time.monotonic() >= deadline:
-                self._shedding_since = message.at
+                self._shedding_since = self._shed_until = message.at
                 self.shed += len(message.rows)
                 log.error("receivers are too slow: shedding events until there is room")
                 return False
@@ -172,33 +224,80 @@ class NotifySource:
         if self._shedding_since is None or not self._sink.wait_for_room(0):
             return self._shedding_since is None
         since, self._shedding_since = self._shedding_since, None
-        self._sink.gap(Gap(since, self._now(), "overflow", "receivers were too slow"))
+        until = max(self._now(), self._shed_until)
+        self._sink.gap(Gap(since, until, "overflow", "receivers were too slow"))
         return True
 
     def _now(self) -> datetime:
+        """The server's clock, late by a network's delay at most."""
         return datetime.now(timezone.utc) + self._clock_offset
 
-    def _open(self) -> None:
-        connection = connect(self._dsn)
+    def _open(self) -> datetime:
+        """Connect, listen, install; returns the server's time from which on nothing is missed."""
+        connection = connect(self._dsn, self._timing.timeout)
+        session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
         try:
-            self._decoders = self._prepare(connection)
             with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_catalog.clock_timestamp()")
-                row = cursor.fetchone()
-            assert row is not None
-            self._clock_offset = row[0] - datetime.now(timezone.utc)
+                definitions = self._preparer.define(cursor)
+                session.open(self._timing.timeout)
+                listening = self._begin_listening(session, definitions)
+                self._preparer.install(cursor, definitions)
+            cast = session.cast()
+            self._decoders = {d.channel: d.decoder(cast) for d in definitions}
         except BaseException:
-            connection.close()
+            session.close()
             raise
-        self._connection = connection
+        finally:
+            connection.close()
+        self._session = session
+        self._asked = self._heard = listening
+        return listening
+
+    def _begin_listening(self, session: Session, definitions: Sequence[Definition]) -> datetime:
+        timeout = self._timing.timeout
+        [(standby,)] = session.execute("SELECT pg_catalog.pg_is_in_recovery()", timeout=timeout)
+        if standby:
+            raise ConnectError(
+                f"The server at {redact(self._listen_dsn)} is a standby, where LISTEN is not "
+                "possible. Connect to the primary: target_session_attrs=read-write in the DSN "
+                "picks it among several hosts."
+            )
+        self._prove_round_trip(session)
+        # Before looking whether the triggers are there: whoever prunes takes these locks, so that
+        # from here on nobody removes what we are about to rely on.
+        session.execute(
+            "SELECT pg_catalog.pg_advisory_lock_shared(%s, key)"
+            " FROM pg_catalog.unnest(%s::int[]) AS key",
+            (names.LOCK_CLASS, [d.trigger.lock_key for d in definitions]),
+            timeout=timeout,
+        )
+        for definition in definitions:
+            session.execute(f'LISTEN "{definition.channel}"', timeout=timeout)
+        [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
+        self._clock_offset = listening - datetime.now(timezone.utc)
+        return listening
+
+    def _prove_round_trip(self, session: Session) -> None:
+        """Behind a pooler that pools transactions, LISTEN succeeds and nothing ever arrives."""
+        timeout = self._timing.timeout
+        session.execute(f'LISTEN "{self.own_channel}"', timeout=timeout)
+        session.execute(f'NOTIFY "{self.own_channel}"', timeout=timeout)
+        deadline = time.monotonic() + timeout
+        while not session.receive():
+            if time.monotonic() >= deadline or self._stopping:
+                raise ConnectError(
+                    f"At {redact(self._listen_dsn)} LISTEN succeeds, but a notification to "
+                    f"ourselves did not come back within {timeout:g} s. PgBouncer with "
+                    "pool_mode=transaction (or statement) does that: keep the pooled DSN, and give "
+                    "a direct one to listen on with listen_dsn=."
+                )
+            session.wait(deadline - time.monotonic())
 
     def _close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            try:
-                connection.close()
-            except psycopg2.Error as error:
-                log.debug("closing a broken connection: %s", redact(str(error)))
+        session, self._session = self._session, None
+        if session is not None:
+            with contextlib.suppress(psycopg2.Error):
+                session.close()
 
     def _reconnect(self) -> None:
         """Connect again, however long it takes, and announce what may have been missed."""
@@ -208,13 +307,12 @@ class NotifySource:
             if self._stopping:
                 return
             try:
-                self._open()
+                until = self._open()
             except (PgSignalsError, psycopg2.Error, OSError) as error:
                 log.warning("still not connected: %s", redact(str(error)).strip())
                 continue
             self.reconnects += 1
-            # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
-            until = self._heard = self._now()
             log.info("connected again; events since %s may be missing", since)
+            # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
             self._sink.gap(Gap(since, until, "reconnected", self._loss))
             return
