@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psycopg2.extensions import cursor as Cursor
 
-from .errors import WatcherError
+from .errors import ModelError, WatcherError
 from .events import model_name
-from .tables import Resolver
+from .tables import Resolver, resolve
 from .triggers.catalogue import Installed, read_installed
 from .triggers.definitions import Definition, define
-from .triggers.installer import INSTALLED, MISSING, OUTDATED, STALE, State, plan
+from .triggers.installer import MISSING, OUTDATED, State, judge, plan
 from .watchers import Watcher
 
 
@@ -39,14 +39,14 @@ class Status:
 def read_states(
     cursor: Cursor, watchers: Sequence[Watcher], resolvers: Sequence[Resolver], namespace: str
 ) -> list[State]:
-    """How the trigger of each watcher stands, and the stale ones of the namespace.
+    """How the trigger of each watcher stands, and then the others of the namespace.
 
-    Without watchers it judges by the database alone: what somebody listens to is INSTALLED, what
-    nobody listens to is STALE, and what misses a column is OUTDATED.
+    Triggers that no watcher needs are INSTALLED when somebody listens to them and STALE when nobody
+    does; without watchers that is how all are judged.
     """
     installed = read_installed(cursor, namespace)
     if not watchers:
-        return [_judge(item) for item in installed]
+        return [judge(item) for item in installed]
     definitions: list[Definition] = []
     broken: list[State] = []
     explained: set[str] = set()
@@ -54,42 +54,35 @@ def read_states(
         try:
             definitions += define(cursor, [watcher], resolvers, namespace)
         except WatcherError as error:
+            former = _former(watcher, resolvers, installed)
             for op in watcher.ops:
-                former = [
-                    item
-                    for item in installed
-                    if item.missing_columns
-                    and (item.tag.op, item.tag.label) == (op, watcher.label)
-                ]
-                explained.update(item.name for item in former)
-                broken.append(
-                    State(
-                        OUTDATED if former else MISSING,
-                        former[0].schema if former else "",
-                        former[0].table if former else model_name(watcher.model),
-                        op,
-                        watcher.label,
-                        former[0].name if former else "",
-                        former[0].listeners if former else 0,
-                        str(error),
-                    )
-                )
+                item = former.get(op)
+                if item is None:
+                    name = model_name(watcher.model)
+                    state = State(MISSING, "", name, op, watcher.label, "", 0, str(error))
+                else:
+                    explained.add(item.name)
+                    state = replace(judge(item), status=OUTDATED, detail=str(error))
+                broken.append(state)
     states = plan([definition.trigger for definition in definitions], installed).states
     return [state for state in states if state.name not in explained] + broken
 
 
-def _judge(item: Installed) -> State:
-    status, detail = (INSTALLED if item.listeners else STALE), ""
-    if item.missing_columns:
-        status, detail = OUTDATED, f"the table has no column {item.missing_columns[0]!r} any more"
-    elif item.table is None:
-        detail = "a function without its trigger"
-    elif item.enabled == "D":
-        status, detail = OUTDATED, "the trigger is disabled"
-    return State(
-        status, item.schema, item.table, item.tag.op, item.tag.label, item.name, item.listeners,
-        detail,
-    )
+def _former(
+    watcher: Watcher, resolvers: Sequence[Resolver], installed: Sequence[Installed]
+) -> dict[str, Installed]:
+    """By operation, the triggers of a watcher that no longer fits its table."""
+    try:
+        ref, _ = resolve(watcher.model, resolvers)
+    except ModelError:
+        return {}
+    return {
+        item.tag.op: item
+        for item in installed
+        if item.table == ref.name
+        and ref.schema in (None, item.schema)
+        and item.tag.label == watcher.label
+    }
 
 
 def read_queue_usage(cursor: Cursor) -> float:

@@ -1,4 +1,4 @@
-"""What is installed: our tagged triggers and functions as the catalogue has them."""
+"""What is installed: our tagged functions and their triggers as the catalogue has them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import names
 
 
 class Tag(msgspec.Struct, frozen=True, rename={"format": "pgsignals"}):
-    """The COMMENT that marks an object as ours and says what it is for."""
+    """The COMMENT that marks a function as ours and says what it is for."""
 
     format: int
     namespace: str
@@ -23,9 +23,14 @@ class Tag(msgspec.Struct, frozen=True, rename={"format": "pgsignals"}):
 
 @dataclass(frozen=True)
 class Installed:
-    """One trigger of ours; ``table`` None for a function whose table is gone."""
+    """One function of ours and its trigger; both have the same ``name``.
+
+    ``schema`` and ``table`` are where the trigger is now: a table may have been renamed or moved
+    since. Without a trigger ``table`` is None, and ``schema`` the function's.
+    """
 
     tag: Tag
+    function_schema: str
     schema: str
     table: str | None
     name: str
@@ -42,26 +47,24 @@ class Installed:
 
 _tags = msgspec.json.Decoder(Tag)
 
-_TRIGGERS = """
-SELECT d.description, n.nspname, c.relname, t.tgname, t.tgenabled, p.prosrc,
+# Only functions carry a tag: to comment on a trigger one must own the table, while TRIGGER is all
+# it takes to create one. The clones that PostgreSQL keeps in partitions have a parent.
+_FUNCTIONS = """
+SELECT DISTINCT ON (f.nspname, p.proname)
+       d.description, f.nspname, coalesce(n.nspname, f.nspname), c.relname, p.proname,
+       coalesce(t.tgenabled, 'O'), p.prosrc,
        ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
              WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
-FROM pg_catalog.pg_trigger t
-JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
-JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid AND p.pronamespace = c.relnamespace
-JOIN pg_catalog.pg_description d
-  ON d.objoid = t.oid AND d.classoid = 'pg_catalog.pg_trigger'::pg_catalog.regclass
-WHERE t.tgparentid = 0 AND t.tgname LIKE 'pgsignals\\_%'
-UNION ALL
-SELECT d.description, n.nspname, NULL, p.proname, 'O', p.prosrc, NULL
 FROM pg_catalog.pg_proc p
-JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace
 JOIN pg_catalog.pg_description d
   ON d.objoid = p.oid AND d.classoid = 'pg_catalog.pg_proc'::pg_catalog.regclass
-WHERE p.proname LIKE 'pgsignals\\_%'
-  AND NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgfoid = p.oid)
-ORDER BY 2, 3, 4
+LEFT JOIN pg_catalog.pg_trigger t
+  ON t.tgfoid = p.oid AND t.tgname = p.proname AND t.tgparentid = 0
+LEFT JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE p.proname LIKE 'pgsignals\\_%' AND p.pronargs = 0
+ORDER BY f.nspname, p.proname, t.oid
 """
 
 # Advisory keys are 32-bit numbers that pg_locks shows as unsigned oids.
@@ -77,24 +80,26 @@ GROUP BY 1
 
 
 def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
-    """Our triggers, and functions left over, of one namespace.
+    """Our functions of one namespace with their triggers, by table and operation.
 
     What does not carry a tag of ours is never returned, whatever its name.
     """
     cursor.execute(_LISTENERS, (names.LOCK_CLASS,))
     listeners = {int(key): int(count) for key, count in cursor.fetchall()}
-    cursor.execute(_TRIGGERS)
+    cursor.execute(_FUNCTIONS)
     found = []
-    for description, schema, table, name, enabled, body, columns in cursor.fetchall():
+    for description, home, schema, table, name, enabled, body, columns in cursor.fetchall():
         try:
             tag = _tags.decode(description)
         except (msgspec.MsgspecError, RecursionError):
             continue
         if tag.namespace != namespace or name != names.object_name(tag.hash):
             continue
-        gone = () if columns is None else tuple(c for c in tag.columns if c not in columns)
+        gone = () if table is None else tuple(c for c in tag.columns if c not in columns)
         key = names.lock_key(tag.hash) & 0xFFFFFFFF
         found.append(
-            Installed(tag, schema, table, name, enabled, body, gone, listeners.get(key, 0))
+            Installed(
+                tag, home, schema, table, name, enabled, body, gone, listeners.get(key, 0)
+            )
         )
-    return found
+    return sorted(found, key=lambda item: (item.schema, item.table or "", item.tag.op, item.name))

@@ -51,6 +51,7 @@ def define(
     schemas: list[str] = row[0] if row is not None else []
     path = sql.SQL(", ").join(sql.Identifier(s) for s in (*schemas, "pg_temp")).as_string(cursor)
     found = []
+    found_by_name: dict[str, Watcher] = {}
     tables: dict[int | str, tuple[Table, Resolver]] = {}
     for watcher in watchers:
         identity = model_identity(watcher.model)
@@ -76,6 +77,12 @@ def define(
             if spec.when is not None:
                 _check_condition(cursor, watcher, spec)
             trigger = compile_trigger(spec, cursor, path)
+            twin = found_by_name.setdefault(trigger.name, watcher)
+            if twin is not watcher:
+                raise WatcherError(
+                    f"The watchers {twin} and {watcher} both deliver {op!r} of {table.qualified} "
+                    "with nothing to tell them apart: drop one, or give it a label."
+                )
             topic = Topic(
                 model=watcher.model,
                 op=op,
@@ -129,15 +136,16 @@ def _check_condition(cursor: Cursor, watcher: Watcher, spec: Specification) -> N
 
     Raises WatcherError with PostgreSQL's message and the position in the user's text.
     """
-    table = sql.Identifier(spec.table.schema, spec.table.name)
     sides = {"inserted": ["new"], "deleted": ["old"]}.get(spec.op, ["new", "old"])
+    # A row made from the table's type: reading the table itself may be more than the role may do.
+    row = sql.SQL("(SELECT (NULL::{}).*) AS {}")
+    rows = [
+        row.format(sql.Identifier(spec.table.schema, spec.table.name), sql.SQL(side))
+        for side in sides
+    ]
     head = (
         sql.SQL("EXPLAIN SELECT FROM {} WHERE (\n")
-        .format(
-            sql.SQL(" CROSS JOIN ").join(
-                sql.SQL("{} AS {}").format(table, sql.SQL(side)) for side in sides
-            )
-        )
+        .format(sql.SQL(" CROSS JOIN ").join(rows))
         .as_string(cursor)
     )
     assert spec.when is not None

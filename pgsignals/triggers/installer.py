@@ -8,16 +8,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import psycopg2
 from psycopg2 import errors as pg
+from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import DatabaseError, DriftError, InstallLockError, PrivilegeError
+from ..errors import (
+    ConfigurationError,
+    DatabaseError,
+    DriftError,
+    InstallLockError,
+    PrivilegeError,
+)
 from . import names
 from .catalogue import Installed, read_installed
-from .sql import Trigger, drop_statements
+from .sql import Trigger, drop_statement
 
 log = logging.getLogger("pgsignals")
 
@@ -30,17 +39,28 @@ INSTALLED, OUTDATED, MISSING, STALE = "INSTALLED", "OUTDATED", "MISSING", "STALE
 class Limits:
     """How long installing may take, in seconds.
 
-    ``lock``: how long one attempt waits for a table, and so how long writers may queue behind it.
-    ``total``: when to give up.
+    ``lock``: how long one attempt waits for a table (or for one partition of it), and so how long
+    writers may queue behind it. ``total``: when to give up on a table.
     """
 
     lock: float = 0.5
     total: float = 10.0
 
+    def __post_init__(self) -> None:
+        # PostgreSQL counts milliseconds, and takes none for no limit at all.
+        if not self.lock >= 0.001:
+            raise ConfigurationError(f"lock_timeout={self.lock!r}: give seconds, 0.001 or more.")
+        if not self.total > 0:
+            raise ConfigurationError(f"install_timeout={self.total!r}: give seconds, more than 0.")
+
 
 @dataclass(frozen=True)
 class State:
-    """How one trigger stands. ``detail`` says why it is OUTDATED."""
+    """How one trigger stands; ``detail`` says why.
+
+    INSTALLED: as a watcher needs it, or somebody else listens to it. OUTDATED: it is there, but
+    not as it should be. MISSING: a watcher needs it. STALE: no watcher needs it and nobody listens.
+    """
 
     status: str
     schema: str
@@ -59,42 +79,26 @@ class Plan:
     states: list[State] = field(default_factory=list)
     statements: list[str] = field(default_factory=list)
     created: list[Trigger] = field(default_factory=list)
-    stale: list[Installed] = field(default_factory=list)
+    unwanted: list[Installed] = field(default_factory=list)
 
 
 def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
     """Compare. Pure: it looks at nothing but its arguments."""
     result = Plan()
-    by_name = {(item.schema, item.table, item.name): item for item in installed}
-    by_identity = {_identity(item): item for item in installed}
-    known = set()
-    # In the order of their tables, so that two installers cannot wait for each other's locks.
-    ordered = sorted(wanted, key=lambda t: (t.spec.table.schema, t.spec.table.name, t.name))
-    for trigger in ordered:
+    others = {(item.function_schema, item.name): item for item in installed}
+    identities = {_identity(item) for item in installed}
+    creates: list[str] = []
+    for trigger in sorted(wanted, key=lambda trigger: (*_place(trigger), trigger.name)):
         spec = trigger.spec
-        place = (spec.table.schema, spec.table.name, trigger.name)
-        present = by_name.get(place)
-        orphan = by_name.get((spec.table.schema, None, trigger.name))
-        known.update((place, (spec.table.schema, None, trigger.name)))
-        detail = ""
-        if present is None:
-            former = by_identity.get(
-                (spec.table.schema, spec.table.name, spec.op, spec.label)
-            )
-            status = MISSING if former is None else OUTDATED
-            if former is not None:
-                detail = "installed for another definition of the watcher or of the table"
-        elif present.enabled != ("A" if spec.replicated else "O"):
-            status, detail = OUTDATED, "the trigger is disabled"
-        elif present.body != trigger.body:
-            status, detail = OUTDATED, "somebody has changed the function"
-        else:
-            status = INSTALLED
+        present = others.pop((spec.table.schema, trigger.name), None)
+        status, detail = _compare(trigger, present)
+        if present is None and (*_place(trigger), spec.op, spec.label) in identities:
+            status = OUTDATED
+            detail = "installed for another definition of the watcher or of the table"
         result.states.append(
             State(
                 status,
-                spec.table.schema,
-                spec.table.name,
+                *_place(trigger),
                 spec.op,
                 spec.label,
                 trigger.name,
@@ -106,27 +110,56 @@ def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
             continue
         if present is not None:
             result.statements += trigger.drop
-        elif orphan is not None:
-            result.statements += trigger.drop[-1:]
-        result.statements += trigger.create
+        creates += trigger.create
         result.created.append(trigger)
-    for place, item in by_name.items():
-        if place not in known:
-            result.stale.append(item)
-            result.states.append(_stale_state(item))
+    # Dropping first takes the stronger lock first, so that no lock is ever raised to a stronger
+    # one, by which two transactions could come to wait for each other.
+    result.statements += creates
+    for item in others.values():
+        result.unwanted.append(item)
+        result.states.append(judge(item))
     return result
+
+
+def judge(item: Installed) -> State:
+    """How a trigger stands that none of the watchers at hand needs."""
+    status, detail = INSTALLED if item.listeners else STALE, ""
+    if item.missing_columns:
+        detail = f"the table has no column {item.missing_columns[0]!r} any more"
+    elif item.table is None:
+        detail = "a function without its trigger"
+    elif item.enabled == "D":
+        detail = "the trigger is disabled"
+    if detail and item.listeners:
+        status = OUTDATED
+    return State(
+        status, item.schema, item.table, item.tag.op, item.tag.label, item.name, item.listeners,
+        detail,
+    )
+
+
+def _compare(trigger: Trigger, present: Installed | None) -> tuple[str, str]:
+    if present is None:
+        return MISSING, ""
+    if present.table is None:
+        return MISSING, "its function is there, but not the trigger"
+    if (present.schema, present.table) != _place(trigger):
+        return MISSING, f"the table that had it is now {present.schema}.{present.table}"
+    if present.enabled == "D":
+        return OUTDATED, "the trigger is disabled"
+    if present.enabled != ("A" if trigger.spec.replicated else "O"):
+        return OUTDATED, "somebody has changed when the trigger fires"
+    if present.body != trigger.body:
+        return OUTDATED, "somebody has changed the function"
+    return INSTALLED, ""
+
+
+def _place(trigger: Trigger) -> tuple[str, str]:
+    return trigger.spec.table.schema, trigger.spec.table.name
 
 
 def _identity(item: Installed) -> tuple[str, str | None, str, str | None]:
     return item.schema, item.table, item.tag.op, item.tag.label
-
-
-def _stale_state(item: Installed) -> State:
-    detail = f"no column {item.missing_columns[0]!r} any more" if item.missing_columns else ""
-    return State(
-        STALE, item.schema, item.table, item.tag.op, item.tag.label, item.name, item.listeners,
-        detail,
-    )
 
 
 def install(
@@ -134,26 +167,70 @@ def install(
 ) -> list[Trigger]:
     """Create what is missing or outdated; returns what was created.
 
+    Each table gets its triggers in a transaction of its own: whoever holds the lock of one table
+    never waits for that of another, so that no writer can be caught in a deadlock with us.
     Runs no DDL at all when nothing differs. The cursor's connection is in autocommit mode.
     Raises PrivilegeError, InstallLockError, DatabaseError.
     """
-    if not plan(wanted, read_installed(cursor, namespace)).statements:
-        return []
+    pending = plan(wanted, read_installed(cursor, namespace)).created
+    tables = [list(triggers) for _, triggers in groupby(pending, _place)]
+    for triggers in tables:
+        _check_privileges(cursor, triggers[0])
+    created: list[Trigger] = []
+    for triggers in tables:
+        created += _install_on_table(cursor, namespace, triggers, limits)
+    return created
 
+
+def _install_on_table(
+    cursor: Cursor, namespace: str, triggers: Sequence[Trigger], limits: Limits
+) -> list[Trigger]:
     def apply() -> list[Trigger]:
-        change = plan(wanted, read_installed(cursor, namespace))
+        change = plan(triggers, read_installed(cursor, namespace))
         for statement in change.statements:
-            log.debug("install: %s", statement.partition("\n")[0])
+            log.debug("installing: %s", statement.partition("\n")[0])
             cursor.execute(statement)
         return change.created
 
-    created = _locked(cursor, limits, apply)
+    created = _locked(cursor, limits, *_place(triggers[0]), apply)
     for trigger in created:
         log.info(
             "installed trigger %s for %s on %s",
             trigger.name, trigger.spec.op, trigger.spec.table.qualified,
         )
     return created
+
+
+def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
+    """Raise PrivilegeError, with the GRANTs that would help, if the role may not install."""
+    table = trigger.spec.table
+    cursor.execute(
+        "SELECT pg_catalog.has_table_privilege(%s, 'TRIGGER'),"
+        " pg_catalog.has_schema_privilege(%s, 'CREATE'),"
+        " current_user",
+        (table.oid, table.schema),
+    )
+    row = cursor.fetchone()
+    assert row is not None
+    may_trigger, may_create, role = row
+    lacking: list[str] = []
+    grants: list[tuple[str, tuple[str, ...]]] = []
+    if not may_trigger:
+        lacking.append(f"TRIGGER on {table.qualified}")
+        grants.append(("GRANT TRIGGER ON {} TO {}", (table.schema, table.name)))
+    if not may_create:
+        lacking.append(f"CREATE on the schema {table.schema}")
+        grants.append(("GRANT CREATE ON SCHEMA {} TO {}", (table.schema,)))
+    if lacking:
+        fix = "; ".join(
+            sql.SQL(text).format(sql.Identifier(*name), sql.Identifier(role)).as_string(cursor)
+            for text, name in grants
+        )
+        raise PrivilegeError(
+            f"The role {role!r} lacks {' and '.join(lacking)}, which installing takes. Run "
+            "`pgsignals install` as the tables' owner and start with install=\"check\", or have "
+            f"the owner run: {fix}."
+        )
 
 
 def check(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> None:
@@ -189,28 +266,21 @@ def prune(
     to another role, is left and logged: it costs writers little and a later start tries again.
     """
     removed = []
-    for item in plan(keep, read_installed(cursor, namespace)).stale:
+    for item in plan(keep, read_installed(cursor, namespace)).unwanted:
         if item.listeners or (only is not None and item.name not in only):
             continue
         try:
             with _transaction(cursor):
                 _set_lock_timeout(cursor, limits.lock)
-                # Whoever starts with this trigger takes the lock first, then looks for it.
-                cursor.execute(
-                    "SELECT pg_catalog.pg_try_advisory_xact_lock(%s, %s)",
-                    (names.LOCK_CLASS, names.lock_key(item.hash)),
-                )
-                row = cursor.fetchone()
-                if row is None or not row[0]:
+                if not _claim(cursor, item):
                     continue
-                for statement in drop_statements(cursor, item.schema, item.table, item.name):
-                    cursor.execute(statement)
+                cursor.execute(drop_statement(cursor, item.function_schema, item.name))
         except psycopg2.Error as error:
             if cursor.connection.closed:
                 raise
-            log.info("left the stale trigger %s: %s", item.name, str(error).strip())
+            log.warning("left the stale trigger %s: %s", item.name, str(error).strip())
             continue
-        log.info("removed stale trigger %s on %s.%s", item.name, item.schema, item.table)
+        log.info("removed the stale trigger %s of %s.%s", item.name, item.schema, item.table)
         removed.append(item)
     return removed
 
@@ -220,33 +290,56 @@ def uninstall(
 ) -> list[Installed]:
     """Remove every trigger of the namespace; returns what was removed.
 
-    Raises DatabaseError when somebody listens, unless ``force``.
+    Raises DatabaseError when somebody listens, unless ``force``; PrivilegeError, InstallLockError.
     """
+    installed = read_installed(cursor, namespace)
 
-    def apply() -> list[Installed]:
-        installed = read_installed(cursor, namespace)
-        live = [item for item in installed if item.listeners]
-        if live and not force:
-            raise DatabaseError(
-                f"{live[0].listeners} listener(s) use the triggers of namespace {namespace!r}, "
-                f"{live[0].tag.op} on {live[0].schema}.{live[0].table} among them, and would hear "
-                "nothing any more. Stop them first, or force it."
-            )
-        for item in installed:
-            for statement in drop_statements(cursor, item.schema, item.table, item.name):
-                cursor.execute(statement)
-        return installed
+    def remove(item: Installed) -> None:
+        if not _claim(cursor, item) and not force:
+            raise _in_use(namespace, item)
+        cursor.execute(drop_statement(cursor, item.function_schema, item.name))
 
-    return _locked(cursor, limits, apply)
+    for item in installed:
+        if item.listeners and not force:
+            raise _in_use(namespace, item)
+    for item in installed:
+        _locked(cursor, limits, item.schema, item.table, partial(remove, item))
+        log.info("removed the trigger %s of %s.%s", item.name, item.schema, item.table)
+    return installed
 
 
-def _locked(cursor: Cursor, limits: Limits, apply: Callable[[], T]) -> T:
+def _claim(cursor: Cursor, item: Installed) -> bool:
+    """Take the listeners' lock for the transaction; False when somebody listens.
+
+    Whoever starts with this trigger takes the lock first and looks for the trigger then, so that
+    it either keeps us from removing it or finds it gone.
+    """
+    cursor.execute(
+        "SELECT pg_catalog.pg_try_advisory_xact_lock(%s, %s)",
+        (names.LOCK_CLASS, names.lock_key(item.hash)),
+    )
+    row = cursor.fetchone()
+    return row is not None and bool(row[0])
+
+
+def _in_use(namespace: str, item: Installed) -> DatabaseError:
+    return DatabaseError(
+        f"Somebody listens to the triggers of namespace {namespace!r}, {item.tag.op} on "
+        f"{item.schema}.{item.table} among them ({item.listeners} listeners), and would hear "
+        "nothing any more. Stop them first, or force it."
+    )
+
+
+def _locked(
+    cursor: Cursor, limits: Limits, schema: str, table: str | None, apply: Callable[[], T]
+) -> T:
     """Run ``apply`` in a transaction that holds the install lock, trying until it gets all locks.
 
     Each try gives up its locks after ``limits.lock`` and pauses, so that writers are never queued
     behind us for longer.
     """
-    deadline = time.monotonic() + limits.total
+    began = time.monotonic()
+    deadline = began + limits.total
     attempt = 0
     while True:
         attempt += 1
@@ -264,40 +357,64 @@ def _locked(cursor: Cursor, limits: Limits, apply: Callable[[], T]) -> T:
             pause = random.uniform(0.5, 1.5) * limits.lock
             if time.monotonic() + pause >= deadline:
                 raise InstallLockError(
-                    f"Installing triggers gave up after {limits.total:g} s and {attempt} tries of "
-                    f"{limits.lock:g} s: {error.diag.message_primary}.{_holders(cursor)} "
-                    "Try again when that transaction has ended, or allow more time with "
-                    "install_timeout=."
+                    f"The triggers of {schema}.{table} could not be changed within "
+                    f"{time.monotonic() - began:.1f} s, in {attempt} tries that waited "
+                    f"{limits.lock:g} s each: {error.diag.message_primary}."
+                    f"{_holders(cursor, schema, table)} Try again when that has ended, or allow "
+                    "more time with install_timeout=."
                 ) from error
-            log.info("a table is locked; trying again in %.1f s", pause)
+            log.info("%s.%s is locked; trying again in %.1f s", schema, table, pause)
             time.sleep(pause)
         except pg.InsufficientPrivilege as error:
             raise PrivilegeError(
-                f"{error.diag.message_primary}. Installing needs TRIGGER on the watched tables "
-                "and CREATE on their schemas: run `pgsignals install` as the tables' owner and "
-                'start with install="check", or GRANT them.'
+                f"{error.diag.message_primary}. Run `pgsignals install` as the owner of "
+                f'{schema}.{table}, and start with install="check".'
             ) from error
         except (pg.DuplicateObject, pg.DuplicateFunction) as error:
             raise DatabaseError(
-                f"{error.diag.message_primary}, and it is not ours: it carries no pgsignals "
-                "comment, so it is left alone. Rename or drop it, or use another namespace=."
+                f"{error.diag.message_primary}, and it is not ours: its function carries no "
+                "pgsignals comment, so it is left alone. Rename or drop it, or use another "
+                "namespace=."
             ) from error
 
 
-def _holders(cursor: Cursor) -> str:
-    """Who else is in a transaction, the oldest first, for the message; empty if nobody is."""
+_HOLDERS = """
+SELECT l.pid, coalesce(nullif(a.application_name, ''), a.backend_type, 'unnamed'),
+       coalesce(a.state, 'active'),
+       extract(epoch FROM pg_catalog.clock_timestamp() - a.xact_start)::int
+FROM pg_catalog.pg_locks l
+LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+WHERE l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
+  AND l.database = (SELECT oid FROM pg_catalog.pg_database
+                    WHERE datname = pg_catalog.current_database())
+  AND (l.relation IN (SELECT %(table)s::regclass
+                      UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(table)s::regclass))
+       OR (l.locktype = 'advisory' AND l.mode = 'ExclusiveLock' AND l.objsubid = 2
+           AND l.classid = %(class)s AND l.objid = %(install)s))
+GROUP BY 1, 2, 3, 4
+ORDER BY bool_and(l.mode IN ('AccessShareLock', 'RowShareLock')), 4 DESC NULLS LAST
+LIMIT 3
+"""
+
+
+def _holders(cursor: Cursor, schema: str, table: str | None) -> str:
+    """Who holds locks that may be in the way, for the message; empty if nobody does any more.
+
+    Writers and installers come first: they are in the way of a new trigger, readers only of
+    replacing one.
+    """
+    named = None
+    if table is not None:
+        named = sql.Identifier(schema, table).as_string(cursor)
     cursor.execute(
-        "SELECT pid, coalesce(nullif(application_name, ''), 'unnamed'), state,"
-        " extract(epoch FROM pg_catalog.clock_timestamp() - xact_start)::int"
-        " FROM pg_catalog.pg_stat_activity"
-        " WHERE datname = pg_catalog.current_database() AND xact_start IS NOT NULL"
-        " AND pid <> pg_catalog.pg_backend_pid() AND backend_type = 'client backend'"
-        " ORDER BY xact_start LIMIT 3"
+        _HOLDERS, {"table": named, "class": names.LOCK_CLASS, "install": names.INSTALL_LOCK}
     )
     found = [
-        f"pid {pid} ({name}, {state}, for {age} s)" for pid, name, state, age in cursor.fetchall()
+        "a prepared transaction" if pid is None
+        else f"pid {pid} ({name}, {state}" + (f", for {age} s)" if age is not None else ")")
+        for pid, name, state, age in cursor.fetchall()
     ]
-    return f" Open transactions: {', '.join(found)}." if found else ""
+    return f" Locks are held by {', '.join(found)}." if found else ""
 
 
 def _set_lock_timeout(cursor: Cursor, seconds: float) -> None:

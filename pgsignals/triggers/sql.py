@@ -388,7 +388,6 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
             f"CREATE TRIGGER {{}} AFTER {event} ON {{}}\n"
             f"  {'' if spec.row_level else referencing}FOR EACH {level} EXECUTE FUNCTION {{}}()"
         ).format(trigger, table, function),
-        sql.SQL("COMMENT ON TRIGGER {} ON {} IS {}").format(trigger, table, sql.Literal(comment)),
     ]
     if spec.replicated:
         create.append(
@@ -399,20 +398,18 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         hashed,
         body,
         tuple(statement.as_string(cursor) for statement in create),
-        drop_statements(cursor, spec.table.schema, spec.table.name, name),
+        (drop_statement(cursor, spec.table.schema, name),),
         comment,
     )
 
 
-def drop_statements(cursor: Cursor, schema: str, table: str | None, name: str) -> tuple[str, ...]:
-    """SQL that removes a trigger (where its table still exists) and its function."""
-    function = sql.SQL("DROP FUNCTION {}()").format(sql.Identifier(schema, name))
-    if table is None:
-        return (function.as_string(cursor),)
-    trigger = sql.SQL("DROP TRIGGER {} ON {}").format(
-        sql.Identifier(name), sql.Identifier(schema, table)
-    )
-    return trigger.as_string(cursor), function.as_string(cursor)
+def drop_statement(cursor: Cursor, schema: str, name: str) -> str:
+    """SQL that removes a function of ours and its trigger, wherever its table has gone.
+
+    By CASCADE, since dropping a trigger by itself would take owning the table.
+    """
+    statement = sql.SQL("DROP FUNCTION IF EXISTS {}() CASCADE")
+    return statement.format(sql.Identifier(schema, name)).as_string(cursor)
 
 
 def _dollar_quoted(body: str) -> str:
