@@ -179,7 +179,7 @@ WHERE c.relname = %(name)s
 """
 
 _NAMES = """
-SELECT CASE WHEN pg_catalog.pg_table_is_visible(c.oid) THEN c.relname
+SELECT CASE WHEN %(schema)s IS NULL AND pg_catalog.pg_table_is_visible(c.oid) THEN c.relname
             ELSE n.nspname || '.' || c.relname END
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p') AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast')
@@ -230,7 +230,7 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
     cursor.execute(_FIND, {"name": ref.name, "schema": ref.schema})
     row = cursor.fetchone()
     if row is None:
-        cursor.execute(_NAMES)
+        cursor.execute(_NAMES, {"schema": ref.schema})
         known = [name for (name,) in cursor.fetchall()]
         where = "" if ref.schema is not None else " on the search_path"
         raise TableError(f"There is no table {wanted!r}{where}{near(wanted, known)}")

@@ -61,7 +61,8 @@ def watch(
     if len(set(chosen)) != len(chosen):
         raise WatcherError(f"{who} names an operation twice: {_listed(chosen)}.")
     for option, names in (("columns", columns), ("extra", extra)):
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        listed = isinstance(names, Iterable) and not isinstance(names, str)
+        if not listed or not all(isinstance(name, str) for name in names):
             raise WatcherError(
                 f"{who} has {option}={names!r}: give a list of column names, such as "
                 f"{option}=['status']."
