@@ -14,14 +14,9 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
-from psycopg2.extensions import (
-    POLL_OK,
-    POLL_WRITE,
-    Notify,
-)
-from psycopg2.extensions import (
-    connection as Connection,
-)
+from psycopg2.extensions import POLL_OK, POLL_WRITE, Notify
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import cursor as Cursor
 
 from .errors import ConnectError
 from .payload import Cast
@@ -221,6 +216,7 @@ class Session:
         self._cancelled = cancelled
         self._dsn = libpq_dsn(dsn)
         self._connection: Connection | None = None
+        self._cursor: Cursor
 
     def open(self, timeout: float) -> None:
         """Connect within ``timeout`` seconds, or raise ConnectError."""
@@ -240,14 +236,17 @@ class Session:
 
         Raises psycopg2.Error, and TimeoutError when it takes longer than ``timeout`` seconds.
         """
-        cursor = self._live.cursor()
-        cursor.execute(statement, parameters)
+        self.send(statement, parameters)
         self._finish(time.monotonic() + timeout)
+        cursor = self._cursor
         return cursor.fetchall() if cursor.description else []
 
-    def send(self, statement: str) -> None:
+    def send(self, statement: str, parameters: Sequence[Any] | None = None) -> None:
         """Begin a statement without waiting for its end, which ``receive`` takes note of."""
-        self._live.cursor().execute(statement)
+        # Kept, because the connection refers to it weakly: were it collected before the answer
+        # comes, poll() would fail with "the asynchronous cursor has disappeared".
+        self._cursor = self._live.cursor()
+        self._cursor.execute(statement, parameters)
 
     def receive(self) -> list[Notify]:
         """The notifications that have arrived, without waiting.
