@@ -20,7 +20,12 @@ class InProcess:
         self._closed = False
 
     def publish(self, events: Sequence[Event]) -> None:
-        """Call the receivers of ``events``, which are of one topic."""
+        """Call the receivers of ``events``, which are of one topic, then the observers."""
+        self._call_receivers(events)
+        for observer in self._registry.observers:
+            observer(events)
+
+    def _call_receivers(self, events: Sequence[Event]) -> None:
         topic = events[0]._message.topic
         everybody, indexes = self._registry.receivers(topic)
         if not everybody and not indexes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pgsignals.testing.event_log import EventLog
 from pgsignals.testing.server import (
     Installation,
     Server,
@@ -9,5 +10,15 @@ from pgsignals.testing.server import (
     ServerNotFound,
     find_installations,
 )
+from pgsignals.testing.simulation import Simulation, simulated
 
-__all__ = ["Installation", "Server", "ServerFailed", "ServerNotFound", "find_installations"]
+__all__ = [
+    "EventLog",
+    "Installation",
+    "Server",
+    "ServerFailed",
+    "ServerNotFound",
+    "Simulation",
+    "find_installations",
+    "simulated",
+]
