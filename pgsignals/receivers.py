@@ -181,7 +181,7 @@ class Registry:
             topic = event._message.topic
             if identity not in self.names(topic) or (ops and topic.op not in ops):
                 return False
-            known = tuple(dict.fromkeys(("id", *topic.key, *topic.values)))
+            known = ("id", *topic.key, *topic.values)
             return all(name in known for name in filters) and bool(index.find(event))
 
         return matches
@@ -248,7 +248,7 @@ class Registry:
 
 
 def _check_filters(subscription: Subscription, topic: Topic) -> None:
-    known = ("id", *topic.key, *topic.values)
+    known = tuple(dict.fromkeys(("id", *topic.key, *topic.values)))
     for name in subscription.filters:
         if name not in known:
             raise ReceiverError(

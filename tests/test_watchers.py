@@ -98,7 +98,7 @@ def test_the_three_ways_to_write_a_watcher() -> None:
     ("watchers", "message"),
     [
         ("orders", r"watchers='orders': give a list of models"),
-        (watch("orders"), r"give a list of models, \(model, operation\) tuples or pgsignals\.watch"),
+        (watch("orders"), r"a list of models, \(model, operation\) tuples or pgsignals\.watch"),
         (None, r"watchers=None: give a list"),
         (7, r"watchers=7: give a list"),
         ([()], r"\(\) is not a watcher: write \(model, 'inserted', …\)"),
