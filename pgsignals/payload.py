@@ -20,7 +20,6 @@ from .events import Message, Topic
 
 VERSION = 1
 MAX_FRAGMENTS = 4096
-_END_OF_TIME_US = 253_402_300_800_000_000
 
 _RAW = {"bool": bool, "int2": int, "int4": int, "int8": int}
 _TEXT = frozenset(("text", "varchar", "bpchar", "name", "char"))
@@ -45,13 +44,18 @@ class Field(msgspec.Struct, frozen=True):
         return self.builtin in _TEXT
 
 
+# What receivers read as numbers and datetimes is refused here when it is out of their range.
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Time = Annotated[int, msgspec.Meta(ge=0, lt=253_402_300_800_000_000)]
+
+
 class Header(msgspec.Struct):
     """The first line: v(ersion), x (txid), s(equence), t (µs since 1970), c(ontext), and kind."""
 
     v: int
-    x: int
-    s: int
-    t: int
+    x: _Number
+    s: _Number
+    t: _Time
     c: str | None = None
     moved: bool = False
     cut: bool = False
@@ -111,9 +115,8 @@ class Decoder:
                     return None
                 body = whole
             rows = self._rows[header.moved, header.cut](body)
-            # Both are read as datetimes and numbers by receivers, so out of range is refused here.
-            if not 0 <= header.t < _END_OF_TIME_US or header.x < 0 or header.s < 0:
-                raise PayloadError("a number of the header is out of range")
+            if not rows:
+                raise PayloadError("a message without a row")
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise PayloadError(f"{type(error).__name__}: {error}") from error
         return Message(
@@ -153,7 +156,7 @@ class _Rows:
             _RAW.get(field.builtin or "", str) | None for field in fields
         ]
         if compared:
-            types.append(Annotated[str, msgspec.Meta(pattern=f"^[01]{{{len(values) // 2}}}$")])
+            types.append(Annotated[str, msgspec.Meta(pattern=rf"^[01]{{{len(values) // 2}}}\Z")])
         self._decoder = msgspec.json.Decoder(tuple[tuple(types)])  # type: ignore[misc]
         self._casts = [
             (index, field.oid, index < len(keys))
