@@ -1,0 +1,58 @@
+"""The command ``pgsignals``."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+import psycopg2
+
+from pgsignals import __version__
+from pgsignals.connection import redact
+from pgsignals.errors import PgSignalsError
+
+from .demo import demo
+from .doctor import doctor
+from .install import install, uninstall
+from .output import notice
+from .sql import sql
+from .status import status
+from .watch import watch
+
+
+class _Main(click.Group):
+    """A group whose commands may raise our errors: each becomes a message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (PgSignalsError, psycopg2.Error) as error:
+            raise click.ClickException(redact(str(error)).strip()) from error
+
+
+class _Notices(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        notice(self.format(record))
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Tell each step on stderr.")
+@click.pass_context
+def main(ctx: click.Context, verbose: bool) -> None:
+    """PostgreSQL changes as Python signals.
+
+    Exit codes: 0 well, 1 an error or a failed check, 2 a wrong command line.
+    """
+    log = logging.getLogger("pgsignals")
+    handler = _Notices()
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    log.propagate = False
+    ctx.call_on_close(lambda: log.removeHandler(handler))
+
+
+for command in (demo, doctor, install, sql, status, uninstall, watch):
+    main.add_command(command)
+
+__all__ = ["main"]

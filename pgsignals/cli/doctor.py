@@ -1,0 +1,54 @@
+"""``pgsignals doctor``: what would keep pgsignals from working here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from pgsignals.doctor import FAIL, OK, WARN, examine
+
+from .options import (
+    Watched,
+    all_resolvers,
+    database_options,
+    given_watchers,
+    watcher_options,
+)
+from .output import printable, to_json
+
+_COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
+
+
+@click.command()
+@watcher_options
+@database_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def doctor(
+    ctx: click.Context,
+    watched: tuple[Watched, ...],
+    app: str | None,
+    dsn: str,
+    namespace: str,
+    as_json: bool,
+) -> None:
+    """Check the database, one line for each check, with the fix where one is due.
+
+    With watchers it also checks whether this role may install their triggers.
+
+    Exit codes: 0 when nothing failed (warnings may be there), otherwise 1; 2 a wrong command line.
+    """
+    watchers = given_watchers(watched, app, required=False)
+    findings = []
+    for finding in examine(dsn, watchers, all_resolvers(), namespace):
+        findings.append(finding)
+        if not as_json:
+            level = click.style(f"{finding.level:<4}", fg=_COLOURS[finding.level])
+            text = f"{finding.check}: {' '.join(finding.message.split())}"
+            fix = f"  Fix: {finding.fix}" if finding.fix else ""
+            click.echo(f"{level}  {printable(text + fix)}")
+    healthy = all(finding.level != FAIL for finding in findings)
+    if as_json:
+        click.echo(to_json({"ok": healthy, "checks": [asdict(each) for each in findings]}))
+    ctx.exit(0 if healthy else 1)

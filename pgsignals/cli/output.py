@@ -1,0 +1,104 @@
+"""What commands print: events as lines and as JSON, tables, notices."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import click
+import msgspec
+
+from pgsignals.events import Event
+
+_COLOURS = {"inserted": "green", "updated": "yellow", "deleted": "red", "truncated": "magenta"}
+_LONGEST_VALUE = 120
+
+
+def notice(text: str) -> None:
+    """A line on stderr, so that stdout has nothing but results."""
+    click.echo(printable(text, "\n"), err=True)
+
+
+def amount(number: int, noun: str) -> str:
+    """``1 event``, ``2 events``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` without what could move a terminal's cursor: a row may hold anything."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def value_text(value: object) -> str:
+    """A value in a line: texts in quotes, NULL for None, shortened when it is long."""
+    if value is None:
+        return "NULL"
+    text = repr(value) if isinstance(value, str | list | dict | tuple) else str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def event_line(event: Event, unchanged: Collection[str] = ()) -> str:
+    """``12:00:00.123  public.orders  updated  id=7  status: 'new' → 'paid'``.
+
+    Of an update it has the values that differ, and those named in ``unchanged`` though they don't.
+    """
+    start = [
+        event.at.astimezone().strftime("%H:%M:%S.%f")[:-3],
+        printable(f"{event.schema}.{event.table}"),
+        click.style(f"{event.op:<8}", fg=_COLOURS[event.op]),
+    ]
+    parts = []
+    if event.label is not None:
+        parts.append(f"[{event.label}]")
+    if event.id is not None:
+        parts.append(f"id={value_text(event.id)}")
+    new, old, changed = {**event.key, **event.values}, event.old, event.changed
+    for name, value in new.items():
+        if name in changed:
+            parts.append(f"{name}: {value_text(old[name])} → {value_text(value)}")
+        elif name in event.values and (event.op != "updated" or name in unchanged):
+            parts.append(f"{name}={value_text(value)}")
+    if event.truncated:
+        parts.append("(the values are too long to travel)")
+    if event.context:
+        parts.append(f"context={value_text(dict(event.context))}")
+    return "  ".join((*start, *map(printable, parts))).rstrip()
+
+
+def to_json(data: Any) -> str:
+    """``data`` as one line of JSON; values that JSON lacks become their texts."""
+    try:
+        return msgspec.json.encode(data, enc_hook=str).decode()
+    # Integers of more than 64 bits and lone surrogates, which a json column can hold.
+    except (OverflowError, UnicodeEncodeError):
+        return json.dumps(msgspec.to_builtins(data, enc_hook=str))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table: rich's on a terminal where it is installed, otherwise columns of plain text."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError:
+            pass
+        else:
+            table = Table(*header)
+            for row in rows:
+                table.add_row(*(Text(printable(cell)) for cell in row))
+            Console().print(table)
+            return
+    lines = [list(header), *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def abandon_stdout() -> None:
+    """Nobody reads stdout any more: what is still in its buffer must not fail at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,78 @@
+"""``pgsignals sql``: what install would run, for a migration or for a DBA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import click
+
+from pgsignals.triggers.catalogue import read_installed
+from pgsignals.triggers.definitions import define
+from pgsignals.triggers.installer import plan
+from pgsignals.triggers.sql import drop_statement
+
+from .options import (
+    Watched,
+    all_resolvers,
+    database_options,
+    given_watchers,
+    opened,
+    watcher_options,
+)
+
+
+@click.command()
+@watcher_options
+@click.option("--all", "everything", is_flag=True, help="Also what this database already has.")
+@click.option(
+    "--uninstall",
+    "removing",
+    is_flag=True,
+    help="Print what removes the triggers of these watchers; without watchers, all that the "
+    "namespace has in this database.",
+)
+@database_options
+def sql(
+    watched: tuple[Watched, ...],
+    app: str | None,
+    everything: bool,
+    removing: bool,
+    dsn: str,
+    namespace: str,
+) -> None:
+    """Print the SQL by which install would change the database; run nothing.
+
+    It is one transaction, for `psql -v ON_ERROR_STOP=1 -f` or a migration. The database is read
+    for its tables' columns and for what it already has.
+    """
+    watchers = given_watchers(watched, app, required=not removing)
+    with opened(dsn) as cursor:
+        triggers = [each.trigger for each in define(cursor, watchers, all_resolvers(), namespace)]
+        installed = read_installed(cursor, namespace)
+        statements: list[str] = []
+        if removing and triggers:
+            for trigger in triggers:
+                statements += trigger.drop
+        elif removing:
+            for item in installed:
+                statements.append(drop_statement(cursor, item.function_schema, item.name))
+        else:
+            statements += plan(triggers, [] if everything else installed).statements
+    if statements:
+        click.echo(script(statements))
+    else:
+        click.echo("-- Nothing to do: the database is as it should be.")
+
+
+def script(statements: Iterable[str]) -> str:
+    """A transaction that psql runs as it stands, whatever encoding the terminal has.
+
+    A table that is in use is waited for as briefly as install does, since its writers queue.
+    """
+    head = (
+        "SET client_encoding = 'UTF8'",
+        "BEGIN",
+        "SET LOCAL standard_conforming_strings = on",
+        "SET LOCAL lock_timeout = '500ms'",
+    )
+    return "\n".join(f"{statement};" for statement in (*head, *statements, "COMMIT"))

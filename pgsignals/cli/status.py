@@ -1,0 +1,83 @@
+"""``pgsignals status``: how the triggers stand, for people and for deploy checks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from pgsignals.inspection import read_queue_usage, read_states
+from pgsignals.triggers.installer import MISSING, OUTDATED, STALE
+
+from .options import (
+    Watched,
+    all_resolvers,
+    database_options,
+    given_watchers,
+    opened,
+    watcher_options,
+)
+from .output import amount, print_table, to_json
+
+
+@click.command()
+@watcher_options
+@database_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def status(
+    ctx: click.Context,
+    watched: tuple[Watched, ...],
+    app: str | None,
+    dsn: str,
+    namespace: str,
+    as_json: bool,
+) -> None:
+    """Tell how the triggers stand.
+
+    INSTALLED is as the watchers need it, OUTDATED differs, MISSING is not there, STALE is used by
+    no watcher given. Without watchers it judges by the database alone: STALE then has no listener.
+
+    Exit codes: 0 when nothing is MISSING or OUTDATED, otherwise 1; 2 a wrong command line.
+    """
+    watchers = given_watchers(watched, app, required=False)
+    with opened(dsn) as cursor:
+        states = read_states(cursor, watchers, all_resolvers(), namespace)
+        usage = read_queue_usage(cursor)
+    ready = not any(state.status in (MISSING, OUTDATED) for state in states)
+    if as_json:
+        click.echo(
+            to_json(
+                {
+                    "ok": ready,
+                    "namespace": namespace,
+                    "queue_usage": usage,
+                    "watchers": [asdict(state) for state in states],
+                }
+            )
+        )
+    else:
+        if states:
+            print_table(
+                ("STATUS", "TABLE", "OPERATION", "LABEL", "LISTENERS", "DETAIL"),
+                [
+                    (
+                        state.status,
+                        ".".join(filter(None, (state.schema, state.table))),
+                        state.op,
+                        state.label or "",
+                        str(state.listeners),
+                        state.detail,
+                    )
+                    for state in states
+                ],
+            )
+        else:
+            click.echo(f"Nothing is installed in namespace {namespace!r}.")
+        if stale := sum(state.status == STALE for state in states):
+            click.echo(
+                f"{amount(stale, 'stale trigger')}: the next start of a Hub of this namespace "
+                "removes what nobody listens to."
+            )
+        click.echo(f"The notification queue is {usage:.0%} full.")
+    ctx.exit(0 if ready else 1)

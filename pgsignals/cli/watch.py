@@ -1,0 +1,314 @@
+"""``pgsignals watch``: events of tables, as they happen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import click
+from psycopg2.extensions import cursor as Cursor
+
+from pgsignals.errors import PgSignalsError
+from pgsignals.events import Event
+from pgsignals.hub import Hub
+from pgsignals.tables import describe, resolve
+from pgsignals.triggers.catalogue import read_installed
+from pgsignals.triggers.installer import prune
+from pgsignals.watchers import Watcher, normalize
+from pgsignals.watchers import watch as make_watcher
+
+from .interrupt import End, interruptible
+from .options import (
+    Watched,
+    all_resolvers,
+    database_options,
+    load_app,
+    opened,
+    parse_names,
+    watcher_options,
+)
+from .output import abandon_stdout, amount, event_line, notice, to_json, value_text
+
+_TIMED_OUT = 124  # as timeout(1) has it
+_RELEASE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the options say about columns."""
+
+    compared: tuple[str, ...]
+    extra: tuple[str, ...]
+    everything: bool
+    ids_only: bool
+
+    @property
+    def by_default(self) -> bool:
+        """Whether no option says anything: updates then show whatever changed."""
+        return not (self.compared or self.extra or self.everything or self.ids_only)
+
+
+@click.command()
+@watcher_options
+@database_options
+@click.option(
+    "--columns", metavar="A,B", type=parse_names, help="Only updates that change one of these."
+)
+@click.option("--extra", metavar="A,B", type=parse_names, help="Columns whose values to show.")
+@click.option("--all-columns", is_flag=True, help="Show the values of all columns.")
+@click.option("--ids-only", is_flag=True, help="Show no values, not even what an update changed.")
+@click.option("--when", help="An SQL condition over NEW and OLD.")
+@click.option("--json", "as_json", is_flag=True, help="Print an event as one line of JSON.")
+@click.option("--count", type=click.IntRange(min=1), help="End after this many events.")
+@click.option("--timeout", type=click.FloatRange(min=0), help="End after this many seconds.")
+@click.option(
+    "--exec",
+    "shell_command",
+    metavar="COMMAND",
+    help="Run a shell command for each event, one after the other, with the event's JSON on its "
+    "stdin and PGSIGNALS_OP, PGSIGNALS_TABLE and PGSIGNALS_ID set. What it prints goes to stderr; "
+    "when it fails, that is told there too.",
+)
+@click.option("--keep", is_flag=True, help="Leave the triggers that this installs.")
+@click.pass_context
+def watch(
+    ctx: click.Context,
+    watched: tuple[Watched, ...],
+    app: str | None,
+    dsn: str,
+    namespace: str,
+    columns: tuple[str, ...] | None,
+    extra: tuple[str, ...] | None,
+    all_columns: bool,
+    ids_only: bool,
+    when: str | None,
+    as_json: bool,
+    count: int | None,
+    timeout: float | None,
+    shell_command: str | None,
+    keep: bool,
+) -> None:
+    """Print a line for each change of the watched tables.
+
+    WATCH is TABLE or TABLE:OPERATION,… with the operations inserted, updated, deleted (the
+    default: these three) and truncated: orders, users:updated, sales.orders:inserted,deleted.
+
+    Events go to stdout, everything else to stderr. It ends at Ctrl-C or SIGTERM, and then removes
+    the triggers that it had installed, unless somebody else has come to listen to them.
+
+    Exit codes: 0 well, 1 an error, 2 a wrong command line, 124 when --timeout was over before
+    --count events had come.
+    """
+    asked = _Columns(columns or (), extra or (), all_columns, ids_only)
+    if ids_only and (columns or extra or all_columns):
+        raise click.UsageError("--ids-only does not go with --columns, --extra or --all-columns.")
+    if columns and not any("updated" in each.ops for each in watched):
+        raise click.UsageError("--columns is about updates, and no WATCH argument has 'updated'.")
+    if app is not None and not watched and (when or not asked.by_default):
+        raise click.UsageError("The watchers of --app say themselves what they show and when.")
+    from_app = load_app(app)
+    if not watched and not from_app:
+        raise click.UsageError("Give what to watch: WATCH arguments such as 'orders', or --app.")
+
+    hub = Hub()
+    with interruptible() as end:
+        printer = _Printer(end, as_json, count, shell_command)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with opened(dsn) as cursor:
+            ours = _watchers(cursor, watched, asked, when)
+            watchers = normalize([*ours, *from_app])
+            there = {item.name for item in read_installed(cursor, namespace)}
+        for number, watcher in enumerate(watchers):
+            shown = () if asked.by_default and number < len(ours) else watcher.extra
+            target = watcher.model if watcher.label is None else watcher.label
+            hub.subscribe(printer.receiver(shown), target, *watcher.ops)
+        try:
+            hub.start(dsn, watchers, namespace=namespace, prune=False)
+            notice(f"Watching {_listed(watchers)}. Press Ctrl-C to stop.")
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            reason = end.wait(left)
+            printer.close()
+        finally:
+            listening = _Listeners(dsn, namespace, hub.created - there)
+            if not keep:
+                listening.count()
+            hub.stop()
+            if not keep:
+                listening.uninstall()
+    notice(amount(printer.printed, "event"))
+    if printer.failure is not None:
+        raise printer.failure
+    if reason is None and count is not None:
+        ctx.exit(_TIMED_OUT)
+
+
+class _Printer:
+    """Prints events, one at a time, until it is closed."""
+
+    def __init__(
+        self, end: End, as_json: bool, count: int | None, shell_command: str | None
+    ) -> None:
+        self.printed = 0
+        self.failure: Exception | None = None
+        self._end = end
+        self._as_json = as_json
+        self._count = count
+        self._shell_command = shell_command
+        self._closed = threading.Event()
+
+    def receiver(self, unchanged: Collection[str]) -> Callable[[Event], None]:
+        """A receiver; ``unchanged`` are columns to show though an update left them alone."""
+
+        def receive(event: Event) -> None:
+            if not self._closed.is_set():
+                self._print(event, unchanged)
+
+        return receive
+
+    def close(self) -> None:
+        """Print nothing more: what is still queued must not hold up the end."""
+        self._closed.set()
+
+    def _print(self, event: Event, unchanged: Collection[str]) -> None:
+        try:
+            click.echo(to_json(event.to_dict()) if self._as_json else event_line(event, unchanged))
+        except BrokenPipeError:
+            abandon_stdout()
+            self._finish()
+            return
+        except OSError as error:
+            self.failure = click.ClickException(f"Cannot print to stdout: {error.strerror}.")
+            self._finish()
+            return
+        self.printed += 1
+        if self._shell_command is not None:
+            _run(self._shell_command, event)
+        if self.printed == self._count:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.close()
+        self._end.give("finished")
+
+
+def _run(command: str, event: Event) -> None:
+    """Run the user's command for an event, and tell how it failed if it does."""
+    text = to_json(event.to_dict())
+    identity = event.id
+    environment = {
+        **os.environ,
+        "PGSIGNALS_OP": event.op,
+        "PGSIGNALS_TABLE": f"{event.schema}.{event.table}",
+        "PGSIGNALS_ID": to_json(identity)
+        if isinstance(identity, tuple)
+        else ("" if identity is None else str(identity)),
+    }
+    try:
+        done = subprocess.run(
+            command, shell=True, input=f"{text}\n".encode(), stdout=2, env=environment
+        )
+    except (OSError, ValueError) as error:
+        notice(f"--exec could not run for event {event.uid}: {error}")
+        return
+    if done.returncode:
+        how = (
+            f"ended with exit code {done.returncode}"
+            if done.returncode > 0
+            else f"was ended by signal {-done.returncode}"
+        )
+        notice(f"--exec {how} for {event.op} on {event.table} id={value_text(event.id)}")
+
+
+def _watchers(
+    cursor: Cursor, watched: Sequence[Watched], asked: _Columns, when: str | None
+) -> list[Watcher]:
+    """Watchers as the options want them: updates apart, since columns belong to them alone."""
+    resolvers = all_resolvers()
+    found = []
+    for each in watched:
+        extra = asked.extra
+        changes = asked.extra
+        if asked.everything or asked.by_default:
+            ref, _ = resolve(each.table, resolvers)
+            table = describe(cursor, ref)
+            everything = tuple(c.attribute for c in table.columns if c.name not in table.key)
+            changes = everything
+            extra = everything if asked.everything else ()
+        others = [op for op in each.ops if op in ("inserted", "deleted")]
+        if others:
+            found.append(make_watcher(each.table, *others, when=when, extra=extra))
+        if "updated" in each.ops:
+            found.append(
+                make_watcher(
+                    each.table, "updated", columns=asked.compared, when=when, extra=changes
+                )
+            )
+        if "truncated" in each.ops:
+            found.append(make_watcher(each.table, "truncated"))
+    return found
+
+
+def _listed(watchers: Sequence[Watcher]) -> str:
+    """``orders (inserted, updated), users (deleted)``."""
+    ops: dict[str, list[str]] = {}
+    for watcher in watchers:
+        ops.setdefault(str(watcher), []).extend(watcher.ops)
+    return ", ".join(f"{name} ({', '.join(each)})" for name, each in ops.items())
+
+
+class _Listeners:
+    """Who listens to the triggers that we created, so that we remove what was ours alone."""
+
+    def __init__(self, dsn: str, namespace: str, names: Collection[str]) -> None:
+        self._dsn = dsn
+        self._namespace = namespace
+        self._names = sorted(names)
+        self._before: dict[str, int] = {}
+
+    def count(self) -> None:
+        """Count them while we are one of them."""
+        if not self._names:
+            return
+        try:
+            with opened(self._dsn) as cursor:
+                self._before = self._now(cursor)
+        except PgSignalsError:
+            # The database is gone, and we with it; whether it is back at the end is seen then.
+            self._before = {}
+
+    def uninstall(self) -> None:
+        """Remove the triggers to which nobody listens any more.
+
+        Raises PgSignalsError when the database cannot be asked.
+        """
+        if not self._names:
+            return
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        removed = 0
+        with opened(self._dsn) as cursor:
+            while True:
+                removed += len(prune(cursor, self._namespace, only=self._names))
+                left = self._now(cursor)
+                # A backend lives on for a moment when its client has gone, and still has its lock.
+                others = all(left[name] < self._before.get(name, 0) for name in left)
+                if others or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.02)
+        if removed:
+            notice(f"Removed {amount(removed, 'trigger')}.")
+        if left:
+            notice(
+                f"Left {amount(len(left), 'trigger')} in place, used or locked by somebody else: "
+                "`pgsignals uninstall` removes what nobody uses."
+            )
+
+    def _now(self, cursor: Cursor) -> dict[str, int]:
+        return {
+            item.name: item.listeners
+            for item in read_installed(cursor, self._namespace)
+            if item.name in self._names
+        }

@@ -1,0 +1,280 @@
+"""Looks over a database for what would keep pgsignals from working, and says how to mend it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import cursor as Cursor
+
+from .connection import Waiter, connect
+from .errors import ConnectError, WatcherError
+from .inspection import read_queue_usage, read_states
+from .tables import Resolver, Table, describe, resolve
+from .triggers.installer import MISSING, OUTDATED, STALE, State
+from .watchers import Watcher
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+OLDEST_VERSION = 14
+QUEUE_WARNING = 0.1
+QUEUE_FAILURE = 0.75
+ROUND_TRIP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check. ``fix`` says what to do unless ``level`` is ``ok``."""
+
+    check: str
+    level: str
+    message: str
+    fix: str = ""
+
+
+def examine(
+    dsn: str, watchers: Sequence[Watcher], resolvers: Sequence[Resolver], namespace: str
+) -> Iterator[Finding]:
+    """Run every check, one after the other; the first failing connection is the last finding."""
+    try:
+        connection = connect(dsn)
+    except ConnectError as error:
+        yield Finding("connection", FAIL, str(error), "Mend the connection string or the server.")
+        return
+    try:
+        with connection.cursor() as cursor:
+            yield _connection(connection, cursor)
+            yield _version(connection)
+            writable = _writable(cursor)
+            yield writable
+            yield _pooler(connection, cursor)
+            if writable.level == OK:
+                yield _round_trip(connection, cursor, dsn)
+            yield _queue(cursor)
+            yield _replication_role(cursor)
+            states = read_states(cursor, watchers, resolvers, namespace)
+            yield _triggers(states, namespace)
+            yield from _privileges(cursor, watchers, resolvers, states)
+    finally:
+        connection.close()
+
+
+def _connection(connection: Connection, cursor: Cursor) -> Finding:
+    (user, database) = _row(cursor, "SELECT current_user, pg_catalog.current_database()")
+    where = connection.info.host or "a local socket"
+    return Finding("connection", OK, f"database {database!r} at {where} as {user!r}")
+
+
+def _version(connection: Connection) -> Finding:
+    number = connection.server_version
+    version = f"PostgreSQL {number // 10000}.{number % 10000}"
+    if number // 10000 >= OLDEST_VERSION:
+        return Finding("version", OK, version)
+    return Finding(
+        "version", FAIL, version, f"Upgrade the server to PostgreSQL {OLDEST_VERSION} or newer."
+    )
+
+
+def _writable(cursor: Cursor) -> Finding:
+    standby, read_only = _row(
+        cursor,
+        "SELECT pg_catalog.pg_is_in_recovery(),"
+        " pg_catalog.current_setting('transaction_read_only')::bool",
+    )
+    if standby:
+        return Finding(
+            "writable",
+            FAIL,
+            "this is a standby, which delivers no notifications",
+            "Connect to the primary: with several hosts in the DSN, add "
+            "target_session_attrs=read-write.",
+        )
+    if read_only:
+        return Finding(
+            "writable",
+            FAIL,
+            "transactions are read-only here, so that no trigger can be installed",
+            "Set default_transaction_read_only to off for this role or database.",
+        )
+    return Finding("writable", OK, "a primary that takes writes")
+
+
+def _pooler(connection: Connection, cursor: Cursor) -> Finding:
+    (pid,) = _row(cursor, "SELECT pg_catalog.pg_backend_pid()")
+    # A pooler makes up the process id that it tells its clients.
+    if pid == connection.info.backend_pid:
+        return Finding("pooler", OK, "connected to the server itself")
+    return Finding(
+        "pooler",
+        WARN,
+        "something between us and the server pools connections",
+        "Make sure that the pool's mode is session, or give start(listen_dsn=…) the server's own "
+        "address: LISTEN belongs to a session.",
+    )
+
+
+def _round_trip(connection: Connection, cursor: Cursor, dsn: str) -> Finding:
+    channel = f"pgsignals_doctor_{secrets.token_hex(8)}"
+    cursor.execute(f"LISTEN {channel}")
+    began = time.monotonic()
+    # From a connection of its own: a pooler may well hand us what we say to ourselves.
+    other = connect(dsn)
+    waiter = Waiter()
+    try:
+        with other.cursor() as sender:
+            sender.execute(f"NOTIFY {channel}")
+        while not any(each.channel == channel for each in connection.notifies):
+            left = began + ROUND_TRIP_SECONDS - time.monotonic()
+            if left <= 0:
+                return Finding(
+                    "round trip",
+                    FAIL,
+                    f"a notification did not arrive within {ROUND_TRIP_SECONDS:g} s",
+                    "Give start(listen_dsn=…) the server's own address, or connect through a pool "
+                    "in session mode: in PgBouncer that is pool_mode = session.",
+                )
+            waiter.wait(connection.fileno(), left)
+            connection.poll()
+    finally:
+        waiter.close()
+        other.close()
+    cursor.execute(f"UNLISTEN {channel}")
+    return Finding(
+        "round trip", OK, f"a notification took {1000 * (time.monotonic() - began):.0f} ms"
+    )
+
+
+def _queue(cursor: Cursor) -> Finding:
+    usage = read_queue_usage(cursor)
+    message = f"the notification queue is {usage:.0%} full"
+    if usage < QUEUE_WARNING:
+        return Finding("queue", OK, message)
+    cursor.execute(
+        "SELECT pid FROM pg_catalog.pg_stat_activity"
+        " WHERE state LIKE 'idle in transaction%' ORDER BY xact_start LIMIT 5"
+    )
+    pids = ", ".join(str(pid) for (pid,) in cursor.fetchall())
+    fix = "End the listener that has stayed in a transaction: when the queue is full, commits fail."
+    if pids:
+        fix += f" Idle in transaction: pid {pids}; SELECT pg_terminate_backend(pid) ends one."
+    return Finding("queue", FAIL if usage >= QUEUE_FAILURE else WARN, message, fix)
+
+
+def _replication_role(cursor: Cursor) -> Finding:
+    cursor.execute(
+        "SELECT coalesce('role ' || pg_catalog.quote_ident(r.rolname), 'all roles') ||"
+        " coalesce(' in database ' || pg_catalog.quote_ident(d.datname), '')"
+        " FROM pg_catalog.pg_db_role_setting s"
+        " LEFT JOIN pg_catalog.pg_roles r ON r.oid = s.setrole"
+        " LEFT JOIN pg_catalog.pg_database d ON d.oid = s.setdatabase"
+        " WHERE 'session_replication_role=replica' = ANY (s.setconfig)"
+        " AND (s.setdatabase = 0 OR d.datname = pg_catalog.current_database())"
+    )
+    found = [who for (who,) in cursor.fetchall()]
+    (setting,) = _row(cursor, "SELECT pg_catalog.current_setting('session_replication_role')")
+    if setting == "replica" and not found:
+        found = ["this session"]
+    if not found:
+        return Finding("replication role", OK, "nobody writes past the triggers by default")
+    return Finding(
+        "replication role",
+        WARN,
+        f"session_replication_role is 'replica' for {', '.join(found)}: triggers stay silent",
+        "Reset it there, or use watch(…, replicated=True), whose triggers always fire.",
+    )
+
+
+def _triggers(states: Sequence[State], namespace: str) -> Finding:
+    def listed(status: str) -> list[str]:
+        return [
+            f"{state.op} on {'.'.join(filter(None, (state.schema, state.table)))}"
+            + (f" ({state.detail})" if state.detail else "")
+            for state in states
+            if state.status == status
+        ]
+
+    outdated, missing, stale = listed(OUTDATED), listed(MISSING), listed(STALE)
+    if outdated:
+        return Finding(
+            "triggers",
+            FAIL,
+            f"outdated: {'; '.join(outdated)}",
+            "Run `pgsignals install` with these watchers, or restart the application that has "
+            "them; where a column has gone, mend the watcher first.",
+        )
+    if missing:
+        return Finding(
+            "triggers",
+            WARN,
+            f"missing: {'; '.join(missing)}",
+            "Run `pgsignals install` with these watchers; start() does so itself unless install= "
+            'is "check" or "off".',
+        )
+    if stale:
+        return Finding(
+            "triggers",
+            WARN,
+            f"stale: {'; '.join(stale)}",
+            "Start the application that has them, or run `pgsignals uninstall`.",
+        )
+    return Finding("triggers", OK, f"{len(states)} in namespace {namespace!r}, none that differs")
+
+
+def _privileges(
+    cursor: Cursor,
+    watchers: Sequence[Watcher],
+    resolvers: Sequence[Resolver],
+    states: Sequence[State],
+) -> Iterator[Finding]:
+    """Whether this role could install; where all is installed, it need not."""
+    seen: set[int] = set()
+    for watcher in watchers:
+        try:
+            ref, _ = resolve(watcher.model, resolvers)
+            table = describe(cursor, ref)
+        except WatcherError as error:
+            yield Finding("privileges", FAIL, str(error), "Mend the watcher or the table.")
+            continue
+        if table.oid in seen:
+            continue
+        seen.add(table.oid)
+        lacks = _lacking(cursor, table)
+        if not lacks:
+            yield Finding("privileges", OK, f"this role may install triggers on {table.qualified}")
+            continue
+        needed = any(
+            state.status in (MISSING, OUTDATED)
+            for state in states
+            if (state.schema, state.table) == (table.schema, table.name)
+        )
+        message = (
+            f"this role cannot install triggers on {table.qualified}: it {' and '.join(lacks)}"
+        )
+        fix = 'Run `pgsignals install` as the owner, and start with install="check".'
+        yield Finding("privileges", FAIL if needed else WARN, message, fix)
+
+
+def _lacking(cursor: Cursor, table: Table) -> list[str]:
+    owner, creates = _row(
+        cursor,
+        "SELECT pg_catalog.pg_has_role(c.relowner, 'USAGE'),"
+        " pg_catalog.has_schema_privilege(c.relnamespace, 'CREATE')"
+        f" FROM pg_catalog.pg_class c WHERE c.oid = {table.oid:d}",
+    )
+    found = []
+    # TRIGGER would do for creating one, but only the owner may put the comment on it.
+    if not owner:
+        found.append("does not own the table")
+    if not creates:
+        found.append(f"lacks CREATE on schema {table.schema}")
+    return found
+
+
+def _row(cursor: Cursor, query: str) -> tuple[object, ...]:
+    cursor.execute(query)
+    row = cursor.fetchone()
+    assert row is not None
+    return row
