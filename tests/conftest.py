@@ -19,7 +19,7 @@ OLDEST, NEWEST = 15, 18
 
 
 def _started(version: int | None) -> Server:
-    if version is not None and version not in {i.major for i in find_installations()}:
+    if version is not None and version not in {i.version for i in find_installations()}:
         message = f"PostgreSQL {version} is not installed"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
