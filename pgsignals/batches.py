@@ -7,6 +7,7 @@ import heapq
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,12 @@ class Batcher:
         self._lock = threading.Lock()
         self._latest: dict[Any, Event] = {}
         self._anonymous = itertools.count()
+        timer.add(self)
+
+    def forked(self) -> None:
+        """In the child of a fork: forget what the parent collected."""
+        self._lock = threading.Lock()
+        self._latest = {}
 
     def __call__(self, event: Event) -> None:
         """Take an event, in place of an earlier one of the same record."""
@@ -69,6 +76,19 @@ class BatchTimer:
         self._order = itertools.count()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
+
+    def add(self, batcher: Batcher) -> None:
+        """Look after a batcher's lock, too, in a fork."""
+        self._batchers.add(batcher)
+
+    def forked(self) -> None:
+        """In the child of a fork: what was collected is the parent's to deliver."""
+        self._condition = threading.Condition()
+        self._due = []
+        self._thread = None
+        for batcher in self._batchers:
+            batcher.forked()
 
     def schedule(self, batcher: Batcher, delay: float) -> None:
         """Flush ``batcher`` in ``delay`` seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import selectors
@@ -269,6 +270,15 @@ class Session:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+    def abandon(self) -> None:
+        """In the child of a fork: drop the socket without the goodbye that close() would send.
+
+        The server would take it for the parent's and end the parent's session.
+        """
+        if self._connection is not None:
+            os.close(self._connection.fileno())
+            self._connection = None
 
     def cast(self) -> Cast:
         """See :func:`make_cast`."""

@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
-import secrets
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
 from types import TracebackType
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 
 from blinker import Signal
-from psycopg2.extensions import cursor as Cursor
 
 from .batches import Batcher, BatchReceiver, BatchTimer
-from .broadcasters.inprocess import InProcess
-from .connection import connect
-from .dispatch import Dispatcher
-from .errors import ConfigurationError, StateError, WaitTimeout
-from .events import Event, Gap, Message, model_name
-from .inspection import Status, read_queue_usage, read_states
-from .plugins import Plugins
+from .connection import Backoff
+from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
+from .events import Event, Gap, model_name
+from .inspection import Status
 from .receivers import Receiver, Registry, Subscription, receiver_name
-from .resolvers import BUILTIN
-from .sources.notify import NotifySource, Timing
+from .run import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
+from .sources.notify import Timing
 from .streams import Stream
 from .tables import Resolver
-from .triggers.definitions import Definition, define
-from .triggers.installer import Limits, check, install, prune
-from .watchers import Watcher, normalize
+from .triggers.installer import Limits
+from .watchers import normalize
 
 log = logging.getLogger("pgsignals")
 
 R = TypeVar("R", bound=Callable[..., object])
 GapReceiver = Callable[[Gap], object]
-Install = Literal["auto", "check", "off"]
 
-_INSTALL = ("auto", "check", "off")
 _EXIT_SECONDS = 5.0
 
 
@@ -63,7 +56,18 @@ class Hub:
         self._stopped = threading.Event()
         self._stopped.set()
         self._run: Run | None = None
+        self._make: Callable[[], Run] | None = None
+        self._restarts_after_fork = False
         self._created: set[str] = set()
+        self._audience = Audience(
+            registry=self._registry,
+            timer=self._timer,
+            failed=self._failed,
+            gap=self._send_gap,
+            connected=lambda: self._send(self.connected),
+            disconnected=lambda error: self._send(self.disconnected, error=error),
+            created=self._created.update,
+        )
 
     @property
     def created(self) -> frozenset[str]:
@@ -91,6 +95,7 @@ class Hub:
         listen_dsn: str | None = None,
         heartbeat: float = 30.0,
         heartbeat_timeout: float = 10.0,
+        restart_after_fork: bool = False,
         resolvers: Sequence[Resolver] = (),
     ) -> Hub:
         """Install triggers for the watchers and deliver their events from now on.
@@ -108,6 +113,9 @@ class Hub:
         silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed within
         their sum. ``resolvers`` are asked for models before the built-in ones.
 
+        The child of a fork has a Hub that is stopped, and may start it; with
+        ``restart_after_fork`` it starts by itself, in the background.
+
         Returns once events are being received. Raises ConfigurationError, ConnectError and the
         other kinds of DatabaseError, StateError when it runs already.
         """
@@ -115,9 +123,9 @@ class Hub:
             raise ConfigurationError(
                 f"delivery={delivery!r} is not a delivery of this version; there is 'notify'."
             )
-        if install not in _INSTALL:
+        if install not in get_args(Install):
             raise ConfigurationError(
-                f"install={install!r}: it is one of {', '.join(map(repr, _INSTALL))}."
+                f"install={install!r}: it is one of {', '.join(map(repr, get_args(Install)))}."
             )
         for option, number in (("workers", workers), ("queue_size", queue_size)):
             if not isinstance(number, int) or number < 1:
@@ -127,22 +135,21 @@ class Hub:
         plan = normalize(watchers)
         if not plan:
             raise ConfigurationError("There is nothing to watch: give at least one watcher.")
-        self._begin(
-            lambda: _Run(
-                self,
-                dsn,
-                listen_dsn,
-                Timing(heartbeat, heartbeat_timeout),
-                plan,
-                all_resolvers(resolvers),
-                namespace,
-                install,
-                prune,
-                Limits(lock_timeout, install_timeout),
-                workers,
-                queue_size,
-            )
+        settings = Settings(
+            dsn=dsn,
+            listen_dsn=listen_dsn or dsn,
+            watchers=plan,
+            resolvers=all_resolvers(resolvers),
+            namespace=namespace,
+            install=install,
+            prune=prune,
+            limits=Limits(lock_timeout, install_timeout),
+            timing=Timing(heartbeat, heartbeat_timeout),
+            workers=workers,
+            queue_size=queue_size,
         )
+        self._begin(lambda: DatabaseRun(settings, self._audience))
+        self._restarts_after_fork = restart_after_fork
         log.debug("started with %d watchers", len(plan))
         return self
 
@@ -308,8 +315,10 @@ class Hub:
                 self._registry.unbind()
                 raise
             self._run = run
+            self._make = make
             self._stopped.clear()
-        atexit.register(_stop_at_exit, weakref.ref(self))
+        _hubs.add(self)
+        _guard_process()
 
     def _settle(self, timeout: float) -> bool:
         """Wait until receivers have handled all that is committed by now; whether they have."""
@@ -319,6 +328,37 @@ class Hub:
         settled = threading.Event()
         run.settle(settled.set)
         return settled.wait(timeout)
+
+    def _forked(self) -> None:
+        """In the child of a fork: no thread of ours lives here, and locks may be held by ghosts."""
+        run, self._run = self._run, None
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._stopped.set()
+        self._registry.forked()
+        self._timer.forked()
+        for stream in list(self._streams):
+            stream.forked()
+        if run is None:
+            return
+        run.abandon()
+        if self._restarts_after_fork and self._make is not None:
+            threading.Thread(
+                target=self._restart, args=(self._make,), name="pgsignals-restart", daemon=True
+            ).start()
+
+    def _restart(self, make: Callable[[], Run]) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                self._begin(make)
+            except StateError:
+                return  # The child has called start() itself.
+            except PgSignalsError as error:
+                log.error("cannot start after the fork, trying again: %s", error)
+                time.sleep(backoff.next())
+            else:
+                return
 
     def _failed(self, receiver: Any, event: Event, error: BaseException) -> None:
         name = receiver_name(receiver)
@@ -349,158 +389,22 @@ class Hub:
         self._send(self.gap, gap=gap)
 
 
-class Run(Protocol):
-    """What exists between ``start`` and ``stop``."""
-
-    def start(self) -> None:
-        """Deliver events from now on. When it raises, ``stop`` is called."""
-
-    def stop(self, timeout: float) -> bool:
-        """Deliver what has arrived, then end; whether that took less than ``timeout`` seconds."""
-
-    def settle(self, call: Callable[[], None]) -> None:
-        """Have ``call`` made once all that is committed by now has been handled."""
-
-    def status(self) -> Status:
-        """How things stand."""
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
 
 
-def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
-    """``first``, those of the installed plugins, and the built-in ones."""
-    plugins = Plugins()
-    plugins.load()
-    return (*first, *plugins.resolvers(), *BUILTIN)
+@functools.cache
+def _guard_process() -> None:
+    """Look after the process's end and its forks, from the first start on."""
+    atexit.register(_stop_at_exit)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class _Run:
-    """Events from the database; the sink of its source."""
-
-    def __init__(
-        self,
-        hub: Hub,
-        dsn: str,
-        listen_dsn: str | None,
-        timing: Timing,
-        watchers: tuple[Watcher, ...],
-        resolvers: Sequence[Resolver],
-        namespace: str,
-        install: Install,
-        prune: bool,
-        limits: Limits,
-        workers: int,
-        queue_size: int,
-    ) -> None:
-        self._hub = hub
-        self._dsn = dsn
-        self._watchers = watchers
-        self._resolvers = resolvers
-        self._namespace = namespace
-        self._install = install
-        self._prune = prune
-        self._limits = limits
-        self._definitions: list[Definition] = []
-        self.dispatcher = Dispatcher([InProcess(hub._registry, hub._failed)], workers, queue_size)
-        self.source = NotifySource(dsn, listen_dsn or dsn, self, self, timing)
-        self._awaited: dict[str, Callable[[], None]] = {}
-
-    def start(self) -> None:
-        self.source.start()
-        self.dispatcher.start()
-        self._hub._timer.start()
-
-    def stop(self, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        self.source.stop(timeout)
-        drained = self.dispatcher.stop(max(0.0, deadline - time.monotonic()))
-        self._hub._timer.stop(max(0.0, deadline - time.monotonic()))
-        return drained
-
-    def settle(self, call: Callable[[], None]) -> None:
-        marker = secrets.token_hex(8)
-        self._awaited[marker] = call
-        connection = connect(self._dsn)
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_notify(%s, %s)", (self.source.own_channel, marker))
-        finally:
-            connection.close()
-
-    def reached(self, marker: str) -> None:
-        if (call := self._awaited.pop(marker, None)) is not None:
-            self.dispatcher.settle(call)
-
-    def define(self, cursor: Cursor) -> list[Definition]:
-        """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
-        self._problem: ConfigurationError | None = None
-        try:
-            definitions = define(cursor, self._watchers, self._resolvers, self._namespace)
-            self._hub._registry.bind([definition.topic for definition in definitions])
-        except ConfigurationError as error:
-            if not self._definitions:
-                raise
-            log.error("the watchers no longer fit the database: %s", error)
-            self._problem = error
-        else:
-            self._definitions = definitions
-        return self._definitions
-
-    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """See that the triggers are there, as far as ``install=`` allows."""
-        triggers = [definition.trigger for definition in definitions]
-        if self._problem is not None:
-            now = datetime.now(timezone.utc)
-            self.gap(Gap(now, now, "watcher_broken", str(self._problem)))
-        elif self._install == "auto":
-            created = install(cursor, self._namespace, triggers, self._limits)
-            self._hub._created.update(trigger.name for trigger in created)
-            if self._prune:
-                prune(cursor, self._namespace, triggers, limits=self._limits)
-                self._prune = False
-        elif self._install == "check":
-            check(cursor, self._namespace, triggers)
-
-    @property
-    def full(self) -> bool:
-        return self.dispatcher.full
-
-    def submit(self, message: Message) -> None:
-        self.dispatcher.submit(message)
-
-    def wait_for_room(self, timeout: float) -> bool:
-        return self.dispatcher.wait_for_room(timeout)
-
-    def gap(self, gap: Gap) -> None:
-        self.dispatcher.announce(lambda: self._hub._send_gap(gap))
-
-    def connected(self) -> None:
-        self.dispatcher.announce(lambda: self._hub._send(self._hub.connected))
-
-    def disconnected(self, error: BaseException) -> None:
-        self.dispatcher.announce(lambda: self._hub._send(self._hub.disconnected, error=error))
-
-    def status(self) -> Status:
-        connection = connect(self._dsn)
-        try:
-            with connection.cursor() as cursor:
-                states = read_states(cursor, self._watchers, self._resolvers, self._namespace)
-                usage = read_queue_usage(cursor)
-        finally:
-            connection.close()
-        return Status(
-            watchers=tuple(states),
-            namespace=self._namespace,
-            queue_usage=usage,
-            running=True,
-            connected=self.source.is_connected,
-            depth=self.dispatcher.depth,
-            received=self.source.received,
-            invalid=self.source.invalid,
-            shed=self.source.shed,
-            reconnects=self.source.reconnects,
-        )
-
-
-def _stop_at_exit(reference: weakref.ref[Hub]) -> None:
-    hub = reference()
-    if hub is not None:
+def _stop_at_exit() -> None:
+    for hub in list(_hubs):
         hub.stop(_EXIT_SECONDS)
+
+
+def _after_fork_in_child() -> None:
+    for hub in list(_hubs):
+        hub._forked()

@@ -186,6 +186,11 @@ class Registry:
 
         return matches
 
+    def forked(self) -> None:
+        """In the child of a fork: the lock may be held by a thread that is not there."""
+        self._lock = threading.RLock()
+        self._topics = None
+
     def receivers(self, topic: Topic) -> tuple[list[Any], list[_Index]]:
         """Who gets every event of the topic, and the indexes of who gets some."""
         everybody: list[Any] = []

@@ -58,6 +58,11 @@ class Stream(Generic[Item]):
             self._wake()
         self._on_close()
 
+    def forked(self) -> None:
+        """In the child of a fork: nothing will come, and the lock may be held for ever."""
+        self._condition = threading.Condition()
+        self._closed = True
+
     def _wake(self) -> None:
         self._condition.notify()
         if self._loop is not None:

@@ -106,6 +106,12 @@ class NotifySource:
         else:
             self._thread.join(timeout)
 
+    def abandon(self) -> None:
+        """In the child of a fork: close our copies of the descriptors, and say nothing."""
+        self._waiter.close()
+        if self._session is not None:
+            self._session.abandon()
+
     def _run(self) -> None:
         try:
             self._keep_listening()
@@ -273,6 +279,7 @@ class NotifySource:
         )
         for definition in definitions:
             session.execute(f'LISTEN "{definition.channel}"', timeout=timeout)
+        listening: datetime
         [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
         self._clock_offset = listening - datetime.now(timezone.utc)
         return listening

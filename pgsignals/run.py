@@ -1,0 +1,221 @@
+"""One run of a Hub, from start to stop: the source, the dispatcher, and what is between them."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Literal, Protocol
+
+from psycopg2.extensions import cursor as Cursor
+
+from .batches import BatchTimer
+from .broadcasters.inprocess import FailureHandler, InProcess
+from .connection import connect
+from .dispatch import Dispatcher
+from .errors import ConfigurationError
+from .events import Gap, Message
+from .inspection import Status, read_queue_usage, read_states
+from .plugins import Plugins
+from .receivers import Registry
+from .resolvers import BUILTIN
+from .sources.notify import NotifySource, Timing
+from .tables import Resolver
+from .triggers.definitions import Definition, define
+from .triggers.installer import Limits, check, install, prune
+from .watchers import Watcher
+
+log = logging.getLogger("pgsignals")
+
+Install = Literal["auto", "check", "off"]
+
+
+class Run(Protocol):
+    """What exists between ``start`` and ``stop``."""
+
+    def start(self) -> None:
+        """Deliver events from now on. When it raises, ``stop`` is called."""
+
+    def stop(self, timeout: float) -> bool:
+        """Deliver what has arrived, then end; whether that took less than ``timeout`` seconds."""
+
+    def abandon(self) -> None:
+        """Called in the child of a fork: give up what is inherited, and leave the parent's be."""
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """Have ``call`` made once all that is committed by now has been handled."""
+
+    def status(self) -> Status:
+        """How things stand."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``start`` was told; see :meth:`pgsignals.Hub.start`."""
+
+    dsn: str = field(repr=False)
+    listen_dsn: str = field(repr=False)
+    watchers: tuple[Watcher, ...]
+    resolvers: Sequence[Resolver]
+    namespace: str
+    install: Install
+    prune: bool
+    limits: Limits
+    timing: Timing
+    workers: int
+    queue_size: int
+
+
+@dataclass(frozen=True)
+class Audience:
+    """Whom a run tells what: the Hub's receivers and signals."""
+
+    registry: Registry
+    timer: BatchTimer
+    failed: FailureHandler
+    gap: Callable[[Gap], None]
+    connected: Callable[[], None]
+    disconnected: Callable[[BaseException], None]
+    created: Callable[[Sequence[str]], None]
+
+
+def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
+    """``first``, those of the installed plugins, and the built-in ones."""
+    plugins = Plugins()
+    plugins.load()
+    return (*first, *plugins.resolvers(), *BUILTIN)
+
+
+class DatabaseRun:
+    """Events from the database: prepares its source, and is its sink."""
+
+    def __init__(self, settings: Settings, audience: Audience) -> None:
+        self._settings = settings
+        self._audience = audience
+        self._definitions: list[Definition] = []
+        self._problem: ConfigurationError | None = None
+        self._pruned = not settings.prune
+        self._awaited: dict[str, Callable[[], None]] = {}
+        self.dispatcher = Dispatcher(
+            [InProcess(audience.registry, audience.failed)], settings.workers, settings.queue_size
+        )
+        self.source = NotifySource(settings.dsn, settings.listen_dsn, self, self, settings.timing)
+
+    def start(self) -> None:
+        """See Run."""
+        self.source.start()
+        self.dispatcher.start()
+        self._audience.timer.start()
+
+    def stop(self, timeout: float) -> bool:
+        """See Run."""
+        deadline = time.monotonic() + timeout
+        self.source.stop(timeout)
+        drained = self.dispatcher.stop(max(0.0, deadline - time.monotonic()))
+        self._audience.timer.stop(max(0.0, deadline - time.monotonic()))
+        return drained
+
+    def abandon(self) -> None:
+        """See Run."""
+        self.source.abandon()
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """See Run."""
+        marker = secrets.token_hex(8)
+        self._awaited[marker] = call
+        connection = connect(self._settings.dsn)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_notify(%s, %s)", (self.source.own_channel, marker))
+        finally:
+            connection.close()
+
+    def status(self) -> Status:
+        """See Run."""
+        settings = self._settings
+        connection = connect(settings.dsn)
+        try:
+            with connection.cursor() as cursor:
+                states = read_states(
+                    cursor, settings.watchers, settings.resolvers, settings.namespace
+                )
+                usage = read_queue_usage(cursor)
+        finally:
+            connection.close()
+        return Status(
+            watchers=tuple(states),
+            namespace=settings.namespace,
+            queue_usage=usage,
+            running=True,
+            connected=self.source.is_connected,
+            depth=self.dispatcher.depth,
+            received=self.source.received,
+            invalid=self.source.invalid,
+            shed=self.source.shed,
+            reconnects=self.source.reconnects,
+        )
+
+    def define(self, cursor: Cursor) -> list[Definition]:
+        """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
+        settings = self._settings
+        self._problem = None
+        try:
+            definitions = define(cursor, settings.watchers, settings.resolvers, settings.namespace)
+            self._audience.registry.bind([definition.topic for definition in definitions])
+        except ConfigurationError as error:
+            if not self._definitions:
+                raise
+            log.error("the watchers no longer fit the database: %s", error)
+            self._problem = error
+        else:
+            self._definitions = definitions
+        return self._definitions
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        """See that the triggers are there, as far as the settings allow."""
+        settings = self._settings
+        triggers = [definition.trigger for definition in definitions]
+        if self._problem is not None:
+            now = datetime.now(timezone.utc)
+            self.gap(Gap(now, now, "watcher_broken", str(self._problem)))
+        elif settings.install == "auto":
+            created = install(cursor, settings.namespace, triggers, settings.limits)
+            self._audience.created([trigger.name for trigger in created])
+            if not self._pruned:
+                prune(cursor, settings.namespace, triggers, limits=settings.limits)
+                self._pruned = True
+        elif settings.install == "check":
+            check(cursor, settings.namespace, triggers)
+
+    @property
+    def full(self) -> bool:
+        """See Sink."""
+        return self.dispatcher.full
+
+    def submit(self, message: Message) -> None:
+        """See Sink."""
+        self.dispatcher.submit(message)
+
+    def wait_for_room(self, timeout: float) -> bool:
+        """See Sink."""
+        return self.dispatcher.wait_for_room(timeout)
+
+    def gap(self, gap: Gap) -> None:
+        """See Sink."""
+        self.dispatcher.announce(lambda: self._audience.gap(gap))
+
+    def connected(self) -> None:
+        """See Sink."""
+        self.dispatcher.announce(self._audience.connected)
+
+    def disconnected(self, error: BaseException) -> None:
+        """See Sink."""
+        self.dispatcher.announce(lambda: self._audience.disconnected(error))
+
+    def reached(self, marker: str) -> None:
+        """See Sink."""
+        if (call := self._awaited.pop(marker, None)) is not None:
+            self.dispatcher.settle(call)
