@@ -88,7 +88,7 @@ def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
     others = {(item.function_schema, item.name): item for item in installed}
     identities = {_identity(item) for item in installed}
     creates: list[str] = []
-    for trigger in sorted(wanted, key=lambda trigger: (*_place(trigger), trigger.name)):
+    for trigger in sorted(wanted, key=_place):
         spec = trigger.spec
         present = others.pop((spec.table.schema, trigger.name), None)
         status, detail = _compare(trigger, present)

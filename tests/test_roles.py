@@ -1,0 +1,226 @@
+"""What each role may do: owners install, applications only need to write and to listen."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import psycopg2
+import pytest
+
+import pgsignals
+from pgsignals import Hub, watch
+from pgsignals.resolvers import BUILTIN
+from pgsignals.testing import Server
+from pgsignals.triggers.definitions import define
+from pgsignals.triggers.installer import install, uninstall
+from pgsignals.watchers import normalize
+from tests.conftest import Database, Recorder
+
+WATCHERS = [
+    "shop.orders",
+    watch(
+        "shop.orders",
+        "updated",
+        columns=["status"],
+        when="NEW.status = one_of(NEW.status)",
+        extra=["placed", "state"],
+        label="changed",
+    ),
+]
+
+
+@pytest.fixture
+def make_role(server: Server, dsn: str, db: Database) -> Iterator[Callable[..., str]]:
+    """Makes login roles; each call returns the database's address for a new one."""
+    made: list[str] = []
+
+    def make(*grants: str, name: str = "app") -> str:
+        role = f"{name}_{secrets.token_hex(4)}"
+        db(f"CREATE ROLE {role} LOGIN")
+        made.append(role)
+        for grant in grants:
+            db(f"GRANT {grant} TO {role}")
+        return server.dsn(db.connection.info.dbname, role)
+
+    yield make
+    for role in made:
+        db(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
+
+
+@pytest.fixture
+def shop(db: Database) -> str:
+    """A schema with a table, a type of its own, and a function that conditions call."""
+    db("CREATE SCHEMA shop; CREATE TYPE shop.state AS ENUM ('open', 'closed')")
+    db("CREATE FUNCTION shop.one_of(text) RETURNS text LANGUAGE sql AS 'SELECT $1'")
+    db(
+        "CREATE TABLE shop.orders (id serial PRIMARY KEY, status text,"
+        " placed timestamptz DEFAULT now(), state shop.state DEFAULT 'open')"
+    )
+    return "shop"
+
+
+DML = (
+    "USAGE ON SCHEMA shop",
+    "SELECT, INSERT, UPDATE, DELETE ON shop.orders",
+    "USAGE ON SEQUENCE shop.orders_id_seq",
+)
+
+
+def with_path(dsn: str, path: str) -> str:
+    """The same address with a search path."""
+    return f"{dsn}?options=-csearch_path%3D{path}"
+
+
+def install_as(dsn: str) -> int:
+    """What ``pgsignals install`` does; how many triggers it created."""
+    with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        definitions = define(cursor, normalize(WATCHERS), BUILTIN, "default")
+        return len(install(cursor, "default", [each.trigger for each in definitions]))
+
+
+@pytest.mark.parametrize("path", ["shop", "shop,public", "public,shop", "pg_catalog,shop"])
+def test_an_application_that_may_only_write_starts_after_an_owner_installed(
+    hub: Hub,
+    dsn: str,
+    shop: str,
+    make_role: Callable[..., str],
+    connect: Callable[[str], Database],
+    recorder: Recorder,
+    path: str,
+) -> None:
+    """``install="check"`` passes under any search path, and events arrive, values and all."""
+    assert install_as(with_path(dsn, "shop,public")) == 4
+    app = make_role(*DML)
+    hub.subscribe(recorder, "changed")
+    hub.start(with_path(app, path), WATCHERS, install="check")
+    writer = connect(app)
+    writer("SET search_path TO public")
+    writer("INSERT INTO shop.orders (status) VALUES ('new')")
+    writer("UPDATE shop.orders SET status = 'sent'")
+    [event] = recorder.wait(1)
+    assert event.old["status"] == "new"
+    assert event.values["state"] == "open"
+    assert event.values["placed"].tzinfo is not None
+    assert [state.status for state in hub.status().watchers] == ["INSTALLED"] * 4
+
+
+def test_the_automatic_install_finds_nothing_to_do_either(
+    hub: Hub, dsn: str, shop: str, make_role: Callable[..., str]
+) -> None:
+    """The default ``install="auto"`` needs no privilege while nothing differs."""
+    install_as(with_path(dsn, "shop"))
+    hub.start(with_path(make_role(*DML), "shop"), WATCHERS)
+    assert hub.running
+
+
+def test_check_says_what_to_run_before_an_owner_has_installed(
+    hub: Hub, dsn: str, shop: str, make_role: Callable[..., str]
+) -> None:
+    """Without its triggers an application that checks does not start."""
+    expected = r"MISSING inserted on shop\.orders(?s:.*)run `pgsignals install`"
+    with pytest.raises(pgsignals.DriftError, match=expected):
+        hub.start(with_path(make_role(*DML), "shop"), WATCHERS, install="check")
+
+
+@pytest.mark.parametrize(
+    ("grants", "lacks", "fix"),
+    [
+        (
+            DML,
+            "TRIGGER on shop.orders and CREATE on the schema shop",
+            'GRANT TRIGGER ON "shop"."orders" TO "{role}"; '
+            'GRANT CREATE ON SCHEMA "shop" TO "{role}"',
+        ),
+        (
+            (*DML, "TRIGGER ON shop.orders"),
+            "CREATE on the schema shop",
+            'GRANT CREATE ON SCHEMA "shop" TO "{role}"',
+        ),
+        (
+            (*DML, "CREATE ON SCHEMA shop"),
+            "TRIGGER on shop.orders",
+            'GRANT TRIGGER ON "shop"."orders" TO "{role}"',
+        ),
+    ],
+)
+def test_a_role_that_may_not_install_is_told_what_it_lacks(
+    hub: Hub,
+    db: Database,
+    shop: str,
+    make_role: Callable[..., str],
+    grants: tuple[str, ...],
+    lacks: str,
+    fix: str,
+) -> None:
+    """The error names the role, the privileges, both fixes; nothing has been installed."""
+    app = make_role(*grants)
+    role = psycopg2.extensions.parse_dsn(app)["user"]
+    db("CREATE TABLE public.a (id int PRIMARY KEY)")
+    db(f"GRANT TRIGGER ON public.a TO {role}; GRANT CREATE ON SCHEMA public TO {role}")
+    with pytest.raises(pgsignals.PrivilegeError) as caught:
+        hub.start(with_path(app, "shop"), ["public.a", *WATCHERS])
+    message = str(caught.value)
+    assert f"The role '{role}' lacks {lacks}, which installing takes." in message
+    assert "Run `pgsignals install` as the tables' owner" in message
+    assert message.endswith(f"have the owner run: {fix.format(role=role)}.")
+    assert db("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal") == []
+
+
+def test_trigger_and_create_are_all_that_installing_takes(
+    hub: Hub,
+    db: Database,
+    shop: str,
+    make_role: Callable[..., str],
+    recorder: Recorder,
+) -> None:
+    """A role that owns no table, and may not even read it, installs, repairs, prunes, removes."""
+    app = with_path(
+        make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders"), "shop"
+    )
+    hub.subscribe(recorder, "changed")
+    hub.start(app, WATCHERS)
+    db("INSERT INTO shop.orders (status) VALUES ('new'); UPDATE shop.orders SET status = 'sent'")
+    assert recorder.wait(1)[0].values["status"] == "sent"
+    hub.stop()
+
+    db("ALTER TABLE shop.orders DISABLE TRIGGER USER")
+    assert install_as(app) == 4
+    with Hub().start(app, [("shop.orders", "deleted")], namespace="other"):
+        pass
+    with closing(psycopg2.connect(app)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        for namespace, count in (("default", 4), ("other", 1)):
+            assert len(uninstall(cursor, namespace, force=True)) == count
+    assert db("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal") == []
+
+
+def test_what_another_role_installed_is_not_ours_to_repair(
+    hub: Hub, dsn: str, db: Database, shop: str, make_role: Callable[..., str]
+) -> None:
+    """An outdated trigger of another role's gives PrivilegeError that says who must act."""
+    install_as(with_path(dsn, "shop"))
+    db("ALTER TABLE shop.orders DISABLE TRIGGER USER")
+    app = make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders")
+    with pytest.raises(pgsignals.PrivilegeError, match=r"must be owner.*owner of shop\.orders"):
+        hub.start(with_path(app, "shop"), WATCHERS)
+
+
+def test_a_replicated_watcher_takes_owning_the_table(
+    hub: Hub, shop: str, make_role: Callable[..., str]
+) -> None:
+    """ENABLE ALWAYS is for owners: the error says so, and nothing is left half installed."""
+    app = make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders")
+    with pytest.raises(pgsignals.PrivilegeError, match=r"must be owner of table orders.*owner of"):
+        hub.start(app, [watch("shop.orders", "inserted", replicated=True)])
+
+
+def test_a_schema_that_the_role_may_not_use_is_like_a_missing_table(
+    hub: Hub, dsn: str, shop: str, make_role: Callable[..., str]
+) -> None:
+    """A role without USAGE on the schema can still listen, since only writers touch the table."""
+    install_as(with_path(dsn, "shop"))
+    hub.start(make_role(), [("shop.orders", "inserted")], install="off")
+    assert hub.running
