@@ -230,7 +230,7 @@ def _privileges(
     states: Sequence[State],
 ) -> Iterator[Finding]:
     """Whether this role could install; where all is installed, it need not."""
-    seen: set[int] = set()
+    seen: set[tuple[int, bool]] = set()
     for watcher in watchers:
         try:
             ref, _ = resolve(watcher.model, resolvers)
@@ -238,10 +238,10 @@ def _privileges(
         except WatcherError as error:
             yield Finding("privileges", FAIL, str(error), "Mend the watcher or the table.")
             continue
-        if table.oid in seen:
+        if (table.oid, watcher.replicated) in seen:
             continue
-        seen.add(table.oid)
-        lacks = _lacking(cursor, table)
+        seen.add((table.oid, watcher.replicated))
+        lacks = _lacking(cursor, table, watcher.replicated)
         if not lacks:
             yield Finding("privileges", OK, f"this role may install triggers on {table.qualified}")
             continue
@@ -253,21 +253,24 @@ def _privileges(
         message = (
             f"this role cannot install triggers on {table.qualified}: it {' and '.join(lacks)}"
         )
-        fix = 'Run `pgsignals install` as the owner, and start with install="check".'
+        fix = 'Run `pgsignals install` as the owner and start with install="check", or GRANT them.'
         yield Finding("privileges", FAIL if needed else WARN, message, fix)
 
 
-def _lacking(cursor: Cursor, table: Table) -> list[str]:
-    owner, creates = _row(
+def _lacking(cursor: Cursor, table: Table, replicated: bool) -> list[str]:
+    owner, triggers, creates = _row(
         cursor,
         "SELECT pg_catalog.pg_has_role(c.relowner, 'USAGE'),"
+        " pg_catalog.has_table_privilege(c.oid, 'TRIGGER'),"
         " pg_catalog.has_schema_privilege(c.relnamespace, 'CREATE')"
         f" FROM pg_catalog.pg_class c WHERE c.oid = {table.oid:d}",
     )
     found = []
-    # TRIGGER would do for creating one, but only the owner may put the comment on it.
-    if not owner:
-        found.append("does not own the table")
+    # ENABLE ALWAYS is an ALTER TABLE, for which TRIGGER is not enough.
+    if replicated and not owner:
+        found.append("does not own the table, as replicated=True needs")
+    elif not triggers:
+        found.append("lacks TRIGGER on the table")
     if not creates:
         found.append(f"lacks CREATE on schema {table.schema}")
     return found

@@ -1,0 +1,79 @@
+"""The demonstration, run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from tests.commands import Command
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What is still in the folder for temporary files."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files that anybody can enter, where the demonstration looks first."""
+    folder = tmp_path / "tmp"
+    folder.mkdir(mode=0o777)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+def test_shows_events_and_sums_up(temporary: Path) -> None:
+    """It runs for the time given, prints lines and a summary, and leaves nothing behind."""
+    command = Command("demo", "--seconds", "3")
+    assert command.err() == "Starting a throwaway PostgreSQL …"
+    assert re.fullmatch(r"PostgreSQL \d+ is running, and a shop is about to open\.", command.out())
+    result = command.end()
+    assert (result.code, result.err) == (0, [])
+    events = [line for line in result.out if re.match(r"\d\d:\d\d:\d\d\.\d{3}  public\.", line)]
+    header = next(n for n, line in enumerate(result.out) if line.startswith("TABLE OR LABEL"))
+    counts = [int(line.split()[-1]) for line in result.out[header + 1 : -3]]
+    summary = re.fullmatch(
+        r"(\d+) events, [\d.]+ ms after the statement \(median\), 0 gaps\.", result.out[-3]
+    )
+    assert summary
+    assert int(summary[1]) == len(events) == sum(counts) > 0
+    assert result.out[-1] == "The server and its data are gone."
+    assert left_behind(temporary) == []
+
+
+def test_anybody_may_take_part(temporary: Path) -> None:
+    """The printed connection string works from elsewhere, and that change is shown too."""
+    command = Command("demo")
+    while (found := re.search(r"psql (\S+) -c \"(.*)\"", command.out())) is None:
+        pass
+    dsn, statement = found.groups()
+    connection = psycopg2.connect(dsn)
+    with connection, connection.cursor() as cursor:
+        cursor.execute(statement)
+        cursor.execute("UPDATE products SET price = 99999.5 WHERE name = 'teapot'")
+    connection.close()
+    while "→ 99999.50" not in command.out():
+        pass
+    result = command.interrupt()
+    assert result.code == 0
+    assert result.out[-1] == "The server and its data are gone."
+    assert left_behind(temporary) == []
+
+
+def test_says_what_is_missing(tmp_path: Path) -> None:
+    """Without a PostgreSQL there is one clear message."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pgsignals", "demo"],
+        env={**os.environ, "PGSIGNALS_POSTGRES_BIN": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "PGSIGNALS_POSTGRES_BIN" in result.stderr
+    assert "Traceback" not in result.stderr
