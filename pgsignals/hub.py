@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 from blinker import Signal
 
 from .batches import Batcher, BatchReceiver, BatchTimer
-from .connection import Backoff
+from .connection import Backoff, redact
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Event, Gap, model_name
 from .inspection import Status
@@ -123,6 +123,10 @@ class Hub:
             raise ConfigurationError(
                 f"delivery={delivery!r} is not a delivery of this version; there is 'notify'."
             )
+        if not isinstance(dsn, str):
+            raise ConfigurationError(
+                f"dsn={redact(repr(dsn))}: give a connection string, or '' for libpq's defaults."
+            )
         if install not in get_args(Install):
             raise ConfigurationError(
                 f"install={install!r}: it is one of {', '.join(map(repr, get_args(Install)))}."
@@ -170,6 +174,7 @@ class Hub:
         self._stopped.set()
         if not drained:
             log.warning("stopped after %.1f s with receivers still at work", timeout)
+        log.debug("stopped")
         return drained
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from blinker import Signal
 from .errors import ReceiverError, near
 from .events import Event, Topic, model_identity, model_name
 from .watchers import OPERATIONS
+
+log = logging.getLogger("pgsignals")
 
 Receiver = Callable[[Event], object]
 R = TypeVar("R", bound=Callable[..., object])
@@ -105,6 +108,7 @@ class Registry:
                 else:
                     self._signal(key, target).connect(subscription, weak=False)
             self._subscriptions[subscription] = None
+        log.debug("the %s listens to %s", subscription.name, _described(target, ops))
         return subscription
 
     def signal(self, target: Any, op: str) -> Signal:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..events import Event
 from ..receivers import Registry, Subscription
+
+log = logging.getLogger("pgsignals")
 
 FailureHandler = Callable[[Any, Event, BaseException], None]
 
@@ -33,12 +36,15 @@ class InProcess:
         # Our own subscriptions are called without blinker's wrapper: one call less for each event.
         plain = [receiver for receiver in everybody if type(receiver) is Subscription]
         others = [receiver for receiver in everybody if type(receiver) is not Subscription]
+        verbose = log.isEnabledFor(logging.DEBUG)
         for event in events:
             if self._closed:
                 return
             receivers = plain
             for index in indexes:
                 receivers = [*receivers, *index.find(event)]
+            if verbose:
+                log.debug("delivering %r to %d receivers", event, len(receivers) + len(others))
             for receiver in receivers:
                 if receiver.active:
                     try:

@@ -195,6 +195,7 @@ class NotifySource:
                 extra={"channel": notify.channel},
             )
             return
+        log.debug("received %d bytes on %s", len(notify.payload), notify.channel)
         if isinstance(message, Message):
             self.received += len(message.rows)
             # Notifications come in the order of their commits: nothing before this is missing.
@@ -240,6 +241,7 @@ class NotifySource:
 
     def _open(self) -> datetime:
         """Connect, listen, install; returns the server's time from which on nothing is missed."""
+        log.debug("connecting to %s", redact(self._listen_dsn) or "libpq's default")
         connection = connect(self._dsn, self._timing.timeout)
         session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
         try:
@@ -279,6 +281,7 @@ class NotifySource:
         )
         for definition in definitions:
             session.execute(f'LISTEN "{definition.channel}"', timeout=timeout)
+            log.debug("listening on %s for %s", definition.channel, definition)
         listening: datetime
         [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
         self._clock_offset = listening - datetime.now(timezone.utc)

@@ -26,6 +26,9 @@ class Definition:
     topic: Topic
     trigger: Trigger
 
+    def __str__(self) -> str:
+        return f"{self.topic.op} of {self.watcher}"
+
     @property
     def channel(self) -> str:
         """The notification channel."""
