@@ -13,8 +13,9 @@ import pgsignals
 from pgsignals.broadcasters.inprocess import InProcess
 from pgsignals.errors import ConfigurationError, near
 from pgsignals.events import Event, Gap, Message, Topic, hashable, model_identity, model_name
-from pgsignals.hub import Hub, all_resolvers
+from pgsignals.hub import Hub
 from pgsignals.inspection import Status
+from pgsignals.run import all_resolvers
 from pgsignals.tables import Resolver, resolve
 from pgsignals.watchers import OPERATIONS, Watcher, normalize, watch
 
@@ -156,6 +157,9 @@ class Simulation:
         self._hub.receiver_failed.disconnect(self._note_error)
         self._in_process.close()
         return True
+
+    def abandon(self) -> None:
+        """Called by the Hub in the child of a fork: there is nothing to give up."""
 
     def settle(self, call: Callable[[], None]) -> None:
         """Called by the Hub: everything emitted has been handled."""
