@@ -281,7 +281,8 @@ class Hub:
             wanted = ", ".join(
                 [model_name(target), *map(repr, ops), *(f"{k}={v!r}" for k, v in filters.items())]
             )
-            raise WaitTimeout(f"No event ({wanted}) within {timeout:g} s.")
+            until = "before the Hub was stopped" if timeout is None else f"within {timeout:g} s"
+            raise WaitTimeout(f"No event ({wanted}) {until}.")
         return event
 
     def status(self) -> Status:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pgsignals import ConfigurationError, Event, Gap, Hub
+from pgsignals import ConfigurationError, Event, Gap, Hub, WaitTimeout
 from tests.conftest import DEADLINE, Database, Recorder
 
 
@@ -153,3 +153,17 @@ def test_a_loop_that_is_gone_hurts_nobody(hub: Hub, db: Database, recorder: Reco
     recorder.wait(2)
     hub.stop()
     assert failures.items == []
+
+
+def test_waiting_without_end_ends_with_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wait_for without a timeout raises WaitTimeout when the Hub is stopped meanwhile."""
+    make = hub.stream
+
+    def make_and_stop(*arguments: Any, **options: Any) -> Any:
+        made = make(*arguments, **options)
+        threading.Thread(target=hub.stop).start()
+        return made
+
+    monkeypatch.setattr(hub, "stream", make_and_stop)
+    with pytest.raises(WaitTimeout, match="before the Hub was stopped"):
+        hub.wait_for("items", timeout=None)
