@@ -58,7 +58,6 @@ class Hub:
         self._run: Run | None = None
         self._make: Callable[[], Run] | None = None
         self._restarts_after_fork = False
-        self._created: set[str] = set()
         self._audience = Audience(
             registry=self._registry,
             timer=self._timer,
@@ -66,13 +65,7 @@ class Hub:
             gap=self._send_gap,
             connected=lambda: self._send(self.connected),
             disconnected=lambda error: self._send(self.disconnected, error=error),
-            created=self._created.update,
         )
-
-    @property
-    def created(self) -> frozenset[str]:
-        """Names of the triggers that starting this Hub has created, which it leaves at its end."""
-        return frozenset(self._created)
 
     @property
     def running(self) -> bool:

@@ -79,7 +79,6 @@ class Audience:
     gap: Callable[[Gap], None]
     connected: Callable[[], None]
     disconnected: Callable[[BaseException], None]
-    created: Callable[[Sequence[str]], None]
 
 
 def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
@@ -182,8 +181,7 @@ class DatabaseRun:
             now = datetime.now(timezone.utc)
             self.gap(Gap(now, now, "watcher_broken", str(self._problem)))
         elif settings.install == "auto":
-            created = install(cursor, settings.namespace, triggers, settings.limits)
-            self._audience.created([trigger.name for trigger in created])
+            install(cursor, settings.namespace, triggers, settings.limits)
             if not self._pruned:
                 prune(cursor, settings.namespace, triggers, limits=settings.limits)
                 self._pruned = True

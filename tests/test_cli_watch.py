@@ -317,6 +317,41 @@ def test_a_closed_pipe_is_an_ordinary_end(dsn: str, db: Database) -> None:
     assert triggers(db) == 0
 
 
+def test_a_full_disk_is_an_error(dsn: str, db: Database) -> None:
+    """What cannot be printed ends it with one message, and its triggers go."""
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pgsignals", "watch", "orders:inserted"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PGSIGNALS_DSN": dsn},
+            text=True,
+        )
+    assert process.stderr is not None
+    with process.stderr as err:
+        assert err.readline().startswith("Watching")
+        db("INSERT INTO orders DEFAULT VALUES")
+        assert err.read().splitlines() == [
+            "Removed 1 trigger.",
+            "0 events",
+            "Error: Cannot print to stdout: No space left on device.",
+        ]
+    assert process.wait(DEADLINE) == 1
+    assert triggers(db) == 0
+
+
+def test_a_failed_start_leaves_nothing(dsn: str, db: Database) -> None:
+    """When one table stays locked, the triggers of the others go again."""
+    db("CREATE TABLE zebras (id int PRIMARY KEY)")
+    db("BEGIN; LOCK TABLE zebras IN ROW EXCLUSIVE MODE")
+    result = run("watch", "orders", "zebras", dsn=dsn)
+    db("ROLLBACK")
+    assert result.code == 1
+    assert result.err[0] == "Removed 3 triggers."
+    assert result.err[1].startswith("Error: ")
+    assert triggers(db) == 0
+
+
 def test_a_lost_connection_is_told_and_survived(watching: Watch, db: Database) -> None:
     """The gap is announced on stderr, and events go on."""
     command = watching("orders:inserted")

@@ -60,6 +60,11 @@ class _Live(_Lines):
     def __init__(self, live: Any) -> None:
         self._live = live
 
+    def ready(self, server: Server, dsn: str) -> None:
+        # Before rich rules the terminal: it would break a long line, which is to be copied.
+        super().ready(server, dsn)
+        self._live.start()
+
     def event(self, event: Event, seen: Seen) -> None:
         from rich.table import Table
         from rich.text import Text
@@ -68,7 +73,7 @@ class _Live(_Lines):
         for name in sorted({name for name, _ in seen.events}):
             counts = (seen.events[name, op] for op in ("inserted", "updated", "deleted"))
             table.add_row(name, *(str(count or "") for count in counts))
-        self._live.console.print(Text.from_ansi(event_line(event)))
+        self._live.console.print(Text.from_ansi(event_line(event)), soft_wrap=True)
         self._live.update(table)
 
 
@@ -80,7 +85,10 @@ def _display() -> Iterator[Display]:
         except ImportError:
             pass
         else:
-            with Live(transient=True, refresh_per_second=8) as live:
+            live = Live(transient=True, refresh_per_second=8)
+            try:
                 yield _Live(live)
+            finally:
+                live.stop()
             return
     yield _Lines()

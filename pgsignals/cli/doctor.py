@@ -7,10 +7,10 @@ from dataclasses import asdict
 import click
 
 from pgsignals.doctor import FAIL, OK, WARN, examine
+from pgsignals.run import all_resolvers
 
 from .options import (
     Watched,
-    all_resolvers,
     database_options,
     given_watchers,
     watcher_options,
@@ -41,7 +41,7 @@ def doctor(
     """
     watchers = given_watchers(watched, app, required=False)
     findings = []
-    for finding in examine(dsn, watchers, all_resolvers(), namespace):
+    for finding in examine(dsn, watchers, all_resolvers(()), namespace):
         findings.append(finding)
         if not as_json:
             level = click.style(f"{finding.level:<4}", fg=_COLOURS[finding.level])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
+from pgsignals.run import all_resolvers
 from pgsignals.triggers import installer
 from pgsignals.triggers.definitions import define
 
 from .options import (
     Watched,
-    all_resolvers,
     database_options,
     given_watchers,
     opened,
@@ -29,7 +29,7 @@ def install(watched: tuple[Watched, ...], app: str | None, dsn: str, namespace: 
     """
     watchers = given_watchers(watched, app)
     with opened(dsn) as cursor:
-        definitions = define(cursor, watchers, all_resolvers(), namespace)
+        definitions = define(cursor, watchers, all_resolvers(()), namespace)
         created = installer.install(cursor, namespace, [each.trigger for each in definitions])
     for trigger in created:
         click.echo(f"installed {trigger.spec.op} on {trigger.spec.table.qualified}")

@@ -16,10 +16,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from pgsignals.connection import connect
 from pgsignals.errors import ModelError, near
-from pgsignals.plugins import Plugins
-from pgsignals.resolvers import BUILTIN
 from pgsignals.resolvers.plain import parse_name
-from pgsignals.tables import Resolver
 from pgsignals.watchers import DEFAULT_OPERATIONS, OPERATIONS, Watcher, normalize, watch
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -153,13 +150,6 @@ def load_app(app: str | None) -> list[Watcher]:
             "that returns one, or something with an attribute WATCHERS."
         )
     return list(normalize(found))
-
-
-def all_resolvers() -> tuple[Resolver, ...]:
-    """The resolvers of plugins, then the built-in ones, as a Hub has them."""
-    plugins = Plugins()
-    plugins.load()
-    return (*plugins.resolvers(), *BUILTIN)
 
 
 @contextmanager

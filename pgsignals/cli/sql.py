@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import click
 
+from pgsignals.run import all_resolvers
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import plan
@@ -13,7 +14,6 @@ from pgsignals.triggers.sql import drop_statement
 
 from .options import (
     Watched,
-    all_resolvers,
     database_options,
     given_watchers,
     opened,
@@ -47,7 +47,7 @@ def sql(
     """
     watchers = given_watchers(watched, app, required=not removing)
     with opened(dsn) as cursor:
-        triggers = [each.trigger for each in define(cursor, watchers, all_resolvers(), namespace)]
+        triggers = [each.trigger for each in define(cursor, watchers, all_resolvers(()), namespace)]
         installed = read_installed(cursor, namespace)
         statements: list[str] = []
         if removing and triggers:

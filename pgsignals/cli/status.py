@@ -7,11 +7,11 @@ from dataclasses import asdict
 import click
 
 from pgsignals.inspection import read_queue_usage, read_states
+from pgsignals.run import all_resolvers
 from pgsignals.triggers.installer import MISSING, OUTDATED, STALE
 
 from .options import (
     Watched,
-    all_resolvers,
     database_options,
     given_watchers,
     opened,
@@ -35,14 +35,15 @@ def status(
 ) -> None:
     """Tell how the triggers stand.
 
-    INSTALLED is as the watchers need it, OUTDATED differs, MISSING is not there, STALE is used by
-    no watcher given. Without watchers it judges by the database alone: STALE then has no listener.
+    INSTALLED: as a watcher needs it, or somebody listens. OUTDATED: not as it should be. MISSING:
+    a watcher needs it. STALE: no watcher given needs it, and nobody listens. Without watchers it
+    judges by the database alone.
 
     Exit codes: 0 when nothing is MISSING or OUTDATED, otherwise 1; 2 a wrong command line.
     """
     watchers = given_watchers(watched, app, required=False)
     with opened(dsn) as cursor:
-        states = read_states(cursor, watchers, all_resolvers(), namespace)
+        states = read_states(cursor, watchers, all_resolvers(()), namespace)
         usage = read_queue_usage(cursor)
     ready = not any(state.status in (MISSING, OUTDATED) for state in states)
     if as_json:

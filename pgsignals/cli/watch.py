@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import threading
@@ -10,13 +11,17 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import click
+import psycopg2
 from psycopg2.extensions import cursor as Cursor
 
+from pgsignals.connection import redact
 from pgsignals.errors import PgSignalsError
 from pgsignals.events import Event
 from pgsignals.hub import Hub
+from pgsignals.run import all_resolvers
 from pgsignals.tables import describe, resolve
 from pgsignals.triggers.catalogue import read_installed
+from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import prune
 from pgsignals.watchers import Watcher, normalize
 from pgsignals.watchers import watch as make_watcher
@@ -24,7 +29,6 @@ from pgsignals.watchers import watch as make_watcher
 from .interrupt import End, interruptible
 from .options import (
     Watched,
-    all_resolvers,
     database_options,
     load_app,
     opened,
@@ -32,6 +36,8 @@ from .options import (
     watcher_options,
 )
 from .output import abandon_stdout, amount, event_line, notice, to_json, value_text
+
+log = logging.getLogger("pgsignals")
 
 _TIMED_OUT = 124  # as timeout(1) has it
 _RELEASE_SECONDS = 5.0
@@ -121,6 +127,7 @@ def watch(
         with opened(dsn) as cursor:
             ours = _watchers(cursor, watched, asked, when)
             watchers = normalize([*ours, *from_app])
+            wanted = define(cursor, watchers, all_resolvers(()), namespace)
             there = {item.name for item in read_installed(cursor, namespace)}
         for number, watcher in enumerate(watchers):
             shown = () if asked.by_default and number < len(ours) else watcher.extra
@@ -133,7 +140,8 @@ def watch(
             reason = end.wait(left)
             printer.close()
         finally:
-            listening = _Listeners(dsn, namespace, hub.created - there)
+            names = {definition.trigger.name for definition in wanted} - there
+            listening = _Listeners(dsn, namespace, names)
             if not keep:
                 listening.count()
             hub.stop()
@@ -176,12 +184,11 @@ class _Printer:
     def _print(self, event: Event, unchanged: Collection[str]) -> None:
         try:
             click.echo(to_json(event.to_dict()) if self._as_json else event_line(event, unchanged))
-        except BrokenPipeError:
-            abandon_stdout()
-            self._finish()
-            return
         except OSError as error:
-            self.failure = click.ClickException(f"Cannot print to stdout: {error.strerror}.")
+            abandon_stdout()
+            # That a reader such as head(1) has read enough is no failure.
+            if not isinstance(error, BrokenPipeError):
+                self.failure = click.ClickException(f"Cannot print to stdout: {error.strerror}.")
             self._finish()
             return
         self.printed += 1
@@ -227,7 +234,7 @@ def _watchers(
     cursor: Cursor, watched: Sequence[Watched], asked: _Columns, when: str | None
 ) -> list[Watcher]:
     """Watchers as the options want them: updates apart, since columns belong to them alone."""
-    resolvers = all_resolvers()
+    resolvers = all_resolvers(())
     found = []
     for each in watched:
         extra = asked.extra
@@ -261,7 +268,7 @@ def _listed(watchers: Sequence[Watcher]) -> str:
 
 
 class _Listeners:
-    """Who listens to the triggers that we created, so that we remove what was ours alone."""
+    """Who listens to triggers that were not there before us, so that we leave what others use."""
 
     def __init__(self, dsn: str, namespace: str, names: Collection[str]) -> None:
         self._dsn = dsn
@@ -276,9 +283,9 @@ class _Listeners:
         try:
             with opened(self._dsn) as cursor:
                 self._before = self._now(cursor)
-        except PgSignalsError:
-            # The database is gone, and we with it; whether it is back at the end is seen then.
-            self._before = {}
+        except (PgSignalsError, psycopg2.Error) as error:
+            # Without a database we are no listener either; that it is away is told at the end.
+            log.debug("cannot count listeners: %s", redact(str(error)))
 
     def uninstall(self) -> None:
         """Remove the triggers to which nobody listens any more.
