@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from pgsignals.testing import Server
 
 pytest_plugins = "pytester"
 
 SHOP = """
+    import secrets
     import psycopg2
     import pytest
     import pgsignals
+
+    class Existing:
+        # Saves starting a server for each project.
+        def create_database(self):
+            name = f"db_{{secrets.token_hex(6)}}"
+            connection = psycopg2.connect("{url}/postgres")
+            connection.autocommit = True
+            connection.cursor().execute(f"CREATE DATABASE {{name}} TEMPLATE template0")
+            connection.close()
+            return f"{url}/{{name}}"
+
+    @pytest.fixture(scope="session")
+    def pgsignals_server():
+        return Existing()
 
     @pytest.fixture
     def run(pgsignals_dsn):
@@ -27,9 +46,9 @@ SHOP = """
 
 
 @pytest.fixture
-def inner(pytester: pytest.Pytester, server: object) -> pytest.Pytester:
+def inner(pytester: pytest.Pytester, server: Server) -> pytest.Pytester:
     """A project whose tests have a table ``users``."""
-    pytester.makeconftest(SHOP)
+    pytester.makeconftest(SHOP.format(url=server.dsn().rpartition("/")[0]))
     return pytester
 
 
@@ -223,3 +242,25 @@ def test_nothing_is_imported_before_it_is_needed(pytester: pytest.Pytester) -> N
         """
     )
     run(pytester).assert_outcomes(passed=1)
+
+
+def test_a_server_and_a_database_of_its_own(pytester: pytest.Pytester) -> None:
+    """Each test gets an empty database on a server that is gone after the session."""
+    pytester.makepyfile(
+        """
+        import psycopg2
+        import pytest
+
+        @pytest.mark.parametrize("time", [1, 2])
+        def test_it(time, pgsignals_dsn):
+            connection = psycopg2.connect(pgsignals_dsn)
+            with connection, connection.cursor() as cursor:
+                cursor.execute("SHOW data_directory")
+                with open("where", "w") as file:
+                    file.write(cursor.fetchone()[0])
+                cursor.execute("CREATE TABLE users ()")
+            connection.close()
+        """
+    )
+    run(pytester).assert_outcomes(passed=2)
+    assert not Path((pytester.path / "where").read_text()).exists()

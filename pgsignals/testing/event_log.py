@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -50,14 +51,16 @@ class EventLog:
         Raises AssertionError, which lists what came instead, when none comes.
         """
         matches = self._hub._registry.matcher(target, ops, filters)
+        deadline = time.monotonic() + timeout
         with self._condition:
-            if not self._condition.wait_for(lambda: self._first(matches) is not None, timeout):
-                raise AssertionError(
-                    f"No event {_described(target, ops, filters)} within {timeout:g} s"
-                    f"{self._others()}"
-                )
-            found = self._first(matches)
-            assert found is not None
+            seen = 0
+            while (found := self._first(matches, seen)) is None:
+                seen = len(self._events)
+                if not self._condition.wait(max(0.0, deadline - time.monotonic())):
+                    raise AssertionError(
+                        f"No event {_described(target, ops, filters)} within {timeout:g} s"
+                        f"{self._others()}"
+                    )
             self._taken.add(found)
             return self._events[found]
 
@@ -108,10 +111,10 @@ class EventLog:
         with self._condition:
             self.gaps.append(gap)
 
-    def _first(self, matches: Callable[[Event], bool]) -> int | None:
-        """Where the first event is that was not returned yet."""
-        for number, event in enumerate(self._events):
-            if number not in self._taken and matches(event):
+    def _first(self, matches: Callable[[Event], bool], start: int = 0) -> int | None:
+        """Where, from ``start`` on, the first event is that was not returned yet."""
+        for number in range(start, len(self._events)):
+            if number not in self._taken and matches(self._events[number]):
                 return number
         return None
 
