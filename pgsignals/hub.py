@@ -21,7 +21,7 @@ from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Event, Gap, model_name
 from .inspection import Status
 from .receivers import Receiver, Registry, Subscription, receiver_name
-from .run import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
+from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
 from .streams import Stream
 from .tables import Resolver

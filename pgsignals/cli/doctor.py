@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from pgsignals.doctor import FAIL, OK, WARN, examine
-from pgsignals.run import all_resolvers
+from pgsignals.runs import all_resolvers
 
 from .options import (
     Watched,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pgsignals.run import all_resolvers
+from pgsignals.runs import all_resolvers
 from pgsignals.triggers import installer
 from pgsignals.triggers.definitions import define
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import click
 
-from pgsignals.run import all_resolvers
+from pgsignals.runs import all_resolvers
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import plan

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from pgsignals.inspection import read_queue_usage, read_states
-from pgsignals.run import all_resolvers
+from pgsignals.runs import all_resolvers
 from pgsignals.triggers.installer import MISSING, OUTDATED, STALE
 
 from .options import (

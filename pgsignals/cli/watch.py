@@ -18,7 +18,7 @@ from pgsignals.connection import redact
 from pgsignals.errors import PgSignalsError
 from pgsignals.events import Event
 from pgsignals.hub import Hub
-from pgsignals.run import all_resolvers
+from pgsignals.runs import all_resolvers
 from pgsignals.tables import describe, resolve
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.definitions import define

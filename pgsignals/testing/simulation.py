@@ -15,7 +15,7 @@ from pgsignals.errors import ConfigurationError, near
 from pgsignals.events import Event, Gap, Message, Topic, hashable, model_identity, model_name
 from pgsignals.hub import Hub
 from pgsignals.inspection import Status
-from pgsignals.run import all_resolvers
+from pgsignals.runs import all_resolvers
 from pgsignals.tables import Resolver, resolve
 from pgsignals.watchers import OPERATIONS, Watcher, normalize, watch
 
