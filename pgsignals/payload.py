@@ -1,9 +1,9 @@
 """The text that triggers send, turned into messages; everything in it is untrusted until here.
 
 A payload is a line of JSON, the header, then a line of JSON for each row: an array of the key, a
-tab, then the values, or the bare key where it is all there is and a number. The tab, which is
-white space to JSON and cannot occur inside its strings, is where the trigger cuts a row that is
-too long for a notification. A key that is itself too long comes in fragments, in base64.
+tab, then the values, or the bare key where it is all there is and a number or a boolean. The tab,
+which is white space to JSON and cannot occur inside its strings, is where the trigger cuts a row
+that is too long for a notification. A key that is itself too long comes in fragments, in base64.
 """
 
 from __future__ import annotations
@@ -86,15 +86,14 @@ class Decoder:
         self, topic: Topic, key: Sequence[Field], values: Sequence[Field], cast: Cast
     ) -> None:
         self._topic = topic
-        bare = len(key) == 1 and key[0].raw and not values
         self._rows: dict[tuple[bool, bool], Callable[[str], list[tuple[Any, ...]]]] = {}
         for moved in (False, True):
             keys = [*key, *key] if moved else [*key]
             travelling = [*values, *values] if topic.compared else [*values]
             self._rows[moved, False] = _Rows(keys, travelling, topic.compared, cast)
             self._rows[moved, True] = _Rows(keys, (), False, cast)
-        if bare:
-            self._rows[False, False] = _bare_keys
+        if len(key) == 1 and key[0].raw and not values:
+            self._rows[False, False] = _bare_keys(key[0])
         self._fragments: list[str] = []
 
     def decode(self, payload: str) -> Message | Broken | None:
@@ -159,7 +158,7 @@ class _Rows:
             types.append(Annotated[str, msgspec.Meta(pattern=rf"^[01]{{{len(values) // 2}}}\Z")])
         self._decoder = msgspec.json.Decoder(tuple[tuple(types)])  # type: ignore[misc]
         self._casts = [
-            (index, field.oid, index < len(keys))
+            (index, field.oid)
             for index, field in enumerate(fields)
             if not (field.raw or field.plain)
         ]
@@ -173,25 +172,22 @@ class _Rows:
 
     def _cast_row(self, row: tuple[Any, ...]) -> tuple[Any, ...]:
         found = list(row)
-        for index, oid, is_key in self._casts:
+        for index, oid in self._casts:
             text = found[index]
             if text is None:
                 continue
             try:
                 found[index] = self._cast(oid, text)
-            except Exception as error:
-                # Python has no date before the year 1, PostgreSQL has: such a value stays text,
-                # since the event matters more. A key that does not parse is not from a trigger.
-                if is_key:
-                    raise PayloadError(f"{text!r:.50} is no key of type {oid}") from error
+            except Exception:
+                # Python has no date before the year 1, PostgreSQL has: such a value stays text, as
+                # the event matters more.
+                continue
         return tuple(found)
 
 
-_bare_decoder = msgspec.json.Decoder(int)
-
-
-def _bare_keys(body: str) -> list[tuple[Any, ...]]:
-    return [(key,) for key in _bare_decoder.decode_lines(body)]
+def _bare_keys(field: Field) -> Callable[[str], list[tuple[Any, ...]]]:
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_RAW[field.builtin or ""])
+    return lambda body: [(key,) for key in decoder.decode_lines(body)]
 
 
 def _decode_context(text: str | None) -> Mapping[str, Any]:

@@ -60,7 +60,8 @@ class Column:
     """A column, with what is needed to render and compare its values.
 
     ``type_name`` is SQL, ready quoted. ``base_oid`` is the type beneath any domain, which is the
-    one that a query's result announces. ``output`` is the type's output function.
+    one that a query's result announces. ``output`` is the type's output function. ``virtual``: a
+    generated column that is not stored, which triggers do not see.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Column:
     domain: bool
     comparable: bool
     settled: bool
+    virtual: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,14 @@ class Table:
 
         Raises TableError, with near names, when there is none.
         """
-        try:
-            return self._by_attribute[attribute]
-        except KeyError:
-            pass
+        column = self._by_attribute.get(attribute)
+        if column is not None and column.virtual:
+            raise TableError(
+                f"{self.qualified} computes {attribute!r} when it is read (VIRTUAL), and "
+                "triggers do not. Name the columns that it is made of, or make it STORED."
+            )
+        if column is not None:
+            return column
         if attribute in self.elsewhere:
             raise TableError(
                 f"{attribute!r} is not a column of {self.qualified}: it lives in the table "
@@ -199,7 +205,8 @@ SELECT a.attname, pg_catalog.format_type(a.atttypid, NULL), t.oid, tn.nspname, t
        pn.nspname, p.proname, a.atttypid <> t.oid,
        CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN e.typname ELSE t.typname END,
        CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN en.nspname ELSE tn.nspname END,
-       CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN e.typtype ELSE t.typtype END
+       CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN e.typtype ELSE t.typtype END,
+       a.attgenerated = 'v'
 FROM base b
 JOIN pg_catalog.pg_attribute a ON a.attrelid = %(oid)s AND a.attnum = b.attnum
 JOIN pg_catalog.pg_type t ON t.oid = b.typid AND t.typtype <> 'd'
@@ -214,7 +221,8 @@ ORDER BY a.attnum
 _KEY = """
 SELECT a.attname
 FROM pg_catalog.pg_index i
-CROSS JOIN LATERAL pg_catalog.unnest(i.indkey::pg_catalog.int2[]) WITH ORDINALITY AS k(attnum, position)
+CROSS JOIN LATERAL pg_catalog.unnest(i.indkey::pg_catalog.int2[])
+  WITH ORDINALITY AS k(attnum, position)
 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
 WHERE i.indrelid = %(oid)s AND i.indisprimary AND k.position <= i.indnkeyatts
 ORDER BY k.position
@@ -254,6 +262,7 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
             comparable=element_kind in ("e", "r", "m")
             or (element_schema == "pg_catalog" and element in _COMPARABLE),
             settled=element_kind == "e" or (element_schema == "pg_catalog" and element in _SETTLED),
+            virtual=virtual,
         )
         for (
             column_name,
@@ -267,6 +276,7 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
             element,
             element_schema,
             element_kind,
+            virtual,
         ) in cursor.fetchall()
     )
     present = {column.name for column in columns}

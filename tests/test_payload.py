@@ -59,6 +59,7 @@ def decoder(
 
 SHAPES = {
     "bare": decoder(),
+    "boolean": decoder(key=(BOOL,)),
     "no key": decoder(key=(), values=(TEXT,)),
     "empty": decoder(key=()),
     "text": decoder(key=(TEXT,)),
@@ -101,6 +102,7 @@ def test_mutations_of_a_valid_payload(shape: str, data: st.DataObject) -> None:
     """Whatever is cut out, put in or changed, it is decoded or refused."""
     bodies = {
         "bare": "1\n2",
+        "boolean": "true\nfalse",
         "no key": '[\t"a"]',
         "empty": "[\t]",
         "text": '["a"]\n["b"]',
@@ -138,6 +140,14 @@ def test_bare_keys_round_trip(keys: list[int]) -> None:
     assert isinstance(message, Message)
     assert message.rows == [(key,) for key in keys]
     assert (message.txid, message.sequence, message.at_us) == (7, 1, 1_700_000_000_000_000)
+
+
+@given(keys=st.lists(st.booleans(), min_size=1))
+def test_bare_booleans_round_trip(keys: list[bool]) -> None:
+    """So does a single boolean."""
+    message = SHAPES["boolean"].decode(header() + "\n" + "\n".join(map(json.dumps, keys)))
+    assert isinstance(message, Message)
+    assert message.rows == [(key,) for key in keys]
 
 
 @given(

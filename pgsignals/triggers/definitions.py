@@ -141,9 +141,20 @@ def _check_condition(cursor: Cursor, watcher: Watcher, spec: Specification) -> N
     """
     sides = {"inserted": ["new"], "deleted": ["old"]}.get(spec.op, ["new", "old"])
     # A row made from the table's type: reading the table itself may be more than the role may do.
-    row = sql.SQL("(SELECT (NULL::{}).*) AS {}")
+    # As in a trigger: without virtual columns, and rows of an update are numbered, so that they
+    # cannot be passed as the table's type.
+    columns: list[sql.Composable] = [
+        sql.Identifier(column.name) for column in spec.table.columns if not column.virtual
+    ]
+    if spec.op == "updated":
+        columns.append(sql.SQL("row_number() OVER ()"))
+    row = sql.SQL("(SELECT {} FROM (SELECT (NULL::{}).*) AS row) AS {}")
     rows = [
-        row.format(sql.Identifier(spec.table.schema, spec.table.name), sql.SQL(side))
+        row.format(
+            sql.SQL(", ").join(columns),
+            sql.Identifier(spec.table.schema, spec.table.name),
+            sql.SQL(side),
+        )
         for side in sides
     ]
     head = (

@@ -16,7 +16,7 @@ FORMAT = 1
 
 _EVENTS = {"inserted": "INSERT", "updated": "UPDATE", "deleted": "DELETE", "truncated": "TRUNCATE"}
 _RAW = ("bool", "int2", "int4", "int8")
-_TEXT = ("text", "varchar", "bpchar", "name", "char")
+_TEXT = ("text", "varchar", "name")
 _CHANNEL = "pgsignals:channel"
 
 # What a value's text depends on in the writer's session, and how we want it.
@@ -66,20 +66,28 @@ class Specification:
 
 def value_text(column: Column, alias: str) -> sql.Composable:
     """The column's value exactly as a query's text result has it, or NULL."""
+    if column.output == ("pg_catalog", "textout"):
+        # Not every type with this output function, refcursor for one, can be passed to it.
+        return sql.SQL("{}::text").format(_value(column, alias))
     return sql.SQL("textin({output}({value}))").format(
         output=sql.Identifier(*column.output), value=_value(column, alias)
     )
 
 
-def value_json(column: Column, alias: str) -> sql.Composable:
-    """The column's value as JSON text: a number, a boolean, a string or ``null``."""
+def value_json(column: Column, alias: str, bounded: bool = False) -> sql.Composable:
+    """The column's value as JSON text: a number, a boolean, a string or ``null``.
+
+    ``bounded``: of a value that no notification has room for, only as much as shows that.
+    """
     value = _value(column, alias)
     schema, base_type = column.base_type
     if schema == "pg_catalog" and base_type in _RAW:
         return sql.SQL("coalesce({}::text, 'null')").format(value)
     if schema != "pg_catalog" or base_type not in _TEXT:
         value = value_text(column, alias)
-    return sql.SQL("coalesce(to_json({})::text, 'null')").format(value)
+    if bounded:
+        value = sql.SQL("left({}::text, 8000)").format(value)
+    return sql.SQL("coalesce(pg_catalog.to_json({})::text, 'null')").format(value)
 
 
 def differs(column: Column) -> sql.Composable:
@@ -102,9 +110,9 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
     keys = [value_json(column, alias) for column in key]
     if moved:
         keys += [value_json(column, "old") for column in key]
-    values = [value_json(column, alias) for column in spec.tracked]
+    values = [value_json(column, alias, bounded=True) for column in spec.tracked]
     if spec.compared:
-        values += [value_json(column, "old") for column in spec.tracked]
+        values += [value_json(column, "old", bounded=True) for column in spec.tracked]
         flags = sql.SQL(" || ").join(
             sql.SQL("CASE WHEN {} THEN '1' ELSE '0' END").format(differs(column))
             for column in spec.tracked
@@ -117,7 +125,7 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
     if keys:
         parts.append(comma.join(keys))
     if values:
-        parts += [sql.SQL("pgs_tab || ','") if keys else sql.SQL("pgs_tab"), comma.join(values)]
+        parts += [sql.SQL("E'\\t,'") if keys else sql.SQL("E'\\t'"), comma.join(values)]
     parts.append(sql.SQL("']'"))
     return sql.SQL(" || ").join(parts)
 
@@ -158,11 +166,14 @@ def _rows(spec: Specification) -> sql.Composable:
         return sql.SQL("FROM pgs_old AS old")
     if not spec.table.key and not spec.tracked and not spec.columns and spec.when is None:
         return sql.SQL("FROM pgs_new AS new")
+    number = "pgs_n"
+    while number in {column.name for column in spec.table.columns}:
+        number += "_"
     return sql.SQL(
-        "FROM (SELECT row_number() OVER () AS pgs_n, * FROM pgs_old) AS old\n"
-        "        JOIN (SELECT row_number() OVER () AS pgs_n, * FROM pgs_new) AS new\n"
-        "          ON new.pgs_n = old.pgs_n"
-    )
+        "FROM (SELECT row_number() OVER () AS {number}, * FROM pgs_old) AS old\n"
+        "        JOIN (SELECT row_number() OVER () AS {number}, * FROM pgs_new) AS new\n"
+        "          ON new.{number} = old.{number}"
+    ).format(number=sql.SQL(number))
 
 
 def _select(spec: Specification) -> sql.Composable:
@@ -172,13 +183,13 @@ def _select(spec: Specification) -> sql.Composable:
     key = spec.table.key_columns
     if spec.op != "updated" or not key:
         return sql.SQL(
-            "SELECT string_agg({line}, pgs_newline) INTO pgs_lines\n"
+            "SELECT string_agg({line}, E'\\n') INTO pgs_lines\n"
             "        {rows}\n        WHERE {conditions};"
         ).format(line=_line(spec, False), rows=_rows(spec), conditions=_conditions(spec))
     moved = sql.SQL(" OR ").join(map(differs, key))
     return sql.SQL(
-        "SELECT string_agg({line}, pgs_newline) FILTER (WHERE NOT ({moved})),\n"
-        "             string_agg({moved_line}, pgs_newline) FILTER (WHERE {moved})\n"
+        "SELECT string_agg({line}, E'\\n') FILTER (WHERE NOT ({moved})),\n"
+        "             string_agg({moved_line}, E'\\n') FILTER (WHERE {moved})\n"
         "        INTO pgs_lines, pgs_moved\n"
         "        {rows}\n        WHERE {conditions};"
     ).format(
@@ -192,17 +203,21 @@ def _select(spec: Specification) -> sql.Composable:
 
 # The notification limit is 7,999 bytes (NOTIFY_PAYLOAD_MAX_LENGTH), in the server's encoding; the
 # header's sequence and flags, added to each message, take at most 70.
+#
+# Where the watcher has a condition, names are looked up in the installer's search_path. pg_catalog
+# comes first in it, but a better fit elsewhere wins: hence each operator has operands of exactly
+# its types, and polymorphic functions are qualified.
 _BODY = """
 #variable_conflict use_column
 DECLARE
   pgs_newline CONSTANT text := chr(10);
-  pgs_tab CONSTANT text := chr(9);
   pgs_encoding CONSTANT name := getdatabaseencoding();
   pgs_lines text;
   pgs_moved text;
   pgs_text text;
   pgs_flags text := '';
   pgs_context text;
+  pgs_start text;
   pgs_head text;
   pgs_sequence bigint;
   pgs_data bytea;
@@ -214,79 +229,86 @@ BEGIN
   IF current_setting('pgsignals.muted', true) = 'on' THEN
     RETURN NULL;
   END IF;
+  -- Counts messages of the transaction, since PostgreSQL collapses notifications that are equal.
+  -- Anybody can set it to anything.
+  pgs_text := current_setting('pgsignals.sequence', true);
+  pgs_sequence := CASE WHEN pgs_text ~ '^[0-9]{{1,15}}$' THEN pgs_text::bigint ELSE 0 END;
+  pgs_start := '{{"v":{version},"t":'
+    || (date_part('epoch', clock_timestamp()) * 1e6::float8)::bigint::text;
   BEGIN
     {select}
+    IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
+      RETURN NULL;
+    END IF;
+
+    pgs_head := pgs_start || ',"x":' || pg_current_xact_id()::text;
+    pgs_context := nullif(current_setting('pgsignals.context', true), '');
+    IF octet_length(pgs_context) <= 2000 THEN
+      pgs_context := pg_catalog.to_json(pgs_context)::text;
+      IF octet_length(pgs_context) <= 4000 THEN
+        pgs_head := pgs_head || ',"c":' || pgs_context;
+      END IF;
+    END IF;
+    pgs_room := 7929 - octet_length(pgs_head);
+
+    FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
+      pgs_data := convert_to(pgs_text, pgs_encoding);
+      pgs_at := 1;
+      WHILE pgs_at <= octet_length(pgs_data) LOOP
+        pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_room + 1);
+        pgs_size := octet_length(pgs_piece);
+        IF pgs_size > pgs_room THEN
+          -- Whole lines only: what follows the last newline is left for the next message.
+          pgs_size := pgs_room - octet_length(
+            decode(split_part(encode(pgs_piece, 'escape'), pgs_newline, -1), 'escape'));
+        END IF;
+        pgs_sequence := pgs_sequence + 1;
+        IF pgs_size >= 0 THEN
+          PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
+            || '}}' || pgs_newline
+            || convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding));
+          pgs_at := pgs_at + pgs_size + 1;
+        ELSE
+          -- One row is longer than a notification: only what stands before its tab, the key, goes.
+          pgs_size := 16384;
+          LOOP
+            pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_size);
+            EXIT WHEN octet_length(pgs_piece) < pgs_size
+              OR position('\\x0a'::bytea IN pgs_piece) > 0;
+            pgs_size := pgs_size * 2;
+          END LOOP;
+          pgs_size := position('\\x0a'::bytea IN pgs_piece) - 1;
+          IF pgs_size >= 0 THEN
+            pgs_piece := substring(pgs_piece FROM 1 FOR pgs_size);
+          END IF;
+          pgs_at := pgs_at + octet_length(pgs_piece) + 1;
+          pgs_text := convert_from(pgs_piece, pgs_encoding);
+          IF strpos(pgs_text, E'\\t') > 0 THEN
+            pgs_text := split_part(pgs_text, E'\\t', 1) || ']';
+          END IF;
+          IF octet_length(pgs_text) <= pgs_room THEN
+            PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
+              || ',"cut":true}}' || pgs_newline || pgs_text);
+          ELSE
+            pgs_text := translate(
+              encode(convert_to(pgs_text, 'UTF8'), 'base64'), pgs_newline, '');
+            pgs_size := (octet_length(pgs_text) + pgs_room - 1) / pgs_room;
+            FOR pgs_part IN 1..pgs_size LOOP
+              PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
+                || ',"cut":true,"part":[' || pgs_part::text || ',' || pgs_size::text || ']}}'
+                || pgs_newline || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
+            END LOOP;
+          END IF;
+        END IF;
+      END LOOP;
+      pgs_flags := ',"moved":true';
+    END LOOP;
   EXCEPTION WHEN OTHERS THEN
     -- The write must go on: what broke is reported in place of the rows.
-    pgs_lines := '';
-    pgs_flags := ',"error":' || to_json(left(SQLERRM, 400))::text;
+    pgs_sequence := pgs_sequence + 1;
+    PERFORM pg_notify({channel}, pgs_start || ',"x":' || pg_current_xact_id()::text || ',"s":'
+      || pgs_sequence::text || ',"error":' || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}');
   END;
-  IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
-    RETURN NULL;
-  END IF;
-
-  pgs_context := nullif(current_setting('pgsignals.context', true), '');
-  pgs_head := '{{"v":{version},"x":' || pg_current_xact_id()::text || ',"t":'
-    || (date_part('epoch', clock_timestamp()) * 1000000)::bigint;
-  IF octet_length(pgs_context) <= 2000 THEN
-    pgs_context := to_json(pgs_context)::text;
-    IF octet_length(pgs_context) <= 4000 THEN
-      pgs_head := pgs_head || ',"c":' || pgs_context;
-    END IF;
-  END IF;
-  pgs_room := 7929 - octet_length(pgs_head);
-  -- Counts messages of the transaction, since PostgreSQL collapses notifications that are equal.
-  pgs_sequence := coalesce(nullif(current_setting('pgsignals.sequence', true), ''), '0')::bigint;
-
-  FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
-    pgs_data := convert_to(pgs_text, pgs_encoding);
-    pgs_at := 1;
-    IF pgs_text = '' THEN
-      pgs_sequence := pgs_sequence + 1;
-      PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence || pgs_flags || '}}');
-    END IF;
-    WHILE pgs_at <= octet_length(pgs_data) LOOP
-      pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_room + 1);
-      pgs_size := octet_length(pgs_piece);
-      IF pgs_size > pgs_room THEN
-        -- Whole lines only: what follows the last newline is left for the next message.
-        pgs_size := pgs_room - octet_length(
-          decode(split_part(encode(pgs_piece, 'escape'), pgs_newline, -1), 'escape'));
-      END IF;
-      pgs_sequence := pgs_sequence + 1;
-      IF pgs_size >= 0 THEN
-        PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence || pgs_flags || '}}'
-          || pgs_newline || convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding));
-        pgs_at := pgs_at + pgs_size + 1;
-      ELSE
-        -- One row is longer than a notification: only what stands before its tab, the key, goes.
-        pgs_piece := substring(pgs_data FROM pgs_at);
-        pgs_size := position(decode('0a', 'hex') IN pgs_piece) - 1;
-        IF pgs_size >= 0 THEN
-          pgs_piece := substring(pgs_piece FROM 1 FOR pgs_size);
-        END IF;
-        pgs_at := pgs_at + octet_length(pgs_piece) + 1;
-        pgs_text := convert_from(pgs_piece, pgs_encoding);
-        IF strpos(pgs_text, pgs_tab) > 0 THEN
-          pgs_text := split_part(pgs_text, pgs_tab, 1) || ']';
-        END IF;
-        IF octet_length(pgs_text) <= pgs_room THEN
-          PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence || pgs_flags
-            || ',"cut":true}}' || pgs_newline || pgs_text);
-        ELSE
-          pgs_text := translate(
-            encode(convert_to(pgs_text, 'UTF8'), 'base64'), pgs_newline, '');
-          FOR pgs_part IN 1..(octet_length(pgs_text) + pgs_room - 1) / pgs_room LOOP
-            PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence || pgs_flags
-              || ',"cut":true,"part":[' || pgs_part || ','
-              || (octet_length(pgs_text) + pgs_room - 1) / pgs_room || ']}}' || pgs_newline
-              || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
-          END LOOP;
-        END IF;
-      END IF;
-    END LOOP;
-    pgs_flags := ',"moved":true';
-  END LOOP;
   PERFORM set_config('pgsignals.sequence', pgs_sequence::text, true);
   RETURN NULL;
 END
