@@ -142,8 +142,11 @@ def test_nothing_to_watch_is_said() -> None:
         ({"workers": 0}, r"workers=0: give a whole number from 1"),
         ({"queue_size": 1.5}, r"queue_size=1\.5: give a whole number from 1"),
         ({"namespace": ""}, r"namespace='': give a text that is not empty"),
-        ({"lock_timeout": 0}, r"lock_timeout=0: give seconds, 0\.001 or more"),
-        ({"install_timeout": -1}, r"install_timeout=-1: give seconds, more than 0"),
+        ({"lock_timeout": 0}, r"lock_timeout=0: give seconds, from 0\.001 to 2,000,000"),
+        ({"lock_timeout": "1s"}, r"lock_timeout='1s': give seconds"),
+        ({"lock_timeout": float("nan")}, r"lock_timeout=nan: give seconds"),
+        ({"install_timeout": -1}, r"install_timeout=-1: give seconds, from 0\.001"),
+        ({"install_timeout": float("inf")}, r"install_timeout=inf: give seconds"),
     ],
 )
 def test_a_wrong_option_of_start_is_refused(options: dict[str, Any], message: str) -> None:

@@ -47,11 +47,12 @@ class Limits:
     total: float = 10.0
 
     def __post_init__(self) -> None:
-        # PostgreSQL counts milliseconds, and takes none for no limit at all.
-        if not self.lock >= 0.001:
-            raise ConfigurationError(f"lock_timeout={self.lock!r}: give seconds, 0.001 or more.")
-        if not self.total > 0:
-            raise ConfigurationError(f"install_timeout={self.total!r}: give seconds, more than 0.")
+        for option, seconds in (("lock_timeout", self.lock), ("install_timeout", self.total)):
+            # PostgreSQL counts milliseconds in 32 bits, and takes 0 for no limit at all.
+            if not isinstance(seconds, int | float) or not 0.001 <= seconds <= 2_000_000:
+                raise ConfigurationError(
+                    f"{option}={seconds!r}: give seconds, from 0.001 to 2,000,000."
+                )
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,9 @@ def _install_on_table(
         change = plan(triggers, read_installed(cursor, namespace))
         for statement in change.statements:
             log.debug("installing: %s", statement.partition("\n")[0])
-            cursor.execute(statement)
+        if change.statements:
+            # At once, so that writers wait for no round trips while we hold the table's lock.
+            cursor.execute(";\n".join(change.statements))
         return change.created
 
     created = _locked(cursor, limits, *_place(triggers[0]), apply)
