@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ import psycopg2
 import pytest
 
 from tests.commands import Command
+from tests.conftest import DEADLINE
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -64,6 +68,40 @@ def test_anybody_may_take_part(temporary: Path) -> None:
     assert result.code == 0
     assert result.out[-1] == "The server and its data are gone."
     assert left_behind(temporary) == []
+
+
+def test_on_a_terminal_it_is_live(temporary: Path) -> None:
+    """On a terminal a table of counts stays below the events, and Ctrl-C ends with the summary."""
+    terminal, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pgsignals", "demo"],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "PYTHONUTF8": "1"},
+    )
+    os.close(child)
+    text = ""
+    while "table or label" not in text:
+        text += _read(terminal) or pytest.fail(f"it ended: {text}")
+    process.send_signal(signal.SIGINT)
+    while (now := _read(terminal)) is not None:
+        text += now
+    os.close(terminal)
+    assert process.wait(DEADLINE) == 0
+    assert re.search(r'psql postgresql://\S+ -c "UPDATE .*"\r\n', text)
+    assert text.rstrip().endswith("The server and its data are gone.")
+    assert left_behind(temporary) == []
+
+
+def _read(terminal: int) -> str | None:
+    """What has been shown on the terminal; None when its last program has ended."""
+    ready, _, _ = select.select([terminal], [], [], DEADLINE)
+    assert ready, "nothing more was shown"
+    try:
+        return os.read(terminal, 65536).decode(errors="replace")
+    except OSError:
+        return None
 
 
 def test_says_what_is_missing(tmp_path: Path) -> None:

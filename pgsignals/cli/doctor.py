@@ -33,9 +33,10 @@ def doctor(
     namespace: str,
     as_json: bool,
 ) -> None:
-    """Check the database, one line for each check, with the fix where one is due.
+    """Check what pgsignals needs of the database.
 
-    With watchers it also checks whether this role may install their triggers.
+    Each check is one line, with the fix where one is due. With watchers it also checks whether
+    this role may install their triggers.
 
     Exit codes: 0 when nothing failed (warnings may be there), otherwise 1; 2 a wrong command line.
     """

@@ -40,7 +40,7 @@ def sql(
     dsn: str,
     namespace: str,
 ) -> None:
-    """Print the SQL by which install would change the database; run nothing.
+    """Print the SQL that install would run.
 
     It is one transaction, for `psql -v ON_ERROR_STOP=1 -f` or a migration. The database is read
     for its tables' columns and for what it already has.
