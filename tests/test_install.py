@@ -611,7 +611,7 @@ def test_uninstall_refuses_while_somebody_listens(
     """The triggers of a running hub stay, unless it is forced."""
     hub.start(dsn, [orders])
     with session(dsn) as cursor:
-        with pytest.raises(pgsignals.DatabaseError, match=r"Somebody listens.*1 listeners.*force"):
+        with pytest.raises(pgsignals.DatabaseError, match=r"listens to \w+ on public.*force"):
             installer.uninstall(cursor, "default")
         assert len(db(OURS)) == 3
         assert len(installer.uninstall(cursor, "default", force=True)) == 3
@@ -631,3 +631,65 @@ def test_uninstall_waits_for_locks_like_install(
         holder("COMMIT")
         installer.uninstall(cursor, "default")
     assert db(OURS) == []
+
+
+# ---- starting while somebody removes ----
+
+
+def test_a_start_between_look_and_removal_keeps_the_triggers(
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    orders: str,
+    connect: Callable[[str], Database],
+    recorder: Recorder,
+) -> None:
+    """``uninstall`` that saw nobody listen looks again at the last moment."""
+    install(dsn, [orders])
+    gate = connect(dsn)
+    gate("SELECT pg_advisory_lock(%s, %s)", (names.LOCK_CLASS, names.INSTALL_LOCK))
+
+    def uninstall() -> None:
+        with session(dsn) as cursor:
+            installer.uninstall(cursor, "default")
+
+    with ThreadPoolExecutor(1) as pool:
+        removal = pool.submit(uninstall)
+        poll(lambda: db("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+        hub.subscribe(recorder, orders)
+        hub.start(dsn, [orders])
+        gate("SELECT pg_advisory_unlock_all()")
+        with pytest.raises(pgsignals.DatabaseError, match="listens to"):
+            removal.result(DEADLINE)
+    db("INSERT INTO orders DEFAULT VALUES")
+    assert recorder.wait(1)[0].id == 1
+
+
+def test_a_start_while_the_trigger_is_being_pruned_creates_it_again(
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    orders: str,
+    connect: Callable[[str], Database],
+    recorder: Recorder,
+) -> None:
+    """Whoever starts waits for whoever removes, and then finds the trigger gone."""
+    install(dsn, [(orders, "inserted")])
+    reader = connect(dsn)
+    reader("BEGIN; SELECT FROM orders")
+
+    def prune() -> int:
+        with session(dsn) as cursor:
+            return len(installer.prune(cursor, "default", limits=Limits(lock=DEADLINE)))
+
+    with ThreadPoolExecutor(2) as pool:
+        pruning = pool.submit(prune)
+        poll(lambda: db("SELECT 1 FROM pg_locks WHERE locktype = 'relation' AND NOT granted"))
+        hub.subscribe(recorder, orders)
+        starting = pool.submit(hub.start, dsn, [(orders, "inserted")])
+        poll(lambda: db("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+        reader("COMMIT")
+        assert pruning.result(DEADLINE) == 1
+        starting.result(DEADLINE)
+    db("INSERT INTO orders DEFAULT VALUES")
+    assert recorder.wait(1)[0].id == 1

@@ -138,7 +138,7 @@ def test_a_listener_of_one_namespace_does_not_keep_the_other(
     hub.start(dsn, WATCHERS, namespace="two")
     with session(dsn) as cursor:
         assert len(uninstall(cursor, "one")) == 4
-        with pytest.raises(pgsignals.DatabaseError, match="namespace 'two'"):
+        with pytest.raises(pgsignals.DatabaseError, match="in the namespace 'two'"):
             uninstall(cursor, "two")
 
 

@@ -327,9 +327,8 @@ def _claim(cursor: Cursor, item: Installed) -> bool:
 
 def _in_use(namespace: str, item: Installed) -> DatabaseError:
     return DatabaseError(
-        f"Somebody listens to the triggers of namespace {namespace!r}, {item.tag.op} on "
-        f"{item.schema}.{item.table} among them ({item.listeners} listeners), and would hear "
-        "nothing any more. Stop them first, or force it."
+        f"Somebody listens to {item.tag.op} on {item.schema}.{item.table} in the namespace "
+        f"{namespace!r}, and would hear nothing any more. Stop it first, or force it."
     )
 
 
