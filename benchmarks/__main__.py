@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 
 from . import bulk, latency, memory, single, subscriptions, writers
@@ -32,13 +31,14 @@ def main() -> int:
         parser.error("--rounds is a whole number from 1")
     options = Options(3 if arguments.quick else arguments.rounds, arguments.quick)
     with throwaway_server() as server:
-        print(versions(server))
-    figures: list[Figure] = []
+        print(versions(server), flush=True)
+    missed = 0
     for name in arguments.names or BENCHMARKS:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        figures += BENCHMARKS[name](options)
-    print(table(figures))
-    return 0 if all(figure.met for figure in figures) else 1
+        figures = BENCHMARKS[name](options)
+        print(f"\n{table(figures)}", flush=True)
+        missed += sum(not figure.met for figure in figures)
+    print(f"\n{missed} targets missed" if missed else "\nall targets met")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pgsignals
 from pgsignals.testing import Server
 
 DEADLINE = 120.0
+_WIDTHS = (47, 16, 17, 9, 6)
 
 # Checkpoints and vacuum come when they like and hit one side only: neither comes while we measure.
 _SETTINGS = {
@@ -85,7 +86,9 @@ class Figure:
         if self.target is not None:
             bound = f"{'≤' if self.at_most else '≥'} {_number(self.target)}"
             verdict = "ok" if self.met else "MISSED"
-        spread = f"{_number(min(self.values))} … {_number(max(self.values))}"
+        spread = ""
+        if len(self.values) > 1:
+            spread = f"{_number(min(self.values))} … {_number(max(self.values))}"
         return self.what, f"{_number(self.median)} {self.unit}".strip(), spread, bound, verdict
 
 
@@ -97,9 +100,12 @@ def _number(value: float) -> str:
 
 def table(figures: Iterable[Figure]) -> str:
     """The figures as text in columns."""
-    lines = [("figure", "median", "rounds", "target", "")]
-    lines += [figure.cells() for figure in figures]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [("figure", "median", "rounds", "target", ""), *(f.cells() for f in figures)]
+    # Wide enough for all tables of a run to align.
+    widths = [
+        max(least, *map(len, column))
+        for least, column in zip(_WIDTHS, zip(*lines, strict=True), strict=True)
+    ]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
