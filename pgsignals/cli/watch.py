@@ -295,16 +295,12 @@ class _Listeners:
         if not self._names:
             return
         deadline = time.monotonic() + _RELEASE_SECONDS
-        removed = 0
         with opened(self._dsn) as cursor:
-            while True:
-                removed += len(prune(cursor, self._namespace, only=self._names))
-                left = self._now(cursor)
-                # A backend lives on for a moment when its client has gone, and still has its lock.
-                others = all(left[name] < self._before.get(name, 0) for name in left)
-                if others or time.monotonic() >= deadline:
-                    break
+            # A backend lives on for a moment when its client has gone, and still has its lock.
+            while self._release_pending(cursor) and time.monotonic() < deadline:
                 time.sleep(0.02)
+            removed = len(prune(cursor, self._namespace, only=self._names))
+            left = self._now(cursor)
         if removed:
             notice(f"Removed {amount(removed, 'trigger')}.")
         if left:
@@ -312,6 +308,12 @@ class _Listeners:
                 f"Left {amount(len(left), 'trigger')} in place, used or locked by somebody else: "
                 "`pgsignals uninstall` removes what nobody uses."
             )
+
+    def _release_pending(self, cursor: Cursor) -> bool:
+        """Whether we still count as a listener."""
+        return any(
+            count >= max(self._before.get(name, 0), 1) for name, count in self._now(cursor).items()
+        )
 
     def _now(self, cursor: Cursor) -> dict[str, int]:
         return {
