@@ -611,7 +611,7 @@ def test_uninstall_refuses_while_somebody_listens(
     """The triggers of a running hub stay, unless it is forced."""
     hub.start(dsn, [orders])
     with session(dsn) as cursor:
-        with pytest.raises(pgsignals.DatabaseError, match=r"listens to \w+ on public.*force"):
+        with pytest.raises(pgsignals.DatabaseError, match=r"listener needs \w+ on public.*force"):
             installer.uninstall(cursor, "default")
         assert len(db(OURS)) == 3
         assert len(installer.uninstall(cursor, "default", force=True)) == 3
@@ -659,7 +659,7 @@ def test_a_start_between_look_and_removal_keeps_the_triggers(
         hub.subscribe(recorder, orders)
         hub.start(dsn, [orders])
         gate("SELECT pg_advisory_unlock_all()")
-        with pytest.raises(pgsignals.DatabaseError, match="listens to"):
+        with pytest.raises(pgsignals.DatabaseError, match="A listener needs"):
             removal.result(DEADLINE)
     db("INSERT INTO orders DEFAULT VALUES")
     assert recorder.wait(1)[0].id == 1

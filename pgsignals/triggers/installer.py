@@ -327,7 +327,7 @@ def _claim(cursor: Cursor, item: Installed) -> bool:
 
 def _in_use(namespace: str, item: Installed) -> DatabaseError:
     return DatabaseError(
-        f"Somebody listens to {item.tag.op} on {item.schema}.{item.table} in the namespace "
+        f"A listener needs {item.tag.op} on {item.schema}.{item.table} in the namespace "
         f"{namespace!r}, and would hear nothing any more. Stop it first, or force it."
     )
 
@@ -369,8 +369,8 @@ def _locked(
             time.sleep(pause)
         except pg.InsufficientPrivilege as error:
             raise PrivilegeError(
-                f"{error.diag.message_primary}. Run `pgsignals install` as the owner of "
-                f'{schema}.{table}, and start with install="check".'
+                f"{schema}.{table}: {error.diag.message_primary}. Run `pgsignals install` as that "
+                'owner, and start with install="check".'
             ) from error
         except (pg.DuplicateObject, pg.DuplicateFunction) as error:
             raise DatabaseError(
