@@ -214,6 +214,7 @@ DECLARE
   pgs_encoding CONSTANT name := getdatabaseencoding();
   pgs_lines text;
   pgs_moved text;
+  pgs_messages text[] := '{{}}';
   pgs_text text;
   pgs_flags text := '';
   pgs_context text;
@@ -264,8 +265,8 @@ BEGIN
         END IF;
         pgs_sequence := pgs_sequence + 1;
         IF pgs_size >= 0 THEN
-          PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
-            || '}}' || pgs_newline
+          pgs_messages := pg_catalog.array_append(pgs_messages,
+            pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || '}}' || pgs_newline
             || convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding));
           pgs_at := pgs_at + pgs_size + 1;
         ELSE
@@ -287,14 +288,16 @@ BEGIN
             pgs_text := split_part(pgs_text, E'\\t', 1) || ']';
           END IF;
           IF octet_length(pgs_text) <= pgs_room THEN
-            PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
-              || ',"cut":true}}' || pgs_newline || pgs_text);
+            pgs_messages := pg_catalog.array_append(pgs_messages,
+              pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || ',"cut":true}}'
+              || pgs_newline || pgs_text);
           ELSE
             pgs_text := translate(
               encode(convert_to(pgs_text, 'UTF8'), 'base64'), pgs_newline, '');
             pgs_size := (octet_length(pgs_text) + pgs_room - 1) / pgs_room;
             FOR pgs_part IN 1..pgs_size LOOP
-              PERFORM pg_notify({channel}, pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
+              pgs_messages := pg_catalog.array_append(pgs_messages,
+                pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
                 || ',"cut":true,"part":[' || pgs_part::text || ',' || pgs_size::text || ']}}'
                 || pgs_newline || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
             END LOOP;
@@ -306,9 +309,13 @@ BEGIN
   EXCEPTION WHEN OTHERS THEN
     -- The write must go on: what broke is reported in place of the rows.
     pgs_sequence := pgs_sequence + 1;
-    PERFORM pg_notify({channel}, pgs_start || ',"x":' || pg_current_xact_id()::text || ',"s":'
-      || pgs_sequence::text || ',"error":' || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}');
+    pgs_messages := ARRAY[pgs_start || ',"x":' || pg_current_xact_id()::text || ',"s":'
+      || pgs_sequence::text || ',"error":' || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}'];
   END;
+  -- Not in the block: each notification would keep its subtransaction's memory to the end.
+  FOREACH pgs_text IN ARRAY pgs_messages LOOP
+    PERFORM pg_notify({channel}, pgs_text);
+  END LOOP;
   PERFORM set_config('pgsignals.sequence', pgs_sequence::text, true);
   RETURN NULL;
 END
