@@ -24,13 +24,13 @@ _KINDS = {
 
 # Types of pg_catalog whose `=` is a real equality; anything else is compared by its text.
 _COMPARABLE = frozenset(
-    "bool int2 int4 int8 float4 float8 numeric money text varchar bpchar name char bytea date time "
+    "bool int2 int4 int8 float4 float8 numeric money text varchar bpchar name char bytea date time "  # noqa: SIM905
     "timetz timestamp timestamptz interval uuid inet cidr macaddr macaddr8 bit varbit jsonb oid "
     "pg_lsn tsvector xid8".split()
 )
 # Types of pg_catalog whose text is the same whatever the writing session has set.
 _SETTLED = frozenset(
-    "bool int2 int4 int8 numeric text varchar bpchar name char uuid inet cidr macaddr macaddr8 bit "
+    "bool int2 int4 int8 numeric text varchar bpchar name char uuid inet cidr macaddr macaddr8 bit "  # noqa: SIM905
     "varbit json jsonb jsonpath oid xid xid8 cid tid pg_lsn tsvector tsquery".split()
 )
 
