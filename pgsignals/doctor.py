@@ -12,7 +12,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from .connection import Waiter, connect
 from .errors import ConnectError, WatcherError
-from .inspection import read_queue_usage, read_states
+from .inspection import QUEUE_WARNING, read_queue_usage, read_states
 from .tables import Resolver, Table, describe, resolve
 from .triggers.installer import MISSING, OUTDATED, STALE, State
 from .watchers import Watcher
@@ -20,7 +20,6 @@ from .watchers import Watcher
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 OLDEST_VERSION = 14
-QUEUE_WARNING = 0.1
 QUEUE_FAILURE = 0.75
 ROUND_TRIP_SECONDS = 5.0
 

@@ -15,13 +15,17 @@ from .triggers.definitions import Definition, define
 from .triggers.installer import MISSING, OUTDATED, State, judge, plan
 from .watchers import Watcher
 
+# The notification queue is there for bursts: from this share on, somebody holds it up.
+QUEUE_WARNING = 0.1
+
 
 @dataclass(frozen=True)
 class Status:
     """A Hub and its database at one moment.
 
     ``queue_usage`` is the share, 0 to 1, of PostgreSQL's notification queue that is in use.
-    ``depth`` counts events that wait for receivers; the other numbers count since ``start``.
+    ``depth`` counts events that wait for receivers, ``oldest`` is since when the first of them
+    does, in seconds; the other numbers count since ``start``, ``shed`` what slow receivers lost.
     """
 
     watchers: tuple[State, ...]
@@ -30,6 +34,7 @@ class Status:
     running: bool = False
     connected: bool = False
     depth: int = 0
+    oldest: float = 0.0
     received: int = 0
     invalid: int = 0
     shed: int = 0

@@ -99,7 +99,10 @@ class DatabaseRun:
         self._pruned = not settings.prune
         self._awaited: dict[str, Callable[[], None]] = {}
         self.dispatcher = Dispatcher(
-            [InProcess(audience.registry, audience.failed)], settings.workers, settings.queue_size
+            [InProcess(audience.registry, audience.failed)],
+            settings.workers,
+            settings.queue_size,
+            audience.gap,
         )
         self.source = NotifySource(settings.dsn, settings.listen_dsn, self, self, settings.timing)
 
@@ -151,9 +154,10 @@ class DatabaseRun:
             running=True,
             connected=self.source.is_connected,
             depth=self.dispatcher.depth,
+            oldest=self.dispatcher.oldest,
             received=self.source.received,
             invalid=self.source.invalid,
-            shed=self.source.shed,
+            shed=self.dispatcher.shed,
             reconnects=self.source.reconnects,
         )
 
@@ -193,6 +197,11 @@ class DatabaseRun:
         """See Sink."""
         return self.dispatcher.full
 
+    @property
+    def idle(self) -> bool:
+        """See Sink."""
+        return self.dispatcher.idle
+
     def submit(self, message: Message) -> None:
         """See Sink."""
         self.dispatcher.submit(message)
@@ -200,6 +209,10 @@ class DatabaseRun:
     def wait_for_room(self, timeout: float) -> bool:
         """See Sink."""
         return self.dispatcher.wait_for_room(timeout)
+
+    def give_up(self) -> None:
+        """See Sink."""
+        self.dispatcher.give_up()
 
     def gap(self, gap: Gap) -> None:
         """See Sink."""

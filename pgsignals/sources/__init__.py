@@ -14,11 +14,18 @@ class Sink(Protocol):
     def full(self) -> bool:
         """Whether the source should stop reading for now."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether there are receivers that wait for the source."""
+
     def submit(self, message: Message) -> None:
         """Take a message."""
 
     def wait_for_room(self, timeout: float) -> bool:
         """Wait for at most ``timeout`` seconds until the source may read on; whether it may."""
+
+    def give_up(self) -> None:
+        """Be full no more: lose, and announce, what is for receivers that are too slow."""
 
     def reached(self, marker: str) -> None:
         """Take note that all that was committed before the marker has been submitted."""

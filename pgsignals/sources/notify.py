@@ -19,6 +19,7 @@ from psycopg2.extensions import cursor as Cursor
 from ..connection import Backoff, Session, Waiter, connect, redact
 from ..errors import ConnectError, PayloadError, PgSignalsError
 from ..events import Gap, Message
+from ..inspection import QUEUE_WARNING, read_queue_usage
 from ..payload import Broken, Decoder
 from ..triggers import names
 from ..triggers.definitions import Definition
@@ -26,9 +27,13 @@ from . import Sink
 
 log = logging.getLogger("pgsignals")
 
-# How long reading may pause for slow receivers before events are shed: while it does, the server
-# keeps what we have not read in its notification queue, which all of its databases share.
+# How long reading may pause for slow receivers before their events are shed: while it does, the
+# server keeps what we have not read in its notification queue, which all of its databases share.
 PAUSE_SECONDS = 30.0
+# The same where a pause leaves another worker without work.
+IDLE_SECONDS = 1.0
+# What the heartbeat's payload begins with; the rest is the usage of the server's queue.
+_USAGE = "usage "
 # A connection that lasted this long was a good one: the next loss starts the pauses anew.
 HEALTHY_SECONDS = 60.0
 
@@ -37,8 +42,8 @@ HEALTHY_SECONDS = 60.0
 class Timing:
     """Patience with the server, in seconds.
 
-    After ``heartbeat`` of quiet a notification is sent to ourselves; when it, or anything else, has
-    not come after ``timeout``, the connection is given up. ``timeout`` also bounds connecting.
+    Each ``heartbeat`` a notification is sent to ourselves; when it, or anything else, has not come
+    after ``timeout``, the connection is given up. ``timeout`` also bounds connecting.
     """
 
     heartbeat: float = 30.0
@@ -78,12 +83,11 @@ class NotifySource:
         self.own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
         self._clock_offset = timedelta(0)
         self._heard = self._asked = datetime.now(timezone.utc)
+        self._asking = False
+        self._usage_read_at = time.monotonic()
         self._loss = ""
-        self._shedding_since: datetime | None = None
-        self._shed_until = self._heard
         self.invalid = 0
         self.reconnects = 0
-        self.shed = 0
         self.received = 0
 
     @property
@@ -141,45 +145,45 @@ class NotifySource:
         session = self._session
         assert session is not None
         self._sink.connected()
-        quiet_since = time.monotonic()
-        asked_at: float | None = None
+        heard_at = asked_at = time.monotonic()
+        self._asking = False
         while not self._stopping:
-            if self._receive_all(session):
-                quiet_since, asked_at = time.monotonic(), None
-            self._end_shedding()
-            now = time.monotonic()
-            if asked_at is not None and now - asked_at >= self._timing.timeout:
-                raise TimeoutError(f"no answer to the heartbeat within {self._timing.timeout:g} s")
-            if asked_at is None and now - quiet_since >= self._timing.heartbeat:
-                # Only a notification proves that notifications arrive; SELECT 1 would not.
-                session.send(f'NOTIFY "{self.own_channel}"')
-                self._asked = self._now()
-                asked_at = now
-            due = (
-                quiet_since + self._timing.heartbeat
-                if asked_at is None
-                else asked_at + self._timing.timeout
-            )
-            pause = 0.1 if self._shedding_since is not None else max(0.0, due - now)
-            session.wait(pause)
-
-    def _receive_all(self, session: Session) -> bool:
-        """Handle all that has arrived; whether there was anything."""
-        heard = False
-        while arrived := session.receive():
-            heard = True
+            arrived = session.receive()
             for notify in arrived:
                 if self._stopping:
-                    break
+                    return
                 self._receive(notify)
-        return heard
+            now = time.monotonic()
+            if arrived:
+                heard_at = now
+            if not self._asking and now - asked_at >= self._timing.heartbeat:
+                self._asked = self._now()
+                self._asking = True
+                asked_at = now
+                session.send(*self._question)
+            if self._asking:
+                due = max(heard_at, asked_at) + self._timing.timeout
+                if now >= due:
+                    raise TimeoutError(
+                        f"no answer to the heartbeat within {self._timing.timeout:g} s"
+                    )
+            else:
+                due = asked_at + self._timing.heartbeat
+            if not arrived:
+                session.wait(due - now)
+
+    @property
+    def _question(self) -> tuple[str, tuple[str]]:
+        """The heartbeat: only a notification proves that notifications arrive."""
+        return (
+            f"SELECT pg_catalog.pg_notify(%s, '{_USAGE}' ||"
+            " pg_catalog.pg_notification_queue_usage())",
+            (self.own_channel,),
+        )
 
     def _receive(self, notify: Notify) -> None:
         if notify.channel == self.own_channel:
-            if notify.payload:
-                self._sink.reached(notify.payload)
-            # All that was committed before we asked has arrived.
-            self._heard = self._asked
+            self._receive_own(notify.payload)
             return
         decoder = self._decoders.get(notify.channel)
         if decoder is None:
@@ -200,40 +204,60 @@ class NotifySource:
             self.received += len(message.rows)
             # Notifications come in the order of their commits: nothing before this is missing.
             self._heard = max(self._heard, min(message.at, self._now()))
-            if self._has_room(message):
-                self._sink.submit(message)
+            if self._sink.full:
+                self._make_room()
+            self._sink.submit(message)
         elif isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
             log.error("a watcher is broken: %s", message.error, extra={"channel": notify.channel})
             self._sink.gap(Gap(at, at, "watcher_broken", message.error))
 
-    def _has_room(self, message: Message) -> bool:
-        """Pause until there is room for the message; when that takes too long, shed it instead."""
-        if self._shedding_since is not None:
-            if self._sink.full or not self._end_shedding():
-                self.shed += len(message.rows)
-                self._shed_until = message.at
-                return False
-            return True
-        deadline = time.monotonic() + PAUSE_SECONDS
-        while self._sink.full and not self._stopping:
-            if self._sink.wait_for_room(0.1):
-                break
-            if time.monotonic() >= deadline:
-                self._shedding_since = self._shed_until = message.at
-                self.shed += len(message.rows)
-                log.error("receivers are too slow: shedding events until there is room")
-                return False
-        return not self._stopping
+    def _receive_own(self, payload: str) -> None:
+        if not payload.startswith(_USAGE):
+            self._sink.reached(payload)
+            return
+        # All that was committed before we asked has arrived.
+        self._heard = max(self._heard, self._asked)
+        self._asking = False
+        try:
+            self._judge(float(payload.removeprefix(_USAGE)))
+        except ValueError:
+            self.invalid += 1
 
-    def _end_shedding(self) -> bool:
-        """Announce what was shed, once there is room again; whether there is."""
-        if self._shedding_since is None or not self._sink.wait_for_room(0):
-            return self._shedding_since is None
-        since, self._shedding_since = self._shedding_since, None
-        until = max(self._now(), self._shed_until)
-        self._sink.gap(Gap(since, until, "overflow", "receivers were too slow"))
-        return True
+    def _make_room(self) -> None:
+        """Pause until each worker has room; when that takes too long, drop what is for the slow."""
+        began = time.monotonic()
+        while not (self._stopping or self._sink.wait_for_room(0.1)):
+            now = time.monotonic()
+            if now - began >= (IDLE_SECONDS if self._sink.idle else PAUSE_SECONDS):
+                log.error("receivers are too slow: their events are dropped until there is room")
+                self._sink.give_up()
+            elif now - self._usage_read_at >= self._timing.heartbeat:
+                self._read_usage()
+
+    def _read_usage(self) -> None:
+        """Ask how full the server's queue is while reading pauses, and with it the heartbeat."""
+        self._usage_read_at = time.monotonic()
+        try:
+            connection = connect(self._dsn, self._timing.timeout)
+            try:
+                with connection.cursor() as cursor:
+                    self._judge(read_queue_usage(cursor))
+            finally:
+                connection.close()
+        except (ConnectError, psycopg2.Error) as error:
+            log.warning("cannot tell how full the notification queue is: %s", redact(str(error)))
+
+    def _judge(self, usage: float) -> None:
+        self._usage_read_at = time.monotonic()
+        if usage >= QUEUE_WARNING:
+            log.warning(
+                "PostgreSQL's notification queue is %.0f%% full: a listener stays in a transaction "
+                "or reads too slowly. When it is full, whoever notifies cannot commit; `pgsignals "
+                "doctor` tells more.",
+                100 * usage,
+                extra={"queue_usage": usage},
+            )
 
     def _now(self) -> datetime:
         """The server's clock, late by a network's delay at most."""
@@ -246,6 +270,7 @@ class NotifySource:
         session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
         try:
             with connection.cursor() as cursor:
+                self._judge(read_queue_usage(cursor))
                 definitions = self._preparer.define(cursor)
                 session.open(self._timing.timeout)
                 listening = self._begin_listening(session, definitions)

@@ -1,0 +1,399 @@
+"""Receivers that are too slow, and a notification queue that fills: bounded, and announced."""
+
+from __future__ import annotations
+
+import logging
+import re
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgsignals import Gap, Hub
+from pgsignals.dispatch import Dispatcher
+from pgsignals.sources import notify
+from pgsignals.testing import Server
+from tests.conftest import DEADLINE, NEWEST, Database, Recorder
+from tests.test_dispatch import Collector, message
+
+TOTAL = 200_000
+# Two records of which each of two workers has one.
+FIRST = 1
+SECOND = next(i for i in range(2, 100) if hash((i,)) % 2 != hash((FIRST,)) % 2)
+
+
+@pytest.fixture
+def items(db: Database) -> None:
+    """A table."""
+    db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+
+
+class Gates:
+    """A broadcaster whose records each have a gate, open unless it was shut."""
+
+    def __init__(self) -> None:
+        self.order = Recorder()
+        self.entered: dict[Any, threading.Event] = defaultdict(threading.Event)
+        self.gates: dict[Any, threading.Event] = {}
+
+    def shut(self, record: Any) -> threading.Event:
+        """Hold up the record's events until the gate that is returned is set."""
+        self.gates[record] = threading.Event()
+        return self.gates[record]
+
+    def publish(self, events: Any) -> None:
+        """Note each event, once its gate is open."""
+        for event in events:
+            self.entered[event.id].set()
+            if (gate := self.gates.get(event.id)) is not None:
+                gate.wait(DEADLINE)
+            self.order((event._message.sequence, event.id))
+
+    def flush(self, timeout: float) -> bool:
+        """Nothing is ever under way."""
+        return True
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+
+@pytest.fixture
+def gates() -> Gates:
+    """A broadcaster that can be held up, record by record."""
+    return Gates()
+
+
+@pytest.fixture
+def pair(gates: Gates) -> Iterator[Dispatcher]:
+    """A dispatcher whose two workers hold ten events each."""
+    made = Dispatcher([gates], 2, 20, gates.order)
+    made.start()
+    yield made
+    for gate in gates.gates.values():
+        gate.set()
+    made.stop(DEADLINE)
+
+
+def fill(dispatcher: Dispatcher, gates: Gates, record: int) -> threading.Event:
+    """Hold up a record's worker and fill its queue."""
+    gate = gates.shut(record)
+    for sequence in range(10):
+        dispatcher.submit(message(sequence, (record,)))
+    assert gates.entered[record].wait(DEADLINE)
+    assert dispatcher.full
+    return gate
+
+
+def gaps(gates: Gates) -> list[Gap]:
+    """The Gaps so far."""
+    return [item for item in gates.order.items if isinstance(item, Gap)]
+
+
+def test_only_the_slow_workers_share_is_dropped(pair: Dispatcher, gates: Gates) -> None:
+    """While one worker is given up, the other goes on; one Gap covers all that was dropped."""
+    gate = fill(pair, gates, FIRST)
+    pair.give_up()
+    assert not pair.full
+    for sequence in range(10, 30):
+        pair.submit(message(sequence, (FIRST,), (SECOND,)))
+    assert gates.order.wait(20) == [(s, SECOND) for s in range(10, 30)]
+    assert pair.shed == 20
+    assert gaps(gates) == []
+    gate.set()
+    gap = gates.order.wait_until(lambda item: isinstance(item, Gap))[-1]
+    assert gap.reason == "overflow"
+    pair.submit(message(30, (FIRST,)))
+    delivered = gates.order.wait_until(lambda item: item == (30, FIRST))
+    own = [item for item in delivered if item != gap and item[1] == FIRST]
+    assert own == [(s, FIRST) for s in (*range(10), 30)]
+    assert gaps(gates) == [gap]
+
+
+def test_each_period_has_its_gap(pair: Dispatcher, gates: Gates) -> None:
+    """A worker that is given up twice has two Gaps; where nothing was dropped there is none."""
+    for period in range(3):
+        gate = fill(pair, gates, FIRST)
+        pair.give_up()
+        if period < 2:
+            pair.submit(message(99, (FIRST,)))
+        gate.set()
+        pair.settle(lambda period=period: gates.order(f"end of {period}"))
+        gates.order.wait_until(lambda item, period=period: item == f"end of {period}")
+    assert len(gaps(gates)) == 2
+
+
+def test_a_gap_spans_the_times_of_what_was_dropped(pair: Dispatcher, gates: Gates) -> None:
+    """Commits come in another order than their statements ran: the Gap covers them all."""
+    gate = fill(pair, gates, FIRST)
+    pair.give_up()
+    for at_us in (3_000_000, 1_000_000, 2_000_000):
+        late = message(99, (FIRST,))
+        late.at_us = at_us
+        pair.submit(late)
+    gate.set()
+    gap = gates.order.wait_until(lambda item: isinstance(item, Gap))[-1]
+    assert (gap.since.timestamp(), gap.until.timestamp()) == (1, 3)
+
+
+def test_what_was_dropped_is_announced_at_stop(pair: Dispatcher, gates: Gates) -> None:
+    """A dispatcher that stops while it drops events says so before it ends."""
+    gate = fill(pair, gates, FIRST)
+    pair.give_up()
+    pair.submit(message(99, (FIRST,)))
+    stopping = threading.Thread(target=pair.stop, args=(DEADLINE,))
+    stopping.start()
+    gate.set()
+    stopping.join(DEADLINE)
+    assert len(gaps(gates)) == 1
+
+
+@pytest.mark.parametrize(("slow", "quick"), [(FIRST, SECOND), (SECOND, FIRST)])
+def test_a_record_that_moves_from_or_to_a_worker_given_up(
+    pair: Dispatcher, gates: Gates, slow: int, quick: int
+) -> None:
+    """A change of key is dropped when one of its two workers is given up, and holds up nobody."""
+    gate = fill(pair, gates, slow)
+    pair.give_up()
+    pair.submit(message(50, (SECOND, FIRST), moved=True))
+    pair.submit(message(51, (quick,)))
+    assert gates.order.wait(1) == [(51, quick)]
+    gate.set()
+    pair.stop(DEADLINE)
+    assert pair.shed == 1
+    assert (50, SECOND) not in gates.order.items
+    assert pair.depth == 0
+
+
+def test_moves_to_a_slow_worker_fill_its_queue(pair: Dispatcher, gates: Gates) -> None:
+    """Changes of key that wait for the former key's worker are bounded like events."""
+    gate = gates.shut(SECOND)
+    pair.submit(message(0, (SECOND,)))
+    for sequence in range(9):
+        pair.submit(message(sequence, (SECOND, FIRST), moved=True))
+    assert pair.full
+    gate.set()
+    assert pair.wait_for_room(DEADLINE)
+
+
+def test_the_oldest_event(pair: Dispatcher, gates: Gates) -> None:
+    """Its age counts from its arrival until it is handled."""
+    assert pair.oldest == 0
+    gate = gates.shut(FIRST)
+    began = time.monotonic()
+    pair.submit(message(0, (FIRST,)))
+    pair.submit(message(1, (SECOND,)))
+    gates.order.wait(1)
+    first, second = pair.oldest, pair.oldest
+    assert 0 < first < second <= time.monotonic() - began
+    gate.set()
+    pair.stop(DEADLINE)
+    assert pair.oldest == 0
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_stop_by_a_worker_waits_for_nobody_who_waits_for_it(
+    workers: int, collector: Collector
+) -> None:
+    """stop() called while a Gap is announced returns at once, and no event is handled after it."""
+    stopped = Recorder()
+    dispatcher = Dispatcher([collector], workers, 100)
+    dispatcher.start()
+    began = time.monotonic()
+    dispatcher.announce(lambda: stopped(dispatcher.stop(DEADLINE)))
+    dispatcher.submit(message(0, *((i,) for i in range(50))))
+    assert stopped.wait(1) == [True]
+    assert time.monotonic() - began < DEADLINE / 2
+    assert collector.closed
+    assert collector.order == []
+
+
+@pytest.fixture
+def collector() -> Collector:
+    """A broadcaster that notes what it was given."""
+    return Collector()
+
+
+def memory(field: str) -> float:
+    """A figure of this process in megabytes."""
+    text = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def test_a_blocked_receiver_costs_the_others_a_second(
+    hub: Hub, dsn: str, db: Database, items: None, record_property: Callable[[str, object], None]
+) -> None:
+    """One record's receiver blocks while 200,000 events arrive for four workers.
+
+    Memory stays bounded, no write waits, and the records of the other workers arrive as ever; a Gap
+    announces the rest.
+    """
+    gate, order, fast = threading.Event(), Recorder(), Recorder()
+
+    @hub.on("items", id=1)
+    def slow(event: Any) -> None:
+        gate.wait(4 * DEADLINE)
+
+    hub.on_gap(order)
+    hub.start(dsn, ["items"], workers=4)
+    dispatcher = hub._run.dispatcher
+    blocked = dispatcher._lane_of((1,))
+    handled = defaultdict(int)
+    # Counting by thread: four of them add to one integer otherwise.
+    hub.subscribe(
+        lambda event: handled.__setitem__(
+            threading.get_ident(), handled[threading.get_ident()] + 1
+        ),
+        "items",
+    )
+    hub.subscribe(lambda event: fast(event), "items", "updated")
+    expected = sum(dispatcher._lane_of((i,)) is not blocked for i in range(1, TOTAL + 1))
+    other = next(i for i in range(1, 100) if dispatcher._lane_of((i,)) is not blocked)
+
+    Path("/proc/self/clear_refs").write_text("5")  # The highest use counts from here.
+    before = memory("VmRSS")
+    writes = []
+    for _ in range(TOTAL // 500):
+        began = time.monotonic()
+        db("INSERT INTO items SELECT FROM generate_series(1, 500)")
+        writes.append(time.monotonic() - began)
+    _wait_for(lambda: sum(handled.values()) >= expected, 4 * DEADLINE)
+    growth = memory("VmHWM") - before
+
+    latencies = []
+    for number in range(1, 201):
+        began = time.monotonic()
+        db("UPDATE items SET id = id WHERE id = %s", (other,))
+        fast.wait(number)
+        latencies.append(time.monotonic() - began)
+    status = hub.status()
+    assert status.shed + status.depth + expected == TOTAL
+    assert status.oldest > 0
+    assert not order.items
+    gate.set()
+    [gap] = order.wait(1)
+    _wait_for(lambda: hub.status().depth == 0, DEADLINE)
+    assert gap.reason == "overflow"
+    assert sum(handled.values()) == TOTAL - hub.status().shed + len(latencies)
+    assert len(order.items) == 1
+
+    figures = {
+        "memory growth, MB": round(growth, 1),
+        "INSERT of 500 rows, median and worst, ms": (
+            round(1000 * statistics.median(writes), 2),
+            round(1000 * max(writes), 1),
+        ),
+        "UPDATE until receiver, median and worst, ms": (
+            round(1000 * statistics.median(latencies), 2),
+            round(1000 * max(latencies), 1),
+        ),
+        "shed": status.shed,
+    }
+    for name, value in figures.items():
+        record_property(name, value)
+    assert growth < 100
+    assert max(writes) < notify.IDLE_SECONDS
+    assert statistics.median(latencies) < 0.1
+
+
+def test_memory_is_bounded_with_one_worker(
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    items: None,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The only worker blocks while 200,000 events arrive: the queue's size is the bound."""
+    monkeypatch.setattr(notify, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(notify, "IDLE_SECONDS", 0.2)
+    gate, order = threading.Event(), Recorder()
+    hub.subscribe(lambda event: gate.wait(4 * DEADLINE), "items", "inserted")
+    hub.on_gap(order)
+    hub.start(dsn, ["items"])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    for _ in range(20):
+        db("INSERT INTO items SELECT FROM generate_series(1, 10000)")
+    _wait_for(lambda: hub._run.source.received == TOTAL, 4 * DEADLINE)
+    growth = memory("VmHWM") - before
+    status = hub.status()
+    record_property("memory growth, MB", round(growth, 1))
+    assert status.depth < 11_000
+    assert status.shed + status.depth == TOTAL
+    assert growth < 50
+    gate.set()
+    assert order.wait(1)[0].reason == "overflow"
+
+
+def test_the_log_warns_before_writers_fail(
+    hub: Hub, connect: Callable[[str], Database], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A foreign listener in a transaction fills the queue: the log tells, from a tenth on."""
+    caplog.set_level(logging.WARNING, "pgsignals")
+
+    def warned() -> list[float]:
+        return [r.queue_usage for r in caplog.records if hasattr(r, "queue_usage")]
+
+    with Server(NEWEST, {"max_notify_queue_pages": "64"}) as server:
+        dsn = server.dsn()
+        db, foreign = connect(dsn), connect(dsn)
+        db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+        with hub.start(dsn, ["items"], heartbeat=0.05):
+            foreign("LISTEN somewhere")
+            foreign("BEGIN")
+            foreign("SELECT 1")
+            page = "SELECT count(pg_notify('elsewhere', i || repeat('x', 7000)))"
+            db(f"{page} FROM generate_series(1, 3) i")
+            _heartbeat(hub)
+            assert warned() == []
+            db(f"{page} FROM generate_series(4, 12) i")
+            _wait_for(warned, DEADLINE)
+            assert 0.1 <= warned()[0] < 0.3
+            assert "doctor" in caplog.text
+            # A writer still commits, long after the first warning.
+            db("INSERT INTO items DEFAULT VALUES")
+            assert hub.status().queue_usage < 0.3
+
+
+def test_the_log_warns_while_reading_pauses(
+    hub: Hub, connect: Callable[[str], Database], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where our own receivers are what holds the queue up, the log tells, too."""
+    gate = threading.Event()
+    with Server(NEWEST, {"max_notify_queue_pages": "1024"}) as server:
+        dsn = server.dsn()
+        db = connect(dsn)
+        db("CREATE TABLE items (id text PRIMARY KEY)")
+        db("CREATE VIEW ten AS SELECT generate_series(1, 10) AS number")
+        hub.subscribe(lambda event: gate.wait(DEADLINE), "items")
+        with hub.start(dsn, ["items"], queue_size=1, heartbeat=0.05):
+            statement = "INSERT INTO items SELECT %s || '/' || number || repeat('x', 2000) FROM ten"
+            for number in range(10_000):
+                db(statement, (number,))
+                if any(hasattr(record, "queue_usage") for record in caplog.records):
+                    break
+            gate.set()
+            assert any(hasattr(record, "queue_usage") for record in caplog.records)
+
+
+def _heartbeat(hub: Hub) -> None:
+    """Until a heartbeat that begins after this call has come back."""
+    heard = hub._run.source._usage_read_at
+    for _ in range(2):
+        _wait_for(lambda heard=heard: hub._run.source._usage_read_at > heard, DEADLINE)
+        heard = hub._run.source._usage_read_at
+
+
+def _wait_for(condition: Callable[[], object], seconds: float) -> None:
+    """Until ``condition()`` holds; fails after the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
