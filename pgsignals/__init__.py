@@ -41,6 +41,7 @@ default_hub = Hub()
 start = default_hub.start
 stop = default_hub.stop
 wait = default_hub.wait
+run = default_hub.run
 status = default_hub.status
 on = default_hub.on
 on_batch = default_hub.on_batch
@@ -94,6 +95,7 @@ __all__ = [
     "on_batch",
     "on_gap",
     "receiver_failed",
+    "run",
     "signal",
     "start",
     "status",

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args, overload
 
@@ -25,6 +26,7 @@ from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
 from .streams import Stream
 from .tables import Resolver
+from .termination import termination
 from .triggers.installer import Limits
 from .watchers import normalize
 
@@ -55,6 +57,7 @@ class Hub:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._stopped.set()
+        self._ends: SimpleQueue[bool | None] | None = None
         self._run: Run | None = None
         self._make: Callable[[], Run] | None = None
         self._restarts_after_fork = False
@@ -156,8 +159,12 @@ class Hub:
         Safe to call twice, before start, and from a receiver, which then is the last one called.
         Returns whether everything that had arrived was handled.
         """
-        with self._lock:
-            run, self._run = self._run, None
+        if not self._lock.acquire(timeout=timeout):
+            log.warning("not stopped within %.1f s: it is being started", timeout)
+            return False
+        run, self._run = self._run, None
+        self._make = None
+        self._lock.release()
         if run is None:
             return True
         drained = run.stop(timeout)
@@ -168,11 +175,43 @@ class Hub:
         if not drained:
             log.warning("stopped after %.1f s with receivers still at work", timeout)
         log.debug("stopped")
+        if (ends := self._ends) is not None:
+            ends.put(drained)
         return drained
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the Hub is stopped (True), or for ``timeout`` seconds (False)."""
         return self._stopped.wait(timeout)
+
+    def run(self, timeout: float = 10.0) -> bool:
+        """Block until the Hub is stopped, or stop it at SIGTERM or SIGINT (Ctrl-C).
+
+        Receivers then handle what has arrived, for at most ``timeout`` seconds; a second signal
+        ends that at once. Afterwards the signals have their previous handlers again.
+        Returns whether everything that had arrived was handled. Raises StateError outside the main
+        thread, the only one that may handle signals.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise StateError(
+                "run() handles signals, which Python allows in the main thread only. Elsewhere "
+                "call wait(), and stop() when the program ends."
+            )
+        # What a signal handler puts may interrupt get(); setting an Event could block for ever.
+        ends: SimpleQueue[bool | None] = SimpleQueue()
+        self._ends = ends
+        try:
+            with termination(lambda: ends.put(None)):
+                if self._stopped.is_set():
+                    return True
+                drained = ends.get()
+                if drained is None:
+                    threading.Thread(
+                        target=self.stop, args=(timeout,), name="pgsignals-stop", daemon=True
+                    ).start()
+                    drained = ends.get()
+                return bool(drained)
+        finally:
+            self._ends = None
 
     def on(self, target: Any, *ops: str, **filters: Any) -> Callable[[R], R]:
         """Decorate a function to be called with each event of a model or label.
@@ -300,6 +339,9 @@ class Hub:
         return f"<Hub {'running' if self.running else 'stopped'}>"
 
     def _begin(self, make: Callable[[], Run]) -> None:
+        # Before the lock is taken, which a fork during the start would leave locked in the child.
+        _hubs.add(self)
+        _guard_process()
         with self._lock:
             if self._run is not None:
                 raise StateError(
@@ -316,8 +358,6 @@ class Hub:
             self._run = run
             self._make = make
             self._stopped.clear()
-        _hubs.add(self)
-        _guard_process()
 
     def _settle(self, timeout: float) -> bool:
         """Wait until receivers have handled all that is committed by now; whether they have."""
@@ -334,6 +374,7 @@ class Hub:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._stopped.set()
+        self._ends = None
         self._registry.forked()
         self._timer.forked()
         for stream in list(self._streams):
@@ -348,7 +389,7 @@ class Hub:
 
     def _restart(self, make: Callable[[], Run]) -> None:
         backoff = Backoff()
-        while True:
+        while self._make is make:
             try:
                 self._begin(make)
             except StateError:
@@ -400,8 +441,9 @@ def _guard_process() -> None:
 
 
 def _stop_at_exit() -> None:
+    deadline = time.monotonic() + _EXIT_SECONDS
     for hub in list(_hubs):
-        hub.stop(_EXIT_SECONDS)
+        hub.stop(max(0.0, deadline - time.monotonic()))
 
 
 def _after_fork_in_child() -> None:

@@ -1,4 +1,4 @@
-"""Runs ``pgsignals`` in a process of its own, as a user does."""
+"""Runs ``pgsignals``, and other programs, in a process of its own, as a user does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -53,20 +54,31 @@ class _Lines:
         return found
 
 
-class Command:
-    """A running ``pgsignals``, with the database in its environment."""
+class Program:
+    """A running Python, with the database in its environment."""
 
-    def __init__(self, *arguments: str, dsn: str = "", cwd: Path | None = None) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
+    def __init__(
+        self,
+        *arguments: str,
+        dsn: str = "",
+        cwd: Path | None = None,
+        descriptors: Collection[int] = (),
+    ) -> None:
+        environment = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("PG") or k == "PGSIGNALS_POSTGRES_BIN"
+        }
         environment |= {"PGSIGNALS_DSN": dsn, "TZ": "UTC", "PYTHONUTF8": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pgsignals", *arguments],
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
             env=environment,
             cwd=cwd,
+            pass_fds=descriptors,
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -96,6 +108,13 @@ class Command:
         """Wait for the end."""
         out, err = self._out.rest(), self._err.rest()
         return Result(self.process.wait(DEADLINE), out, err)
+
+
+class Command(Program):
+    """A running ``pgsignals``, with the database in its environment."""
+
+    def __init__(self, *arguments: str, dsn: str = "", cwd: Path | None = None) -> None:
+        super().__init__("-m", "pgsignals", *arguments, dsn=dsn, cwd=cwd)
 
 
 def run(*arguments: str, dsn: str = "", cwd: Path | None = None) -> Result:
