@@ -22,9 +22,13 @@ from psycopg2.extensions import cursor as Cursor
 from .errors import ConnectError
 from .payload import Cast
 
-_SECRETS = re.compile(r"(password|sslpassword)\s*=\s*('(?:[^'\\]|\\.)*'|\S+)", re.IGNORECASE)
-_URL_SECRET = re.compile(r"(://[^/?#@:]*):[^/?#@]*@")
-_URL_PARAMETER = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)
+# Up to the last @, because a password may hold an @ that should have been written as %40.
+_URL_SECRET = re.compile(r"(://[^/?#@:\s]*):\S*@")
+_URL_PARAMETER = re.compile(r"([?&](?:ssl)?password=)[^&#\s]*", re.IGNORECASE)
+# In a connection string, and in the repr of a mapping.
+_SECRETS = re.compile(
+    r"(password)['\"]?\s*[=:]\s*('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+)", re.IGNORECASE
+)
 
 
 def redact(text: str) -> str:
@@ -32,6 +36,36 @@ def redact(text: str) -> str:
     text = _URL_SECRET.sub(r"\1:***@", text)
     text = _URL_PARAMETER.sub(r"\1***", text)
     return _SECRETS.sub(r"\1=***", text)
+
+
+_SHOWN = ("service", "host", "hostaddr", "port", "dbname", "user")
+# A password with characters that should have been percent-encoded: it ends before an @, and libpq
+# takes what follows the first such character for the host, the port or the database.
+_URL_PASSWORD = re.compile(r"\s*postgres(?:ql)?://[^:/?#@]*:(.*)@", re.DOTALL)
+
+
+def display(dsn: str) -> str:
+    """Where a connection string leads, for messages: no more of it than what is no secret.
+
+    It shows nothing of a string in which something else may turn out to be the password.
+    """
+    given = _legible(libpq_dsn(dsn))
+    if given is None:
+        return "the given DSN"
+    shown = " ".join(f"{name}={given[name]}" for name in _SHOWN if name in given)
+    return redact(shown) or "the default of libpq"
+
+
+def _legible(dsn: str) -> dict[str, str] | None:
+    """The parts of a connection string, unless libpq sees other parts in it than its author."""
+    try:
+        given: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
+    except (psycopg2.Error, UnicodeError):
+        return None
+    password = _URL_PASSWORD.match(dsn)
+    if password is not None and re.search(r"[/?#@]", password[1]):
+        return None
+    return given if re.fullmatch(r"[\d,]*", given.get("port", "")) else None
 
 
 def libpq_dsn(dsn: str) -> str:
@@ -65,46 +99,77 @@ def connect(dsn: str, timeout: float = 10.0) -> Connection:
     dsn = libpq_dsn(dsn)
     try:
         connection: Connection = psycopg2.connect(dsn, **_options(dsn, timeout))
-    except psycopg2.Error as error:
-        raise _connect_error(dsn, error) from None
-    connection.autocommit = True
-    return connection
+    except (psycopg2.Error, UnicodeError) as error:
+        failure = _connect_error(dsn, error)
+    else:
+        connection.autocommit = True
+        return connection
+    # Outside the handler: psycopg2's error may quote the password, and would stay its __context__.
+    raise failure
 
 
 _CAUSES = (
-    ("password authentication failed", "the user or the password is wrong"),
-    ("no password supplied", "the server asks for a password: put one into the DSN or ~/.pgpass"),
+    # The connection string.
+    ('missing "="', "a part of it has no \"=\": is a value with blanks not within ''?"),
+    ("unterminated quoted string", "the quotes around one of its values do not end"),
+    ("invalid percent-encoded|forbidden value %00", "a % in it has to be written as %25"),
+    ("invalid connection option|invalid URI query parameter", "it has an unknown option"),
+    ("invalid integer value|invalid port number", "its port is not a number from 1 to 65535"),
+    ("codec can't encode", "it has characters that UTF-8 does not have"),
+    ("invalid dsn", "it is malformed"),
+    ("definition of service .* not found", "no service file defines this service"),
+    # The way there.
     ("could not translate host name", "the host name is not known"),
-    ("does not support SSL", "the server offers no TLS: use another sslmode, or configure it"),
-    ("certificate verify failed", "the server's certificate is not trusted: see sslrootcert"),
-    ("no pg_hba.conf entry", "the server's pg_hba.conf does not let this user in from here"),
     ("Connection refused", "nothing listens there: is PostgreSQL running, is the port right?"),
+    ("No such file or directory", "no server has its socket there: is PostgreSQL running?"),
     ("timeout expired", "the server does not answer: a firewall, or a wrong address?"),
-    ("too many connections", "the server's max_connections is used up"),
-    ("remaining connection slots", "the server's max_connections is used up"),
-    ("invalid connection option", "the connection string has an unknown option"),
-    ("invalid dsn", "the connection string is malformed"),
-    ("does not exist", "the database or the role does not exist on that server"),
+    # TLS.
+    ("does not support SSL", "the server offers no TLS: use another sslmode, or configure it"),
+    (
+        "certificate verify failed|root certificate file|does not match host name",
+        "the server's certificate is not trusted: see sslrootcert",
+    ),
+    # The server.
+    ("no password supplied", "the server asks for a password: put one into the DSN or ~/.pgpass"),
+    (
+        "(?:password|SASL) authentication failed|no such user",
+        "the user or the password is wrong",
+    ),
+    ("no pg_hba.conf entry", "the server's pg_hba.conf does not let this user in from here"),
+    (
+        "too many clients|too many connections|connection slots|no more connections allowed",
+        "the server has no connection left: see max_connections and CONNECTION LIMIT",
+    ),
+    ("database .* does not exist|no such database", "there is no such database on that server"),
+    ("role .* does not exist", "there is no such role on that server"),
+    ("starting up|shutting down|not accepting connections", "the server is not ready yet"),
+    (
+        "hot standby mode|session is (?:not )?read-only",
+        "no host of the DSN is what its target_session_attrs asks for",
+    ),
+    (
+        "unsupported startup parameter",
+        "PgBouncer lets no such parameter pass: see its ignore_startup_parameters",
+    ),
 )
 
 
 def _connect_error(dsn: str, error: Exception) -> ConnectError:
-    message = redact(str(error)).strip()
-    for secret in filter(None, _passwords(dsn)):
-        message = message.replace(secret, "***")
-    cause = next((meaning for text, meaning in _CAUSES if text in message), None)
-    return ConnectError(
-        f"Cannot connect to PostgreSQL at {redact(dsn) or 'the default of libpq'}"
-        f"{f': {cause}' if cause else ''}. {message}"
-    )
-
-
-def _passwords(dsn: str) -> list[str]:
-    try:
-        given = psycopg2.extensions.parse_dsn(dsn)
-    except psycopg2.Error:
-        return []
-    return [given.get("password", ""), given.get("sslpassword", "")]
+    text = str(error).strip()
+    cause = next((f": {meaning}" for pattern, meaning in _CAUSES if re.search(pattern, text)), "")
+    given = _legible(dsn)
+    if given is None:
+        # libpq quotes what it did not understand, and that may be the password.
+        text = (
+            "A password in a URL has @ : / ? # % written as %40 %3A %2F %3F %23 %25; the error of "
+            "libpq is left out here, since it may show a part of the password."
+        )
+    elif given.get("password") == "***" and "authentication failed" in text:
+        cause = (
+            ": the password is wrong, since it is ***, with which SQLAlchemy shows a URL: "
+            "URL.render_as_string() gives the password too when its hide_password is off"
+        )
+    return ConnectError(f"Cannot connect to PostgreSQL at {display(dsn)}{cause}. {redact(text)}")
 
 
 def make_cast(connection: Connection) -> Cast:
@@ -226,9 +291,13 @@ class Session:
                 self._dsn, async_=True, **_options(self._dsn, timeout)
             )
             self._finish(time.monotonic() + timeout)
-        except (psycopg2.Error, TimeoutError) as error:
-            self.close()
-            raise _connect_error(self._dsn, error) from None
+        except (psycopg2.Error, TimeoutError, UnicodeError) as error:
+            failure = _connect_error(self._dsn, error)
+        else:
+            return
+        self.close()
+        # Outside the handler, as in connect().
+        raise failure
 
     def execute(
         self, statement: str, parameters: Sequence[Any] | None = None, *, timeout: float

@@ -28,6 +28,12 @@ class _Main(click.Group):
             return super().invoke(ctx)
         except (PgSignalsError, psycopg2.Error) as error:
             raise click.ClickException(redact(str(error)).strip()) from error
+        except click.UsageError as error:
+            # It quotes the argument that is wrong, which may be a DSN in the wrong place.
+            shown = redact(error.format_message())
+            if shown == error.format_message():
+                raise
+            raise click.UsageError(shown, error.ctx) from None
 
 
 class _Notices(logging.Handler):

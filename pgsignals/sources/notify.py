@@ -13,10 +13,11 @@ from datetime import datetime, timedelta, timezone
 from typing import Protocol
 
 import psycopg2
+from psycopg2 import errors as pg
 from psycopg2.extensions import Notify
 from psycopg2.extensions import cursor as Cursor
 
-from ..connection import Backoff, Session, Waiter, connect, redact
+from ..connection import Backoff, Session, Waiter, connect, display, redact
 from ..errors import ConnectError, PayloadError, PgSignalsError
 from ..events import Gap, Message
 from ..inspection import QUEUE_WARNING, read_queue_usage
@@ -97,7 +98,13 @@ class NotifySource:
 
     def start(self) -> None:
         """Connect once in the caller's thread, so that it gets the error, then listen."""
-        self._open()
+        try:
+            self._open()
+        except (psycopg2.OperationalError, psycopg2.InterfaceError, OSError) as error:
+            raise ConnectError(
+                f"Connected to PostgreSQL at {display(self._listen_dsn)}, but listening could not "
+                f"begin: {redact(str(error)).strip()}"
+            ) from error
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
@@ -265,16 +272,18 @@ class NotifySource:
 
     def _open(self) -> datetime:
         """Connect, listen, install; returns the server's time from which on nothing is missed."""
-        log.debug("connecting to %s", redact(self._listen_dsn) or "libpq's default")
+        log.debug("connecting to %s", display(self._listen_dsn))
         connection = connect(self._dsn, self._timing.timeout)
         session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
         try:
             with connection.cursor() as cursor:
+                cursor.execute(_IN_RECOVERY)
+                _refuse_standby(self._dsn, cursor.fetchall())
                 self._judge(read_queue_usage(cursor))
                 definitions = self._preparer.define(cursor)
                 session.open(self._timing.timeout)
-                listening = self._begin_listening(session, definitions)
-                self._preparer.install(cursor, definitions)
+                listening = self._begin_listening(session, cursor, definitions)
+                self._install(cursor, definitions)
             cast = session.cast()
             self._decoders = {d.channel: d.decoder(cast) for d in definitions}
         except BaseException:
@@ -286,16 +295,23 @@ class NotifySource:
         self._asked = self._heard = listening
         return listening
 
-    def _begin_listening(self, session: Session, definitions: Sequence[Definition]) -> datetime:
-        timeout = self._timing.timeout
-        [(standby,)] = session.execute("SELECT pg_catalog.pg_is_in_recovery()", timeout=timeout)
-        if standby:
+    def _install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        try:
+            self._preparer.install(cursor, definitions)
+        except pg.ReadOnlySqlTransaction as error:
             raise ConnectError(
-                f"The server at {redact(self._listen_dsn)} is a standby, where LISTEN is not "
-                "possible. Connect to the primary: target_session_attrs=read-write in the DSN "
-                "picks it among several hosts."
-            )
-        self._prove_round_trip(session)
+                f"Transactions are read-only at {display(self._dsn)}, so that the triggers cannot "
+                "be installed. Set default_transaction_read_only to off for this role or "
+                "database, or have `pgsignals install` run by a role that may write and start "
+                'with install="check".'
+            ) from error
+
+    def _begin_listening(
+        self, session: Session, cursor: Cursor, definitions: Sequence[Definition]
+    ) -> datetime:
+        timeout = self._timing.timeout
+        _refuse_standby(self._listen_dsn, session.execute(_IN_RECOVERY, timeout=timeout))
+        self._prove_round_trip(session, cursor)
         # Before looking whether the triggers are there: whoever prunes takes these locks, so that
         # from here on nobody removes what we are about to rely on.
         session.execute(
@@ -312,19 +328,28 @@ class NotifySource:
         self._clock_offset = listening - datetime.now(timezone.utc)
         return listening
 
-    def _prove_round_trip(self, session: Session) -> None:
-        """Behind a pooler that pools transactions, LISTEN succeeds and nothing ever arrives."""
+    def _prove_round_trip(self, session: Session, cursor: Cursor) -> None:
+        """Behind a pooler that pools transactions, LISTEN succeeds and nothing ever arrives.
+
+        The notification comes from the other connection: what a session says to itself may come
+        back even there, within the answer.
+        """
         timeout = self._timing.timeout
         session.execute(f'LISTEN "{self.own_channel}"', timeout=timeout)
-        session.execute(f'NOTIFY "{self.own_channel}"', timeout=timeout)
+        [(ours,)] = session.execute("SELECT pg_catalog.pg_backend_pid()", timeout=timeout)
+        cursor.execute(
+            "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_notify(%s, '')", (self.own_channel,)
+        )
+        [(others, _)] = cursor.fetchall()
         deadline = time.monotonic() + timeout
-        while not session.receive():
-            if time.monotonic() >= deadline or self._stopping:
+        while not any(notify.channel == self.own_channel for notify in session.receive()):
+            # Two connections with one backend: no need to wait for what will not come.
+            if others == ours or time.monotonic() >= deadline or self._stopping:
                 raise ConnectError(
-                    f"At {redact(self._listen_dsn)} LISTEN succeeds, but a notification to "
-                    f"ourselves did not come back within {timeout:g} s. PgBouncer with "
-                    "pool_mode=transaction (or statement) does that: keep the pooled DSN, and give "
-                    "a direct one to listen on with listen_dsn=."
+                    f"At {display(self._listen_dsn)} LISTEN succeeds, but no notification arrives "
+                    f"(within {timeout:g} s). PgBouncer with pool_mode=transaction (or statement) "
+                    "does that: keep the pooled DSN, and give a direct one to listen on with "
+                    "listen_dsn=. Both must lead to the same database of the same server."
                 )
             session.wait(deadline - time.monotonic())
 
@@ -351,3 +376,15 @@ class NotifySource:
             # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
             self._sink.gap(Gap(since, until, "reconnected", self._loss))
             return
+
+
+_IN_RECOVERY = "SELECT pg_catalog.pg_is_in_recovery()"
+
+
+def _refuse_standby(dsn: str, answer: Sequence[tuple[bool]]) -> None:
+    [(standby,)] = answer
+    if standby:
+        raise ConnectError(
+            f"The server at {display(dsn)} is a standby, where LISTEN is not possible. Connect to "
+            "the primary: target_session_attrs=read-write in the DSN picks it among several hosts."
+        )

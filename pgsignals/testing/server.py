@@ -379,7 +379,8 @@ class Server:
             with suppress(FileNotFoundError):
                 lines = status.read_text().split("\n")
                 # A crashed predecessor leaves its file behind.
-                if lines[0] == str(process.pid) and lines[7:8] and lines[7].strip() == "ready":
+                state = lines[7].strip() if lines[7:8] else ""
+                if lines[0] == str(process.pid) and state in ("ready", "standby"):
                     return True
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_READY_POLL)
