@@ -38,6 +38,16 @@ def insert(count):
     connection.cursor().execute("INSERT INTO items (n) SELECT generate_series(1, %s)", [count])
     connection.close()
 
+def insert_during_run(count):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def wait_and_insert():
+        while signal.getsignal(signal.SIGTERM) is before:
+            time.sleep(0.01)
+        insert(count)
+
+    threading.Thread(target=wait_and_insert).start()
+
 def slow():
     time.sleep(0.05)
 
@@ -77,7 +87,7 @@ def test_run_drains_at_a_signal(dsn: str, number: signal.Signals) -> None:
         dsn,
         f"""
         start()
-        insert({QUEUED})
+        insert_during_run({QUEUED})
         say("all handled:", pgsignals.run())
         """,
     )
@@ -94,7 +104,7 @@ def test_run_waits_no_longer_than_its_timeout(dsn: str) -> None:
         """
         work = stuck
         start()
-        insert(2)
+        insert_during_run(2)
         say("all handled:", pgsignals.run(timeout=0.5))
         """,
     )
@@ -114,7 +124,7 @@ def test_a_second_signal_ends_run_at_once(dsn: str) -> None:
         """
         work = stuck
         start()
-        insert(1)
+        insert_during_run(1)
         say("all handled:", pgsignals.run(timeout=3600))
         """,
     )
@@ -143,7 +153,7 @@ def test_run_ends_with_the_hub(dsn: str) -> None:
             threading.Thread(target=hub.stop).start()
 
         start()
-        threading.Thread(target=insert, args=[1]).start()
+        insert_during_run(1)
         say("all handled:", pgsignals.run())
         assert signal.getsignal(signal.SIGTERM) is mine
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -168,7 +178,7 @@ def test_a_child_of_a_receiver_ends_at_sigterm(dsn: str) -> None:
             say("ended by", os.WTERMSIG(status))
 
         start()
-        insert(1)
+        insert_during_run(1)
         pgsignals.run()
         """,
     )
