@@ -282,14 +282,21 @@ class Session:
         self._cancelled = cancelled
         self._dsn = libpq_dsn(dsn)
         self._connection: Connection | None = None
+        self._any_bytes = False
         self._cursor: Cursor
 
-    def open(self, timeout: float) -> None:
-        """Connect within ``timeout`` seconds, or raise ConnectError."""
+    def open(self, timeout: float, encoding: str = "UTF8") -> None:
+        """Connect within ``timeout`` seconds, or raise ConnectError.
+
+        A database whose ``encoding`` is SQL_ASCII holds any bytes, and the server ends the session
+        that asks for UTF-8 when other ones come: those are replaced here.
+        """
+        self._any_bytes = encoding == "SQL_ASCII"
         try:
-            self._connection = psycopg2.connect(
-                self._dsn, async_=True, **_options(self._dsn, timeout)
-            )
+            options = _options(self._dsn, timeout)
+            if self._any_bytes:
+                options["client_encoding"] = "LATIN1"
+            self._connection = psycopg2.connect(self._dsn, async_=True, **options)
             self._finish(time.monotonic() + timeout)
         except (psycopg2.Error, TimeoutError, UnicodeError) as error:
             failure = _connect_error(self._dsn, error)
@@ -328,7 +335,7 @@ class Session:
         connection.poll()
         arrived = connection.notifies[:]
         del connection.notifies[: len(arrived)]
-        return arrived
+        return [_in_utf8(notify) for notify in arrived] if self._any_bytes else arrived
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for something to arrive; whether it has, rather than a wake-up or the time."""
@@ -349,10 +356,6 @@ class Session:
             os.close(self._connection.fileno())
             self._connection = None
 
-    def cast(self) -> Cast:
-        """See :func:`make_cast`."""
-        return make_cast(self._live)
-
     @property
     def _live(self) -> Connection:
         if self._connection is None:
@@ -368,3 +371,8 @@ class Session:
             if self._cancelled():
                 raise TimeoutError("stopped while waiting for the server")
             self._waiter.wait(connection.fileno(), left, write=state == POLL_WRITE)
+
+
+def _in_utf8(notify: Notify) -> Notify:
+    payload = notify.payload.encode("latin-1").decode("utf-8", "replace")
+    return Notify(notify.pid, notify.channel, payload)

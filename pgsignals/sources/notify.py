@@ -17,7 +17,7 @@ from psycopg2 import errors as pg
 from psycopg2.extensions import Notify
 from psycopg2.extensions import cursor as Cursor
 
-from ..connection import Backoff, Session, Waiter, connect, display, redact
+from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
 from ..errors import ConnectError, PayloadError, PgSignalsError
 from ..events import Gap, Message
 from ..inspection import QUEUE_WARNING, read_queue_usage
@@ -281,10 +281,11 @@ class NotifySource:
                 _refuse_standby(self._dsn, cursor.fetchall())
                 self._judge(read_queue_usage(cursor))
                 definitions = self._preparer.define(cursor)
-                session.open(self._timing.timeout)
+                encoding = connection.info.parameter_status("server_encoding")
+                session.open(self._timing.timeout, encoding or "UTF8")
                 listening = self._begin_listening(session, cursor, definitions)
                 self._install(cursor, definitions)
-            cast = session.cast()
+            cast = make_cast(connection)
             self._decoders = {d.channel: d.decoder(cast) for d in definitions}
         except BaseException:
             session.close()
