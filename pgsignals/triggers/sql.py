@@ -210,17 +210,16 @@ def _select(spec: Specification) -> sql.Composable:
 _BODY = """
 #variable_conflict use_column
 DECLARE
-  pgs_newline CONSTANT text := chr(10);
-  pgs_encoding CONSTANT name := getdatabaseencoding();
   pgs_lines text;
   pgs_moved text;
-  pgs_messages text[] := '{{}}';
+  pgs_messages text[];
   pgs_text text;
-  pgs_flags text := '';
+  pgs_flags text;
   pgs_context text;
   pgs_start text;
   pgs_head text;
   pgs_sequence bigint;
+  pgs_encoding name;
   pgs_data bytea;
   pgs_piece bytea;
   pgs_at int;
@@ -230,19 +229,16 @@ BEGIN
   IF current_setting('pgsignals.muted', true) = 'on' THEN
     RETURN NULL;
   END IF;
-  -- Counts messages of the transaction, since PostgreSQL collapses notifications that are equal.
-  -- Anybody can set it to anything.
-  pgs_text := current_setting('pgsignals.sequence', true);
-  pgs_sequence := CASE WHEN pgs_text ~ '^[0-9]{{1,15}}$' THEN pgs_text::bigint ELSE 0 END;
   pgs_start := '{{"v":{version},"t":'
-    || (date_part('epoch', clock_timestamp()) * 1e6::float8)::bigint::text;
+    || (date_part('epoch', clock_timestamp()) * 1e6::float8)::bigint::text
+    || ',"x":' || pg_current_xact_id()::text;
   BEGIN
     {select}
     IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
       RETURN NULL;
     END IF;
 
-    pgs_head := pgs_start || ',"x":' || pg_current_xact_id()::text;
+    pgs_head := pgs_start;
     pgs_context := nullif(current_setting('pgsignals.context', true), '');
     IF octet_length(pgs_context) <= 2000 THEN
       pgs_context := pg_catalog.to_json(pgs_context)::text;
@@ -250,7 +246,22 @@ BEGIN
         pgs_head := pgs_head || ',"c":' || pgs_context;
       END IF;
     END IF;
+    -- Counts messages of the transaction, since PostgreSQL collapses notifications that are equal.
+    -- Anybody can set it to anything.
+    pgs_text := current_setting('pgsignals.sequence', true);
+    pgs_sequence := CASE WHEN pgs_text ~ '^[0-9]{{1,15}}$' THEN pgs_text::bigint ELSE 0 END;
     pgs_room := 7929 - octet_length(pgs_head);
+    IF pgs_moved IS NULL AND octet_length(pgs_lines) <= pgs_room THEN
+      pgs_sequence := pgs_sequence + 1;
+      pgs_messages := ARRAY[
+        pgs_head || ',"s":' || pgs_sequence::text || E'}}\\n' || pgs_lines];
+      -- Nothing is left for the loop.
+      pgs_lines := NULL;
+    ELSE
+      pgs_messages := '{{}}';
+      pgs_flags := '';
+      pgs_encoding := getdatabaseencoding();
+    END IF;
 
     FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
       pgs_data := convert_to(pgs_text, pgs_encoding);
@@ -261,12 +272,12 @@ BEGIN
         IF pgs_size > pgs_room THEN
           -- Whole lines only: what follows the last newline is left for the next message.
           pgs_size := pgs_room - octet_length(
-            decode(split_part(encode(pgs_piece, 'escape'), pgs_newline, -1), 'escape'));
+            decode(split_part(encode(pgs_piece, 'escape'), E'\\n', -1), 'escape'));
         END IF;
         pgs_sequence := pgs_sequence + 1;
         IF pgs_size >= 0 THEN
           pgs_messages := pg_catalog.array_append(pgs_messages,
-            pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || '}}' || pgs_newline
+            pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || E'}}\\n'
             || convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding));
           pgs_at := pgs_at + pgs_size + 1;
         ELSE
@@ -290,16 +301,16 @@ BEGIN
           IF octet_length(pgs_text) <= pgs_room THEN
             pgs_messages := pg_catalog.array_append(pgs_messages,
               pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || ',"cut":true}}'
-              || pgs_newline || pgs_text);
+              || E'\\n' || pgs_text);
           ELSE
             pgs_text := translate(
-              encode(convert_to(pgs_text, 'UTF8'), 'base64'), pgs_newline, '');
+              encode(convert_to(pgs_text, 'UTF8'), 'base64'), E'\\n', '');
             pgs_size := (octet_length(pgs_text) + pgs_room - 1) / pgs_room;
             FOR pgs_part IN 1..pgs_size LOOP
               pgs_messages := pg_catalog.array_append(pgs_messages,
                 pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
                 || ',"cut":true,"part":[' || pgs_part::text || ',' || pgs_size::text || ']}}'
-                || pgs_newline || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
+                || E'\\n' || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
             END LOOP;
           END IF;
         END IF;
@@ -308,9 +319,9 @@ BEGIN
     END LOOP;
   EXCEPTION WHEN OTHERS THEN
     -- The write must go on: what broke is reported in place of the rows.
-    pgs_sequence := pgs_sequence + 1;
-    pgs_messages := ARRAY[pgs_start || ',"x":' || pg_current_xact_id()::text || ',"s":'
-      || pgs_sequence::text || ',"error":' || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}'];
+    pgs_sequence := coalesce(pgs_sequence, 0) + 1;
+    pgs_messages := ARRAY[pgs_start || ',"s":' || pgs_sequence::text || ',"error":'
+      || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}'];
   END;
   -- Not in the block: each notification would keep its subtransaction's memory to the end.
   FOREACH pgs_text IN ARRAY pgs_messages LOOP
