@@ -29,11 +29,12 @@ class _Main(click.Group):
         except (PgSignalsError, psycopg2.Error) as error:
             raise click.ClickException(redact(str(error)).strip()) from error
         except click.UsageError as error:
-            # It quotes the argument that is wrong, which may be a DSN in the wrong place.
-            shown = redact(error.format_message())
-            if shown == error.format_message():
+            if "://" not in error.format_message():
                 raise
-            raise click.UsageError(shown, error.ctx) from None
+            # The message would quote the argument that is wrong, and so its password.
+            raise click.UsageError(
+                "A connection string is given by --dsn or by PGSIGNALS_DSN.", error.ctx
+            ) from None
 
 
 class _Notices(logging.Handler):
