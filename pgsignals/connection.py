@@ -8,6 +8,7 @@ import random
 import re
 import selectors
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -90,15 +91,50 @@ def _options(dsn: str, timeout: float) -> dict[str, Any]:
     }
 
 
-def connect(dsn: str, timeout: float = 10.0) -> Connection:
+class _Cursor(Cursor):
+    """Gives up a statement that gets no answer: a silent server would hold it for ever."""
+
+    patience: float
+
+    def execute(self, query: Any, vars: Any = None) -> None:  # noqa: A002
+        given_up = threading.Event()
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as line:
+
+            def give_up() -> None:
+                given_up.set()
+                # The server may have closed it at the same moment.
+                with contextlib.suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
+
+            timer = threading.Timer(self.patience, give_up)
+            timer.daemon = True
+            timer.start()
+            try:
+                super().execute(query, vars)
+            except psycopg2.Error:
+                if not given_up.is_set():
+                    raise
+            finally:
+                timer.cancel()
+        if given_up.is_set():
+            raise psycopg2.OperationalError(
+                f"the server did not answer a statement within {self.patience:g} s"
+            )
+
+
+def connect(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Connection:
     """An ordinary, blocking connection in autocommit mode.
 
     Raises ConnectError, whose message carries no password, when there is none in ``timeout``
-    seconds.
+    seconds. A statement has ``patience`` seconds, or it fails and the
+    connection is broken.
     """
+    factory = type("_PatientCursor", (_Cursor,), {"patience": patience})
     dsn = libpq_dsn(dsn)
     try:
-        connection: Connection = psycopg2.connect(dsn, **_options(dsn, timeout))
+        connection: Connection = psycopg2.connect(
+            dsn, cursor_factory=factory, **_options(dsn, timeout)
+        )
     except (psycopg2.Error, UnicodeError) as error:
         failure = _connect_error(dsn, error)
     else:
@@ -223,28 +259,37 @@ class Waiter:
         self._awake.setblocking(False)
         self._alarm.setblocking(False)
         self._selector.register(self._awake, selectors.EVENT_READ)
+        self._watched: tuple[int, int] | None = None
 
     def wait(self, descriptor: int | None, timeout: float | None, write: bool = False) -> bool:
         """Wait until ``descriptor`` can be read (or written), or for a wake-up or the time.
 
         Returns whether it can.
         """
-        if descriptor is not None:
-            self._selector.register(
-                descriptor, selectors.EVENT_WRITE if write else selectors.EVENT_READ
-            )
-        try:
-            ready = self._selector.select(timeout)
-        finally:
-            if descriptor is not None:
-                self._selector.unregister(descriptor)
+        if descriptor is None:
+            self.forget()
+        else:
+            self._watch(descriptor, selectors.EVENT_WRITE if write else selectors.EVENT_READ)
         usable = False
-        for key, _ in ready:
+        for key, _ in self._selector.select(timeout):
             if key.fileobj is self._awake:
                 self._drain()
             else:
                 usable = True
         return usable
+
+    def forget(self) -> None:
+        """Leave the descriptor alone; to be called before it is closed."""
+        if self._watched is not None:
+            self._selector.unregister(self._watched[0])
+            self._watched = None
+
+    def _watch(self, descriptor: int, events: int) -> None:
+        # Registered once, not at each wait: it is a system call on the way of every event.
+        if self._watched != (descriptor, events):
+            self.forget()
+            self._selector.register(descriptor, events)
+            self._watched = descriptor, events
 
     def sleep(self, seconds: float, until: Callable[[], bool]) -> None:
         """Sleep for ``seconds``, or until woken with ``until()`` true."""
@@ -283,6 +328,7 @@ class Session:
         self._dsn = libpq_dsn(dsn)
         self._connection: Connection | None = None
         self._any_bytes = False
+        self._encrypted = False
         self._cursor: Cursor
 
     def open(self, timeout: float, encoding: str = "UTF8") -> None:
@@ -298,6 +344,7 @@ class Session:
                 options["client_encoding"] = "LATIN1"
             self._connection = psycopg2.connect(self._dsn, async_=True, **options)
             self._finish(time.monotonic() + timeout)
+            self._encrypted = self._connection.info.ssl_in_use
         except (psycopg2.Error, TimeoutError, UnicodeError) as error:
             failure = _connect_error(self._dsn, error)
         else:
@@ -329,13 +376,18 @@ class Session:
         """The notifications that have arrived, without waiting.
 
         Over TLS, one poll may bring one notification of several that the socket no longer shows:
-        call it until it returns none.
+        call it until it returns none, unless the session is ``plain``.
         """
         connection = self._live
         connection.poll()
         arrived = connection.notifies[:]
         del connection.notifies[: len(arrived)]
         return [_in_utf8(notify) for notify in arrived] if self._any_bytes else arrived
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is no TLS, so that the socket shows all that ``receive`` has not read."""
+        return not self._encrypted
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for something to arrive; whether it has, rather than a wake-up or the time."""
@@ -345,6 +397,7 @@ class Session:
         """Close the connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            self._waiter.forget()
             connection.close()
 
     def abandon(self) -> None:

@@ -21,6 +21,7 @@ from ..connection import Backoff, Session, Waiter, connect, display, make_cast, 
 from ..errors import ConnectError, PayloadError, PgSignalsError
 from ..events import Gap, Message
 from ..inspection import QUEUE_WARNING, read_queue_usage
+from ..metrics import Meter
 from ..payload import Broken, Decoder
 from ..triggers import names
 from ..triggers.definitions import Definition
@@ -68,13 +69,20 @@ class NotifySource:
     """
 
     def __init__(
-        self, dsn: str, listen_dsn: str, preparer: Preparer, sink: Sink, timing: Timing
+        self,
+        dsn: str,
+        listen_dsn: str,
+        preparer: Preparer,
+        sink: Sink,
+        timing: Timing,
+        meter: Meter,
     ) -> None:
         self._dsn = dsn
         self._listen_dsn = listen_dsn
         self._preparer = preparer
         self._sink = sink
         self._timing = timing
+        self._meter = meter
         self._waiter = Waiter()
         self._backoff = Backoff()
         self._stopping = False
@@ -85,7 +93,7 @@ class NotifySource:
         self._clock_offset = timedelta(0)
         self._heard = self._asked = datetime.now(timezone.utc)
         self._asking = False
-        self._usage_read_at = time.monotonic()
+        self._usage_read_at = self._turned_at = time.monotonic()
         self._loss = ""
         self.invalid = 0
         self.reconnects = 0
@@ -95,6 +103,13 @@ class NotifySource:
     def is_connected(self) -> bool:
         """Whether it is listening now."""
         return self._session is not None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread goes on; while it listens, it does not rest for longer than this."""
+        rest = time.monotonic() - self._turned_at
+        patience = self._timing.heartbeat + self._timing.timeout
+        return self._thread.is_alive() and (self._session is None or rest <= patience)
 
     def start(self) -> None:
         """Connect once in the caller's thread, so that it gets the error, then listen."""
@@ -160,11 +175,11 @@ class NotifySource:
                 if self._stopping:
                     return
                 self._receive(notify)
-            now = time.monotonic()
+            now = self._turned_at = time.monotonic()
             if arrived:
                 heard_at = now
             if not self._asking and now - asked_at >= self._timing.heartbeat:
-                self._asked = self._now()
+                self._asked = self.now()
                 self._asking = True
                 asked_at = now
                 session.send(*self._question)
@@ -176,7 +191,7 @@ class NotifySource:
                     )
             else:
                 due = asked_at + self._timing.heartbeat
-            if not arrived:
+            if not arrived or session.plain:
                 session.wait(due - now)
 
     @property
@@ -198,25 +213,29 @@ class NotifySource:
         try:
             message = decoder.decode(notify.payload)
         except PayloadError as error:
-            self.invalid += 1
+            self._refuse()
             log.warning(
                 "ignored a payload on %s that is not from pgsignals: %s",
                 notify.channel,
                 error,
-                extra={"channel": notify.channel},
+                extra={"channel": notify.channel, **decoder.topic.fields},
             )
             return
         log.debug("received %d bytes on %s", len(notify.payload), notify.channel)
         if isinstance(message, Message):
             self.received += len(message.rows)
             # Notifications come in the order of their commits: nothing before this is missing.
-            self._heard = max(self._heard, min(message.at, self._now()))
+            self._heard = max(self._heard, min(message.at, self.now()))
             if self._sink.full:
                 self._make_room()
             self._sink.submit(message)
         elif isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
-            log.error("a watcher is broken: %s", message.error, extra={"channel": notify.channel})
+            log.error(
+                "a watcher is broken: %s",
+                message.error,
+                extra={"channel": notify.channel, **decoder.topic.fields},
+            )
             self._sink.gap(Gap(at, at, "watcher_broken", message.error))
 
     def _receive_own(self, payload: str) -> None:
@@ -229,13 +248,17 @@ class NotifySource:
         try:
             self._judge(float(payload.removeprefix(_USAGE)))
         except ValueError:
-            self.invalid += 1
+            self._refuse()
+
+    def _refuse(self) -> None:
+        self.invalid += 1
+        self._meter.count("invalid_payloads")
 
     def _make_room(self) -> None:
         """Pause until each worker has room; when that takes too long, drop what is for the slow."""
         began = time.monotonic()
         while not (self._stopping or self._sink.wait_for_room(0.1)):
-            now = time.monotonic()
+            now = self._turned_at = time.monotonic()
             if now - began >= (IDLE_SECONDS if self._sink.idle else PAUSE_SECONDS):
                 log.error("receivers are too slow: their events are dropped until there is room")
                 self._sink.give_up()
@@ -266,7 +289,7 @@ class NotifySource:
                 extra={"queue_usage": usage},
             )
 
-    def _now(self) -> datetime:
+    def now(self) -> datetime:
         """The server's clock, late by a network's delay at most."""
         return datetime.now(timezone.utc) + self._clock_offset
 
@@ -292,6 +315,7 @@ class NotifySource:
             raise
         finally:
             connection.close()
+        self._turned_at = time.monotonic()
         self._session = session
         self._asked = self._heard = listening
         return listening
@@ -373,6 +397,7 @@ class NotifySource:
                 log.warning("still not connected: %s", redact(str(error)).strip())
                 continue
             self.reconnects += 1
+            self._meter.count("reconnects")
             log.info("connected again; events since %s may be missing", since)
             # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
             self._sink.gap(Gap(since, until, "reconnected", self._loss))
