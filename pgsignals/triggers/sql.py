@@ -239,8 +239,8 @@ BEGIN
     END IF;
 
     pgs_head := pgs_start;
-    pgs_context := nullif(current_setting('pgsignals.context', true), '');
-    IF octet_length(pgs_context) <= 2000 THEN
+    pgs_context := current_setting('pgsignals.context', true);
+    IF octet_length(pgs_context) BETWEEN 1 AND 2000 THEN
       pgs_context := pg_catalog.to_json(pgs_context)::text;
       IF octet_length(pgs_context) <= 4000 THEN
         pgs_head := pgs_head || ',"c":' || pgs_context;
@@ -253,81 +253,83 @@ BEGIN
     pgs_room := 7929 - octet_length(pgs_head);
     IF pgs_moved IS NULL AND octet_length(pgs_lines) <= pgs_room THEN
       pgs_sequence := pgs_sequence + 1;
-      pgs_messages := ARRAY[
-        pgs_head || ',"s":' || pgs_sequence::text || E'}}\\n' || pgs_lines];
-      -- Nothing is left for the loop.
-      pgs_lines := NULL;
+      pgs_text := pgs_head || ',"s":' || pgs_sequence::text || E'}}\\n' || pgs_lines;
     ELSE
       pgs_messages := '{{}}';
       pgs_flags := '';
       pgs_encoding := getdatabaseencoding();
-    END IF;
-
-    FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
-      pgs_data := convert_to(pgs_text, pgs_encoding);
-      pgs_at := 1;
-      WHILE pgs_at <= octet_length(pgs_data) LOOP
-        pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_room + 1);
-        pgs_size := octet_length(pgs_piece);
-        IF pgs_size > pgs_room THEN
-          -- Whole lines only: what follows the last newline is left for the next message.
-          pgs_size := pgs_room - octet_length(
-            decode(split_part(encode(pgs_piece, 'escape'), E'\\n', -1), 'escape'));
-        END IF;
-        pgs_sequence := pgs_sequence + 1;
-        IF pgs_size >= 0 THEN
-          pgs_messages := pg_catalog.array_append(pgs_messages,
-            pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || E'}}\\n'
-            || convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding));
-          pgs_at := pgs_at + pgs_size + 1;
-        ELSE
-          -- One row is longer than a notification: only what stands before its tab, the key, goes.
-          pgs_size := 16384;
-          LOOP
-            pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_size);
-            EXIT WHEN octet_length(pgs_piece) < pgs_size
-              OR position('\\x0a'::bytea IN pgs_piece) > 0;
-            pgs_size := pgs_size * 2;
-          END LOOP;
-          pgs_size := position('\\x0a'::bytea IN pgs_piece) - 1;
+      FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
+        pgs_data := convert_to(pgs_text, pgs_encoding);
+        pgs_at := 1;
+        WHILE pgs_at <= octet_length(pgs_data) LOOP
+          pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_room + 1);
+          pgs_size := octet_length(pgs_piece);
+          IF pgs_size > pgs_room THEN
+            -- Whole lines only: what follows the last newline is left for the next message.
+            pgs_size := pgs_room - octet_length(
+              decode(split_part(encode(pgs_piece, 'escape'), E'\\n', -1), 'escape'));
+          END IF;
+          pgs_sequence := pgs_sequence + 1;
           IF pgs_size >= 0 THEN
-            pgs_piece := substring(pgs_piece FROM 1 FOR pgs_size);
-          END IF;
-          pgs_at := pgs_at + octet_length(pgs_piece) + 1;
-          pgs_text := convert_from(pgs_piece, pgs_encoding);
-          IF strpos(pgs_text, E'\\t') > 0 THEN
-            pgs_text := split_part(pgs_text, E'\\t', 1) || ']';
-          END IF;
-          IF octet_length(pgs_text) <= pgs_room THEN
             pgs_messages := pg_catalog.array_append(pgs_messages,
-              pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || ',"cut":true}}'
-              || E'\\n' || pgs_text);
+              pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || E'}}\\n'
+              || convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding));
+            pgs_at := pgs_at + pgs_size + 1;
           ELSE
-            pgs_text := translate(
-              encode(convert_to(pgs_text, 'UTF8'), 'base64'), E'\\n', '');
-            pgs_size := (octet_length(pgs_text) + pgs_room - 1) / pgs_room;
-            FOR pgs_part IN 1..pgs_size LOOP
-              pgs_messages := pg_catalog.array_append(pgs_messages,
-                pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
-                || ',"cut":true,"part":[' || pgs_part::text || ',' || pgs_size::text || ']}}'
-                || E'\\n' || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
+            -- One row is longer than a notification: only its key, before the tab, goes.
+            pgs_size := 16384;
+            LOOP
+              pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_size);
+              EXIT WHEN octet_length(pgs_piece) < pgs_size
+                OR position('\\x0a'::bytea IN pgs_piece) > 0;
+              pgs_size := pgs_size * 2;
             END LOOP;
+            pgs_size := position('\\x0a'::bytea IN pgs_piece) - 1;
+            IF pgs_size >= 0 THEN
+              pgs_piece := substring(pgs_piece FROM 1 FOR pgs_size);
+            END IF;
+            pgs_at := pgs_at + octet_length(pgs_piece) + 1;
+            pgs_text := convert_from(pgs_piece, pgs_encoding);
+            IF strpos(pgs_text, E'\\t') > 0 THEN
+              pgs_text := split_part(pgs_text, E'\\t', 1) || ']';
+            END IF;
+            IF octet_length(pgs_text) <= pgs_room THEN
+              pgs_messages := pg_catalog.array_append(pgs_messages,
+                pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || ',"cut":true}}'
+                || E'\\n' || pgs_text);
+            ELSE
+              pgs_text := translate(
+                encode(convert_to(pgs_text, 'UTF8'), 'base64'), E'\\n', '');
+              pgs_size := (octet_length(pgs_text) + pgs_room - 1) / pgs_room;
+              FOR pgs_part IN 1..pgs_size LOOP
+                pgs_messages := pg_catalog.array_append(pgs_messages,
+                  pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
+                  || ',"cut":true,"part":[' || pgs_part::text || ',' || pgs_size::text || ']}}'
+                  || E'\\n' || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
+              END LOOP;
+            END IF;
           END IF;
-        END IF;
+        END LOOP;
+        pgs_flags := ',"moved":true';
       END LOOP;
-      pgs_flags := ',"moved":true';
-    END LOOP;
+    END IF;
   EXCEPTION WHEN OTHERS THEN
     -- The write must go on: what broke is reported in place of the rows.
     pgs_sequence := coalesce(pgs_sequence, 0) + 1;
-    pgs_messages := ARRAY[pgs_start || ',"s":' || pgs_sequence::text || ',"error":'
-      || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}'];
+    pgs_messages := NULL;
+    pgs_text := pgs_start || ',"s":' || pgs_sequence::text || ',"error":'
+      || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}';
   END;
   -- Not in the block: each notification would keep its subtransaction's memory to the end.
-  FOREACH pgs_text IN ARRAY pgs_messages LOOP
-    PERFORM pg_notify({channel}, pgs_text);
-  END LOOP;
-  PERFORM set_config('pgsignals.sequence', pgs_sequence::text, true);
+  -- Assignments, since PERFORM would run the call as a query of its own.
+  IF pgs_messages IS NULL THEN
+    pgs_text := pg_notify({channel}, pgs_text);
+  ELSE
+    FOREACH pgs_text IN ARRAY pgs_messages LOOP
+      pgs_text := pg_notify({channel}, pgs_text);
+    END LOOP;
+  END IF;
+  pgs_text := set_config('pgsignals.sequence', pgs_sequence::text, true);
   RETURN NULL;
 END
 """
