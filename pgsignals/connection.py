@@ -107,7 +107,7 @@ class _Cursor(Cursor):
                     line.shutdown(socket.SHUT_RDWR)
 
             timer = threading.Timer(self.patience, give_up)
-            timer.daemon = True
+            timer.daemon, timer.name = True, "pgsignals-patience"
             timer.start()
             try:
                 super().execute(query, vars)
@@ -116,6 +116,7 @@ class _Cursor(Cursor):
                     raise
             finally:
                 timer.cancel()
+                timer.join()
         if given_up.is_set():
             raise psycopg2.OperationalError(
                 f"the server did not answer a statement within {self.patience:g} s"
@@ -126,8 +127,7 @@ def connect(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Connecti
     """An ordinary, blocking connection in autocommit mode.
 
     Raises ConnectError, whose message carries no password, when there is none in ``timeout``
-    seconds. A statement has ``patience`` seconds, or it fails and the
-    connection is broken.
+    seconds. A statement has ``patience`` seconds, or it fails and the connection is broken.
     """
     factory = type("_PatientCursor", (_Cursor,), {"patience": patience})
     dsn = libpq_dsn(dsn)

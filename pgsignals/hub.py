@@ -144,7 +144,7 @@ class Hub:
             install=install,
             prune=prune,
             limits=Limits(lock_timeout, install_timeout),
-            timing=Timing(heartbeat, heartbeat_timeout),
+            timing=Timing(heartbeat, heartbeat_timeout, 60.0 + install_timeout),
             workers=workers,
             queue_size=queue_size,
         )

@@ -176,6 +176,18 @@ def test_an_interruption_while_starting(server: Server, dsn: str, items: None) -
     assert "but listening could not begin" in message
 
 
+def test_a_server_that_falls_silent(server: Server, dsn: str) -> None:
+    """A statement without an answer fails after its time, and so cannot hold up reconnecting."""
+    with Proxy("127.0.0.1", server.port) as proxy:
+        connection = connect(dsn.replace(str(server.port), str(proxy.port)), patience=0.2)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            proxy.stall()
+            with pytest.raises(psycopg2.OperationalError, match=r"did not answer .* within 0\.2 s"):
+                cursor.execute("SELECT 2")
+        assert connection.closed
+
+
 @pytest.mark.parametrize(
     ("wrong", "meaning"),
     [

@@ -45,11 +45,13 @@ class Timing:
     """Patience with the server, in seconds.
 
     Each ``heartbeat`` a notification is sent to ourselves; when it, or anything else, has not come
-    after ``timeout``, the connection is given up. ``timeout`` also bounds connecting.
+    after ``timeout``, the connection is given up. ``timeout`` also bounds connecting, and
+    ``statement`` each statement that reads the catalogue or installs, its wait for locks included.
     """
 
     heartbeat: float = 30.0
     timeout: float = 10.0
+    statement: float = 60.0
 
 
 class Preparer(Protocol):
@@ -269,7 +271,7 @@ class NotifySource:
         """Ask how full the server's queue is while reading pauses, and with it the heartbeat."""
         self._usage_read_at = time.monotonic()
         try:
-            connection = connect(self._dsn, self._timing.timeout)
+            connection = connect(self._dsn, self._timing.timeout, self._timing.timeout)
             try:
                 with connection.cursor() as cursor:
                     self._judge(read_queue_usage(cursor))
@@ -296,7 +298,7 @@ class NotifySource:
     def _open(self) -> datetime:
         """Connect, listen, install; returns the server's time from which on nothing is missed."""
         log.debug("connecting to %s", display(self._listen_dsn))
-        connection = connect(self._dsn, self._timing.timeout)
+        connection = connect(self._dsn, self._timing.timeout, self._timing.statement)
         session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
         try:
             with connection.cursor() as cursor:
