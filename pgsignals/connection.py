@@ -423,6 +423,8 @@ class Session:
                 raise TimeoutError("timeout expired: the server does not answer")
             if self._cancelled():
                 raise TimeoutError("stopped while waiting for the server")
+            # On its way to the next host, libpq opens another socket under the same number.
+            self._waiter.forget()
             self._waiter.wait(connection.fileno(), left, write=state == POLL_WRITE)
 
 

@@ -465,6 +465,31 @@ def test_the_primary_among_several_hosts(
     delivers(hub, several, server.dsn(), recorder)
 
 
+def test_a_host_that_refuses_late(server: Server) -> None:
+    """The next host is tried at once when the first has let us wait before it refuses."""
+    waiter = Waiter()
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        # Two that nobody accepts fill its queue, so that the third waits.
+        for client in (first, second):
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+
+        def refuse() -> bool:
+            with suppress(OSError):
+                full.shutdown(socket.SHUT_RDWR)
+            return False
+
+        hosts = f"127.0.0.1:{full.getsockname()[1]},127.0.0.1:{server.port}"
+        session = Session(f"postgresql://postgres@{hosts}/postgres", waiter, refuse)
+        began = time.monotonic()
+        session.open(DEADLINE)
+        assert time.monotonic() - began < AT_ONCE
+    session.close()
+    waiter.close()
+
+
 def test_only_standbys(standby: Server) -> None:
     """When none of the hosts is a primary, that is told."""
     message = refused(f"{standby.dsn()}?target_session_attrs=read-write")
