@@ -75,7 +75,6 @@ class BatchTimer:
         self._due: list[tuple[float, int, Batcher]] = []
         self._order = itertools.count()
         self._thread: threading.Thread | None = None
-        self._stopping = False
         self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
 
     def add(self, batcher: Batcher) -> None:
@@ -105,23 +104,23 @@ class BatchTimer:
 
     def start(self) -> None:
         """Start the thread."""
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="pgsignals-batches", daemon=True)
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
         """Flush what is collected and end the thread, waiting at most ``timeout`` seconds."""
         with self._condition:
-            self._stopping = True
-            self._condition.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-        self._thread = None
+            thread, self._thread = self._thread, None
+            self._condition.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     def _run(self) -> None:
+        # A receiver may stop and start the timer: then another thread has taken over from this one.
+        own = threading.current_thread()
         while True:
             with self._condition:
-                while not self._stopping and (not self._due or self._due[0][0] > time.monotonic()):
+                while self._thread is own and (not self._due or self._due[0][0] > time.monotonic()):
                     self._condition.wait(self._due[0][0] - time.monotonic() if self._due else None)
                 if not self._due:
                     return

@@ -105,7 +105,7 @@ class Hub:
         (``prune=False`` leaves them). ``lock_timeout`` bounds, in seconds, how long a table's
         writers may wait behind one try to install, ``install_timeout`` how long it goes on trying.
         ``listen_dsn`` is a direct connection for listening when ``dsn`` goes through a pooler.
-        After ``heartbeat`` seconds of quiet a notification is sent round; a connection that stays
+        Every ``heartbeat`` seconds a notification is sent round; a connection that then stays
         silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed within
         their sum. ``resolvers`` are asked for models before the built-in ones.
 
@@ -347,6 +347,11 @@ class Hub:
                 raise StateError(
                     "This Hub is running already. Call stop() first, or make another: "
                     "pgsignals.Hub()."
+                )
+            if not self._stopped.is_set():
+                raise StateError(
+                    "This Hub is being stopped: its receivers handle what has arrived. Call wait() "
+                    "before start()."
                 )
             run = make()
             try:
