@@ -26,7 +26,7 @@ from .errors import (
 from .events import Batch, Event, Gap
 from .hookspecs import hookimpl
 from .hub import Hub
-from .inspection import Status
+from .inspection import Health, Status
 from .receivers import Subscription
 from .streams import Stream
 from .tables import Column, Resolver, Table, TableRef
@@ -43,6 +43,7 @@ stop = default_hub.stop
 wait = default_hub.wait
 run = default_hub.run
 status = default_hub.status
+health = default_hub.health
 on = default_hub.on
 on_batch = default_hub.on_batch
 on_gap = default_hub.on_gap
@@ -64,6 +65,7 @@ __all__ = [
     "DriftError",
     "Event",
     "Gap",
+    "Health",
     "Hub",
     "InstallLockError",
     "MissingExtraError",
@@ -89,6 +91,7 @@ __all__ = [
     "default_hub",
     "disconnected",
     "gap",
+    "health",
     "hookimpl",
     "muted",
     "on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import heapq
 import itertools
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .events import Batch, Event, hashable
+from .metrics import Tracer
+from .receivers import receiver_name
 
 BatchReceiver = Callable[[Batch], object]
 BatchFailureHandler = Callable[[Any, Event, BaseException], None]
@@ -51,7 +54,7 @@ class Batcher:
         elif first:
             self._timer.schedule(self, self._every)
 
-    def flush(self, failed: BatchFailureHandler) -> None:
+    def flush(self, failed: BatchFailureHandler, tracer: Tracer | None = None) -> None:
         """Call the receiver with what was collected, if anything was."""
         with self._lock:
             events = tuple(self._latest.values())
@@ -61,15 +64,21 @@ class Batcher:
         for at in range(0, len(events), self._max_size):
             chunk = events[at : at + self._max_size]
             try:
-                self.fn(Batch(chunk))
+                with (
+                    contextlib.nullcontext()
+                    if tracer is None
+                    else tracer.receiving(chunk, receiver_name(self.fn))
+                ):
+                    self.fn(Batch(chunk))
             except BaseException as error:
                 failed(self.fn, chunk[-1], error)
 
 
 class BatchTimer:
-    """The thread that calls batch receivers when their time has come."""
+    """The thread that calls batch receivers when their time has come, in a span of ``tracer``."""
 
     def __init__(self, failed: BatchFailureHandler) -> None:
+        self.tracer: Tracer | None = None
         self._failed = failed
         self._condition = threading.Condition()
         self._due: list[tuple[float, int, Batcher]] = []
@@ -100,7 +109,7 @@ class BatchTimer:
         with self._condition:
             due, self._due = self._due, []
         for _, _, batcher in sorted(due):
-            batcher.flush(self._failed)
+            batcher.flush(self._failed, self.tracer)
 
     def start(self) -> None:
         """Start the thread."""
@@ -125,4 +134,4 @@ class BatchTimer:
                 if not self._due:
                     return
                 _, _, batcher = heapq.heappop(self._due)
-            batcher.flush(self._failed)
+            batcher.flush(self._failed, self.tracer)

@@ -128,6 +128,11 @@ class Dispatcher:
         return any(lane.full and not lane.given_up for lane in self._lanes)
 
     @property
+    def shedding(self) -> bool:
+        """Whether events for a worker are being dropped."""
+        return any(lane.given_up for lane in self._lanes)
+
+    @property
     def idle(self) -> bool:
         """Whether a worker has nothing to do."""
         return any(not lane.depth for lane in self._lanes)
@@ -272,4 +277,9 @@ class Dispatcher:
             try:
                 broadcaster.publish(events)
             except Exception:
-                log.exception("%s could not take %d events", broadcaster, len(events))
+                log.exception(
+                    "%s could not take %d events",
+                    broadcaster,
+                    len(events),
+                    extra=events[0]._message.topic.fields,
+                )

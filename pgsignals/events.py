@@ -61,6 +61,11 @@ class Topic:
         """Whether the key is one column, so that an event's id is its bare value."""
         return len(self.key) == 1
 
+    @cached_property
+    def fields(self) -> dict[str, str]:
+        """What log records and metrics say of an event: ``table``, with its schema, and ``op``."""
+        return {"table": f"{self.schema}.{self.table}", "op": self.op}
+
 
 class Message(msgspec.Struct, eq=False):
     """A decoded message: rows of one statement that belong to one topic.

@@ -20,7 +20,8 @@ from .batches import Batcher, BatchReceiver, BatchTimer
 from .connection import Backoff, redact
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Event, Gap, model_name
-from .inspection import Status
+from .inspection import Health, Status
+from .metrics import COUNTERS, Meter, Metrics, Tracer
 from .receivers import Receiver, Registry, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
@@ -36,6 +37,7 @@ R = TypeVar("R", bound=Callable[..., object])
 GapReceiver = Callable[[Gap], object]
 
 _EXIT_SECONDS = 5.0
+_GAP_REASONS = ("reconnected", "overflow", "watcher_broken")
 
 
 class Hub:
@@ -60,6 +62,7 @@ class Hub:
         self._ends: SimpleQueue[bool | None] | None = None
         self._run: Run | None = None
         self._make: Callable[[], Run] | None = None
+        self._meter = Meter()
         self._restarts_after_fork = False
         self._audience = Audience(
             registry=self._registry,
@@ -93,6 +96,8 @@ class Hub:
         heartbeat_timeout: float = 10.0,
         restart_after_fork: bool = False,
         resolvers: Sequence[Resolver] = (),
+        metrics: Metrics | None = None,
+        tracer: Tracer | None = None,
     ) -> Hub:
         """Install triggers for the watchers and deliver their events from now on.
 
@@ -107,7 +112,9 @@ class Hub:
         ``listen_dsn`` is a direct connection for listening when ``dsn`` goes through a pooler.
         Every ``heartbeat`` seconds a notification is sent round; a connection that then stays
         silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed within
-        their sum. ``resolvers`` are asked for models before the built-in ones.
+        their sum. ``resolvers`` are asked for models before the built-in ones. ``metrics`` gets
+        counters and gauges, and each call of a receiver is a span of ``tracer``:
+        ``pgsignals.contrib`` has them for Prometheus and OpenTelemetry.
 
         The child of a fork has a Hub that is stopped, and may start it; with
         ``restart_after_fork`` it starts by itself, in the background.
@@ -147,8 +154,15 @@ class Hub:
             timing=Timing(heartbeat, heartbeat_timeout, 60.0 + install_timeout),
             workers=workers,
             queue_size=queue_size,
+            tracer=tracer,
         )
-        self._begin(lambda: DatabaseRun(settings, self._audience))
+        meter = Meter(metrics)
+
+        def make() -> Run:
+            self._observe(meter, tracer)
+            return DatabaseRun(settings, self._audience, meter)
+
+        self._begin(make)
         self._restarts_after_fork = restart_after_fork
         log.debug("started with %d watchers", len(plan))
         return self
@@ -247,7 +261,7 @@ class Hub:
 
         def register(fn: BatchReceiver) -> BatchReceiver:
             batcher = Batcher(fn, every, max_size, self._timer)
-            self._registry.subscribe(batcher, target, ops, filters)
+            self._registry.subscribe(batcher, target, ops, filters, collects=True)
             return fn
 
         return register
@@ -294,7 +308,7 @@ class Hub:
             self._gap_receivers.pop(put, None)
 
         subscription = self._registry.subscribe(
-            put, target, ops, filters, f"stream of {model_name(target)}"
+            put, target, ops, filters, f"stream of {model_name(target)}", collects=True
         )
         if gaps:
             self._gap_receivers[put] = None
@@ -323,6 +337,16 @@ class Hub:
         if run is None:
             raise StateError("The Hub is not running: there is no database to ask. Call start().")
         return run.status()
+
+    def health(self) -> Health:
+        """Whether the Hub is alive and ready, told at once and without asking the database.
+
+        One that is not running is neither.
+        """
+        run = self._run
+        if run is None:
+            return Health(alive=False, ready=False, connected=False, reason="it is not running")
+        return run.health()
 
     def __enter__(self) -> Hub:
         return self
@@ -363,6 +387,26 @@ class Hub:
             self._run = run
             self._make = make
             self._stopped.clear()
+
+    def _observe(self, meter: Meter, tracer: Tracer | None) -> None:
+        """Report to these from now on; counters begin at 0, so that their first rise is seen."""
+        self._meter = meter
+        self._timer.tracer = tracer
+        for name, measure in COUNTERS.items():
+            if not measure.labels:
+                meter.count(name, 0)
+        for reason in _GAP_REASONS:
+            meter.count("gaps", 0, reason=reason)
+        for name in {
+            receiver_name(each)
+            for each in self._registry.subscriptions
+            if isinstance(each.fn, Batcher) or not each.collects
+        }:
+            meter.count("receiver_failures", 0, receiver=name)
+        meter.gauge("connected", lambda: float(self.health().connected))
+        meter.gauge("queue_depth", lambda: float(self.health().depth))
+        meter.gauge("oldest_seconds", lambda: self.health().oldest)
+        meter.gauge("lag_seconds", lambda: self.health().lag)
 
     def _settle(self, timeout: float) -> bool:
         """Wait until receivers have handled all that is committed by now; whether they have."""
@@ -407,13 +451,14 @@ class Hub:
 
     def _failed(self, receiver: Any, event: Event, error: BaseException) -> None:
         name = receiver_name(receiver)
+        self._meter.count("receiver_failures", receiver=name)
         log.error(
             "the receiver %s raised %s for event %s",
             name,
             type(error).__name__,
             event.uid,
             exc_info=error,
-            extra={"receiver": name, "event_uid": event.uid},
+            extra={"receiver": name, "event_uid": event.uid, **event._message.topic.fields},
         )
         self._send(self.receiver_failed, receiver=receiver, event=event, error=error)
 
@@ -425,12 +470,24 @@ class Hub:
                 log.exception("a receiver of %r raised", signal)
 
     def _send_gap(self, gap: Gap) -> None:
-        log.warning("events from %s to %s may be missing: %s", gap.since, gap.until, gap.reason)
+        self._meter.count("gaps", reason=gap.reason)
+        log.warning(
+            "events from %s to %s may be missing: %s",
+            gap.since,
+            gap.until,
+            gap.reason,
+            extra={"gap_reason": gap.reason},
+        )
         for fn in list(self._gap_receivers):
             try:
                 fn(gap)
             except BaseException:
-                log.exception("the gap receiver %s raised", receiver_name(fn))
+                name = receiver_name(fn)
+                log.exception(
+                    "the gap receiver %s raised",
+                    name,
+                    extra={"receiver": name, "gap_reason": gap.reason},
+                )
         self._send(self.gap, gap=gap)
 
 

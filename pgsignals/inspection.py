@@ -41,6 +41,26 @@ class Status:
     reconnects: int = 0
 
 
+@dataclass(frozen=True)
+class Health:
+    """A Hub at one moment, told without asking the database.
+
+    ``alive``: it was started, and the thread that listens goes on, if only to connect again; when
+    not, only a new process helps. ``ready``: it is ``connected``, and receivers keep up, so that no
+    event is being dropped; when not, ``reason`` says why. ``depth`` counts events that wait for
+    receivers, ``oldest`` is since when the first of them does, ``lag`` the age of the latest that
+    were handed to receivers, both in seconds.
+    """
+
+    alive: bool
+    ready: bool
+    connected: bool
+    reason: str
+    depth: int = 0
+    oldest: float = 0.0
+    lag: float = 0.0
+
+
 def read_states(
     cursor: Cursor, watchers: Sequence[Watcher], resolvers: Sequence[Resolver], namespace: str
 ) -> list[State]:

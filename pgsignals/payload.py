@@ -85,7 +85,7 @@ class Decoder:
     def __init__(
         self, topic: Topic, key: Sequence[Field], values: Sequence[Field], cast: Cast
     ) -> None:
-        self._topic = topic
+        self.topic = topic
         self._rows: dict[tuple[bool, bool], Callable[[str], list[tuple[Any, ...]]]] = {}
         for moved in (False, True):
             keys = [*key, *key] if moved else [*key]
@@ -119,7 +119,7 @@ class Decoder:
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise PayloadError(f"{type(error).__name__}: {error}") from error
         return Message(
-            self._topic,
+            self.topic,
             header.x,
             header.s,
             header.t,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import logging
 import threading
@@ -25,7 +26,7 @@ Key = tuple["int | str", str]
 class Subscription:
     """A receiver that listens; ``cancel()`` ends it."""
 
-    __slots__ = ("_cancel", "active", "filters", "fn", "name", "ops", "target")
+    __slots__ = ("_cancel", "active", "collects", "filters", "fn", "name", "ops", "target")
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Subscription:
         filters: dict[str, Any],
         cancel: Callable[[Subscription], None],
         name: str,
+        collects: bool = False,
     ) -> None:
         self.fn = fn
         self.name = name
@@ -42,6 +44,7 @@ class Subscription:
         self.ops = ops
         self.filters = filters
         self.active = True
+        self.collects = collects
         self._cancel = cancel
 
     def cancel(self) -> None:
@@ -81,17 +84,25 @@ class Registry:
         ops: tuple[str, ...],
         filters: dict[str, Any],
         name: str | None = None,
+        collects: bool = False,
     ) -> Subscription:
         """Have ``fn`` called with each event of the model or label and the operations.
 
-        ``name`` is how messages call the receiver, if not by the function.
+        ``name`` is how messages call the receiver, if not by the function; one that ``collects``
+        only keeps the event for somebody else.
         Raises ReceiverError when ``fn`` cannot be called so, or nothing delivers that.
         """
         _check_callable(fn)
         for op in ops:
             _check_operation(op)
         subscription = Subscription(
-            fn, target, ops, filters, self._remove, name or f"receiver {receiver_name(fn)}"
+            fn,
+            target,
+            ops,
+            filters,
+            self._remove,
+            name or f"receiver {receiver_name(fn)}",
+            collects,
         )
         try:
             hash(tuple(filters.values()))
@@ -141,6 +152,12 @@ class Registry:
             except ReceiverError:
                 self._topics, self._names = before
                 raise
+
+    @property
+    def subscriptions(self) -> list[Subscription]:
+        """All that listen through a subscription."""
+        with self._lock:
+            return list(self._subscriptions)
 
     def unbind(self) -> None:
         """Forget what is delivered; receivers stay for the next start."""
@@ -397,8 +414,11 @@ def receiver_name(fn: object) -> str:
     """How messages call a receiver: ``module.function``."""
     if isinstance(fn, Subscription):
         fn = fn.fn
-    name = getattr(fn, "__qualname__", None)
-    return f"{getattr(fn, '__module__', '?')}.{name}" if name else repr(fn)
+    if isinstance(fn, functools.partial):
+        fn = fn.func
+    # An object that can be called goes by its class: an address would be new in each process.
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    return f"{getattr(fn, '__module__', '?')}.{name}"
 
 
 def _described(target: object, ops: tuple[str, ...]) -> str:

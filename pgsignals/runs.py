@@ -13,12 +13,14 @@ from typing import Literal, Protocol
 from psycopg2.extensions import cursor as Cursor
 
 from .batches import BatchTimer
-from .broadcasters.inprocess import FailureHandler, InProcess
+from .broadcasters import Broadcaster
+from .broadcasters.inprocess import FailureHandler, InProcess, TracedInProcess
 from .connection import connect
 from .dispatch import Dispatcher
 from .errors import ConfigurationError
-from .events import Gap, Message
-from .inspection import Status, read_queue_usage, read_states
+from .events import Event, Gap, Message
+from .inspection import Health, Status, read_queue_usage, read_states
+from .metrics import Meter, Tracer
 from .plugins import Plugins
 from .receivers import Registry
 from .resolvers import BUILTIN
@@ -51,6 +53,9 @@ class Run(Protocol):
     def status(self) -> Status:
         """How things stand."""
 
+    def health(self) -> Health:
+        """How things stand, without asking the database."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -67,6 +72,7 @@ class Settings:
     timing: Timing
     workers: int
     queue_size: int
+    tracer: Tracer | None = None
 
 
 @dataclass(frozen=True)
@@ -91,20 +97,31 @@ def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
 class DatabaseRun:
     """Events from the database: prepares its source, and is its sink."""
 
-    def __init__(self, settings: Settings, audience: Audience) -> None:
+    def __init__(self, settings: Settings, audience: Audience, meter: Meter) -> None:
         self._settings = settings
         self._audience = audience
         self._definitions: list[Definition] = []
         self._problem: ConfigurationError | None = None
         self._pruned = not settings.prune
         self._awaited: dict[str, Callable[[], None]] = {}
+        self._meter = meter
+        self._lag = _Lag(lambda: self.source.now())
+        registry, failed, tracer = audience.registry, audience.failed, settings.tracer
+        in_process = (
+            InProcess(registry, failed)
+            if tracer is None
+            else TracedInProcess(registry, failed, tracer)
+        )
+        broadcasters: list[Broadcaster] = [self._lag, in_process]
         self.dispatcher = Dispatcher(
-            [InProcess(audience.registry, audience.failed)],
+            broadcasters,
             settings.workers,
             settings.queue_size,
             audience.gap,
         )
-        self.source = NotifySource(settings.dsn, settings.listen_dsn, self, self, settings.timing)
+        self.source = NotifySource(
+            settings.dsn, settings.listen_dsn, self, self, settings.timing, self._meter
+        )
 
     def start(self) -> None:
         """See Run."""
@@ -161,6 +178,28 @@ class DatabaseRun:
             reconnects=self.source.reconnects,
         )
 
+    def health(self) -> Health:
+        """See Run."""
+        alive, connected = self.source.is_alive, self.source.is_connected
+        shedding = self.dispatcher.shedding
+        if not alive:
+            reason = "the thread that listens has ended or hangs"
+        elif not connected:
+            reason = "the connection is lost, and being made again"
+        elif shedding:
+            reason = "receivers are too slow, and events are dropped"
+        else:
+            reason = ""
+        return Health(
+            alive=alive,
+            ready=not reason,
+            connected=connected,
+            reason=reason,
+            depth=self.dispatcher.depth,
+            oldest=self.dispatcher.oldest,
+            lag=self._lag.seconds,
+        )
+
     def define(self, cursor: Cursor) -> list[Definition]:
         """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
         settings = self._settings
@@ -175,6 +214,8 @@ class DatabaseRun:
             self._problem = error
         else:
             self._definitions = definitions
+            for definition in definitions:
+                self._meter.count("events", 0, **definition.topic.fields)
         return self._definitions
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
@@ -204,7 +245,11 @@ class DatabaseRun:
 
     def submit(self, message: Message) -> None:
         """See Sink."""
+        shed = self.dispatcher.shed
         self.dispatcher.submit(message)
+        self._meter.count("events", len(message.rows), **message.topic.fields)
+        if self.dispatcher.shed > shed:
+            self._meter.count("shed_events", self.dispatcher.shed - shed)
 
     def wait_for_room(self, timeout: float) -> bool:
         """See Sink."""
@@ -230,3 +275,22 @@ class DatabaseRun:
         """See Sink."""
         if (call := self._awaited.pop(marker, None)) is not None:
             self.dispatcher.settle(call)
+
+
+class _Lag:
+    """A broadcaster that takes events nowhere: it sees how old they are by the server's clock."""
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        self._now = now
+        self.seconds = 0.0
+
+    def publish(self, events: Sequence[Event]) -> None:
+        """See Broadcaster."""
+        self.seconds = max(0.0, (self._now() - events[0].at).total_seconds())
+
+    def flush(self, timeout: float) -> bool:
+        """See Broadcaster."""
+        return True
+
+    def close(self) -> None:
+        """See Broadcaster."""

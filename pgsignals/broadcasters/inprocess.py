@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..events import Event
-from ..receivers import Registry, Subscription
+from ..metrics import Tracer
+from ..receivers import Registry, Subscription, receiver_name
 
 log = logging.getLogger("pgsignals")
 
@@ -44,7 +45,12 @@ class InProcess:
             for index in indexes:
                 receivers = [*receivers, *index.find(event)]
             if verbose:
-                log.debug("delivering %r to %d receivers", event, len(receivers) + len(others))
+                log.debug(
+                    "delivering %r to %d receivers",
+                    event,
+                    len(receivers) + len(others),
+                    extra={"event_uid": event.uid, **topic.fields},
+                )
             for receiver in receivers:
                 if receiver.active:
                     try:
@@ -65,3 +71,31 @@ class InProcess:
     def close(self) -> None:
         """Begin no further call."""
         self._closed = True
+
+
+class TracedInProcess(InProcess):
+    """The same, with each call in a span; apart, so that without a tracer it costs nothing."""
+
+    def __init__(self, registry: Registry, failed: FailureHandler, tracer: Tracer) -> None:
+        super().__init__(registry, failed)
+        self._tracer = tracer
+
+    def _call_receivers(self, events: Sequence[Event]) -> None:
+        topic = events[0]._message.topic
+        everybody, indexes = self._registry.receivers(topic)
+        for event in events:
+            for receiver in [*everybody, *(one for index in indexes for one in index.find(event))]:
+                if self._closed:
+                    return
+                ours = isinstance(receiver, Subscription)
+                if ours and not receiver.active:
+                    continue
+                fn = receiver.fn if ours else receiver
+                try:
+                    if ours and receiver.collects:
+                        fn(event)
+                    else:
+                        with self._tracer.receiving([event], receiver_name(fn)):
+                            receiver(topic.model, event=event)
+                except BaseException as error:
+                    self._failed(fn, event, error)

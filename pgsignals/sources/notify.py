@@ -108,10 +108,11 @@ class NotifySource:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread goes on; while it listens, it does not rest for longer than this."""
-        rest = time.monotonic() - self._turned_at
-        patience = self._timing.heartbeat + self._timing.timeout
-        return self._thread.is_alive() and (self._session is None or rest <= patience)
+        """Whether its thread goes on: it listens, and does not hang, or it connects again."""
+        # In this order, since a new session's first turn is noted before the session is.
+        if self._session is None or not self._thread.is_alive():
+            return self._thread.is_alive()
+        return time.monotonic() - self._turned_at <= self._timing.heartbeat + self._timing.timeout
 
     def start(self) -> None:
         """Connect once in the caller's thread, so that it gets the error, then listen."""

@@ -14,7 +14,7 @@ from pgsignals.broadcasters.inprocess import InProcess
 from pgsignals.errors import ConfigurationError, near
 from pgsignals.events import Event, Gap, Message, Topic, hashable, model_identity, model_name
 from pgsignals.hub import Hub
-from pgsignals.inspection import Status
+from pgsignals.inspection import Health, Status
 from pgsignals.runs import all_resolvers
 from pgsignals.tables import Resolver, resolve
 from pgsignals.watchers import OPERATIONS, Watcher, normalize, watch
@@ -168,6 +168,10 @@ class Simulation:
     def status(self) -> Status:
         """Called by the Hub: how many events were emitted."""
         return Status((), "default", 0.0, running=True, connected=True, received=self._count)
+
+    def health(self) -> Health:
+        """Called by the Hub: always well."""
+        return Health(alive=True, ready=True, connected=True, reason="")
 
     def _topic(self, watcher: Watcher, op: str) -> Topic:
         ref, _ = resolve(watcher.model, self._resolvers)

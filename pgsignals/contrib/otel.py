@@ -1,0 +1,89 @@
+"""Traces for OpenTelemetry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import MissingExtraError
+from ..events import Event
+
+try:
+    from opentelemetry import trace
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ImportError as error:
+    raise MissingExtraError(
+        "Traces for OpenTelemetry need the package opentelemetry-api: pip install 'pgsignals[otel]'"
+    ) from error
+
+_w3c = TraceContextTextMapPropagator()
+
+
+class OpenTelemetryTracer:
+    """A consumer span for each call of a receiver, by default of the global tracer provider.
+
+    It begins a trace of its own, and links to the one of the writer where ``event.context`` has
+    its ``traceparent``. The error of a receiver is recorded in it.
+    """
+
+    def __init__(self, tracer: trace.Tracer | None = None) -> None:
+        self._tracer = trace.get_tracer("pgsignals") if tracer is None else tracer
+
+    @contextmanager
+    def receiving(self, events: Sequence[Event], receiver: str, /) -> Iterator[None]:
+        """See Tracer."""
+        table = f"{events[0].schema}.{events[0].table}"
+        attributes: dict[str, str | int] = {
+            "messaging.system": "postgresql",
+            "messaging.operation.type": "process",
+            "messaging.operation.name": "process",
+            "messaging.destination.name": table,
+            "pgsignals.receiver": receiver,
+        }
+        if len(events) == 1:
+            attributes["messaging.message.id"] = events[0].uid
+            attributes["pgsignals.op"] = events[0].op
+        else:
+            attributes["messaging.batch.message_count"] = len(events)
+        with self._tracer.start_as_current_span(
+            f"process {table}",
+            # A worker goes on with nobody's trace.
+            context=Context(),
+            kind=trace.SpanKind.CONSUMER,
+            attributes=attributes,
+            links=_links(events),
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            try:
+                yield
+            # OpenTelemetry leaves out SystemExit and its like, which are a receiver's failure too.
+            except BaseException as error:
+                span.record_exception(error)
+                span.set_attribute("error.type", type(error).__qualname__)
+                span.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
+                raise
+
+
+def _links(events: Sequence[Event]) -> list[trace.Link]:
+    """Links to the writers' spans, each once."""
+    found: dict[trace.SpanContext, None] = {}
+    for event in events:
+        if (writer := _writer(event.context)) is not None:
+            found[writer] = None
+    return [trace.Link(writer) for writer in found]
+
+
+def _writer(context: Mapping[str, Any]) -> trace.SpanContext | None:
+    """The span that wrote, if the context tells it; anybody may have set that to anything."""
+    carrier = {
+        name: value
+        for name in ("traceparent", "tracestate")
+        if isinstance(value := context.get(name), str)
+    }
+    if "traceparent" not in carrier:
+        return None
+    span = trace.get_current_span(_w3c.extract(carrier, Context())).get_span_context()
+    return span if span.is_valid else None

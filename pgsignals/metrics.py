@@ -1,0 +1,87 @@
+"""What a Hub tells to who observes it: the protocols of metrics and of traces."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+from .events import Event
+
+log = logging.getLogger("pgsignals")
+
+
+class Metrics(Protocol):
+    """Keeps the numbers of one Hub; ``COUNTERS`` and ``GAUGES`` are all that it is told of.
+
+    Its methods are called from several threads, the one that listens included: they must return at
+    once. What they raise is logged and hurts no event.
+    """
+
+    def count(self, name: str, amount: int, /, **labels: str) -> None:
+        """Add ``amount`` to a counter; 0 makes it known before anything has happened."""
+
+    def gauge(self, name: str, read: Callable[[], float], /) -> None:
+        """Take the value from ``read``, now and then; it takes the place of an earlier one."""
+
+
+class Tracer(Protocol):
+    """Has a span for each call of a receiver."""
+
+    def receiving(
+        self, events: Sequence[Event], receiver: str, /
+    ) -> AbstractContextManager[object]:
+        """What the call of a receiver is made in: of one with an event, or with a Batch of them.
+
+        The error of a receiver passes through it; one of its own counts as the receiver's.
+        """
+
+
+class Measure(NamedTuple):
+    """A counter or a gauge: what it says, and the names of its labels."""
+
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+COUNTERS = {
+    "events": Measure("Events that have arrived.", ("table", "op")),
+    "receiver_failures": Measure("Calls of receivers that raised.", ("receiver",)),
+    "reconnects": Measure("Connections lost and replaced."),
+    "gaps": Measure("Gaps announced.", ("reason",)),
+    "shed_events": Measure("Events dropped since receivers were too slow."),
+    "invalid_payloads": Measure("Payloads on our channels that pgsignals did not write."),
+}
+
+GAUGES = {
+    "connected": Measure("Whether the Hub is listening, 1 or 0."),
+    "queue_depth": Measure("Events that wait for receivers or are with one."),
+    "oldest_seconds": Measure("For how long the oldest of these has been here."),
+    "lag_seconds": Measure("Age of the latest events when they were handed to receivers."),
+}
+
+
+class Meter:
+    """Passes numbers on to a Metrics, if there is one, and survives its errors."""
+
+    def __init__(self, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics
+
+    def count(self, name: str, amount: int = 1, /, **labels: str) -> None:
+        """See Metrics."""
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.count(name, amount, **labels)
+        except Exception:
+            log.exception("%r could not count %s", self._metrics, name)
+
+    def gauge(self, name: str, read: Callable[[], float], /) -> None:
+        """See Metrics."""
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.gauge(name, read)
+        except Exception:
+            log.exception("%r could not take the gauge %s", self._metrics, name)
