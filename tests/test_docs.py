@@ -105,7 +105,7 @@ def test_no_other_reasons_of_gaps() -> None:
 
 def test_the_fixtures_of_the_plugin() -> None:
     """Every fixture of the pytest plugin is explained."""
-    source = (DOCS.parent / "_pgsignals_pytestplugin.py").read_text()
+    source = (DOCS.parent / "pgsignals/testing/pytest_plugin.py").read_text()
     names = re.findall(r"@pytest\.fixture.*\ndef (\w+)", source)
     assert len(names) == 4
     assert [name for name in names if f"`{name}`" not in PAGES["testing"]] == []

@@ -127,7 +127,7 @@ def _decode(using: Decoder, payload: str) -> Message | Broken | None:
     if isinstance(found, Message):
         assert found.at.year >= 1970
         assert isinstance(found.context, dict)
-        width = len(using._topic.key)
+        width = len(using.topic.key)
         for row in found.rows:
             assert len(row) >= width
     return found

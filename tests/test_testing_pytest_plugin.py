@@ -230,15 +230,17 @@ def test_a_hub_that_was_running_goes_on(inner: pytest.Pytester) -> None:
     run(inner).assert_outcomes(passed=2)
 
 
-def test_nothing_is_imported_before_it_is_needed(pytester: pytest.Pytester) -> None:
-    """A test run that uses no fixture of the plugin never imports pgsignals."""
+def test_it_starts_nothing_by_itself(pytester: pytest.Pytester) -> None:
+    """A test run that uses no fixture of the plugin has no thread, server or framework of ours."""
     pytester.makepyfile(
         """
         import sys
+        import threading
 
         def test_it():
-            assert "_pgsignals_pytestplugin" in sys.modules
-            assert not [name for name in sys.modules if name.partition(".")[0] == "pgsignals"]
+            assert "pgsignals.testing.pytest_plugin" in sys.modules
+            assert not {"sqlalchemy", "django", "flask"} & set(sys.modules)
+            assert not [t for t in threading.enumerate() if t.name.startswith("pgsignals")]
         """
     )
     run(pytester).assert_outcomes(passed=1)

@@ -1,27 +1,21 @@
-"""The pytest plugin of pgsignals.
-
-It lies outside the package because pytest imports the plugins of all installed packages when it
-starts: nothing of pgsignals is imported until a test asks for one of these fixtures, so that a
-test run without them costs nothing, and coverage sees the imports of one with them.
-"""
+"""The pytest plugin of pgsignals: a server, a database, the Hub under test, and its events."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from pgsignals import Hub
-    from pgsignals.testing import EventLog, Server
+import pgsignals
+from pgsignals.hub import Hub
+
+from .event_log import EventLog
+from .server import Server
 
 
 @pytest.fixture(scope="session")
 def pgsignals_server() -> Iterator[Server]:
     """A running throwaway PostgreSQL, for the whole session."""
-    from pgsignals.testing import Server
-
     with Server() as server:
         yield server
 
@@ -38,8 +32,6 @@ def pgsignals_hub() -> Iterator[Hub]:
 
     Override it to test another.
     """
-    import pgsignals
-
     hub = pgsignals.default_hub
     running = hub.running
     yield hub
@@ -50,7 +42,5 @@ def pgsignals_hub() -> Iterator[Hub]:
 @pytest.fixture
 def events(pgsignals_hub: Hub) -> Iterator[EventLog]:
     """The events of the Hub under test, from now on, to wait for and to assert on."""
-    from pgsignals.testing import EventLog
-
     with EventLog(pgsignals_hub) as log:
         yield log
