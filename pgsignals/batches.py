@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import heapq
 import itertools
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .events import Batch, Event, hashable
-from .metrics import Tracer
+from .metrics import Tracer, span
 from .receivers import receiver_name
 
 BatchReceiver = Callable[[Batch], object]
@@ -64,11 +63,7 @@ class Batcher:
         for at in range(0, len(events), self._max_size):
             chunk = events[at : at + self._max_size]
             try:
-                with (
-                    contextlib.nullcontext()
-                    if tracer is None
-                    else tracer.receiving(chunk, receiver_name(self.fn))
-                ):
+                with span(tracer, chunk, receiver_name(self.fn)):
                     self.fn(Batch(chunk))
             except BaseException as error:
                 failed(self.fn, chunk[-1], error)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple, Protocol
 
 from .events import Event
@@ -34,8 +34,21 @@ class Tracer(Protocol):
     ) -> AbstractContextManager[object]:
         """What the call of a receiver is made in: of one with an event, or with a Batch of them.
 
-        The error of a receiver passes through it; one of its own counts as the receiver's.
+        The error of a receiver passes through it. Where it cannot begin, that is logged and the
+        receiver is called all the same.
         """
+
+
+@contextmanager
+def span(tracer: Tracer | None, events: Sequence[Event], receiver: str) -> Iterator[None]:
+    """What ``tracer`` has for the call of a receiver, or nothing."""
+    with ExitStack() as stack:
+        if tracer is not None:
+            try:
+                stack.enter_context(tracer.receiving(events, receiver))
+            except Exception:
+                log.exception("%r could not begin a span", tracer, extra={"receiver": receiver})
+        yield
 
 
 class Measure(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..events import Event
-from ..metrics import Tracer
+from ..metrics import Tracer, span
 from ..receivers import Registry, Subscription, receiver_name
 
 log = logging.getLogger("pgsignals")
@@ -95,7 +95,7 @@ class TracedInProcess(InProcess):
                     if ours and receiver.collects:
                         fn(event)
                     else:
-                        with self._tracer.receiving([event], receiver_name(fn)):
+                        with span(self._tracer, [event], receiver_name(fn)):
                             receiver(topic.model, event=event)
                 except BaseException as error:
                     self._failed(fn, event, error)

@@ -69,11 +69,9 @@ class OpenTelemetryTracer:
 
 def _links(events: Sequence[Event]) -> list[trace.Link]:
     """Links to the writers' spans, each once."""
-    found: dict[trace.SpanContext, None] = {}
-    for event in events:
-        if (writer := _writer(event.context)) is not None:
-            found[writer] = None
-    return [trace.Link(writer) for writer in found]
+    writers = filter(None, (_writer(event.context) for event in events))
+    by_id = {(writer.trace_id, writer.span_id): writer for writer in writers}
+    return [trace.Link(writer) for writer in by_id.values()]
 
 
 def _writer(context: Mapping[str, Any]) -> trace.SpanContext | None:
