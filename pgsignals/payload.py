@@ -151,9 +151,7 @@ class _Rows:
         self, keys: Sequence[Field], values: Sequence[Field], compared: bool, cast: Cast
     ) -> None:
         fields = [*keys, *values]
-        types: list[Any] = [
-            _RAW.get(field.builtin or "", str) | None for field in fields
-        ]
+        types: list[Any] = [_RAW.get(field.builtin or "", str) | None for field in fields]
         if compared:
             types.append(Annotated[str, msgspec.Meta(pattern=rf"^[01]{{{len(values) // 2}}}\Z")])
         self._decoder = msgspec.json.Decoder(tuple[tuple(types)])  # type: ignore[misc]

@@ -104,9 +104,7 @@ class TestArgumentValidation:
     @pytest.mark.parametrize(
         ("option", "value"), [("delivery", "pubsub"), ("install", 123), ("workers", None)]
     )
-    def test_options_have_to_be_known(
-        self, hub: Hub, dsn: str, option: str, value: Any
-    ) -> None:
+    def test_options_have_to_be_known(self, hub: Hub, dsn: str, option: str, value: Any) -> None:
         """[2] There is no pub/sub to name; the options that there are get checked alike."""
         options: dict[str, Any] = {option: value}
         with pytest.raises(ConfigurationError, match=f"{option}={value!r}"):
@@ -403,9 +401,7 @@ class TestUpdates:
                 end.cancel()
         assert sorted(ids(by_model)) == [1, 2]
 
-    def test_by_id(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
-    ) -> None:
+    def test_by_id(self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]) -> None:
         """[25] Only the record asked for, until the subscription ends."""
         hub.start(dsn, [(Thing, "updated"), SENTINEL])
         recorder, end = subscribed(hub, Thing, "updated", id=1)
@@ -439,13 +435,9 @@ class TestUpdates:
                 end.cancel()
         assert [(e.id, e.values) for e in by_model.items] == [(2, {"parent_id": 1})]
 
-    def test_columns(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
-    ) -> None:
+    def test_columns(self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]) -> None:
         """[29] Only changes of these columns, by label and id, whatever the columns are called."""
-        hub.start(
-            dsn, [watch(Thing, "updated", columns=["number", "ratio"], label="x"), SENTINEL]
-        )
+        hub.start(dsn, [watch(Thing, "updated", columns=["number", "ratio"], label="x"), SENTINEL])
         recorder, end = subscribed(hub, "x", id=1)
         changes = []
         for assignment in ("text = 'c'", "number = 9999", '"theRatio" = 99.999'):
@@ -518,9 +510,7 @@ class TestDeletes:
             assert (len(by_model.items), len(by_label.items)) == counts
         assert by_label.items[-1].id == 3
 
-    def test_by_id(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
-    ) -> None:
+    def test_by_id(self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]) -> None:
         """[34] Only the record asked for; nothing once the subscription has ended."""
         hub.start(dsn, [(Thing, "deleted"), SENTINEL])
         recorder, _ = subscribed(hub, Thing, "deleted", id=1)

@@ -73,8 +73,12 @@ def until_deaf(db: Database, names: Sequence[str]) -> None:
     """Wait until the server has noticed that nobody listens to the triggers any more."""
     with session(db.dsn) as cursor:
         poll(
-            lambda: not any(
-                item.listeners for item in read_installed(cursor, "default") if item.name in names
+            lambda: (
+                not any(
+                    item.listeners
+                    for item in read_installed(cursor, "default")
+                    if item.name in names
+                )
             )
         )
 
@@ -168,9 +172,7 @@ def test_a_restart_with_unchanged_watchers_runs_no_ddl(
     assert second == []
 
 
-def test_a_column_that_no_watcher_uses_changes_nothing(
-    dsn: str, db: Database, orders: str
-) -> None:
+def test_a_column_that_no_watcher_uses_changes_nothing(dsn: str, db: Database, orders: str) -> None:
     """A migration elsewhere in the table is no reason to install again."""
     assert len(install(dsn, [orders, watch(orders, "updated", extra=["status"], label="x")])) == 4
     db("ALTER TABLE orders ADD COLUMN note text, DROP COLUMN total")

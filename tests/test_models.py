@@ -443,9 +443,7 @@ def installed_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         info = tmp_path / f"pgsignals_{name}-1.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Name: pgsignals-{name}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(
-            f"[pgsignals]\n{name} = pgsignals_{name}_plugin\n"
-        )
+        (info / "entry_points.txt").write_text(f"[pgsignals]\n{name} = pgsignals_{name}_plugin\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("pgsignals_entity_plugin", None)

@@ -177,9 +177,7 @@ def test_trigger_and_create_are_all_that_installing_takes(
     recorder: Recorder,
 ) -> None:
     """A role that owns no table, and may not even read it, installs, repairs, prunes, removes."""
-    app = with_path(
-        make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders"), "shop"
-    )
+    app = with_path(make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders"), "shop")
     hub.subscribe(recorder, "changed")
     hub.start(app, WATCHERS)
     db("INSERT INTO shop.orders (status) VALUES ('new'); UPDATE shop.orders SET status = 'sent'")

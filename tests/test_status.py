@@ -88,9 +88,7 @@ def test_another_definition_is_outdated(dsn: str, orders: str) -> None:
     ]
 
 
-def test_a_changed_key_or_type_is_another_definition(
-    dsn: str, db: Database, orders: str
-) -> None:
+def test_a_changed_key_or_type_is_another_definition(dsn: str, db: Database, orders: str) -> None:
     """When the table's key or a watched column's type changes, so must the trigger."""
     watchers = [watch(orders, "inserted", extra=["total"])]
     install_now(dsn, watchers)
@@ -101,9 +99,7 @@ def test_a_changed_key_or_type_is_another_definition(
     assert states(dsn, watchers)[0].status == "OUTDATED"
 
 
-def test_a_renamed_column_is_outdated(
-    hub: Hub, dsn: str, db: Database, orders: str
-) -> None:
+def test_a_renamed_column_is_outdated(hub: Hub, dsn: str, db: Database, orders: str) -> None:
     """The detail names the column and what is near; other watchers are not touched by it."""
     watcher = watch(orders, "updated", columns=["status"], extra=["total"])
     db("CREATE TABLE users (id int PRIMARY KEY, status text)")

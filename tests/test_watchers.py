@@ -267,9 +267,7 @@ def test_nothing_is_installed_when_one_of_many_is_wrong(
     assert objects(db) == []
 
 
-def test_two_models_of_one_table_are_refused(
-    hub: Hub, dsn: str, db: Database, orders: str
-) -> None:
+def test_two_models_of_one_table_are_refused(hub: Hub, dsn: str, db: Database, orders: str) -> None:
     """Two names for one table would have one trigger: the second is refused, not left silent."""
     with pytest.raises(WatcherError, match=r"orders and public\.orders both deliver 'inserted' of"):
         hub.start(dsn, [orders, "public.orders"])

@@ -98,8 +98,6 @@ def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
         gone = () if table is None else tuple(c for c in tag.columns if c not in columns)
         key = names.lock_key(tag.hash) & 0xFFFFFFFF
         found.append(
-            Installed(
-                tag, home, schema, table, name, enabled, body, gone, listeners.get(key, 0)
-            )
+            Installed(tag, home, schema, table, name, enabled, body, gone, listeners.get(key, 0))
         )
     return sorted(found, key=lambda item: (item.schema, item.table or "", item.tag.op, item.name))

@@ -134,7 +134,13 @@ def judge(item: Installed) -> State:
     if detail and item.listeners:
         status = OUTDATED
     return State(
-        status, item.schema, item.table, item.tag.op, item.tag.label, item.name, item.listeners,
+        status,
+        item.schema,
+        item.table,
+        item.tag.op,
+        item.tag.label,
+        item.name,
+        item.listeners,
         detail,
     )
 
@@ -199,7 +205,9 @@ def _install_on_table(
     for trigger in created:
         log.info(
             "installed trigger %s for %s on %s",
-            trigger.name, trigger.spec.op, trigger.spec.table.qualified,
+            trigger.name,
+            trigger.spec.op,
+            trigger.spec.table.qualified,
         )
     return created
 
@@ -231,7 +239,7 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
         )
         raise PrivilegeError(
             f"The role {role!r} lacks {' and '.join(lacking)}, which installing takes. Run "
-            "`pgsignals install` as the tables' owner and start with install=\"check\", or have "
+            '`pgsignals install` as the tables\' owner and start with install="check", or have '
             f"the owner run: {fix}."
         )
 
@@ -412,7 +420,8 @@ def _holders(cursor: Cursor, schema: str, table: str | None) -> str:
         _HOLDERS, {"table": named, "class": names.LOCK_CLASS, "install": names.INSTALL_LOCK}
     )
     found = [
-        "a prepared transaction" if pid is None
+        "a prepared transaction"
+        if pid is None
         else f"pid {pid} ({name}, {state}" + (f", for {age} s)" if age is not None else ")")
         for pid, name, state, age in cursor.fetchall()
     ]

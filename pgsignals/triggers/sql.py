@@ -432,9 +432,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         ).format(trigger, table, function),
     ]
     if spec.replicated:
-        create.append(
-            sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger)
-        )
+        create.append(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
     return Trigger(
         spec,
         hashed,
