@@ -106,6 +106,35 @@ def test_stop_handles_what_has_arrived(hub: Hub, dsn: str, db: Database, items: 
     assert seen == list(range(1, 101))
 
 
+def test_stop_handles_what_was_read_while_the_queue_was_full(
+    hub: Hub, dsn: str, db: Database, items: str
+) -> None:
+    """Notifications that the source has read, and has no room for yet, are delivered too."""
+    seen: list[Any] = []
+    first, go = threading.Event(), threading.Event()
+
+    def slow(event: Any) -> None:
+        first.set()
+        go.wait(DEADLINE)
+        seen.append(event.id)
+
+    hub.subscribe(slow, items)
+    hub.start(dsn, [items], queue_size=1)
+    with db.connection.cursor() as cursor:
+        # One round trip, so that they are in the source's hands together.
+        cursor.execute("BEGIN; " + "INSERT INTO items (name) VALUES ('a'); " * 5 + "COMMIT")
+    assert first.wait(DEADLINE)
+    stopped: list[bool] = []
+    stopping = threading.Thread(target=lambda: stopped.append(hub.stop(DEADLINE)))
+    stopping.start()
+    source = next(t for t in threading.enumerate() if t.name == "pgsignals-source")
+    source.join(DEADLINE)
+    go.set()
+    stopping.join(DEADLINE)
+    assert stopped == [True]
+    assert seen == [1, 2, 3, 4, 5]
+
+
 def test_stop_gives_up_on_a_stuck_receiver(hub: Hub, dsn: str, db: Database, items: str) -> None:
     """A receiver that blocks for ever costs stop its timeout, and no other is called after it."""
     stuck, release = threading.Event(), threading.Event()

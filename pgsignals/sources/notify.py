@@ -174,9 +174,8 @@ class NotifySource:
         self._asking = False
         while not self._stopping:
             arrived = session.receive()
+            # All of them, stopping or not: stop() says whether what had arrived was handled.
             for notify in arrived:
-                if self._stopping:
-                    return
                 self._receive(notify)
             now = self._turned_at = time.monotonic()
             if arrived:
