@@ -58,7 +58,7 @@ class Options:
 class Figure:
     """One line of the table: a value for each round, of which the median counts.
 
-    ``target`` is the bound that DESIGN.md sets, ``at_most`` or, when that is false, at least;
+    ``target`` is the bound that we set ourselves, ``at_most`` or, when that is false, at least;
     None for a line that is only there to compare with.
     """
 
