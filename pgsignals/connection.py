@@ -146,7 +146,7 @@ def connect(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Connecti
 
 _CAUSES = (
     # The connection string.
-    ('missing "="', "a part of it has no \"=\": is a value with blanks not within ''?"),
+    ('missing "="', "a part of it has no \"=\": put a value with blanks between ''"),
     ("unterminated quoted string", "the quotes around one of its values do not end"),
     ("invalid percent-encoded|forbidden value %00", "a % in it has to be written as %25"),
     ("invalid connection option|invalid URI query parameter", "it has an unknown option"),
@@ -156,9 +156,9 @@ _CAUSES = (
     ("definition of service .* not found", "no service file defines this service"),
     # The way there.
     ("could not translate host name", "the host name is not known"),
-    ("Connection refused", "nothing listens there: is PostgreSQL running, is the port right?"),
-    ("No such file or directory", "no server has its socket there: is PostgreSQL running?"),
-    ("timeout expired", "the server does not answer: a firewall, or a wrong address?"),
+    ("Connection refused", "nothing listens there: start PostgreSQL, or correct the port"),
+    ("No such file or directory", "no server has its socket there: start it, or correct the path"),
+    ("timeout expired", "the server does not answer: look for a firewall, or correct the address"),
     # TLS.
     ("does not support SSL", "the server offers no TLS: use another sslmode, or configure it"),
     (
