@@ -16,6 +16,7 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
+from psycopg2 import sql
 from psycopg2.extensions import POLL_OK, POLL_WRITE, Notify
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
@@ -354,7 +355,11 @@ class Session:
         raise failure
 
     def execute(
-        self, statement: str, parameters: Sequence[Any] | None = None, *, timeout: float
+        self,
+        statement: str | sql.Composable,
+        parameters: Sequence[Any] | None = None,
+        *,
+        timeout: float,
     ) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows.
 
@@ -365,7 +370,9 @@ class Session:
         cursor = self._cursor
         return cursor.fetchall() if cursor.description else []
 
-    def send(self, statement: str, parameters: Sequence[Any] | None = None) -> None:
+    def send(
+        self, statement: str | sql.Composable, parameters: Sequence[Any] | None = None
+    ) -> None:
         """Begin a statement without waiting for its end, which ``receive`` takes note of."""
         # Kept, because the connection refers to it weakly: were it collected before the answer
         # comes, poll() would fail with "the asynchronous cursor has disappeared".

@@ -312,7 +312,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Gap:
-    """A period, by the server's clock, whose events may be missing.
+    """A period, by the server's clock, whose events may be missing: those committed in it.
+
+    ``at`` of an event is when its statement ran, which in a long transaction is before the commit.
 
     ``reason``: ``reconnected`` (the connection was lost), ``overflow`` (receivers were too slow),
     ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message).

@@ -21,7 +21,7 @@ from .events import Message, Topic
 VERSION = 1
 MAX_FRAGMENTS = 4096
 
-_RAW = {"bool": bool, "int2": int, "int4": int, "int8": int}
+RAW_TYPES = {"bool": bool, "int2": int, "int4": int, "int8": int}
 _TEXT = frozenset(("text", "varchar", "bpchar", "name", "char"))
 
 Cast = Callable[[int, str], Any]
@@ -36,7 +36,7 @@ class Field(msgspec.Struct, frozen=True):
     @property
     def raw(self) -> bool:
         """Whether it is a JSON number or boolean, not a string."""
-        return self.builtin in _RAW
+        return self.builtin in RAW_TYPES
 
     @property
     def plain(self) -> bool:
@@ -151,7 +151,7 @@ class _Rows:
         self, keys: Sequence[Field], values: Sequence[Field], compared: bool, cast: Cast
     ) -> None:
         fields = [*keys, *values]
-        types: list[Any] = [_RAW.get(field.builtin or "", str) | None for field in fields]
+        types: list[Any] = [RAW_TYPES.get(field.builtin or "", str) | None for field in fields]
         if compared:
             types.append(Annotated[str, msgspec.Meta(pattern=rf"^[01]{{{len(values) // 2}}}\Z")])
         self._decoder = msgspec.json.Decoder(tuple[tuple(types)])  # type: ignore[misc]
@@ -184,7 +184,7 @@ class _Rows:
 
 
 def _bare_keys(field: Field) -> Callable[[str], list[tuple[Any, ...]]]:
-    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_RAW[field.builtin or ""])
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(RAW_TYPES[field.builtin or ""])
     return lambda body: [(key,) for key in decoder.decode_lines(body)]
 
 

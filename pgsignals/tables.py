@@ -59,14 +59,13 @@ class TableRef:
 class Column:
     """A column, with what is needed to render and compare its values.
 
-    ``type_name`` is SQL, ready quoted. ``base_oid`` is the type beneath any domain, which is the
+    ``base_oid`` is the type beneath any domain, which is the
     one that a query's result announces. ``output`` is the type's output function. ``virtual``: a
     generated column that is not stored, which triggers do not see.
     """
 
     name: str
     attribute: str
-    type_name: str
     base_oid: int
     base_type: tuple[str, str]
     output: tuple[str, str]
@@ -201,7 +200,7 @@ WITH RECURSIVE base AS (
     SELECT b.attnum, t.typbasetype FROM base b
     JOIN pg_catalog.pg_type t ON t.oid = b.typid WHERE t.typtype = 'd'
 )
-SELECT a.attname, pg_catalog.format_type(a.atttypid, NULL), t.oid, tn.nspname, t.typname,
+SELECT a.attname, t.oid, tn.nspname, t.typname,
        pn.nspname, p.proname, a.atttypid <> t.oid,
        CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN e.typname ELSE t.typname END,
        CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN en.nspname ELSE tn.nspname END,
@@ -254,7 +253,6 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
         Column(
             name=column_name,
             attribute=attribute_of.get(column_name, column_name),
-            type_name=type_name,
             base_oid=base_oid,
             base_type=(type_schema, base_type),
             output=(output_schema, output),
@@ -266,7 +264,6 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
         )
         for (
             column_name,
-            type_name,
             base_oid,
             type_schema,
             base_type,

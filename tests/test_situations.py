@@ -344,6 +344,19 @@ def test_rollback_yields_nothing(items: Scene) -> None:
     assert items.brief() == []
 
 
+def test_a_statement_without_rows_costs_no_transaction_id(items: Scene) -> None:
+    """A statement that changes nothing stays a read: it takes no id, and its commit no flush."""
+    items.watch("items")
+    items.db("BEGIN")
+    items.db("UPDATE items SET name = 'x' WHERE false")
+    items.db("DELETE FROM items WHERE false")
+    items.db("INSERT INTO items SELECT WHERE false")
+    [(taken,)] = items.db("SELECT pg_current_xact_id_if_assigned()")
+    items.db("COMMIT")
+    assert taken is None
+    assert items.brief() == []
+
+
 # --- columns and when -----------------------------------------------------------------------------
 
 

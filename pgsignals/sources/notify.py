@@ -14,6 +14,7 @@ from typing import Protocol
 
 import psycopg2
 from psycopg2 import errors as pg
+from psycopg2 import sql
 from psycopg2.extensions import Notify
 from psycopg2.extensions import cursor as Cursor
 
@@ -348,7 +349,7 @@ class NotifySource:
             timeout=timeout,
         )
         for definition in definitions:
-            session.execute(f'LISTEN "{definition.channel}"', timeout=timeout)
+            session.execute(_listen_to(definition.channel), timeout=timeout)
             log.debug("listening on %s for %s", definition.channel, definition)
         listening: datetime
         [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
@@ -362,7 +363,7 @@ class NotifySource:
         back even there, within the answer.
         """
         timeout = self._timing.timeout
-        session.execute(f'LISTEN "{self.own_channel}"', timeout=timeout)
+        session.execute(_listen_to(self.own_channel), timeout=timeout)
         [(ours,)] = session.execute("SELECT pg_catalog.pg_backend_pid()", timeout=timeout)
         cursor.execute(
             "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_notify(%s, '')", (self.own_channel,)
@@ -407,6 +408,10 @@ class NotifySource:
 
 
 _IN_RECOVERY = "SELECT pg_catalog.pg_is_in_recovery()"
+
+
+def _listen_to(channel: str) -> sql.Composed:
+    return sql.SQL("LISTEN {}").format(sql.Identifier(channel))
 
 
 def _refuse_standby(dsn: str, answer: Sequence[tuple[bool]]) -> None:

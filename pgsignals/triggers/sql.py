@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
+from ..payload import RAW_TYPES, VERSION
 from ..tables import Column, Table
 from . import names
 
@@ -15,7 +16,6 @@ from . import names
 FORMAT = 1
 
 _EVENTS = {"inserted": "INSERT", "updated": "UPDATE", "deleted": "DELETE", "truncated": "TRUNCATE"}
-_RAW = ("bool", "int2", "int4", "int8")
 _TEXT = ("text", "varchar", "name")
 _CHANNEL = "pgsignals:channel"
 
@@ -81,7 +81,7 @@ def value_json(column: Column, alias: str, bounded: bool = False) -> sql.Composa
     """
     value = _value(column, alias)
     schema, base_type = column.base_type
-    if schema == "pg_catalog" and base_type in _RAW:
+    if schema == "pg_catalog" and base_type in RAW_TYPES:
         return sql.SQL("coalesce({}::text, 'null')").format(value)
     if schema != "pg_catalog" or base_type not in _TEXT:
         value = value_text(column, alias)
@@ -118,7 +118,7 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
             for column in spec.tracked
         )
         values.append(sql.SQL("""'"' || {} || '"'""").format(flags))
-    if len(keys) == 1 and not values and key[0].base_type in [("pg_catalog", t) for t in _RAW]:
+    if len(keys) == 1 and not values and key[0].base_type in [("pg_catalog", t) for t in RAW_TYPES]:
         return keys[0]
     comma = sql.SQL(" || ',' || ")
     parts: list[sql.Composable] = [sql.SQL("'['")]
@@ -230,15 +230,15 @@ BEGIN
     RETURN NULL;
   END IF;
   pgs_start := '{{"v":{version},"t":'
-    || (date_part('epoch', clock_timestamp()) * 1e6::float8)::bigint::text
-    || ',"x":' || pg_current_xact_id()::text;
+    || (date_part('epoch', clock_timestamp()) * 1e6::float8)::bigint::text;
   BEGIN
     {select}
     IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
       RETURN NULL;
     END IF;
 
-    pgs_head := pgs_start;
+    -- Only now: a statement that changed no row must not take a transaction id for our sake.
+    pgs_head := pgs_start || ',"x":' || pg_current_xact_id()::text;
     pgs_context := current_setting('pgsignals.context', true);
     IF octet_length(pgs_context) BETWEEN 1 AND 2000 THEN
       pgs_context := pg_catalog.to_json(pgs_context)::text;
@@ -317,8 +317,8 @@ BEGIN
     -- The write must go on: what broke is reported in place of the rows.
     pgs_sequence := coalesce(pgs_sequence, 0) + 1;
     pgs_messages := NULL;
-    pgs_text := pgs_start || ',"s":' || pgs_sequence::text || ',"error":'
-      || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}';
+    pgs_text := pgs_start || ',"x":' || pg_current_xact_id()::text || ',"s":'
+      || pgs_sequence::text || ',"error":' || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}';
   END;
   -- Not in the block: each notification would keep its subtransaction's memory to the end.
   -- Assignments, since PERFORM would run the call as a query of its own.
@@ -370,7 +370,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         .format(
             select=_select(spec),
             channel=sql.Literal(_CHANNEL),
-            version=sql.SQL(str(FORMAT)),
+            version=sql.SQL(str(VERSION)),
         )
         .as_string(cursor)
     )
