@@ -11,7 +11,7 @@ import pytest
 from psycopg2.sql import SQL, Identifier
 
 from pgsignals import Hub
-from pgsignals.testing import Server
+from pgsignals.testing import Server, find_installations
 from tests.commands import Result, run
 from tests.conftest import Database, Recorder
 
@@ -56,9 +56,14 @@ def orders(db: Database) -> None:
 
 
 def psql(dsn: str, script: str) -> None:
-    """Have psql run a script as a file, from a terminal that has another encoding."""
+    """Have psql run a script as a file, from a terminal that has another encoding.
+
+    It is one that came with a server, since PATH may have none.
+    """
+    beside = (found.bindir / "psql" for found in find_installations())
+    program = next(path for path in beside if path.exists())
     subprocess.run(
-        ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", dsn, "-f", "-"],
+        [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", dsn, "-f", "-"],
         input=script.encode(),
         check=True,
         env={"PATH": "/usr/bin:/bin", "PGCLIENTENCODING": "LATIN1"},
