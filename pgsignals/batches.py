@@ -8,28 +8,54 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from .events import Batch, Event, hashable
 from .metrics import Tracer, span
-from .receivers import receiver_name
+from .receivers import Retrying, receiver_name
 
 BatchReceiver = Callable[[Batch], object]
 BatchFailureHandler = Callable[[Any, Event, BaseException], None]
 
 
+class Keeper(Protocol):
+    """Who has to know what becomes of the events of a batch."""
+
+    def release(self, events: Sequence[Event]) -> None:
+        """They have been taken care of."""
+
+    def batch_failed(
+        self,
+        batcher: Batcher,
+        batch: Batch,
+        events: Sequence[Event],
+        error: BaseException,
+    ) -> None:
+        """The receiver raised with ``batch``, which stands for ``events``."""
+
+
 class Batcher:
     """Collects events for one receiver, whose name it goes by in messages."""
 
-    def __init__(self, fn: BatchReceiver, every: float, max_size: int, timer: BatchTimer) -> None:
+    def __init__(
+        self,
+        fn: BatchReceiver,
+        every: float,
+        max_size: int,
+        timer: BatchTimer,
+        retrying: Retrying = Retrying(),
+    ) -> None:
         functools.update_wrapper(self, fn)
         self.fn = fn
+        self.retrying = retrying
         self._every = every
         self._max_size = max_size
         self._timer = timer
         self._lock = threading.Lock()
         self._latest: dict[Any, Event] = {}
+        self._kept: dict[Any, list[Event]] = {}
+        self._keeper: Keeper | None = None
         self._anonymous = itertools.count()
         timer.add(self)
 
@@ -37,8 +63,14 @@ class Batcher:
         """In the child of a fork: forget what the parent collected."""
         self._lock = threading.Lock()
         self._latest = {}
+        self._kept = {}
 
-    def __call__(self, event: Event) -> None:
+    def keep(self, event: Event, keeper: Keeper) -> None:
+        """Take an event, and tell ``keeper`` what becomes of it."""
+        self._keeper = keeper
+        self(event, kept=True)
+
+    def __call__(self, event: Event, kept: bool = False) -> None:
         """Take an event, in place of an earlier one of the same record."""
         message = event._message
         record = hashable(event._row[: len(message.topic.key)]) or next(self._anonymous)
@@ -47,6 +79,8 @@ class Batcher:
             first = not self._latest
             self._latest.pop(key, None)
             self._latest[key] = event
+            if kept:
+                self._kept.setdefault(key, []).append(event)
             full = len(self._latest) >= self._max_size
         if full:
             self._timer.schedule(self, 0.0)
@@ -56,17 +90,28 @@ class Batcher:
     def flush(self, failed: BatchFailureHandler, tracer: Tracer | None = None) -> None:
         """Call the receiver with what was collected, if anything was."""
         with self._lock:
-            events = tuple(self._latest.values())
-            self._latest.clear()
-        if not events:
+            latest, self._latest = self._latest, {}
+            kept, self._kept = self._kept, {}
+        if not latest:
             return
+        keys, events = tuple(latest), tuple(latest.values())
         for at in range(0, len(events), self._max_size):
-            chunk = events[at : at + self._max_size]
+            batch = Batch(events[at : at + self._max_size])
+            behind = [e for key in keys[at : at + self._max_size] for e in kept.get(key, ())]
             try:
-                with span(tracer, chunk, receiver_name(self.fn)):
-                    self.fn(Batch(chunk))
+                self.call(batch, tracer)
             except BaseException as error:
-                failed(self.fn, chunk[-1], error)
+                failed(self.fn, batch.events[-1], error)
+                if self._keeper is not None:
+                    self._keeper.batch_failed(self, batch, behind, error)
+            else:
+                if self._keeper is not None:
+                    self._keeper.release(behind)
+
+    def call(self, batch: Batch, tracer: Tracer | None = None) -> None:
+        """Call the receiver."""
+        with span(tracer, batch.events, receiver_name(self.fn)):
+            self.fn(batch)
 
 
 class BatchTimer:

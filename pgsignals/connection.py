@@ -389,7 +389,13 @@ class Session:
         connection.poll()
         arrived = connection.notifies[:]
         del connection.notifies[: len(arrived)]
-        return [_in_utf8(notify) for notify in arrived] if self._any_bytes else arrived
+        if not self._any_bytes:
+            return arrived
+        return [Notify(each.pid, each.channel, _in_utf8(each.payload)) for each in arrived]
+
+    def text(self, value: str) -> str:
+        """A text that a statement returned, as it should be where the database holds any bytes."""
+        return _in_utf8(value) if self._any_bytes else value
 
     @property
     def plain(self) -> bool:
@@ -435,6 +441,5 @@ class Session:
             self._waiter.wait(connection.fileno(), left, write=state == POLL_WRITE)
 
 
-def _in_utf8(notify: Notify) -> Notify:
-    payload = notify.payload.encode("latin-1").decode("utf-8", "replace")
-    return Notify(notify.pid, notify.channel, payload)
+def _in_utf8(text: str) -> str:
+    return text.encode("latin-1").decode("utf-8", "replace")

@@ -72,6 +72,7 @@ class Message(msgspec.Struct, eq=False):
 
     Each row is a tuple: the key; where ``moved``, the key before the update; unless ``truncated``,
     the values; where the topic compares, the old values and a text of one ``0`` or ``1`` a value.
+    ``page`` belongs to the source: what the message is acknowledged with.
     """
 
     topic: Topic
@@ -84,6 +85,7 @@ class Message(msgspec.Struct, eq=False):
     truncated: bool = False
     redelivered: bool = False
     position: str | None = None
+    page: Any = None
 
     @property
     def values_start(self) -> int:

@@ -44,6 +44,45 @@ class Field(msgspec.Struct, frozen=True):
         return self.builtin in _TEXT
 
 
+class Layout(msgspec.Struct, frozen=True):
+    """What the messages of one channel are, written down for whoever reads them later.
+
+    ``name`` is what their events' uids begin with; the others are as in Topic.
+    """
+
+    namespace: str
+    schema: str
+    table: str
+    op: str
+    label: str | None
+    name: str
+    key: tuple[str, ...]
+    key_fields: tuple[Field, ...]
+    values: tuple[str, ...]
+    value_fields: tuple[Field, ...]
+    compared: bool
+
+    def encode(self) -> str:
+        """As a line of JSON."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> Layout:
+        """What ``encode`` wrote. Raises PayloadError for anything else."""
+        try:
+            return _layouts.decode(text)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise PayloadError(f"the description of a channel: {error}") from error
+
+    @property
+    def identity(self) -> tuple[str, str, str, str, str | None]:
+        """What stays the same over the definitions of a watcher in time."""
+        return (self.namespace, self.schema, self.table, self.op, self.label)
+
+
+_layouts = msgspec.json.Decoder(Layout)
+
+
 # What receivers read as numbers and datetimes is refused here when it is out of their range.
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Time = Annotated[int, msgspec.Meta(ge=0, lt=253_402_300_800_000_000)]

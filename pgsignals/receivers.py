@@ -8,7 +8,8 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from blinker import Signal
 
@@ -23,10 +24,46 @@ R = TypeVar("R", bound=Callable[..., object])
 Key = tuple["int | str", str]
 
 
+@dataclass(frozen=True)
+class Retrying:
+    """What becomes of an event in outbox delivery when its receiver raises.
+
+    The receiver is called again up to ``retries`` times, the first time after ``backoff`` seconds,
+    then after twice as long each time, a minute at most; then the event is kept as a dead letter.
+    ``later`` events of the same record ``"wait"`` until then, or ``"follow"`` at once.
+    """
+
+    retries: int = 4
+    backoff: float = 0.5
+    later: Literal["wait", "follow"] = "wait"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.retries, int) or self.retries < 0:
+            raise ReceiverError(f"retries={self.retries!r}: give a whole number from 0.")
+        if not isinstance(self.backoff, int | float) or self.backoff < 0:
+            raise ReceiverError(f"backoff={self.backoff!r}: give seconds, from 0.")
+        if self.later not in ("wait", "follow"):
+            raise ReceiverError(f"later={self.later!r}: it is 'wait' or 'follow'.")
+
+    def delay(self, tries: int) -> float:
+        """Seconds before the next try, after so many."""
+        return float(min(60.0, self.backoff * 2 ** min(tries - 1, 32)))
+
+
 class Subscription:
     """A receiver that listens; ``cancel()`` ends it."""
 
-    __slots__ = ("_cancel", "active", "collects", "filters", "fn", "name", "ops", "target")
+    __slots__ = (
+        "_cancel",
+        "active",
+        "collects",
+        "filters",
+        "fn",
+        "name",
+        "ops",
+        "retrying",
+        "target",
+    )
 
     def __init__(
         self,
@@ -37,6 +74,7 @@ class Subscription:
         cancel: Callable[[Subscription], None],
         name: str,
         collects: bool = False,
+        retrying: Retrying = Retrying(),
     ) -> None:
         self.fn = fn
         self.name = name
@@ -45,6 +83,7 @@ class Subscription:
         self.filters = filters
         self.active = True
         self.collects = collects
+        self.retrying = retrying
         self._cancel = cancel
 
     def cancel(self) -> None:
@@ -85,6 +124,7 @@ class Registry:
         filters: dict[str, Any],
         name: str | None = None,
         collects: bool = False,
+        retrying: Retrying = Retrying(),
     ) -> Subscription:
         """Have ``fn`` called with each event of the model or label and the operations.
 
@@ -103,6 +143,7 @@ class Registry:
             self._remove,
             name or f"receiver {receiver_name(fn)}",
             collects,
+            retrying,
         )
         try:
             hash(tuple(filters.values()))

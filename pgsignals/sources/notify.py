@@ -13,8 +13,6 @@ from datetime import datetime, timedelta, timezone
 from typing import Protocol
 
 import psycopg2
-from psycopg2 import errors as pg
-from psycopg2 import sql
 from psycopg2.extensions import Notify
 from psycopg2.extensions import cursor as Cursor
 
@@ -24,9 +22,16 @@ from ..events import Gap, Message
 from ..inspection import QUEUE_WARNING, read_queue_usage
 from ..metrics import Meter
 from ..payload import Broken, Decoder
-from ..triggers import names
 from ..triggers.definitions import Definition
 from . import Sink
+from .opening import (
+    IN_RECOVERY,
+    explaining_read_only,
+    keep_triggers,
+    listen_to,
+    prove_round_trip,
+    refuse_standby,
+)
 
 log = logging.getLogger("pgsignals")
 
@@ -303,14 +308,15 @@ class NotifySource:
         session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
         try:
             with connection.cursor() as cursor:
-                cursor.execute(_IN_RECOVERY)
-                _refuse_standby(self._dsn, cursor.fetchall())
+                cursor.execute(IN_RECOVERY)
+                refuse_standby(self._dsn, cursor.fetchall())
                 self._judge(read_queue_usage(cursor))
                 definitions = self._preparer.define(cursor)
                 encoding = connection.info.parameter_status("server_encoding")
                 session.open(self._timing.timeout, encoding or "UTF8")
                 listening = self._begin_listening(session, cursor, definitions)
-                self._install(cursor, definitions)
+                with explaining_read_only(self._dsn):
+                    self._preparer.install(cursor, definitions)
             cast = make_cast(connection)
             self._decoders = {d.channel: d.decoder(cast) for d in definitions}
         except BaseException:
@@ -323,63 +329,27 @@ class NotifySource:
         self._asked = self._heard = listening
         return listening
 
-    def _install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        try:
-            self._preparer.install(cursor, definitions)
-        except pg.ReadOnlySqlTransaction as error:
-            raise ConnectError(
-                f"Transactions are read-only at {display(self._dsn)}, so that the triggers cannot "
-                "be installed. Set default_transaction_read_only to off for this role or "
-                "database, or have `pgsignals install` run by a role that may write and start "
-                'with install="check".'
-            ) from error
-
     def _begin_listening(
         self, session: Session, cursor: Cursor, definitions: Sequence[Definition]
     ) -> datetime:
         timeout = self._timing.timeout
-        _refuse_standby(self._listen_dsn, session.execute(_IN_RECOVERY, timeout=timeout))
-        self._prove_round_trip(session, cursor)
-        # Before looking whether the triggers are there: whoever prunes takes these locks, so that
-        # from here on nobody removes what we are about to rely on.
-        session.execute(
-            "SELECT pg_catalog.pg_advisory_lock_shared(%s, key)"
-            " FROM pg_catalog.unnest(%s::int[]) AS key",
-            (names.LOCK_CLASS, [d.trigger.lock_key for d in definitions]),
-            timeout=timeout,
+        refuse_standby(self._listen_dsn, session.execute(IN_RECOVERY, timeout=timeout))
+        prove_round_trip(
+            session,
+            cursor,
+            self._listen_dsn,
+            self.own_channel,
+            timeout,
+            lambda: self._stopping,
         )
+        keep_triggers(session, definitions, timeout)
         for definition in definitions:
-            session.execute(_listen_to(definition.channel), timeout=timeout)
+            session.execute(listen_to(definition.channel), timeout=timeout)
             log.debug("listening on %s for %s", definition.channel, definition)
         listening: datetime
         [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
         self._clock_offset = listening - datetime.now(timezone.utc)
         return listening
-
-    def _prove_round_trip(self, session: Session, cursor: Cursor) -> None:
-        """Behind a pooler that pools transactions, LISTEN succeeds and nothing ever arrives.
-
-        The notification comes from the other connection: what a session says to itself may come
-        back even there, within the answer.
-        """
-        timeout = self._timing.timeout
-        session.execute(_listen_to(self.own_channel), timeout=timeout)
-        [(ours,)] = session.execute("SELECT pg_catalog.pg_backend_pid()", timeout=timeout)
-        cursor.execute(
-            "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_notify(%s, '')", (self.own_channel,)
-        )
-        [(others, _)] = cursor.fetchall()
-        deadline = time.monotonic() + timeout
-        while not any(notify.channel == self.own_channel for notify in session.receive()):
-            # Two connections with one backend: no need to wait for what will not come.
-            if others == ours or time.monotonic() >= deadline or self._stopping:
-                raise ConnectError(
-                    f"At {display(self._listen_dsn)} LISTEN succeeds, but no notification arrives "
-                    f"(within {timeout:g} s). PgBouncer with pool_mode=transaction (or statement) "
-                    "does that: keep the pooled DSN, and give a direct one to listen on with "
-                    "listen_dsn=. Both must lead to the same database of the same server."
-                )
-            session.wait(deadline - time.monotonic())
 
     def _close(self) -> None:
         session, self._session = self._session, None
@@ -405,19 +375,3 @@ class NotifySource:
             # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
             self._sink.gap(Gap(since, until, "reconnected", self._loss))
             return
-
-
-_IN_RECOVERY = "SELECT pg_catalog.pg_is_in_recovery()"
-
-
-def _listen_to(channel: str) -> sql.Composed:
-    return sql.SQL("LISTEN {}").format(sql.Identifier(channel))
-
-
-def _refuse_standby(dsn: str, answer: Sequence[tuple[bool]]) -> None:
-    [(standby,)] = answer
-    if standby:
-        raise ConnectError(
-            f"The server at {display(dsn)} is a standby, where LISTEN is not possible. Connect to "
-            "the primary: target_session_attrs=read-write in the DSN picks it among several hosts."
-        )

@@ -12,10 +12,10 @@ from psycopg2.extensions import cursor as Cursor
 
 from ..errors import ConfigurationError, WatcherError
 from ..events import Topic, model_identity, model_name
-from ..payload import Cast, Decoder, Field
-from ..tables import Column, Resolver, Table, describe, resolve
+from ..payload import Cast, Decoder
+from ..tables import Resolver, Table, describe, resolve
 from ..watchers import Watcher
-from .sql import Specification, Trigger, compile_trigger
+from .sql import Specification, Trigger, compile_trigger, fields
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,18 @@ class Definition:
     def decoder(self, cast: Cast) -> Decoder:
         """A decoder for what the trigger sends."""
         spec = self.trigger.spec
-        key = [] if spec.op == "truncated" else _fields(spec.table.key_columns)
-        return Decoder(self.topic, key, _fields(spec.tracked), cast)
+        key = () if spec.op == "truncated" else fields(spec.table.key_columns)
+        return Decoder(self.topic, key, fields(spec.tracked), cast)
 
 
 def define(
-    cursor: Cursor, watchers: Sequence[Watcher], resolvers: Sequence[Resolver], namespace: str
+    cursor: Cursor,
+    watchers: Sequence[Watcher],
+    resolvers: Sequence[Resolver],
+    namespace: str,
+    durable: bool = False,
 ) -> list[Definition]:
-    """The definitions of all watchers, in their order.
+    """The definitions of all watchers, in their order; ``durable`` for outbox delivery.
 
     Raises WatcherError and its kinds: a model that nobody knows, a table that is missing or a
     view, a column that the table lacks, a condition that PostgreSQL rejects.
@@ -76,6 +80,7 @@ def define(
                 tracked=tracked if with_rows else (),
                 when=watcher.when if with_rows else None,
                 replicated=watcher.replicated,
+                durable=durable,
             )
             if spec.when is not None:
                 _check_condition(cursor, watcher, spec)
@@ -125,13 +130,6 @@ class _Loader:
                 "alias for a Django model, a psycopg2 connection for a plain table name."
             )
         return found
-
-
-def _fields(columns: Sequence[Column]) -> list[Field]:
-    return [
-        Field(c.base_oid, c.base_type[1] if c.base_type[0] == "pg_catalog" else None)
-        for c in columns
-    ]
 
 
 def _check_condition(cursor: Cursor, watcher: Watcher, spec: Specification) -> None:

@@ -201,7 +201,7 @@ def _install_on_table(
             cursor.execute(";\n".join(change.statements))
         return change.created
 
-    created = _locked(cursor, limits, *_place(triggers[0]), apply)
+    created = in_install_lock(cursor, limits, *_place(triggers[0]), apply)
     for trigger in created:
         log.info(
             "installed trigger %s for %s on %s",
@@ -314,7 +314,7 @@ def uninstall(
         if item.listeners and not force:
             raise _in_use(namespace, item)
     for item in installed:
-        _locked(cursor, limits, item.schema, item.table, partial(remove, item))
+        in_install_lock(cursor, limits, item.schema, item.table, partial(remove, item))
         log.info("removed the trigger %s of %s.%s", item.name, item.schema, item.table)
     return installed
 
@@ -340,7 +340,7 @@ def _in_use(namespace: str, item: Installed) -> DatabaseError:
     )
 
 
-def _locked(
+def in_install_lock(
     cursor: Cursor, limits: Limits, schema: str, table: str | None, apply: Callable[[], T]
 ) -> T:
     """Run ``apply`` in a transaction that holds the install lock, trying until it gets all locks.

@@ -7,6 +7,12 @@ import hashlib
 PREFIX = "pgsignals_"
 LOCK_CLASS = 0x70677367  # "pgsg", so that our advisory locks can be told from others'
 INSTALL_LOCK = 0
+# Held exclusively by a consumer that is awake, and by each that lives in shared mode.
+AWAKE_LOCK = 1
+ALIVE_LOCK = 2
+HOUSEKEEPING_LOCK = 3
+# Held by the session that reads for a part of a consumer.
+CURSOR_CLASS = LOCK_CLASS + 1
 
 
 def digest(*parts: str) -> str:
@@ -28,3 +34,14 @@ def lock_key(hashed: str) -> int:
     """The key, a signed 32-bit number, of the advisory lock that a listener of it holds."""
     key = int(hashed[:8], 16)
     return key - (1 << 32) if key >= 1 << 31 else key
+
+
+def channel_key(hashed: str) -> int:
+    """What rows of the outbox call a channel: all of its hash, as a signed 64-bit number."""
+    key = int(hashed, 16)
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def cursor_key(consumer: str, part: int) -> int:
+    """What the keys of the advisory locks of a consumer's part count from."""
+    return int(digest(consumer, str(part))[:7], 16)

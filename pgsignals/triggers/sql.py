@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..payload import RAW_TYPES, VERSION
+from ..payload import RAW_TYPES, VERSION, Field, Layout
 from ..tables import Column, Table
-from . import names
+from . import names, outbox_body
 
 # Bump when the generated text is meant to replace what older versions installed.
 FORMAT = 1
@@ -18,6 +19,7 @@ FORMAT = 1
 _EVENTS = {"inserted": "INSERT", "updated": "UPDATE", "deleted": "DELETE", "truncated": "TRUNCATE"}
 _TEXT = ("text", "varchar", "name")
 _CHANNEL = "pgsignals:channel"
+_KEY = "pgsignals:key"
 
 # What a value's text depends on in the writer's session, and how we want it.
 _SETTINGS = (
@@ -35,7 +37,8 @@ _SETTINGS = (
 class Specification:
     """One operation of one watcher, resolved against its table: what a trigger must do.
 
-    ``tracked`` are the columns whose values travel; ``columns`` those that must differ.
+    ``tracked`` are the columns whose values travel; ``columns`` those that must differ. ``durable``
+    triggers write to the outbox, others notify.
     """
 
     namespace: str
@@ -46,6 +49,7 @@ class Specification:
     tracked: tuple[Column, ...] = ()
     when: str | None = None
     replicated: bool = False
+    durable: bool = False
 
     @property
     def compared(self) -> bool:
@@ -110,9 +114,10 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
     keys = [value_json(column, alias) for column in key]
     if moved:
         keys += [value_json(column, "old") for column in key]
-    values = [value_json(column, alias, bounded=True) for column in spec.tracked]
+    bounded = not spec.durable
+    values = [value_json(column, alias, bounded) for column in spec.tracked]
     if spec.compared:
-        values += [value_json(column, "old", bounded=True) for column in spec.tracked]
+        values += [value_json(column, "old", bounded) for column in spec.tracked]
         flags = sql.SQL(" || ").join(
             sql.SQL("CASE WHEN {} THEN '1' ELSE '0' END").format(differs(column))
             for column in spec.tracked
@@ -366,10 +371,11 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     """
     table = sql.Identifier(spec.table.schema, spec.table.name)
     body = (
-        sql.SQL(_BODY)
+        sql.SQL(outbox_body.BODY if spec.durable else _BODY)
         .format(
             select=_select(spec),
             channel=sql.Literal(_CHANNEL),
+            key=sql.SQL(_KEY),
             version=sql.SQL(str(VERSION)),
         )
         .as_string(cursor)
@@ -388,7 +394,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         body,
     )
     name = names.object_name(hashed)
-    body = body.replace(_CHANNEL, name)
+    body = body.replace(_CHANNEL, name).replace(_KEY, f"({names.channel_key(hashed)})")
     function = sql.Identifier(spec.table.schema, name)
     trigger = sql.Identifier(name)
     comment = json.dumps(
@@ -408,6 +414,9 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     if spec.when is not None:
         path = search_path
     settings = [sql.SQL("SET search_path TO {}").format(sql.SQL(path))]
+    if spec.durable:
+        # Writers hold no grant on the outbox.
+        settings.insert(0, sql.SQL("SECURITY DEFINER"))
     rendered = (*spec.table.key_columns, *spec.tracked, *spec.columns)
     if not all(column.settled for column in rendered):
         settings += [
@@ -433,6 +442,8 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     ]
     if spec.replicated:
         create.append(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
+    if spec.durable:
+        create.append(_register(spec, hashed))
     return Trigger(
         spec,
         hashed,
@@ -440,6 +451,42 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         tuple(statement.as_string(cursor) for statement in create),
         (drop_statement(cursor, spec.table.schema, name),),
         comment,
+    )
+
+
+def _register(spec: Specification, hashed: str) -> sql.Composable:
+    """Says what the rows of this trigger are, for whoever reads them later, and since when.
+
+    It runs after CREATE TRIGGER, which holds the table: whoever wrote to it before has ended, and
+    has lower ids than ``since``.
+    """
+    key = () if spec.op == "truncated" else spec.table.key_columns
+    layout = Layout(
+        namespace=spec.namespace,
+        schema=spec.table.schema,
+        table=spec.table.name,
+        op=spec.op,
+        label=spec.label,
+        name=hashed[:8],
+        key=tuple(c.attribute for c in key),
+        key_fields=fields(key),
+        values=tuple(c.attribute for c in spec.tracked),
+        value_fields=fields(spec.tracked),
+        compared=spec.compared,
+    )
+    return sql.SQL(
+        "INSERT INTO pgsignals.channels (channel, since, definition)\n"
+        "  VALUES ({}, pg_catalog.nextval('pgsignals.outbox_id'), {})\n"
+        "  ON CONFLICT (channel) DO UPDATE\n"
+        "    SET since = excluded.since, definition = excluded.definition"
+    ).format(sql.Literal(names.channel_key(hashed)), sql.Literal(layout.encode()))
+
+
+def fields(columns: Sequence[Column]) -> tuple[Field, ...]:
+    """How columns travel."""
+    return tuple(
+        Field(c.base_oid, c.base_type[1] if c.base_type[0] == "pg_catalog" else None)
+        for c in columns
     )
 
 

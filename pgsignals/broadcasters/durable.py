@@ -1,0 +1,341 @@
+"""In-process delivery that acknowledges: receivers that raise are called again, then given up on."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..batches import Batcher
+from ..events import Batch, Event, hashable
+from ..metrics import Tracer, span
+from ..receivers import Registry, Retrying, Subscription, receiver_name
+from .inprocess import FailureHandler
+
+log = logging.getLogger("pgsignals")
+
+# The receiver that is being called in this thread.
+called: ContextVar[Any] = ContextVar("pgsignals_called", default=None)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An event that a receiver could not take: ``error`` is that of the last of ``tries``."""
+
+    receiver: str
+    event: Event
+    error: BaseException
+    tries: int
+
+    @property
+    def trace(self) -> str:
+        """The error with its traceback, as text."""
+        return "".join(traceback.format_exception(self.error))
+
+
+# Has a failed event kept, and calls the function once it is.
+Bury = Callable[[Failed, Callable[[], None]], None]
+# What stands between an event and the receiver: the receiver, the record, and the source's reign.
+_Place = tuple[int, Any, int]
+
+
+@dataclass
+class _Attempt:
+    """A call that is to be made again; ``events`` is what it counts for, ``given`` what it gets."""
+
+    receiver: Any
+    call: Callable[[], object]
+    given: Sequence[Event]
+    events: Sequence[Event]
+    policy: Retrying
+    place: _Place | None = None
+    tries: int = 0
+    delivered: Callable[[], None] | None = None
+    behind: deque[_Attempt] = field(default_factory=deque)
+
+    @property
+    def stale(self) -> bool:
+        return any(e._message.page is not None and e._message.page.reign.over for e in self.events)
+
+    def release(self) -> None:
+        _release(self.events)
+
+
+class DurableInProcess:
+    """Calls each receiver of each event, and holds the event's page while one has yet to take it."""
+
+    def __init__(
+        self, registry: Registry, failed: FailureHandler, bury: Bury, tracer: Tracer | None = None
+    ) -> None:
+        self._registry = registry
+        self._failed = failed
+        self._bury = bury
+        self._tracer = tracer
+        self._closed = False
+        self._condition = threading.Condition()
+        self._due: list[tuple[float, int, _Attempt]] = []
+        self._order = itertools.count()
+        # The first of each place is tried again, those behind it wait.
+        self._waiting: dict[_Place, _Attempt] = {}
+        self._thread: threading.Thread | None = None
+
+    @property
+    def retrying(self) -> int:
+        """Calls that wait to be made again, or behind one that does."""
+        with self._condition:
+            return len(self._due) + sum(len(first.behind) for first in self._waiting.values())
+
+    def publish(self, events: Sequence[Event]) -> None:
+        """Call the receivers of ``events``, which are of one topic."""
+        everybody, indexes = self._registry.receivers(events[0]._message.topic)
+        if everybody or indexes:
+            for event in events:
+                if self._closed:
+                    # Not delivered: it must not be acknowledged either.
+                    event._message.page.hold()
+                    continue
+                if event._message.page.reign.holds():
+                    for receiver in everybody:
+                        self._give(receiver, event)
+                    for index in indexes:
+                        for receiver in index.find(event):
+                            self._give(receiver, event)
+        for observer in self._registry.observers:
+            observer(events)
+
+    def _give(self, receiver: Any, event: Event) -> None:
+        if self._waiting and self._waits(receiver, event):
+            return
+        if type(receiver) is Subscription:
+            if not receiver.active:
+                return
+            if receiver.collects:
+                self._collect(receiver, event)
+                return
+        try:
+            self._call(receiver, event)
+        # A thread that ends by SystemExit would leave the program deaf.
+        except BaseException as error:
+            self._failed(_function(receiver), event, error)
+            self._hold([event])
+            self._try_again(self._attempt(receiver, event), error)
+
+    def _collect(self, receiver: Subscription, event: Event) -> None:
+        if isinstance(receiver.fn, Batcher):
+            self._hold([event])
+            receiver.fn.keep(event, self)
+            return
+        try:
+            receiver.fn(event)
+        except BaseException as error:
+            self._failed(receiver.fn, event, error)
+
+    def _call(self, receiver: Any, event: Event) -> None:
+        token = called.set(receiver)
+        try:
+            if self._tracer is None:
+                receiver(event._message.topic.model, event=event)
+            else:
+                with span(self._tracer, [event], receiver_name(receiver)):
+                    receiver(event._message.topic.model, event=event)
+        finally:
+            called.reset(token)
+
+    def _attempt(self, receiver: Any, event: Event) -> _Attempt:
+        policy = receiver.retrying if type(receiver) is Subscription else Retrying()
+        return _Attempt(
+            receiver,
+            lambda: self._call(receiver, event),
+            [event],
+            [event],
+            policy,
+            _place(receiver, event) if policy.later == "wait" else None,
+        )
+
+    def _waits(self, receiver: Any, event: Event) -> bool:
+        """Whether the event has to wait for an earlier one of its record, and then have it wait."""
+        with self._condition:
+            first = self._waiting.get(_place(receiver, event))
+            if first is None or first.policy.later != "wait":
+                return False
+            self._hold([event])
+            first.behind.append(self._attempt(receiver, event))
+            return True
+
+    def _try_again(self, attempt: _Attempt, error: BaseException) -> None:
+        """Have the call made again later, or give it up."""
+        attempt.tries += 1
+        if attempt.tries <= attempt.policy.retries:
+            self._schedule(attempt, attempt.policy.delay(attempt.tries))
+            return
+        left = len(attempt.given)
+
+        def buried() -> None:
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                attempt.release()
+
+        name = receiver_name(attempt.receiver)
+        for event in attempt.given:
+            log.error(
+                "the receiver %s has failed %d times with event %s, which is kept as a dead letter",
+                name,
+                attempt.tries,
+                event.uid,
+                extra={"receiver": name, "event_uid": event.uid, **event._message.topic.fields},
+            )
+            self._bury(Failed(name, event, error, attempt.tries), buried)
+        self._next(attempt)
+
+    def _schedule(self, attempt: _Attempt, delay: float) -> None:
+        with self._condition:
+            if attempt.place is not None:
+                former = self._waiting.get(attempt.place)
+                if former is not attempt:
+                    if former is not None:
+                        attempt.behind = former.behind
+                    self._waiting[attempt.place] = attempt
+            heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), attempt))
+            self._condition.notify_all()
+
+    def _next(self, attempt: _Attempt) -> None:
+        """The attempt is over: what waited behind it is next."""
+        if attempt.place is None:
+            return
+        with self._condition:
+            if self._waiting.get(attempt.place) is not attempt:
+                return
+            if not attempt.behind:
+                del self._waiting[attempt.place]
+                return
+            follower = attempt.behind.popleft()
+            follower.behind = attempt.behind
+            self._waiting[attempt.place] = follower
+            heapq.heappush(self._due, (time.monotonic(), next(self._order), follower))
+            self._condition.notify_all()
+
+    def release(self, events: Sequence[Event]) -> None:
+        """See Keeper."""
+        _release(events)
+
+    def batch_failed(
+        self, batcher: Batcher, batch: Batch, events: Sequence[Event], error: BaseException
+    ) -> None:
+        """See Keeper."""
+
+        def call() -> None:
+            token = called.set(batcher)
+            try:
+                batcher.call(batch, self._tracer)
+            finally:
+                called.reset(token)
+
+        self._try_again(
+            _Attempt(batcher, call, batch.events, events, batcher.retrying), error
+        )
+
+    def redeliver(
+        self,
+        event: Event,
+        receiver: str,
+        tries: int,
+        delivered: Callable[[], None],
+    ) -> bool:
+        """Call the one receiver of this name with the event, soon; whether there is such a one."""
+        everybody, indexes = self._registry.receivers(event._message.topic)
+        for index in indexes:
+            everybody += index.find(event)
+        for found in everybody:
+            if receiver_name(found) != receiver:
+                continue
+            fn = found.fn if isinstance(found, Subscription) else found
+            if isinstance(fn, Batcher):
+                batcher = fn
+                call: Callable[[], object] = lambda: batcher.call(Batch((event,)))  # noqa: E731
+            else:
+                call = lambda: self._call(found, event)  # noqa: B023, E731
+            once = Retrying(retries=0)
+            attempt = _Attempt(found, call, [event], [], once, tries=tries, delivered=delivered)
+            self._schedule(attempt, 0.0)
+            return True
+        return False
+
+    def start(self) -> None:
+        """Start the thread that calls again."""
+        self._thread = threading.Thread(target=self._run, name="pgsignals-retries", daemon=True)
+        self._thread.start()
+
+    def flush(self, timeout: float) -> bool:
+        """See Broadcaster: pages tell what is under way."""
+        return True
+
+    def close(self) -> None:
+        """Begin no further call; what has not been taken is not acknowledged."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._closed and (not self._due or self._due[0][0] > time.monotonic()):
+                    self._condition.wait(self._due[0][0] - time.monotonic() if self._due else None)
+                if self._closed:
+                    return
+                _, _, attempt = heapq.heappop(self._due)
+            if not attempt.stale:
+                self._make(attempt)
+            else:
+                self._next(attempt)
+
+    def _make(self, attempt: _Attempt) -> None:
+        if type(attempt.receiver) is Subscription and not attempt.receiver.active:
+            attempt.release()
+            self._next(attempt)
+            return
+        try:
+            attempt.call()
+        except BaseException as error:
+            self._failed(_function(attempt.receiver), attempt.given[-1], error)
+            self._try_again(attempt, error)
+            return
+        attempt.release()
+        if attempt.delivered is not None:
+            attempt.delivered()
+        self._next(attempt)
+
+    @staticmethod
+    def _hold(events: Sequence[Event]) -> None:
+        for event in events:
+            event._message.page.hold()
+
+
+def _release(events: Sequence[Event]) -> None:
+    for event in events:
+        if event._message.page is not None:
+            event._message.page.release()
+
+
+def _function(receiver: Any) -> Any:
+    return receiver.fn if isinstance(receiver, Subscription) else receiver
+
+
+def _place(receiver: Any, event: Event) -> _Place:
+    message = event._message
+    record = hashable(event._row[: len(message.topic.key)])
+    return (
+        id(_function(receiver)),
+        (message.topic.schema, message.topic.table, record),
+        id(message.page.reign),
+    )

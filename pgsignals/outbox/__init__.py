@@ -1,0 +1,1 @@
+"""Durable delivery: its schema in the database, cursors, consumers, retries and housekeeping."""

@@ -1,0 +1,116 @@
+"""How far a consumer has read: snapshots, windows between two of them, and where to look. Pure.
+
+A row belongs to the window between two snapshots when the later one sees its transaction and the
+earlier one does not. Windows one after another miss no row and give none twice, however long a
+transaction takes. Within a window rows go by id. That keeps the order of each record's changes:
+whoever changes a record has waited for the former change to commit, so that both are in one window,
+in the order of their ids, or in two. (PgQ does it like this; `id > last` loses what commits late,
+and cutting at a transaction id inverts two changes whose ids were taken in the other order.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from ..errors import PayloadError
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A ``pg_snapshot``: which transactions had ended when it was taken.
+
+    All below ``xmin`` had, none from ``xmax`` on, and in between all but ``running``.
+    """
+
+    xmin: int
+    xmax: int
+    running: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Snapshot:
+        """From PostgreSQL's text, ``xmin:xmax:running,…``. Raises PayloadError."""
+        try:
+            xmin, xmax, running = text.split(":")
+            found = cls(
+                int(xmin), int(xmax), tuple(int(each) for each in running.split(",") if each)
+            )
+        except ValueError as error:
+            raise PayloadError(f"{text!r} is not a snapshot") from error
+        if not 0 < found.xmin <= found.xmax:
+            raise PayloadError(f"{text!r} is not a snapshot")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.xmin}:{self.xmax}:{','.join(map(str, self.running))}"
+
+    def sees(self, txid: int) -> bool:
+        """Whether the transaction had ended, and is visible if it committed."""
+        return txid < self.xmin or (txid < self.xmax and txid not in self.running)
+
+
+# Sees nothing at all: whoever starts here gets everything that the outbox holds.
+BEGINNING = Snapshot(1, 1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows that ``target`` sees and ``since`` does not, from id ``after`` on.
+
+    ``ended``: which of those that ran at ``since`` had ended at ``target``.
+    """
+
+    since: Snapshot
+    target: Snapshot
+    after: int
+    ended: tuple[int, ...]
+
+    @classmethod
+    def between(cls, since: Snapshot, target: Snapshot, after: int) -> Window:
+        """The window of two snapshots."""
+        return cls(since, target, after, tuple(x for x in since.running if target.sees(x)))
+
+    @property
+    def empty(self) -> bool:
+        """Whether no transaction can have a row in it."""
+        return not self.ended and self.since.xmax >= self.target.xmax
+
+    def holds(self, txid: int) -> bool:
+        """Whether rows of the transaction are in it."""
+        return self.target.sees(txid) and not self.since.sees(txid)
+
+
+class Floors:
+    """Below which ids a transaction's rows cannot be.
+
+    A row's id is taken after its transaction's, so that a transaction which began after ``xmax`` of
+    some snapshot has only ids above those that were given out before that snapshot was taken.
+    """
+
+    _MOST = 10_000
+
+    def __init__(self, snapshot: Snapshot, given_out: int) -> None:
+        self._xmaxes: list[int] = [snapshot.xmin]
+        self._ids: list[int] = [given_out]
+
+    def note(self, snapshot: Snapshot, given_out: int) -> None:
+        """Take note of the last id that had been given out before ``snapshot`` was taken."""
+        if snapshot.xmax == self._xmaxes[-1]:
+            self._ids[-1] = max(self._ids[-1], given_out)
+        elif snapshot.xmax > self._xmaxes[-1]:
+            self._xmaxes.append(snapshot.xmax)
+            self._ids.append(given_out)
+        if len(self._ids) > self._MOST:
+            # Coarser, but true: every other one of the older half.
+            half = self._MOST // 2
+            self._xmaxes[1:half] = self._xmaxes[1:half:2]
+            self._ids[1:half] = self._ids[1:half:2]
+
+    def below(self, txid: int) -> int:
+        """An id that all rows of the transaction are above."""
+        return self._ids[max(0, bisect_right(self._xmaxes, txid) - 1)]
+
+    def forget(self, txid: int) -> None:
+        """Nobody will ask for transactions below this one any more."""
+        keep = max(0, bisect_right(self._xmaxes, txid) - 1)
+        del self._xmaxes[:keep], self._ids[:keep]

@@ -1,0 +1,809 @@
+"""Messages from the outbox: at least once, in commit-consistent order, from where they were left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import random
+import secrets
+import socket
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+import psycopg2
+from psycopg2.extensions import cursor as DatabaseCursor
+
+from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
+from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError
+from ..events import Event, Gap, Message
+from ..metrics import Meter
+from ..outbox.cursors import Floors, Snapshot, Window
+from ..outbox.pages import Page, Reign
+from ..outbox.store import (
+    PAGE_BYTES,
+    PAGE_ROWS,
+    Claim,
+    Cursor,
+    DeadLetter,
+    Letter,
+    Look,
+    Row,
+    Store,
+    starting_over,
+)
+from ..payload import Broken, Cast, Decoder
+from ..triggers.definitions import Definition
+from .notify import HEALTHY_SECONDS, Timing
+from .opening import (
+    IN_RECOVERY,
+    explaining_read_only,
+    keep_triggers,
+    prove_round_trip,
+    refuse_standby,
+)
+
+log = logging.getLogger("pgsignals")
+
+# Awake, it looks this often; a little less often while it finds something each time.
+LOOK_SECONDS = 0.002
+BUSY_SECONDS = 0.004
+# Without anything new for so long it goes to sleep.
+LINGER_SECONDS = 0.1
+# While transactions may still commit that saw it awake, and so sent no notification.
+DOZE_SECONDS = 0.02
+# The others stay awake for LINGER_SECONDS after each of these.
+WAKE_OTHERS_SECONDS = 0.03
+# Asleep, it looks all the same, in case a consumer died that had seen something.
+SLEEP_SECONDS = 5.0
+ACKNOWLEDGE_SECONDS = 0.2
+# How often a part that another process reads is asked for.
+CLAIM_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """Who reads: ``name`` None reads for this process alone, and is forgotten with it.
+
+    ``parts`` share the records among as many processes. A process that does not renew its claim for
+    ``lease`` seconds is taken for hung.
+    """
+
+    name: str | None = None
+    parts: int = 1
+    lease: float = 5.0
+
+
+class DurableSink(Protocol):
+    """What the source feeds. None of its methods runs code of the user's."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the source should read no further for now."""
+
+    def submit_page(self, events: Sequence[Event], page: Page) -> None:
+        """Take events, and call ``page.finish`` when they have been handed to all receivers."""
+
+    def gap(self, gap: Gap) -> None:
+        """Tell the receivers of a Gap, before anything that is submitted later."""
+
+    def redeliver(self, event: Event, letter: DeadLetter) -> bool:
+        """Take an event for one receiver; whether there is that receiver."""
+
+    def connected(self) -> None:
+        """Tell the receivers that events can arrive from now on."""
+
+    def disconnected(self, error: BaseException) -> None:
+        """Tell the receivers that the connection is lost."""
+
+
+class OutboxPreparer(Protocol):
+    """What the source needs done before it can read, through an ordinary connection."""
+
+    def define(self, cursor: DatabaseCursor) -> Sequence[Definition]:
+        """What to deliver."""
+
+    def install(self, cursor: DatabaseCursor, definitions: Sequence[Definition]) -> None:
+        """Make sure that the schema and the triggers are there."""
+
+    def decoders(
+        self, channels: Sequence[tuple[int, int, str]], cast: Cast
+    ) -> Mapping[int, ChannelDecoder]:
+        """How to read each channel that a watcher wants."""
+
+
+@dataclass(frozen=True)
+class ChannelDecoder:
+    """Reads a channel's messages; those with an id from ``until`` on have a successor's twin."""
+
+    decoder: Decoder
+    until: int | None = None
+
+
+class _Part:
+    """A part that this process reads: what is acknowledged, what is under way, what comes next."""
+
+    def __init__(self, claim: Claim, look: Look, lease_until: float) -> None:
+        self.claim = claim
+        self.reign = Reign(lease_until)
+        self.acknowledged = claim.cursor
+        self.unsaved = 0
+        self.leaving = False
+        self._begin()
+        if claim.clean:
+            self.doubtful = None
+        else:
+            self.doubtful = look.snapshot
+
+    def _begin(self) -> None:
+        cursor = self.acknowledged
+        self.pages: deque[Page] = deque()
+        self.outstanding = 0
+        self.since = cursor.snapshot
+        self.last_id = cursor.last_id
+        self.floors = Floors(self.since, cursor.floor)
+        self.window = None if cursor.target is None else self._window_to(cursor.target)
+        # What somebody may have delivered who did not come to acknowledge it.
+        self.doubtful: Snapshot | None = None
+
+    def rewind(self, look: Look) -> None:
+        """Read again from what is acknowledged."""
+        deadline = self.reign.deadline
+        self.reign.end()
+        self.reign = Reign(deadline)
+        self._begin()
+        self.doubtful = look.snapshot
+
+    def _window_to(self, target: Snapshot) -> Window:
+        window = Window.between(self.since, target, 0)
+        after = min(self.floors.below(x) for x in (self.since.xmax, *window.ended))
+        return replace(window, after=after)
+
+    def advance(self, look: Look, given_out: int) -> None:
+        """Take note of a look; where no window is being read, have one up to it."""
+        self.floors.note(look.snapshot, given_out)
+        if self.window is None:
+            window = self._window_to(look.snapshot)
+            if not window.empty:
+                self.window = window
+
+    def turn(self, rows: Sequence[Row]) -> Cursor:
+        """Go on behind rows of the window; where the consumer stands when they are acknowledged."""
+        assert self.window is not None
+        # Rows are counted in characters here, and cut by bytes there, of which four make one.
+        size = sum(len(row.payload) for row in rows)
+        if rows and (len(rows) >= PAGE_ROWS or 4 * size >= PAGE_BYTES):
+            self.last_id = rows[-1].id
+            floor = self.floors.below(self.since.xmin)
+            return Cursor(self.since, floor, self.window.target, self.last_id)
+        self.since, self.window, self.last_id = self.window.target, None, 0
+        floor = self.floors.below(self.since.xmin)
+        self.floors.forget(self.since.xmin)
+        if self.doubtful is not None and self.since.xmin >= self.doubtful.xmax:
+            self.doubtful = None
+        return Cursor(self.since, floor)
+
+    def add(self, page: Page) -> None:
+        """Put a page behind those that are under way."""
+        # Of windows without a row, one page is enough.
+        if not page.count and self.pages and not self.pages[-1].count and self.pages[-1].done:
+            self.pages.pop()
+        self.pages.append(page)
+        self.outstanding += page.count
+
+    def collect(self) -> bool:
+        """Take note of the pages that are done by now; whether there are new ones."""
+        before = self.unsaved
+        while self.pages and self.pages[0].done:
+            page = self.pages.popleft()
+            self.acknowledged = page.cursor
+            self.unsaved += page.count
+            self.outstanding -= page.count
+        return self.unsaved > before
+
+
+class OutboxSource:
+    """Reads the outbox for one consumer, in one session, from one thread.
+
+    ``dsn`` is for the catalogue and for installing, ``listen_dsn`` for reading. ``most`` events are
+    under way at once.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        listen_dsn: str,
+        preparer: OutboxPreparer,
+        sink: DurableSink,
+        timing: Timing,
+        meter: Meter,
+        consumer: Consumer,
+        most: int,
+    ) -> None:
+        self._dsn = dsn
+        self._listen_dsn = listen_dsn
+        self._preparer = preparer
+        self._sink = sink
+        self._timing = timing
+        self._meter = meter
+        self._consumer = consumer
+        self._most = most
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.name = consumer.name or f"process {self._holder}"
+        self._waiter = Waiter()
+        self._backoff = Backoff()
+        self._paused = self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="pgsignals-source", daemon=True)
+        self._session: Session | None = None
+        self._store: Store
+        self._cast: Cast
+        self._definitions: Sequence[Definition] = ()
+        self._decoders: Mapping[int, ChannelDecoder] = {}
+        self._parts_known = consumer.parts
+        self._parts: dict[int, _Part] = {}
+        self._epoch = ""
+        self._given_out = 0
+        self._letters: SimpleQueue[tuple[Letter | int, Callable[[], None]]] = SimpleQueue()
+        self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._awaited: list[tuple[Snapshot, Callable[[], None]]] = []
+        self._redeliver = threading.Event()
+        self._clock_offset = timedelta(0)
+        self._turned_at = time.monotonic()
+        self._own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
+        self._state = _Wakefulness()
+        self.invalid = 0
+        self.reconnects = 0
+        self.received = 0
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it can read now."""
+        return self._session is not None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it reads, rather than standing by for another process."""
+        return bool(self._parts)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread goes on: it reads, and does not hang, or it connects again."""
+        if self._session is None or not self._thread.is_alive():
+            return self._thread.is_alive()
+        return time.monotonic() - self._turned_at <= SLEEP_SECONDS + self._timing.timeout
+
+    @property
+    def outstanding(self) -> int:
+        """Events that have been read and not been acknowledged."""
+        return sum(part.outstanding for part in list(self._parts.values()))
+
+    def now(self) -> datetime:
+        """The server's clock, late by a network's delay at most."""
+        return datetime.now(timezone.utc) + self._clock_offset
+
+    def start(self) -> None:
+        """Connect once in the caller's thread, so that it gets the error, then read."""
+        try:
+            self._open()
+        except (psycopg2.OperationalError, psycopg2.InterfaceError, OSError) as error:
+            raise ConnectError(
+                f"Connected to PostgreSQL at {display(self._listen_dsn)}, but reading the outbox "
+                f"could not begin: {redact(str(error)).strip()}"
+            ) from error
+        self._thread.start()
+
+    def pause(self) -> None:
+        """Read no further, but go on acknowledging what has been read."""
+        self._paused = True
+        self._waiter.wake()
+
+    def stop(self, timeout: float) -> None:
+        """Acknowledge what has been taken care of, and leave the rest to whoever comes next."""
+        self._paused = self._stopping = True
+        self._waiter.wake()
+        if self._thread.ident is None:
+            self._close()
+            self._waiter.close()
+        elif self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def abandon(self) -> None:
+        """In the child of a fork: close our copies of the descriptors, and say nothing."""
+        self._waiter.close()
+        for part in self._parts.values():
+            part.reign.end()
+        if self._session is not None:
+            self._session.abandon()
+
+    def bury(self, letter: Letter, kept: Callable[[], None]) -> None:
+        """Have an event kept as a dead letter, and ``kept`` called then."""
+        self._letters.put((letter, kept))
+        self._waiter.wake()
+
+    def unbury(self, key: int) -> None:
+        """Have a dead letter forgotten."""
+        self._letters.put((key, lambda: None))
+        self._waiter.wake()
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called once all that is committed by now has been submitted."""
+        self._asked.put(call)
+        self._waiter.wake()
+
+    def channel_of(self, event: Event) -> int:
+        """The channel that an event came through."""
+        topic = event._message.topic
+        return next(
+            key for key, found in self._decoders.items() if found.decoder.topic.name == topic.name
+        )
+
+    def _run(self) -> None:
+        try:
+            self._keep_reading()
+        finally:
+            self._close()
+            self._waiter.close()
+
+    def _keep_reading(self) -> None:
+        while not self._stopping:
+            began = time.monotonic()
+            try:
+                self._read_on()
+                self._leave()
+            # Whatever it is, an unknown error included, the thread must go on reading.
+            except Exception as error:
+                if self._stopping:
+                    log.warning("could not acknowledge at the end: %s", redact(str(error)).strip())
+                    return
+                if time.monotonic() - began > HEALTHY_SECONDS:
+                    self._backoff.reset()
+                known = isinstance(error, psycopg2.Error | OSError)
+                log.warning(
+                    "lost the connection: %s", redact(str(error)).strip(), exc_info=not known
+                )
+                self._close()
+                self._sink.disconnected(error)
+                self._reconnect()
+
+    def _reconnect(self) -> None:
+        """Connect again, however long it takes; the cursor says where to go on."""
+        while not self._stopping:
+            self._waiter.sleep(self._backoff.next(), lambda: self._stopping)
+            if self._stopping:
+                return
+            try:
+                self._open()
+            except (PgSignalsError, psycopg2.Error, OSError) as error:
+                log.warning("still not connected: %s", redact(str(error)).strip())
+                continue
+            self.reconnects += 1
+            self._meter.count("reconnects")
+            log.info("connected again")
+            return
+
+    def _open(self) -> None:
+        log.debug("connecting to %s", display(self._listen_dsn))
+        timeout = self._timing.timeout
+        connection = connect(self._dsn, timeout, self._timing.statement)
+        session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(IN_RECOVERY)
+                refuse_standby(self._dsn, cursor.fetchall())
+                self._definitions = self._preparer.define(cursor)
+                encoding = connection.info.parameter_status("server_encoding")
+                session.open(timeout, encoding or "UTF8")
+                refuse_standby(self._listen_dsn, session.execute(IN_RECOVERY, timeout=timeout))
+                prove_round_trip(
+                    session,
+                    cursor,
+                    self._listen_dsn,
+                    self._own_channel,
+                    timeout,
+                    lambda: self._stopping,
+                )
+                keep_triggers(session, self._definitions, timeout)
+                with explaining_read_only(self._dsn):
+                    self._preparer.install(cursor, self._definitions)
+                self._cast = make_cast(connection)
+            store = Store(session, self.name, self._holder, timeout)
+            self._register(store, session)
+        except BaseException:
+            session.close()
+            raise
+        finally:
+            connection.close()
+        self._store = store
+        self._turned_at = time.monotonic()
+        self._session = session
+
+    def _register(self, store: Store, session: Session) -> None:
+        store.open()
+        [(server,)] = session.execute(
+            "SELECT pg_catalog.clock_timestamp()", timeout=self._timing.timeout
+        )
+        self._clock_offset = server - datetime.now(timezone.utc)
+        self._epoch = store.epoch()
+        self._decoders = self._preparer.decoders(store.channels(), self._cast)
+        present, new = store.register(
+            self._consumer.parts, self._consumer.name is None, self._epoch, list(self._decoders)
+        )
+        if present != self._consumer.parts:
+            raise DatabaseError(
+                f"The consumer {self.name!r} has {present} partitions, and this process was told "
+                f"partitions={self._consumer.parts}: a record's events would go to two. Stop its "
+                "processes, run `pgsignals consumers drop`, and start all with the same number."
+            )
+        if new:
+            log.info("the consumer %s begins here", self.name)
+        self._state = _Wakefulness()
+        self._given_out = 0
+        look = store.look(awake=True)
+        self._claim(store, look)
+        store.wake_others()
+
+    def _close(self) -> None:
+        for part in self._parts.values():
+            part.reign.end()
+        self._parts.clear()
+        session, self._session = self._session, None
+        if session is not None:
+            with contextlib.suppress(psycopg2.Error):
+                session.close()
+
+    def _read_on(self) -> None:
+        """Read, acknowledge and keep the claims until paused and stopped."""
+        session, store, state = self._session, self._store, self._state
+        assert session is not None
+        self._sink.connected()
+        acknowledge_at = claim_at = renew_at = time.monotonic()
+        while not self._stopping:
+            now = self._turned_at = time.monotonic()
+            if self._heard(session):
+                state.wake(now)
+            if now >= claim_at:
+                self._claim(store, store.look(awake=True))
+                claim_at = now + CLAIM_SECONDS * random.uniform(0.8, 1.2)
+                if all(part in self._parts for part in range(self._consumer.parts)):
+                    claim_at = now + self._consumer.lease / 3
+            found = more = False
+            if self._parts:
+                found, more = self._look_and_read(store, state)
+                if found:
+                    state.wake(now)
+            self._store_letters(store)
+            if self._parts and now >= acknowledge_at:
+                acknowledge_at = now + ACKNOWLEDGE_SECONDS
+                due = now >= renew_at
+                if due:
+                    renew_at = now + self._consumer.lease / 3
+                    state.company = store.company()
+                    self._redeliver_letters(store)
+                self._acknowledge(store, due)
+            if more:
+                continue
+            pause = state.pause(store, time.monotonic(), found) if self._parts else CLAIM_SECONDS
+            wake_at = claim_at
+            if self._parts:
+                wake_at = min(wake_at, renew_at)
+                if self.outstanding:
+                    wake_at = min(wake_at, acknowledge_at)
+            session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
+
+    def _heard(self, session: Session) -> bool:
+        """Whether somebody says that there may be something."""
+        heard = False
+        while arrived := session.receive():
+            for notify in arrived:
+                heard = True
+                if notify.payload.startswith("no outbox"):
+                    now = self.now()
+                    log.error("events were lost: %s", notify.payload)
+                    self._sink.gap(Gap(now, now, "watcher_broken", notify.payload))
+                elif notify.payload == "redeliver":
+                    self._redeliver.set()
+        if self._redeliver.is_set():
+            self._redeliver.clear()
+            self._redeliver_letters(self._store)
+        return heard
+
+    def _look_and_read(self, store: Store, state: _Wakefulness) -> tuple[bool, bool]:
+        """One look, and a page for each part that wants one; whether there was, and is more."""
+        asked: list[Callable[[], None]] = []
+        with contextlib.suppress(Empty):
+            while True:
+                asked.append(self._asked.get_nowait())
+        look = store.look(awake=state.held or not state.awake)
+        if state.awake:
+            state.held = look.awake
+        state.seen = look.snapshot
+        given_out, self._given_out = self._given_out, look.given_out
+        self._awaited += [(look.snapshot, call) for call in asked]
+        found = more = stirred = False
+        for part in self._parts.values():
+            self._note_shed(part, look)
+            part.advance(look, given_out)
+            if part.window is None:
+                continue
+            stirred = True
+            if self._paused or part.leaving or self._sink.full or part.outstanding >= self._most:
+                continue
+            any_rows = self._read_page(store, part)
+            found = found or any_rows
+            more = more or part.window is not None
+        if found or (stirred and self._sink.full):
+            state.stirred = True
+        self._call_awaited()
+        return found, more
+
+    def _call_awaited(self) -> None:
+        due = [
+            (wanted, call)
+            for wanted, call in self._awaited
+            if all(
+                part.since.xmax > wanted.xmax or part.since == wanted
+                for part in self._parts.values()
+            )
+        ]
+        for each in due:
+            self._awaited.remove(each)
+            each[1]()
+
+    def _read_page(self, store: Store, part: _Part) -> bool:
+        assert part.window is not None
+        rows = store.read(part.window, part.last_id)
+        events: list[Event] = []
+        doubtful = part.doubtful
+        messages: list[Message] = []
+        for row in rows:
+            if (message := self._decode(row)) is not None:
+                message.redelivered = doubtful is not None and doubtful.sees(message.txid)
+                messages.append(message)
+        cursor = part.turn(rows)
+        page = Page(part.reign, cursor, 0)
+        for message in messages:
+            message.page = page
+            if self._consumer.parts == 1:
+                events += [Event(message, n, row) for n, row in enumerate(message.rows)]
+            else:
+                width = len(message.topic.key)
+                events += [
+                    Event(message, n, row)
+                    for n, row in enumerate(message.rows)
+                    if _part_of(row[:width], self._consumer.parts) == part.claim.part
+                ]
+        page.count = len(events)
+        part.add(page)
+        if not events:
+            page.finish()
+            return bool(rows)
+        self.received += len(events)
+        self._sink.submit_page(events, page)
+        return True
+
+    def _decode(self, row: Row) -> Message | None:
+        found = self._decoders.get(row.channel)
+        if found is None or (found.until is not None and row.id >= found.until):
+            return None
+        topic = found.decoder.topic
+        try:
+            message = found.decoder.decode(row.payload)
+        except PayloadError as error:
+            self.invalid += 1
+            self._meter.count("invalid_payloads")
+            log.warning("ignored row %d of the outbox: %s", row.id, error, extra=topic.fields)
+            return None
+        if isinstance(message, Broken):
+            at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
+            log.error("a watcher is broken: %s", message.error, extra=topic.fields)
+            self._sink.gap(Gap(at, at, "watcher_broken", message.error))
+            return None
+        if message is not None:
+            message.position = str(row.id)
+        return message
+
+    def _note_shed(self, part: _Part, look: Look) -> None:
+        """Announce what writers left out, since the outbox was full and nobody there to read it."""
+        if look.shed > part.claim.shed:
+            since, until = part.claim.acknowledged_at, self.now()
+            log.error("%d statements found the outbox full", look.shed - part.claim.shed)
+            detail = "the outbox was full, and no consumer was there"
+            self._sink.gap(Gap(since, until, "retention", detail))
+            part.claim = replace(part.claim, shed=look.shed)
+
+    def _claim(self, store: Store, look: Look) -> None:
+        """See that this process reads its share of the parts."""
+        parts, lease = self._consumer.parts, self._consumer.lease
+        share = parts
+        if parts > 1:
+            share = math.ceil(parts / max(1, store.members(lease)))
+        if self._paused:
+            return
+        for part in [*self._parts.values()][share:]:
+            part.leaving = True
+        wanted = [number for number in range(parts) if number not in self._parts]
+        random.shuffle(wanted)
+        for number in wanted:
+            if len(self._parts) >= share:
+                break
+            asked_at = time.monotonic()
+            claim = store.claim(number, lease, list(self._decoders))
+            if claim is None:
+                continue
+            log.info("reading part %d of %d for the consumer %s", number, parts, self.name)
+            self._parts[number] = _Part(
+                self._in_this_history(claim, look), look, asked_at + lease
+            )
+
+    def _in_this_history(self, claim: Claim, look: Look) -> Claim:
+        """The claim, unless it was made in a history that is not the database's any more."""
+        cluster, _, timeline = claim.epoch.partition("/")
+        our_cluster, _, our_timeline = self._epoch.partition("/")
+        detail = ""
+        if cluster != our_cluster:
+            detail = f"the cluster is another one: {our_cluster}, and was {cluster}"
+        elif claim.cursor.snapshot.xmax > look.snapshot.xmax:
+            detail = "the database has gone back in time"
+        if detail:
+            claim = starting_over(claim, self._epoch)
+        elif timeline != our_timeline:
+            detail = (
+                f"the server was promoted (timeline {our_timeline}, and was {timeline}): what was "
+                "committed just before may be gone"
+            )
+            claim = replace(claim, epoch=self._epoch)
+        if detail:
+            log.error("the history of the database has changed: %s", detail)
+            self._sink.gap(Gap(claim.acknowledged_at, self.now(), "restored", detail))
+        return claim
+
+    def _acknowledge(self, store: Store, renew: bool) -> None:
+        for number, part in list(self._parts.items()):
+            progress = part.collect()
+            gone = part.leaving and not part.pages
+            if not (progress or renew or gone or part.reign.over):
+                continue
+            self._save(store, number, part, release=gone)
+
+    def _save(self, store: Store, number: int, part: _Part, release: bool = False) -> None:
+        asked_at = time.monotonic()
+        lease = self._consumer.lease
+        ours, lost_until = store.acknowledge(
+            part.claim,
+            part.acknowledged,
+            part.unsaved,
+            lease,
+            current=not part.pages,
+            release=release,
+            clean=not part.pages,
+        )
+        part.unsaved = 0
+        if not ours:
+            log.warning("another process has taken over part %d of %s", number, self.name)
+        if not ours or release:
+            part.reign.end()
+            del self._parts[number]
+            return
+        if not part.pages:
+            part.claim = replace(part.claim, acknowledged_at=self.now())
+        if lost_until is not None:
+            detail = "the consumer was so late that its events have been dropped"
+            log.error("%s", detail)
+            gap = Gap(part.claim.acknowledged_at, lost_until, "retention", detail)
+            self._sink.gap(gap)
+        if not part.reign.holds():
+            log.warning("the lease was over for a while: reading part %d again", number)
+            part.rewind(store.look(awake=True))
+        part.reign.deadline = asked_at + lease
+
+    def _store_letters(self, store: Store) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                letter, kept = self._letters.get_nowait()
+                if isinstance(letter, Letter):
+                    store.bury(letter)
+                    self._meter.count("dead_letters", receiver=letter.receiver)
+                else:
+                    store.unbury(letter)
+                kept()
+
+    def _redeliver_letters(self, store: Store) -> None:
+        for letter in store.wanted_again():
+            found = self._decoders.get(letter.channel)
+            message = None
+            if found is not None:
+                with contextlib.suppress(PayloadError):
+                    message = found.decoder.decode(letter.payload)
+            if not isinstance(message, Message) or letter.number >= len(message.rows):
+                log.error("dead letter %d cannot be read any more", letter.key)
+                continue
+            message.redelivered = True
+            event = Event(message, letter.number, message.rows[letter.number])
+            if not self._sink.redeliver(event, letter):
+                log.error(
+                    "dead letter %d waits for the receiver %s, which this process does not have",
+                    letter.key,
+                    letter.receiver,
+                )
+
+    def _leave(self) -> None:
+        """Acknowledge for the last time, and let others read at once."""
+        store = self._store
+        self._store_letters(store)
+        for number, part in list(self._parts.items()):
+            part.collect()
+            self._save(store, number, part, release=True)
+        if self._consumer.name is None:
+            store.forget()
+        if self._consumer.parts > 1:
+            store.leave()
+
+
+class _Wakefulness:
+    """When to look again: often while there is something, seldom when writers will say so.
+
+    Awake, a consumer holds a lock by which writers see that they need not notify, unless another
+    one holds it, who then tells of what it finds. Before it sleeps, it gives the lock back and waits
+    for the end of the transactions that may have seen it.
+    """
+
+    def __init__(self) -> None:
+        self.awake = True
+        self.held = False
+        self.company = True
+        self.stirred = False
+        self.seen: Snapshot | None = None
+        self._told_at = 0.0
+        self._roused_at = time.monotonic()
+        self._dozing: Snapshot | None = None
+        self._dozed_at = 0.0
+        self._asked_at = 0.0
+
+    def wake(self, now: float) -> None:
+        """There is something, or may be."""
+        self.awake = True
+        self._dozing = None
+        self._roused_at = now
+
+    def pause(self, store: Store, now: float, found: bool) -> float:
+        """Seconds until the next look, if nothing is heard before."""
+        if self.stirred and self.company and now - self._told_at >= WAKE_OTHERS_SECONDS:
+            store.wake_others()
+            self.stirred, self._told_at = False, now
+        if self.awake:
+            if now - self._roused_at < LINGER_SECONDS or (self.stirred and self.company):
+                return BUSY_SECONDS if found else LOOK_SECONDS
+            self.awake = False
+            if not self.held:
+                return SLEEP_SECONDS
+            store.doze()
+            self.held = False
+            self._dozing = store.look(awake=True).snapshot
+            self._dozed_at = self._asked_at = now
+            return LOOK_SECONDS
+        if self._dozing is None:
+            return SLEEP_SECONDS
+        if self.seen is not None and self.seen.xmin >= self._dozing.xmax:
+            self._dozing = None
+        elif now - self._asked_at >= 1.0:
+            # Some transaction is long: one that has not written to the outbox is none of ours.
+            self._asked_at = now
+            if not store.writers_under_way():
+                self._dozing = None
+        if self._dozing is None:
+            # One more look, since what was waited for may have just ended.
+            return 0.0
+        return LOOK_SECONDS if now - self._dozed_at < LINGER_SECONDS else DOZE_SECONDS
+
+
+def _part_of(key: tuple[object, ...], parts: int) -> int:
+    """Which part a record belongs to: the same in every process."""
+    return zlib.crc32(repr(key).encode()) % parts
