@@ -26,6 +26,8 @@ class Status:
     ``queue_usage`` is the share, 0 to 1, of PostgreSQL's notification queue that is in use.
     ``depth`` counts events that wait for receivers, ``oldest`` is since when the first of them
     does, in seconds; the other numbers count since ``start``, ``shed`` what slow receivers lost.
+    ``aside`` names the receivers that have queues of their own because they are slow, where an
+    event counts once more.
     """
 
     watchers: tuple[State, ...]
@@ -39,6 +41,7 @@ class Status:
     invalid: int = 0
     shed: int = 0
     reconnects: int = 0
+    aside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -199,6 +200,15 @@ class Registry:
         """All that listen through a subscription."""
         with self._lock:
             return list(self._subscriptions)
+
+    def is_alone(self, receiver: Any) -> bool:
+        """Whether nobody else listens, be it through a subscription or a blinker signal."""
+        with self._lock:
+            listening: list[Any] = list(self._subscriptions)
+            for signal in self._signals.values():
+                listening += list(signal.receivers.values())
+        found = (each() if isinstance(each, weakref.ref) else each for each in listening)
+        return all(each is None or each == receiver for each in found)
 
     def unbind(self) -> None:
         """Forget what is delivered; receivers stay for the next start."""

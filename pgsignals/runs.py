@@ -107,10 +107,12 @@ class DatabaseRun:
         self._meter = meter
         self._lag = _Lag(lambda: self.source.now())
         registry, failed, tracer = audience.registry, audience.failed, settings.tracer
+        # With one worker all calls are made one after the other, which is what that promises.
+        isolating = settings.workers > 1
         in_process = (
-            InProcess(registry, failed)
+            InProcess(registry, failed, isolating)
             if tracer is None
-            else TracedInProcess(registry, failed, tracer)
+            else TracedInProcess(registry, failed, tracer, isolating)
         )
         broadcasters: list[Broadcaster] = [self._lag, in_process]
         self.dispatcher = Dispatcher(
@@ -118,6 +120,7 @@ class DatabaseRun:
             settings.workers,
             settings.queue_size,
             audience.gap,
+            lambda count: meter.count("shed_events", count),
         )
         self.source = NotifySource(
             settings.dsn, settings.listen_dsn, self, self, settings.timing, self._meter
@@ -175,17 +178,20 @@ class DatabaseRun:
             received=self.source.received,
             invalid=self.source.invalid,
             shed=self.dispatcher.shed,
+            aside=self.dispatcher.aside,
             reconnects=self.source.reconnects,
         )
 
     def health(self) -> Health:
         """See Run."""
         alive, connected = self.source.is_alive, self.source.is_connected
-        shedding = self.dispatcher.shedding
+        shedding, too_slow = self.dispatcher.shedding, self.dispatcher.aside_full
         if not alive:
             reason = "the thread that listens has ended or hangs"
         elif not connected:
             reason = "the connection is lost, and being made again"
+        elif too_slow:
+            reason = f"receivers are too slow, and their events are dropped: {', '.join(too_slow)}"
         elif shedding:
             reason = "receivers are too slow, and events are dropped"
         else:
@@ -245,11 +251,8 @@ class DatabaseRun:
 
     def submit(self, message: Message) -> None:
         """See Sink."""
-        shed = self.dispatcher.shed
         self.dispatcher.submit(message)
         self._meter.count("events", len(message.rows), **message.topic.fields)
-        if self.dispatcher.shed > shed:
-            self._meter.count("shed_events", self.dispatcher.shed - shed)
 
     def wait_for_room(self, timeout: float) -> bool:
         """See Sink."""

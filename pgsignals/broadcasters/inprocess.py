@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..events import Event
+from ..lanes import current
 from ..metrics import Tracer, span
 from ..receivers import Registry, Subscription, receiver_name
 
@@ -16,16 +17,27 @@ FailureHandler = Callable[[Any, Event, BaseException], None]
 
 
 class InProcess:
-    """Calls each receiver of each event; one that raises is reported and stops nobody."""
+    """Calls each receiver of each event; one that raises is reported and stops nobody.
 
-    def __init__(self, registry: Registry, failed: FailureHandler) -> None:
+    Where it is ``isolating``, the worker that publishes lets its lane make the calls, so that
+    another thread can go on with them behind a receiver that is slow.
+    """
+
+    def __init__(self, registry: Registry, failed: FailureHandler, isolating: bool = False) -> None:
         self._registry = registry
         self._failed = failed
+        self._isolating = isolating
         self._closed = False
 
     def publish(self, events: Sequence[Event]) -> None:
         """Call the receivers of ``events``, which are of one topic, then the observers."""
-        self._call_receivers(events)
+        if self._isolating and (lane := current.lane) is not None:
+            lane.make(self, self._calls(events))
+        else:
+            self._call_receivers(events)
+            self._tell_observers(events)
+
+    def _tell_observers(self, events: Sequence[Event]) -> None:
         for observer in self._registry.observers:
             observer(events)
 
@@ -45,12 +57,7 @@ class InProcess:
             for index in indexes:
                 receivers = [*receivers, *index.find(event)]
             if verbose:
-                log.debug(
-                    "delivering %r to %d receivers",
-                    event,
-                    len(receivers) + len(others),
-                    extra={"event_uid": event.uid, **topic.fields},
-                )
+                _log_delivery(event, len(receivers) + len(others))
             for receiver in receivers:
                 if receiver.active:
                     try:
@@ -64,6 +71,41 @@ class InProcess:
                 except BaseException as error:
                     self._failed(receiver, event, error)
 
+    def _calls(self, events: Sequence[Event]) -> Iterator[tuple[Any, Event]]:
+        """What ``publish`` does, call by call, for whichever thread asks next."""
+        everybody, indexes = self._registry.receivers(events[0]._message.topic)
+        verbose = log.isEnabledFor(logging.DEBUG)
+        if everybody or indexes:
+            for event in events:
+                receivers = everybody
+                for index in indexes:
+                    receivers = [*receivers, *index.find(event)]
+                if verbose:
+                    _log_delivery(event, len(receivers))
+                for receiver in receivers:
+                    yield receiver, event
+        self._tell_observers(events)
+
+    def call(self, receiver: Any, event: Event) -> None:
+        """Call one receiver, unless this is closed or the receiver's subscription cancelled."""
+        if self._closed:
+            return
+        if type(receiver) is Subscription:
+            if receiver.active:
+                try:
+                    receiver.fn(event)
+                except BaseException as error:
+                    self._failed(receiver.fn, event, error)
+        else:
+            try:
+                receiver(event._message.topic.model, event=event)
+            except BaseException as error:
+                self._failed(receiver, event, error)
+
+    def is_alone(self, receiver: Any) -> bool:
+        """Whether nobody but the receiver listens to anything."""
+        return self._registry.is_alone(receiver)
+
     def flush(self, timeout: float) -> bool:
         """Nothing is ever under way after ``publish``."""
         return True
@@ -76,8 +118,14 @@ class InProcess:
 class TracedInProcess(InProcess):
     """The same, with each call in a span; apart, so that without a tracer it costs nothing."""
 
-    def __init__(self, registry: Registry, failed: FailureHandler, tracer: Tracer) -> None:
-        super().__init__(registry, failed)
+    def __init__(
+        self,
+        registry: Registry,
+        failed: FailureHandler,
+        tracer: Tracer,
+        isolating: bool = False,
+    ) -> None:
+        super().__init__(registry, failed, isolating)
         self._tracer = tracer
 
     def _call_receivers(self, events: Sequence[Event]) -> None:
@@ -85,17 +133,28 @@ class TracedInProcess(InProcess):
         everybody, indexes = self._registry.receivers(topic)
         for event in events:
             for receiver in [*everybody, *(one for index in indexes for one in index.find(event))]:
-                if self._closed:
-                    return
-                ours = isinstance(receiver, Subscription)
-                if ours and not receiver.active:
-                    continue
-                fn = receiver.fn if ours else receiver
-                try:
-                    if ours and receiver.collects:
-                        fn(event)
-                    else:
-                        with span(self._tracer, [event], receiver_name(fn)):
-                            receiver(topic.model, event=event)
-                except BaseException as error:
-                    self._failed(fn, event, error)
+                self.call(receiver, event)
+
+    def call(self, receiver: Any, event: Event) -> None:
+        """See InProcess."""
+        ours = type(receiver) is Subscription
+        if self._closed or (ours and not receiver.active):
+            return
+        fn = receiver.fn if ours else receiver
+        try:
+            if ours and receiver.collects:
+                fn(event)
+            else:
+                with span(self._tracer, [event], receiver_name(fn)):
+                    receiver(event._message.topic.model, event=event)
+        except BaseException as error:
+            self._failed(fn, event, error)
+
+
+def _log_delivery(event: Event, receivers: int) -> None:
+    log.debug(
+        "delivering %r to %d receivers",
+        event,
+        receivers,
+        extra={"event_uid": event.uid, **event._message.topic.fields},
+    )
