@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from .events import Batch, Event, hashable
 from .metrics import Tracer, span
-from .receivers import Retrying, receiver_name
+from .receivers import DEFAULT_RETRYING, Retrying, receiver_name
 
 BatchReceiver = Callable[[Batch], object]
 BatchFailureHandler = Callable[[Any, Event, BaseException], None]
@@ -44,7 +44,7 @@ class Batcher:
         every: float,
         max_size: int,
         timer: BatchTimer,
-        retrying: Retrying = Retrying(),
+        retrying: Retrying = DEFAULT_RETRYING,
     ) -> None:
         functools.update_wrapper(self, fn)
         self.fn = fn

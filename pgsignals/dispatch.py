@@ -146,6 +146,33 @@ class Dispatcher:
         if shed:
             self._count_shed(shed)
 
+    def submit_events(self, events: Sequence[Event]) -> None:
+        """Queue events in their order, whatever messages they are of. Never waits."""
+        plan: list[tuple[Lane | None, list[Event]]] = []
+        growing: dict[Lane, list[Event]] = {}
+        single = self._lanes[0] if len(self._lanes) == 1 else None
+        for event in events:
+            message = event._message
+            if single is None and message.moved:
+                plan.append((None, [event]))
+                growing.clear()
+                continue
+            lane = single or self._lane_of(event._row[: len(message.topic.key)])
+            group = growing.get(lane)
+            if group is not None and group[0]._message.topic is message.topic:
+                group.append(event)
+            else:
+                growing[lane] = [event]
+                plan.append((lane, growing[lane]))
+        with self._room:
+            for target, group in plan:
+                if target is None:
+                    self._put_moved(group[0])
+                else:
+                    self._put(target, group)
+            if not self._busy.is_set():
+                self._busy.set()
+
     def _put(self, lane: Lane, events: list[Event]) -> None:
         if lane.given_up:
             self._drop(lane, events)

@@ -18,13 +18,15 @@ from blinker import Signal
 
 from .batches import Batcher, BatchReceiver, BatchTimer
 from .connection import Backoff, redact
+from .durable import DurableRun
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Event, Gap, model_name
 from .inspection import Health, Status
 from .metrics import COUNTERS, Meter, Metrics, Tracer
-from .receivers import Receiver, Registry, Subscription, receiver_name
+from .receivers import Later, Receiver, Registry, Retrying, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
+from .sources.outbox import Consumer
 from .streams import Stream
 from .tables import Resolver
 from .termination import termination
@@ -36,8 +38,10 @@ log = logging.getLogger("pgsignals")
 R = TypeVar("R", bound=Callable[..., object])
 GapReceiver = Callable[[Gap], object]
 
+Delivery = Literal["notify", "outbox"]
+
 _EXIT_SECONDS = 5.0
-_GAP_REASONS = ("reconnected", "overflow", "watcher_broken")
+_GAP_REASONS = ("reconnected", "overflow", "watcher_broken", "retention", "restored")
 
 
 class Hub:
@@ -83,7 +87,10 @@ class Hub:
         dsn: str = "",
         watchers: Iterable[Any] = (),
         *,
-        delivery: Literal["notify"] = "notify",
+        delivery: Delivery = "notify",
+        name: str | None = None,
+        partitions: int = 1,
+        lease: float = 5.0,
         install: Install = "auto",
         workers: int = 1,
         queue_size: int = 10_000,
@@ -102,6 +109,10 @@ class Hub:
         """Install triggers for the watchers and deliver their events from now on.
 
         ``dsn`` is anything libpq takes; what it leaves out comes from libpq's environment.
+        ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a consumer
+        with a ``name`` goes on where it has acknowledged; of several processes with one name, one
+        reads, and another takes over when it ends, or does not renew its claim for ``lease``
+        seconds. ``partitions`` share the records of a name among as many processes.
         ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one is
         missing, ``"off"`` does not look. ``workers`` threads call the receivers, in order for each
         record; ``queue_size`` events wait for them at most before reading pauses. Watchers of
@@ -122,10 +133,11 @@ class Hub:
         Returns once events are being received. Raises ConfigurationError, ConnectError and the
         other kinds of DatabaseError, StateError when it runs already.
         """
-        if delivery != "notify":
+        if delivery not in get_args(Delivery):
             raise ConfigurationError(
-                f"delivery={delivery!r} is not a delivery of this version; there is 'notify'."
+                f"delivery={delivery!r}: it is one of {', '.join(map(repr, get_args(Delivery)))}."
             )
+        consumer = _consumer(delivery, name, partitions, lease)
         if not isinstance(dsn, str):
             raise ConfigurationError(
                 f"dsn={redact(repr(dsn))}: give a connection string, or '' for libpq's defaults."
@@ -160,6 +172,8 @@ class Hub:
 
         def make() -> Run:
             self._observe(meter, tracer)
+            if consumer is not None:
+                return DurableRun(settings, self._audience, meter, consumer)
             return DatabaseRun(settings, self._audience, meter)
 
         self._begin(make)
@@ -227,31 +241,62 @@ class Hub:
         finally:
             self._ends = None
 
-    def on(self, target: Any, *ops: str, **filters: Any) -> Callable[[R], R]:
+    def on(
+        self,
+        target: Any,
+        *ops: str,
+        retries: int = 4,
+        backoff: float = 0.5,
+        later: Later = "wait",
+        **filters: Any,
+    ) -> Callable[[R], R]:
         """Decorate a function to be called with each event of a model or label.
 
         Without operations it gets all that are delivered. ``filters`` narrow it to records whose
         key or extra columns have these values (``id=`` is the key, whatever its name).
+        When it raises in outbox delivery, it is called again up to ``retries`` times, first after
+        ``backoff`` seconds, then after twice as long each time, and at last the event is kept as a
+        dead letter; until then ``later`` events of the same record ``"wait"``, or ``"follow"``.
         Raises ReceiverError, here or at start, when no watcher delivers that.
         """
 
+        retrying = Retrying(retries, backoff, later)
+
         def register(fn: R) -> R:
-            self._registry.subscribe(fn, target, ops, filters)
+            self._registry.subscribe(fn, target, ops, filters, retrying=retrying)
             return fn
 
         return register
 
-    def subscribe(self, fn: Receiver, target: Any, *ops: str, **filters: Any) -> Subscription:
+    def subscribe(
+        self,
+        fn: Receiver,
+        target: Any,
+        *ops: str,
+        retries: int = 4,
+        backoff: float = 0.5,
+        later: Later = "wait",
+        **filters: Any,
+    ) -> Subscription:
         """Like :meth:`on`, for later: returns a handle whose ``cancel()`` ends it."""
-        return self._registry.subscribe(fn, target, ops, filters)
+        retrying = Retrying(retries, backoff, later)
+        return self._registry.subscribe(fn, target, ops, filters, retrying=retrying)
 
     def on_batch(
-        self, target: Any, *ops: str, every: float = 0.5, max_size: int = 10_000, **filters: Any
+        self,
+        target: Any,
+        *ops: str,
+        every: float = 0.5,
+        max_size: int = 10_000,
+        retries: int = 4,
+        backoff: float = 0.5,
+        **filters: Any,
     ) -> Callable[[Callable[[Any], object]], Callable[[Any], object]]:
         """Decorate a function to be called with a Batch: the latest event of each record.
 
         The first change starts a period of ``every`` seconds, at whose end the function is called;
-        it is called earlier when ``max_size`` records have changed.
+        it is called earlier when ``max_size`` records have changed. For ``retries`` and ``backoff``
+        see :meth:`on`: a Batch is given again as a whole.
         """
         if every < 0 or max_size < 1:
             raise ConfigurationError(
@@ -259,8 +304,10 @@ class Hub:
                 "holds at least one event."
             )
 
+        retrying = Retrying(retries, backoff)
+
         def register(fn: BatchReceiver) -> BatchReceiver:
-            batcher = Batcher(fn, every, max_size, self._timer)
+            batcher = Batcher(fn, every, max_size, self._timer, retrying)
             self._registry.subscribe(batcher, target, ops, filters, collects=True)
             return fn
 
@@ -489,6 +536,27 @@ class Hub:
                     extra={"receiver": name, "gap_reason": gap.reason},
                 )
         self._send(self.gap, gap=gap)
+
+
+def _consumer(delivery: str, name: object, partitions: object, lease: object) -> Consumer | None:
+    if delivery != "outbox":
+        for option, given, default in (("name", name, None), ("partitions", partitions, 1)):
+            if given != default:
+                raise ConfigurationError(
+                    f'{option}={given!r} is of outbox delivery: add delivery="outbox".'
+                )
+        return None
+    if name is not None and (not isinstance(name, str) or not name or "\0" in name):
+        raise ConfigurationError(f"name={name!r}: give a text that is not empty.")
+    if not isinstance(partitions, int) or not 1 <= partitions <= 256:
+        raise ConfigurationError(f"partitions={partitions!r}: give a whole number from 1 to 256.")
+    if partitions > 1 and name is None:
+        raise ConfigurationError(
+            f"partitions={partitions!r} are shared by processes of one name: add name=."
+        )
+    if not isinstance(lease, int | float) or not 1 <= lease <= 3600:
+        raise ConfigurationError(f"lease={lease!r}: give seconds, from 1 to 3,600.")
+    return Consumer(name, partitions, float(lease))
 
 
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

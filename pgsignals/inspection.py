@@ -9,6 +9,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from .errors import ModelError, WatcherError
 from .events import model_name
+from .outbox.inspection import OutboxState
 from .tables import Resolver, resolve
 from .triggers.catalogue import Installed, read_installed
 from .triggers.definitions import Definition, define
@@ -28,6 +29,11 @@ class Status:
     does, in seconds; the other numbers count since ``start``, ``shed`` what slow receivers lost.
     ``aside`` names the receivers that have queues of their own because they are slow, where an
     event counts once more.
+
+    In outbox delivery, ``name`` is the consumer's, ``active`` whether this process reads for it
+    rather than standing by, ``unacknowledged`` counts events that have been read and not been
+    acknowledged, ``retrying`` calls that wait to be made again, and ``outbox`` is what is in the
+    database.
     """
 
     watchers: tuple[State, ...]
@@ -42,6 +48,11 @@ class Status:
     shed: int = 0
     reconnects: int = 0
     aside: tuple[str, ...] = ()
+    name: str | None = None
+    active: bool = True
+    unacknowledged: int = 0
+    retrying: int = 0
+    outbox: OutboxState | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,11 @@ class Health:
 
 
 def read_states(
-    cursor: Cursor, watchers: Sequence[Watcher], resolvers: Sequence[Resolver], namespace: str
+    cursor: Cursor,
+    watchers: Sequence[Watcher],
+    resolvers: Sequence[Resolver],
+    namespace: str,
+    durable: bool = False,
 ) -> list[State]:
     """How the trigger of each watcher stands, and then the others of the namespace.
 
@@ -80,7 +95,7 @@ def read_states(
     explained: set[str] = set()
     for watcher in watchers:
         try:
-            definitions += define(cursor, [watcher], resolvers, namespace)
+            definitions += define(cursor, [watcher], resolvers, namespace, durable)
         except WatcherError as error:
             former = _former(watcher, resolvers, installed)
             for op in watcher.ops:

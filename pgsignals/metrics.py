@@ -64,6 +64,7 @@ COUNTERS = {
     "reconnects": Measure("Connections lost and replaced."),
     "gaps": Measure("Gaps announced.", ("reason",)),
     "shed_events": Measure("Events dropped since receivers were too slow."),
+    "dead_letters": Measure("Events kept since a receiver could not take them.", ("receiver",)),
     "invalid_payloads": Measure("Payloads on our channels that pgsignals did not write."),
 }
 

@@ -23,6 +23,7 @@ log = logging.getLogger("pgsignals")
 Receiver = Callable[[Event], object]
 R = TypeVar("R", bound=Callable[..., object])
 Key = tuple["int | str", str]
+Later = Literal["wait", "follow"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Retrying:
 
     retries: int = 4
     backoff: float = 0.5
-    later: Literal["wait", "follow"] = "wait"
+    later: Later = "wait"
 
     def __post_init__(self) -> None:
         if not isinstance(self.retries, int) or self.retries < 0:
@@ -49,6 +50,9 @@ class Retrying:
     def delay(self, tries: int) -> float:
         """Seconds before the next try, after so many."""
         return float(min(60.0, self.backoff * 2 ** min(tries - 1, 32)))
+
+
+DEFAULT_RETRYING = Retrying()
 
 
 class Subscription:
@@ -75,7 +79,7 @@ class Subscription:
         cancel: Callable[[Subscription], None],
         name: str,
         collects: bool = False,
-        retrying: Retrying = Retrying(),
+        retrying: Retrying = DEFAULT_RETRYING,
     ) -> None:
         self.fn = fn
         self.name = name
@@ -125,7 +129,7 @@ class Registry:
         filters: dict[str, Any],
         name: str | None = None,
         collects: bool = False,
-        retrying: Retrying = Retrying(),
+        retrying: Retrying = DEFAULT_RETRYING,
     ) -> Subscription:
         """Have ``fn`` called with each event of the model or label and the operations.
 

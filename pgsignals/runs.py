@@ -105,7 +105,7 @@ class DatabaseRun:
         self._pruned = not settings.prune
         self._awaited: dict[str, Callable[[], None]] = {}
         self._meter = meter
-        self._lag = _Lag(lambda: self.source.now())
+        self._lag = Lag(lambda: self.source.now())
         registry, failed, tracer = audience.registry, audience.failed, settings.tracer
         # With one worker all calls are made one after the other, which is what that promises.
         isolating = settings.workers > 1
@@ -280,7 +280,7 @@ class DatabaseRun:
             self.dispatcher.settle(call)
 
 
-class _Lag:
+class Lag:
     """A broadcaster that takes events nowhere: it sees how old they are by the server's clock."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:

@@ -1,4 +1,4 @@
-"""In-process delivery that acknowledges: receivers that raise are called again, then given up on."""
+"""In-process delivery that acknowledges: a receiver that raises is called again, then given up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from ..batches import Batcher
 from ..events import Batch, Event, hashable
 from ..metrics import Tracer, span
-from ..receivers import Registry, Retrying, Subscription, receiver_name
+from ..receivers import DEFAULT_RETRYING, Registry, Retrying, Subscription, receiver_name
 from .inprocess import FailureHandler
 
 log = logging.getLogger("pgsignals")
@@ -70,7 +70,7 @@ class _Attempt:
 
 
 class DurableInProcess:
-    """Calls each receiver of each event, and holds the event's page while one has yet to take it."""
+    """Calls each receiver of each event; the event's page is held while one has yet to take it."""
 
     def __init__(
         self, registry: Registry, failed: FailureHandler, bury: Bury, tracer: Tracer | None = None
@@ -150,7 +150,7 @@ class DurableInProcess:
             called.reset(token)
 
     def _attempt(self, receiver: Any, event: Event) -> _Attempt:
-        policy = receiver.retrying if type(receiver) is Subscription else Retrying()
+        policy = receiver.retrying if type(receiver) is Subscription else DEFAULT_RETRYING
         return _Attempt(
             receiver,
             lambda: self._call(receiver, event),
@@ -239,9 +239,7 @@ class DurableInProcess:
             finally:
                 called.reset(token)
 
-        self._try_again(
-            _Attempt(batcher, call, batch.events, events, batcher.retrying), error
-        )
+        self._try_again(_Attempt(batcher, call, batch.events, events, batcher.retrying), error)
 
     def redeliver(
         self,
@@ -255,19 +253,23 @@ class DurableInProcess:
         for index in indexes:
             everybody += index.find(event)
         for found in everybody:
-            if receiver_name(found) != receiver:
-                continue
-            fn = found.fn if isinstance(found, Subscription) else found
-            if isinstance(fn, Batcher):
-                batcher = fn
-                call: Callable[[], object] = lambda: batcher.call(Batch((event,)))  # noqa: E731
-            else:
-                call = lambda: self._call(found, event)  # noqa: B023, E731
-            once = Retrying(retries=0)
-            attempt = _Attempt(found, call, [event], [], once, tries=tries, delivered=delivered)
-            self._schedule(attempt, 0.0)
-            return True
+            if receiver_name(found) == receiver:
+                self._schedule(self._again(found, event, tries, delivered), 0.0)
+                return True
         return False
+
+    def _again(
+        self, receiver: Any, event: Event, tries: int, delivered: Callable[[], None]
+    ) -> _Attempt:
+        fn = _function(receiver)
+
+        def call() -> object:
+            if isinstance(fn, Batcher):
+                return fn.call(Batch((event,)), self._tracer)
+            return self._call(receiver, event)
+
+        once = Retrying(retries=0)
+        return _Attempt(receiver, call, [event], [], once, tries=tries, delivered=delivered)
 
     def start(self) -> None:
         """Start the thread that calls again."""

@@ -37,8 +37,8 @@ class Reign:
 class Page:
     """Some messages of a window: ``done`` when each of their events has been taken care of.
 
-    ``cursor`` is where the consumer stands then, ``count`` the number of their events. Whoever keeps
-    an event for later holds the page, and releases it when that is done.
+    ``cursor`` is where the consumer stands then, ``count`` the number of their events. Whoever
+    keeps an event for later holds the page, and releases it when that is done.
     """
 
     __slots__ = ("_holds", "count", "cursor", "handled", "reign")

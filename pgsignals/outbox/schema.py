@@ -13,7 +13,7 @@ from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from ..errors import DatabaseError, DriftError, PrivilegeError
-from ..triggers.installer import Limits, in_install_lock
+from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock
 
 log = logging.getLogger("pgsignals")
 
@@ -45,7 +45,8 @@ _VERSION_1 = (
     "CREATE INDEX outbox_id_idx ON pgsignals.outbox (id)",
     *(
         # A message of many rows fills a page, and stays in it. There is nothing to vacuum.
-        f"""CREATE TABLE pgsignals.outbox_{slot} PARTITION OF pgsignals.outbox FOR VALUES IN ({slot})
+        f"""CREATE TABLE pgsignals.outbox_{slot}
+  PARTITION OF pgsignals.outbox FOR VALUES IN ({slot})
   WITH (autovacuum_enabled = off, toast.autovacuum_enabled = off, toast_tuple_target = 8160)"""
         for slot in range(SLOTS)
     ),
@@ -188,7 +189,7 @@ def upgrade_statements(cursor: Cursor, version: int) -> list[str]:
     return found
 
 
-def install_schema(cursor: Cursor, limits: Limits = Limits()) -> bool:
+def install_schema(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> bool:
     """Make or upgrade the schema, in one transaction; whether there was anything to do.
 
     The cursor's connection is in autocommit mode. Raises PrivilegeError, DatabaseError.

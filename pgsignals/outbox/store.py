@@ -290,9 +290,7 @@ class Store:
         )
         if release or not found:
             key = (names.cursor_key(self._consumer, claim.part) + claim.token) % 2147483647
-            self._execute(
-                "SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key)
-            )
+            self._execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key))
         return bool(found), found[0][0] if found else None
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Messages from the outbox: at least once, in commit-consistent order, from where they were left."""
+"""Messages from the outbox: at least once, in commit-consistent order, from the cursor on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -26,13 +25,11 @@ from ..connection import Backoff, Session, Waiter, connect, display, make_cast, 
 from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError
 from ..events import Event, Gap, Message
 from ..metrics import Meter
-from ..outbox.cursors import Floors, Snapshot, Window
-from ..outbox.pages import Page, Reign
+from ..outbox.cursors import Snapshot
+from ..outbox.pages import Page
+from ..outbox.parts import Part
 from ..outbox.store import (
-    PAGE_BYTES,
-    PAGE_ROWS,
     Claim,
-    Cursor,
     DeadLetter,
     Letter,
     Look,
@@ -40,6 +37,7 @@ from ..outbox.store import (
     Store,
     starting_over,
 )
+from ..outbox.wakefulness import SLEEP_SECONDS, Wakefulness
 from ..payload import Broken, Cast, Decoder
 from ..triggers.definitions import Definition
 from .notify import HEALTHY_SECONDS, Timing
@@ -53,17 +51,6 @@ from .opening import (
 
 log = logging.getLogger("pgsignals")
 
-# Awake, it looks this often; a little less often while it finds something each time.
-LOOK_SECONDS = 0.002
-BUSY_SECONDS = 0.004
-# Without anything new for so long it goes to sleep.
-LINGER_SECONDS = 0.1
-# While transactions may still commit that saw it awake, and so sent no notification.
-DOZE_SECONDS = 0.02
-# The others stay awake for LINGER_SECONDS after each of these.
-WAKE_OTHERS_SECONDS = 0.03
-# Asleep, it looks all the same, in case a consumer died that had seen something.
-SLEEP_SECONDS = 5.0
 ACKNOWLEDGE_SECONDS = 0.2
 # How often a part that another process reads is asked for.
 CLAIM_SECONDS = 0.5
@@ -128,88 +115,6 @@ class ChannelDecoder:
     until: int | None = None
 
 
-class _Part:
-    """A part that this process reads: what is acknowledged, what is under way, what comes next."""
-
-    def __init__(self, claim: Claim, look: Look, lease_until: float) -> None:
-        self.claim = claim
-        self.reign = Reign(lease_until)
-        self.acknowledged = claim.cursor
-        self.unsaved = 0
-        self.leaving = False
-        self._begin()
-        if claim.clean:
-            self.doubtful = None
-        else:
-            self.doubtful = look.snapshot
-
-    def _begin(self) -> None:
-        cursor = self.acknowledged
-        self.pages: deque[Page] = deque()
-        self.outstanding = 0
-        self.since = cursor.snapshot
-        self.last_id = cursor.last_id
-        self.floors = Floors(self.since, cursor.floor)
-        self.window = None if cursor.target is None else self._window_to(cursor.target)
-        # What somebody may have delivered who did not come to acknowledge it.
-        self.doubtful: Snapshot | None = None
-
-    def rewind(self, look: Look) -> None:
-        """Read again from what is acknowledged."""
-        deadline = self.reign.deadline
-        self.reign.end()
-        self.reign = Reign(deadline)
-        self._begin()
-        self.doubtful = look.snapshot
-
-    def _window_to(self, target: Snapshot) -> Window:
-        window = Window.between(self.since, target, 0)
-        after = min(self.floors.below(x) for x in (self.since.xmax, *window.ended))
-        return replace(window, after=after)
-
-    def advance(self, look: Look, given_out: int) -> None:
-        """Take note of a look; where no window is being read, have one up to it."""
-        self.floors.note(look.snapshot, given_out)
-        if self.window is None:
-            window = self._window_to(look.snapshot)
-            if not window.empty:
-                self.window = window
-
-    def turn(self, rows: Sequence[Row]) -> Cursor:
-        """Go on behind rows of the window; where the consumer stands when they are acknowledged."""
-        assert self.window is not None
-        # Rows are counted in characters here, and cut by bytes there, of which four make one.
-        size = sum(len(row.payload) for row in rows)
-        if rows and (len(rows) >= PAGE_ROWS or 4 * size >= PAGE_BYTES):
-            self.last_id = rows[-1].id
-            floor = self.floors.below(self.since.xmin)
-            return Cursor(self.since, floor, self.window.target, self.last_id)
-        self.since, self.window, self.last_id = self.window.target, None, 0
-        floor = self.floors.below(self.since.xmin)
-        self.floors.forget(self.since.xmin)
-        if self.doubtful is not None and self.since.xmin >= self.doubtful.xmax:
-            self.doubtful = None
-        return Cursor(self.since, floor)
-
-    def add(self, page: Page) -> None:
-        """Put a page behind those that are under way."""
-        # Of windows without a row, one page is enough.
-        if not page.count and self.pages and not self.pages[-1].count and self.pages[-1].done:
-            self.pages.pop()
-        self.pages.append(page)
-        self.outstanding += page.count
-
-    def collect(self) -> bool:
-        """Take note of the pages that are done by now; whether there are new ones."""
-        before = self.unsaved
-        while self.pages and self.pages[0].done:
-            page = self.pages.popleft()
-            self.acknowledged = page.cursor
-            self.unsaved += page.count
-            self.outstanding -= page.count
-        return self.unsaved > before
-
-
 class OutboxSource:
     """Reads the outbox for one consumer, in one session, from one thread.
 
@@ -248,7 +153,7 @@ class OutboxSource:
         self._definitions: Sequence[Definition] = ()
         self._decoders: Mapping[int, ChannelDecoder] = {}
         self._parts_known = consumer.parts
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, Part] = {}
         self._epoch = ""
         self._given_out = 0
         self._letters: SimpleQueue[tuple[Letter | int, Callable[[], None]]] = SimpleQueue()
@@ -258,7 +163,7 @@ class OutboxSource:
         self._clock_offset = timedelta(0)
         self._turned_at = time.monotonic()
         self._own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
-        self._state = _Wakefulness()
+        self._state = Wakefulness()
         self.invalid = 0
         self.reconnects = 0
         self.received = 0
@@ -393,7 +298,10 @@ class OutboxSource:
         log.debug("connecting to %s", display(self._listen_dsn))
         timeout = self._timing.timeout
         connection = connect(self._dsn, timeout, self._timing.statement)
-        session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
+        # Once connected, the last acknowledgement is still to come when it stops.
+        session = Session(
+            self._listen_dsn, self._waiter, lambda: self._stopping and self._session is None
+        )
         try:
             with connection.cursor() as cursor:
                 cursor.execute(IN_RECOVERY)
@@ -444,9 +352,9 @@ class OutboxSource:
             )
         if new:
             log.info("the consumer %s begins here", self.name)
-        self._state = _Wakefulness()
-        self._given_out = 0
+        self._state = Wakefulness()
         look = store.look(awake=True)
+        self._given_out = look.given_out
         self._claim(store, look)
         store.wake_others()
 
@@ -490,7 +398,8 @@ class OutboxSource:
                 self._acknowledge(store, due)
             if more:
                 continue
-            pause = state.pause(store, time.monotonic(), found) if self._parts else CLAIM_SECONDS
+            done = time.monotonic()
+            pause = state.pause(store, done, done - now) if self._parts else CLAIM_SECONDS
             wake_at = claim_at
             if self._parts:
                 wake_at = min(wake_at, renew_at)
@@ -515,7 +424,7 @@ class OutboxSource:
             self._redeliver_letters(self._store)
         return heard
 
-    def _look_and_read(self, store: Store, state: _Wakefulness) -> tuple[bool, bool]:
+    def _look_and_read(self, store: Store, state: Wakefulness) -> tuple[bool, bool]:
         """One look, and a page for each part that wants one; whether there was, and is more."""
         asked: list[Callable[[], None]] = []
         with contextlib.suppress(Empty):
@@ -557,7 +466,7 @@ class OutboxSource:
             self._awaited.remove(each)
             each[1]()
 
-    def _read_page(self, store: Store, part: _Part) -> bool:
+    def _read_page(self, store: Store, part: Part) -> bool:
         assert part.window is not None
         rows = store.read(part.window, part.last_id)
         events: list[Event] = []
@@ -610,7 +519,7 @@ class OutboxSource:
             message.position = str(row.id)
         return message
 
-    def _note_shed(self, part: _Part, look: Look) -> None:
+    def _note_shed(self, part: Part, look: Look) -> None:
         """Announce what writers left out, since the outbox was full and nobody there to read it."""
         if look.shed > part.claim.shed:
             since, until = part.claim.acknowledged_at, self.now()
@@ -639,9 +548,7 @@ class OutboxSource:
             if claim is None:
                 continue
             log.info("reading part %d of %d for the consumer %s", number, parts, self.name)
-            self._parts[number] = _Part(
-                self._in_this_history(claim, look), look, asked_at + lease
-            )
+            self._parts[number] = Part(self._in_this_history(claim, look), look, asked_at + lease)
 
     def _in_this_history(self, claim: Claim, look: Look) -> Claim:
         """The claim, unless it was made in a history that is not the database's any more."""
@@ -673,7 +580,7 @@ class OutboxSource:
                 continue
             self._save(store, number, part, release=gone)
 
-    def _save(self, store: Store, number: int, part: _Part, release: bool = False) -> None:
+    def _save(self, store: Store, number: int, part: Part, release: bool = False) -> None:
         asked_at = time.monotonic()
         lease = self._consumer.lease
         ours, lost_until = store.acknowledge(
@@ -745,63 +652,6 @@ class OutboxSource:
             store.forget()
         if self._consumer.parts > 1:
             store.leave()
-
-
-class _Wakefulness:
-    """When to look again: often while there is something, seldom when writers will say so.
-
-    Awake, a consumer holds a lock by which writers see that they need not notify, unless another
-    one holds it, who then tells of what it finds. Before it sleeps, it gives the lock back and waits
-    for the end of the transactions that may have seen it.
-    """
-
-    def __init__(self) -> None:
-        self.awake = True
-        self.held = False
-        self.company = True
-        self.stirred = False
-        self.seen: Snapshot | None = None
-        self._told_at = 0.0
-        self._roused_at = time.monotonic()
-        self._dozing: Snapshot | None = None
-        self._dozed_at = 0.0
-        self._asked_at = 0.0
-
-    def wake(self, now: float) -> None:
-        """There is something, or may be."""
-        self.awake = True
-        self._dozing = None
-        self._roused_at = now
-
-    def pause(self, store: Store, now: float, found: bool) -> float:
-        """Seconds until the next look, if nothing is heard before."""
-        if self.stirred and self.company and now - self._told_at >= WAKE_OTHERS_SECONDS:
-            store.wake_others()
-            self.stirred, self._told_at = False, now
-        if self.awake:
-            if now - self._roused_at < LINGER_SECONDS or (self.stirred and self.company):
-                return BUSY_SECONDS if found else LOOK_SECONDS
-            self.awake = False
-            if not self.held:
-                return SLEEP_SECONDS
-            store.doze()
-            self.held = False
-            self._dozing = store.look(awake=True).snapshot
-            self._dozed_at = self._asked_at = now
-            return LOOK_SECONDS
-        if self._dozing is None:
-            return SLEEP_SECONDS
-        if self.seen is not None and self.seen.xmin >= self._dozing.xmax:
-            self._dozing = None
-        elif now - self._asked_at >= 1.0:
-            # Some transaction is long: one that has not written to the outbox is none of ours.
-            self._asked_at = now
-            if not store.writers_under_way():
-                self._dozing = None
-        if self._dozing is None:
-            # One more look, since what was waited for may have just ended.
-            return 0.0
-        return LOOK_SECONDS if now - self._dozed_at < LINGER_SECONDS else DOZE_SECONDS
 
 
 def _part_of(key: tuple[object, ...], parts: int) -> int:

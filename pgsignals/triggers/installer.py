@@ -55,6 +55,9 @@ class Limits:
                 )
 
 
+DEFAULT_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class State:
     """How one trigger stands; ``detail`` says why.
@@ -170,7 +173,7 @@ def _identity(item: Installed) -> tuple[str, str | None, str, str | None]:
 
 
 def install(
-    cursor: Cursor, namespace: str, wanted: Sequence[Trigger], limits: Limits = Limits()
+    cursor: Cursor, namespace: str, wanted: Sequence[Trigger], limits: Limits = DEFAULT_LIMITS
 ) -> list[Trigger]:
     """Create what is missing or outdated; returns what was created.
 
@@ -269,7 +272,7 @@ def prune(
     keep: Sequence[Trigger] = (),
     *,
     only: Sequence[str] | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> list[Installed]:
     """Remove triggers of the namespace that are not in ``keep`` and that nobody listens to.
 
@@ -297,7 +300,7 @@ def prune(
 
 
 def uninstall(
-    cursor: Cursor, namespace: str, *, force: bool = False, limits: Limits = Limits()
+    cursor: Cursor, namespace: str, *, force: bool = False, limits: Limits = DEFAULT_LIMITS
 ) -> list[Installed]:
     """Remove every trigger of the namespace; returns what was removed.
 

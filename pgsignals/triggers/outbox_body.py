@@ -110,11 +110,11 @@ BEGIN
     END;
   END;
 
-  IF CASE WHEN pg_try_advisory_lock_shared({class}, {awake})
-       THEN pg_advisory_unlock_shared({class}, {awake}) ELSE false END THEN
+  IF (CASE WHEN pg_try_advisory_lock_shared({class}, {awake})
+        THEN pg_advisory_unlock_shared({class}, {awake}) ELSE false END) THEN
     pgs_alive := true;
-    IF CASE WHEN pg_try_advisory_lock({class}, {alive})
-         THEN pg_advisory_unlock({class}, {alive}) ELSE false END THEN
+    IF (CASE WHEN pg_try_advisory_lock({class}, {alive})
+          THEN pg_advisory_unlock({class}, {alive}) ELSE false END) THEN
       pgs_alive := false;
       IF NOT pgsignals.has_room() THEN
         pgs_id := nextval('pgsignals.outbox_shed'::regclass);

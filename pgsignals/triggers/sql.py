@@ -413,7 +413,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     path = "pg_catalog, pg_temp"
     if spec.when is not None:
         path = search_path
-    settings = [sql.SQL("SET search_path TO {}").format(sql.SQL(path))]
+    settings: list[sql.Composable] = [sql.SQL("SET search_path TO {}").format(sql.SQL(path))]
     if spec.durable:
         # Writers hold no grant on the outbox.
         settings.insert(0, sql.SQL("SECURITY DEFINER"))
@@ -429,7 +429,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         "deleted": "REFERENCING OLD TABLE AS pgs_old ",
         "truncated": "",
     }[spec.op]
-    create = [
+    create: list[sql.Composable] = [
         sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}\nAS {}").format(
             function, sql.SQL("\n  ").join(settings), sql.SQL(_dollar_quoted(body))
         ),

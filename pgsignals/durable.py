@@ -1,0 +1,271 @@
+"""One run of a Hub in outbox delivery: the source, the receivers, and what is between them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from psycopg2.extensions import cursor as Cursor
+
+from .broadcasters.durable import DurableInProcess, Failed
+from .connection import connect
+from .dispatch import Dispatcher
+from .errors import ConfigurationError, DriftError
+from .events import Event, Gap, Topic
+from .inspection import Health, Status, read_queue_usage, read_states
+from .metrics import Meter
+from .outbox import schema
+from .outbox.housekeeping import Housekeeper
+from .outbox.inspection import read_outbox
+from .outbox.pages import Page
+from .outbox.store import DeadLetter, Letter
+from .payload import Cast, Decoder, Layout
+from .runs import Audience, Lag, Settings
+from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
+from .triggers import names
+from .triggers.definitions import Definition, define
+from .triggers.installer import check, install, prune
+
+log = logging.getLogger("pgsignals")
+
+
+class DurableRun:
+    """Events from the outbox: prepares its source, and is its sink."""
+
+    def __init__(
+        self, settings: Settings, audience: Audience, meter: Meter, consumer: Consumer
+    ) -> None:
+        self._settings = settings
+        self._audience = audience
+        self._meter = meter
+        self._consumer = consumer
+        self._definitions: list[Definition] = []
+        self._problem: ConfigurationError | None = None
+        self._pruned = not settings.prune
+        self._lag = Lag(lambda: self.source.now())
+        self._receivers = DurableInProcess(
+            audience.registry, audience.failed, self._bury, settings.tracer
+        )
+        self.dispatcher = Dispatcher(
+            [self._lag, self._receivers], settings.workers, settings.queue_size, audience.gap
+        )
+        self.source = OutboxSource(
+            settings.dsn,
+            settings.listen_dsn,
+            self,
+            self,
+            settings.timing,
+            meter,
+            consumer,
+            10 * settings.queue_size,
+        )
+        self._housekeeper = Housekeeper(settings.dsn, settings.timing.timeout)
+
+    def start(self) -> None:
+        """See Run."""
+        self.source.start()
+        self.dispatcher.start()
+        self._receivers.start()
+        self._audience.timer.start()
+        self._housekeeper.start()
+
+    def stop(self, timeout: float) -> bool:
+        """See Run."""
+        deadline = time.monotonic() + timeout
+
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
+
+        self.source.pause()
+        drained = self.dispatcher.stop(left())
+        self._audience.timer.stop(left())
+        self.source.stop(left())
+        self._housekeeper.stop(left())
+        return drained
+
+    def abandon(self) -> None:
+        """See Run."""
+        self.source.abandon()
+        self._housekeeper.abandon()
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """See Run."""
+        self.source.settle(lambda: self.dispatcher.settle(call))
+
+    def status(self) -> Status:
+        """See Run."""
+        settings = self._settings
+        connection = connect(settings.dsn)
+        try:
+            with connection.cursor() as cursor:
+                states = read_states(
+                    cursor, settings.watchers, settings.resolvers, settings.namespace, durable=True
+                )
+                usage = read_queue_usage(cursor)
+                outbox = read_outbox(cursor)
+        finally:
+            connection.close()
+        return Status(
+            watchers=tuple(states),
+            namespace=settings.namespace,
+            queue_usage=usage,
+            running=True,
+            connected=self.source.is_connected,
+            depth=self.dispatcher.depth,
+            oldest=self.dispatcher.oldest,
+            received=self.source.received,
+            invalid=self.source.invalid,
+            reconnects=self.source.reconnects,
+            name=self._consumer.name,
+            active=self.source.is_active,
+            retrying=self._receivers.retrying,
+            unacknowledged=self.source.outstanding,
+            outbox=outbox,
+        )
+
+    def health(self) -> Health:
+        """See Run."""
+        alive, connected = self.source.is_alive, self.source.is_connected
+        if not alive:
+            reason = "the thread that reads the outbox has ended or hangs"
+        elif not connected:
+            reason = "the connection is lost, and being made again"
+        else:
+            reason = ""
+        return Health(
+            alive=alive,
+            ready=not reason,
+            connected=connected,
+            reason=reason,
+            depth=self.dispatcher.depth,
+            oldest=self.dispatcher.oldest,
+            lag=self._lag.seconds,
+        )
+
+    def define(self, cursor: Cursor) -> list[Definition]:
+        """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
+        settings = self._settings
+        self._problem = None
+        try:
+            definitions = define(
+                cursor, settings.watchers, settings.resolvers, settings.namespace, durable=True
+            )
+            self._audience.registry.bind([definition.topic for definition in definitions])
+        except ConfigurationError as error:
+            if not self._definitions:
+                raise
+            log.error("the watchers no longer fit the database: %s", error)
+            self._problem = error
+        else:
+            self._definitions = definitions
+            for definition in definitions:
+                self._meter.count("events", 0, **definition.topic.fields)
+        return self._definitions
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        """See that the schema and the triggers are there, as far as the settings allow."""
+        settings = self._settings
+        triggers = [definition.trigger for definition in definitions]
+        if settings.install == "auto":
+            schema.install_schema(cursor, settings.limits)
+        elif settings.install == "check":
+            schema.check_schema(cursor)
+        if self._problem is not None:
+            return
+        if settings.install == "auto":
+            install(cursor, settings.namespace, triggers, settings.limits)
+            if not self._pruned:
+                prune(cursor, settings.namespace, triggers, limits=settings.limits)
+                self._pruned = True
+        elif settings.install == "check":
+            check(cursor, settings.namespace, triggers)
+
+    def decoders(
+        self, channels: Sequence[tuple[int, int, str]], cast: Cast
+    ) -> Mapping[int, ChannelDecoder]:
+        """How to read each channel of a watcher, those of its former definitions too.
+
+        While the triggers of two definitions are there, each change comes through both: of the
+        other one's rows, only those from before our own trigger was installed are ours to deliver.
+        """
+        layouts = {channel: (since, Layout.decode(text)) for channel, since, text in channels}
+        found: dict[int, ChannelDecoder] = {}
+        for definition in self._definitions:
+            own = names.channel_key(definition.trigger.hash)
+            if own not in layouts:
+                raise DriftError(
+                    f"The schema {schema.NAME!r} does not know the trigger for {definition}: it "
+                    "was installed before the schema was made anew. Run `pgsignals uninstall` and "
+                    "then `pgsignals install --delivery outbox`."
+                )
+            began, layout = layouts[own]
+            found[own] = ChannelDecoder(definition.decoder(cast))
+            for channel, (_, former) in layouts.items():
+                if channel != own and former.identity == layout.identity:
+                    topic = _former_topic(definition.topic, former)
+                    decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
+                    found[channel] = ChannelDecoder(decoder, began)
+        return found
+
+    @property
+    def full(self) -> bool:
+        """See DurableSink."""
+        return self.dispatcher.full
+
+    def submit_page(self, events: Sequence[Event], page: Page) -> None:
+        """See DurableSink."""
+        counts: dict[Topic, int] = {}
+        for event in events:
+            topic = event._message.topic
+            counts[topic] = counts.get(topic, 0) + 1
+        self.dispatcher.submit_events(events)
+        self.dispatcher.settle(page.finish)
+        for topic, count in counts.items():
+            self._meter.count("events", count, **topic.fields)
+
+    def gap(self, gap: Gap) -> None:
+        """See DurableSink."""
+        self.dispatcher.announce(lambda: self._audience.gap(gap))
+
+    def connected(self) -> None:
+        """See DurableSink."""
+        self.dispatcher.announce(self._audience.connected)
+
+    def disconnected(self, error: BaseException) -> None:
+        """See DurableSink."""
+        self.dispatcher.announce(lambda: self._audience.disconnected(error))
+
+    def redeliver(self, event: Event, letter: DeadLetter) -> bool:
+        """See DurableSink."""
+        return self._receivers.redeliver(
+            event, letter.receiver, letter.attempts, lambda: self.source.unbury(letter.key)
+        )
+
+    def _bury(self, failed: Failed, kept: Callable[[], None]) -> None:
+        event = failed.event
+        message = event._message
+        error = f"{type(failed.error).__name__}: {failed.error}"
+        letter = Letter(
+            receiver=failed.receiver,
+            uid=event.uid,
+            channel=self.source.channel_of(event),
+            number=event._number,
+            id=message.sequence,
+            payload="",
+            error=error,
+            traceback=failed.trace,
+            attempts=failed.tries,
+        )
+        self.source.bury(letter, kept)
+
+
+def _former_topic(topic: Topic, layout: Layout) -> Topic:
+    return replace(
+        topic,
+        key=layout.key,
+        values=layout.values,
+        compared=layout.compared,
+        name=layout.name,
+    )

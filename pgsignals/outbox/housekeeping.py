@@ -1,0 +1,277 @@
+"""Keeps the outbox small: empties partitions that all have read, or that are too old or too much."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psycopg2
+from psycopg2 import errors as pg
+from psycopg2 import sql
+from psycopg2.extensions import cursor as Cursor
+
+from ..connection import connect, redact
+from ..errors import ConnectError
+from ..triggers import names
+from .cursors import Snapshot
+from .schema import SLOTS
+
+log = logging.getLogger("pgsignals")
+
+EVERY_SECONDS = 10.0
+# The next partition is begun when the current one has grown to this, or is that old.
+SLOT_BYTES = 128 << 20
+SLOT_SECONDS = 3600.0
+# A process without a name that has not been heard of for so long is gone.
+FORGET_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Slot:
+    number: int
+    size: int
+    last_id: int | None
+    age: float
+    """Seconds since it was begun; of one that is not current, since the next one was."""
+
+    @property
+    def table(self) -> sql.Identifier:
+        return sql.Identifier("pgsignals", f"outbox_{self.number}")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    name: str
+    part: int
+    snapshot: Snapshot
+    floor: int
+
+
+class Housekeeper:
+    """Tidies up every few seconds, in a thread and connections of its own.
+
+    Of all the processes that have one, one at a time does it.
+    """
+
+    def __init__(self, dsn: str, timeout: float) -> None:
+        self._dsn = dsn
+        self._timeout = timeout
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pgsignals-housekeeper", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End, waiting at most ``timeout`` seconds."""
+        self._ending.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def abandon(self) -> None:
+        """In the child of a fork: the thread is not here."""
+
+    def _run(self) -> None:
+        while not self._ending.wait(EVERY_SECONDS * random.uniform(0.5, 1.0)):
+            try:
+                connection = connect(self._dsn, self._timeout, self._timeout)
+                try:
+                    with connection.cursor() as cursor:
+                        tidy(cursor)
+                finally:
+                    connection.close()
+            except (ConnectError, psycopg2.Error) as error:
+                log.warning("the outbox could not be tidied up: %s", redact(str(error)).strip())
+
+
+def tidy(
+    cursor: Cursor, slot_bytes: int = SLOT_BYTES, slot_seconds: float = SLOT_SECONDS
+) -> list[int]:
+    """Empty what can be emptied, unless somebody else does it now; the partitions emptied.
+
+    The cursor's connection is in autocommit mode.
+    """
+    key = (names.LOCK_CLASS, names.HOUSEKEEPING_LOCK)
+    cursor.execute("SELECT pg_catalog.pg_try_advisory_lock(%s, %s)", key)
+    [(ours,)] = cursor.fetchall()
+    if not ours:
+        return []
+    try:
+        _forget(cursor)
+        cursor.execute(
+            "SELECT retention_seconds, retention_bytes, s.last_value"
+            " FROM pgsignals.settings, pgsignals.outbox_slot AS s"
+        )
+        [(seconds, size, current)] = cursor.fetchall()
+        slots = _slots(cursor, current)
+        emptied = _empty_read(cursor, slots)
+        left = [slot for slot in slots if slot.number not in emptied]
+        emptied += _enforce(cursor, left, seconds, size)
+        _turn(cursor, slots, emptied, slot_bytes, slot_seconds, size)
+        return emptied
+    finally:
+        cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
+
+
+def _forget(cursor: Cursor) -> None:
+    cursor.execute(
+        "DELETE FROM pgsignals.consumers WHERE ephemeral"
+        " AND lease_until < pg_catalog.clock_timestamp() - %s * interval '1 s' RETURNING name",
+        (FORGET_SECONDS,),
+    )
+    for (name,) in cursor.fetchall():
+        log.info("forgot the consumer of the %s, which has ended", name)
+    cursor.execute(
+        "DELETE FROM pgsignals.members"
+        " WHERE until < pg_catalog.clock_timestamp() - interval '1 minute'"
+    )
+    cursor.execute(
+        "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
+        " WHERE p.at < pg_catalog.now() - retention_seconds * interval '1 s'"
+    )
+
+
+def _slots(cursor: Cursor, current: int) -> list[_Slot]:
+    """The partitions, the current one first, then from the oldest on."""
+    cursor.execute(
+        "SELECT slot, extract(epoch FROM pg_catalog.clock_timestamp() - opened_at)::float8"
+        " FROM pgsignals.slots"
+    )
+    opened = dict(cursor.fetchall())
+    found = []
+    for step in range(SLOTS):
+        number = (current + step) % SLOTS
+        cursor.execute(
+            sql.SQL(
+                "SELECT pg_catalog.pg_total_relation_size({}::pg_catalog.regclass),"
+                " (SELECT pg_catalog.max(id) FROM {})"
+            ).format(
+                sql.Literal(f"pgsignals.outbox_{number}"),
+                sql.Identifier("pgsignals", f"outbox_{number}"),
+            )
+        )
+        [(size, last_id)] = cursor.fetchall()
+        since = number if number == current else (number + 1) % SLOTS
+        found.append(_Slot(number, size, last_id, opened.get(since, 0.0)))
+    return found
+
+
+def _readers(cursor: Cursor) -> list[_Reader]:
+    cursor.execute("SELECT name, part, snapshot, floor FROM pgsignals.consumers")
+    return [
+        _Reader(name, part, Snapshot.parse(text), floor)
+        for name, part, text, floor in cursor.fetchall()
+    ]
+
+
+def _late(cursor: Cursor, slot: _Slot, readers: Sequence[_Reader]) -> list[_Reader]:
+    """Who has rows of the partition to read yet."""
+    found = []
+    for reader in readers:
+        if slot.last_id is None or reader.floor >= slot.last_id:
+            continue
+        cursor.execute(
+            sql.SQL(
+                "SELECT EXISTS (SELECT FROM {}"
+                " WHERE id > %s AND (txid >= %s OR txid = ANY (%s::bigint[])))"
+            ).format(slot.table),
+            (reader.floor, reader.snapshot.xmax, list(reader.snapshot.running)),
+        )
+        [(late,)] = cursor.fetchall()
+        if late:
+            found.append(reader)
+    return found
+
+
+def _empty_read(cursor: Cursor, slots: Sequence[_Slot]) -> list[int]:
+    readers = _readers(cursor)
+    emptied = []
+    for slot in slots[1:]:
+        if slot.last_id is None or _late(cursor, slot, readers):
+            continue
+        if _empty(cursor, slot, ()):
+            emptied.append(slot.number)
+    return emptied
+
+
+def _enforce(cursor: Cursor, slots: Sequence[_Slot], seconds: float, size: int) -> list[int]:
+    """Drop what is older than ``seconds``, and the oldest of what is more than ``size`` bytes."""
+    emptied = []
+    total = sum(slot.size for slot in slots)
+    for slot in slots[1:]:
+        if slot.last_id is None or (slot.age <= seconds and total <= size):
+            continue
+        late = _late(cursor, slot, _readers(cursor))
+        if _empty(cursor, slot, late):
+            emptied.append(slot.number)
+            total -= slot.size
+            for reader in late:
+                log.error(
+                    "the consumer %s is so late that %d bytes of its events were dropped: see the "
+                    "retention in pgsignals.settings",
+                    reader.name,
+                    slot.size,
+                )
+    return emptied
+
+
+def _empty(cursor: Cursor, slot: _Slot, late: Sequence[_Reader]) -> bool:
+    """Empty a partition; False when it is in use. ``late`` are told what they have missed."""
+    cursor.execute("BEGIN")
+    try:
+        cursor.execute("SET LOCAL lock_timeout TO '100ms'")
+        cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(slot.table))
+        # Whoever took this for the current one may have written to it since we looked.
+        cursor.execute(
+            sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE id > %s)").format(slot.table),
+            (slot.last_id,),
+        )
+        [(more,)] = cursor.fetchall()
+        if more:
+            cursor.execute("ROLLBACK")
+            return False
+        cursor.execute(sql.SQL("TRUNCATE {}").format(slot.table))
+        for reader in late:
+            cursor.execute(
+                "UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()"
+                " WHERE name = %s AND part = %s",
+                (reader.name, reader.part),
+            )
+    except pg.LockNotAvailable:
+        cursor.execute("ROLLBACK")
+        return False
+    except BaseException:
+        if not cursor.connection.closed:
+            cursor.execute("ROLLBACK")
+        raise
+    cursor.execute("COMMIT")
+    return True
+
+
+def _turn(
+    cursor: Cursor,
+    slots: Sequence[_Slot],
+    emptied: Sequence[int],
+    slot_bytes: int,
+    slot_seconds: float,
+    retention_bytes: int,
+) -> None:
+    """Begin the next partition when the current one is big or old, and the next is empty."""
+    current, following = slots[0], slots[1]
+    bound = min(slot_bytes, retention_bytes // SLOTS)
+    due = current.size > bound or current.age > slot_seconds
+    if current.last_id is None or not due:
+        return
+    if following.last_id is not None and following.number not in emptied:
+        return
+    cursor.execute(
+        "INSERT INTO pgsignals.slots VALUES (%s) ON CONFLICT (slot)"
+        " DO UPDATE SET opened_at = excluded.opened_at",
+        (following.number,),
+    )
+    # Not before the time is noted; from here on writers use it.
+    cursor.execute("SELECT pg_catalog.setval('pgsignals.outbox_slot', %s)", (following.number,))
