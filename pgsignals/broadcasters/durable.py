@@ -263,10 +263,11 @@ class DurableInProcess:
     ) -> _Attempt:
         fn = _function(receiver)
 
-        def call() -> object:
+        def call() -> None:
             if isinstance(fn, Batcher):
-                return fn.call(Batch((event,)), self._tracer)
-            return self._call(receiver, event)
+                fn.call(Batch((event,)), self._tracer)
+            else:
+                self._call(receiver, event)
 
         once = Retrying(retries=0)
         return _Attempt(receiver, call, [event], [], once, tries=tries, delivered=delivered)

@@ -1,4 +1,4 @@
-"""Keeps the outbox small: empties partitions that all have read, or that are too old or too much."""
+"""Keeps the outbox small: empties partitions that all have read, or that are too old or many."""
 
 from __future__ import annotations
 
