@@ -29,10 +29,12 @@ RETENTION_BYTES = 4 << 30
 _VERSION_1 = (
     "CREATE SCHEMA pgsignals",
     "CREATE SEQUENCE pgsignals.outbox_id",
+    # Set to 1 by a writer that finds the outbox full while no consumer lives, and back to 0.
+    "CREATE SEQUENCE pgsignals.outbox_full MINVALUE 0",
     f"CREATE SEQUENCE pgsignals.outbox_slot MINVALUE 0 MAXVALUE {SLOTS - 1}",
     "CREATE SEQUENCE pgsignals.outbox_shed MINVALUE 0",
     "SELECT pg_catalog.setval('pgsignals.outbox_id', 1),"
-    " pg_catalog.setval('pgsignals.outbox_slot', 0),"
+    " pg_catalog.setval('pgsignals.outbox_slot', 0), pg_catalog.setval('pgsignals.outbox_full', 0),"
     " pg_catalog.setval('pgsignals.outbox_shed', 0)",
     """CREATE TABLE pgsignals.outbox (
   id bigint NOT NULL,
