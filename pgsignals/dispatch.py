@@ -385,7 +385,8 @@ class Dispatcher:
                 if not (self._ending.is_set() or any(lane.depth for lane in self._lanes)):
                     self._busy.clear()
             self._busy.wait()
-            calls = {lane: lane.number for lane in self._lanes if lane.number in lane.running}
+            # One call at most; a list is made of it in one go, whatever the lane's thread does.
+            calls = {lane: number for lane in self._lanes for number in list(lane.running)}
             for lane, number in calls.items():
                 if seen.get(lane) == number:
                     self._replace(lane, number)
@@ -410,6 +411,7 @@ class Dispatcher:
         with self._room:
             if lane.running.pop(number, None) is None:
                 return  # It has come to its end meanwhile.
+            lane.number = number
             self._add(aside)
             # The call that has brought it here.
             aside.depth = 1

@@ -101,8 +101,9 @@ class Lane(Backlog):
     """What a worker has to do, on view so that another thread can go on behind a slow receiver.
 
     ``jobs`` and the calls of ``make`` are iterators: the next thread goes on where the one that is
-    stuck in a call has left them. ``running`` has that call under its number, and whoever takes it
-    from there, the thread at its end or another before that, owns the lane from then on.
+    stuck in a call has left them. ``running`` has that call's receiver under a number that no
+    other call of the lane has; whoever takes it from there, the thread at the end of the call or
+    another before that, owns the lane from then on.
     """
 
     def __init__(self, size: int) -> None:
@@ -120,19 +121,22 @@ class Lane(Backlog):
         """Make the calls, those of receivers set aside by way of their queues."""
         self.caller = caller
         self.resume = functools.partial(self.make, caller, calls)
-        running, asides = self.running, self.asides
+        call, running, asides, number = caller.call, self.running, self.asides, self.number
         for receiver, event in calls:
             if (
                 asides
                 and (aside := asides.get(receiver_key(receiver))) is not None
-                and self.divert(aside, event, functools.partial(caller.call, receiver, event))
+                and self.divert(aside, event, functools.partial(call, receiver, event))
             ):
                 continue
-            self.number = number = self.number + 1
+            number += 1
             running[number] = receiver
-            caller.call(receiver, event)
-            if running.pop(number, None) is None:
-                raise Replaced(receiver_key(receiver))
+            call(receiver, event)
+            try:
+                del running[number]
+            except KeyError:
+                raise Replaced(receiver_key(receiver)) from None
+        self.number = number
 
 
 class _Current(threading.local):
