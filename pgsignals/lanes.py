@@ -7,12 +7,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from datetime import datetime
 from queue import SimpleQueue
 from types import MethodType
 from typing import Any, Protocol
 
-from .events import Event
+from .events import Event, Message
 from .receivers import Subscription, receiver_name
 
 Job = Callable[[], object]
@@ -24,7 +23,7 @@ class Backlog:
     """What one thread has to do.
 
     ``full`` from ``size`` events on until half of them are done; ``given_up`` while what does not
-    fit is dropped, ``lost`` the times of the first and last event that were. The dispatcher's lock
+    fit is dropped, ``lost`` the messages of the first and last that was. The dispatcher's lock
     guards all of it.
     """
 
@@ -36,7 +35,7 @@ class Backlog:
         self.arrivals: deque[float] = deque()
         self.full = False
         self.given_up = False
-        self.lost: tuple[datetime, datetime] | None = None
+        self.lost: tuple[Message, Message] | None = None
 
     def put(self, count: int, work: Job | Sequence[Event]) -> None:
         self.depth += count
@@ -50,9 +49,13 @@ class Backlog:
         self.arrivals.popleft()
 
     def drop(self, events: Sequence[Event]) -> None:
-        at = events[0].at
+        at = events[0]._message
         since, until = self.lost or (at, at)
-        self.lost = min(since, at), max(until, at)
+        # A datetime for each of what may be very many would cost more than all the rest.
+        self.lost = (
+            at if at.at_us < since.at_us else since,
+            at if at.at_us > until.at_us else until,
+        )
 
 
 class Aside(Backlog):
@@ -112,7 +115,7 @@ class Lane(Backlog):
         self.running: dict[int, Any] = {}
         self.number = 0
         self.asides: dict[Hashable, Aside] = {}
-        self.divert: Callable[[Aside, Event, Job], bool]
+        self.divert: Callable[[Aside, Any, Event], bool]
         self.caller: Caller
         self.resume: Job
         self.attempt: Callable[[Job], None]
@@ -126,7 +129,7 @@ class Lane(Backlog):
             if (
                 asides
                 and (aside := asides.get(receiver_key(receiver))) is not None
-                and self.divert(aside, event, functools.partial(call, receiver, event))
+                and self.divert(aside, receiver, event)
             ):
                 continue
             number += 1
