@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pgsignals import Gap, Hub
+from pgsignals import Gap, Hub, batches
 from pgsignals.dispatch import Dispatcher
 from pgsignals.sources import notify
 from pgsignals.testing import Server
@@ -371,6 +371,67 @@ def test_memory_is_bounded_with_one_worker(
     assert growth < 50
     gate.set()
     assert order.wait(1)[0].reason == "overflow"
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_batch_receiver_that_is_too_slow(
+    workers: int, hub: Hub, dsn: str, db: Database, items: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it collects is bounded, too: the rest is dropped, with a Gap, and stop() drains."""
+    monkeypatch.setattr(notify, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(notify, "IDLE_SECONDS", 0.2)
+    gate, entered = threading.Event(), threading.Event()
+    gaps, others, sizes = Recorder(), Recorder(), Recorder()
+
+    @hub.on_batch("items", "inserted", every=0, max_size=100)
+    def slow(batch: Any) -> None:
+        entered.set()
+        gate.wait(4 * DEADLINE)
+        sizes(len(batch))
+
+    hub.on_gap(gaps)
+    hub.start(dsn, ["items"], workers=workers, queue_size=1000)
+    db("INSERT INTO items DEFAULT VALUES")
+    assert entered.wait(DEADLINE)
+    hub.subscribe(others, "items", "updated")
+    for _ in range(20):
+        db("INSERT INTO items SELECT FROM generate_series(1, 1000)")
+    _wait_for(lambda: hub.status().shed > 5000, DEADLINE)
+    [batcher] = hub._timer._batchers
+    assert len(batcher._latest) <= 100 + batches.SPARE
+    if workers > 1:
+        _wait_for(lambda: hub._run.source.received == 20_001, DEADLINE)
+        assert hub.status().aside[0].endswith("slow")
+        db("UPDATE items SET id = id WHERE id = 1")
+        assert others.wait(1)[0].id == 1
+    gate.set()
+    assert gaps.wait(1)[0].reason == "overflow"
+    _wait_for(lambda: sum(sizes.items) + hub.status().shed == 20_001, DEADLINE)
+    assert hub.stop()
+
+
+def test_a_batch_receiver_that_stops_the_hub_while_it_is_behind(
+    hub: Hub, dsn: str, db: Database, items: None
+) -> None:
+    """The worker that waits for it is not waited for by it."""
+    full, outcome = threading.Event(), Recorder()
+
+    @hub.on_batch("items", "inserted", every=0, max_size=1)
+    def stop(batch: Any) -> None:
+        if not outcome.items:
+            full.wait(DEADLINE)
+            began = time.monotonic()
+            outcome((hub.stop(DEADLINE), time.monotonic() - began))
+
+    hub.start(dsn, ["items"], queue_size=50_000)
+    db("INSERT INTO items DEFAULT VALUES")
+    db("INSERT INTO items SELECT FROM generate_series(1, 20000)")
+    [batcher] = hub._timer._batchers
+    _wait_for(lambda: len(batcher._latest) == 1 + batches.SPARE, DEADLINE)
+    full.set()
+    [(drained, seconds)] = outcome.wait(1)
+    assert drained
+    assert seconds < DEADLINE / 2
 
 
 def test_the_log_warns_before_writers_fail(
