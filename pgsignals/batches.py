@@ -35,8 +35,16 @@ class Keeper(Protocol):
         """The receiver raised with ``batch``, which stands for ``events``."""
 
 
+# What a batch receiver may be behind with, beyond one full batch, before its worker waits for it.
+SPARE = 10_000
+
+
 class Batcher:
-    """Collects events for one receiver, whose name it goes by in messages."""
+    """Collects events for one receiver, whose name it goes by in messages.
+
+    When it holds ``SPARE`` records more than a batch has room for, whoever brings another waits: to
+    a batch receiver that is too slow happens what happens to any that is.
+    """
 
     def __init__(
         self,
@@ -52,7 +60,7 @@ class Batcher:
         self._every = every
         self._max_size = max_size
         self._timer = timer
-        self._lock = threading.Lock()
+        self._room = threading.Condition()
         self._latest: dict[Any, Event] = {}
         self._kept: dict[Any, list[Event]] = {}
         self._keeper: Keeper | None = None
@@ -61,7 +69,7 @@ class Batcher:
 
     def forked(self) -> None:
         """In the child of a fork: forget what the parent collected."""
-        self._lock = threading.Lock()
+        self._room = threading.Condition()
         self._latest = {}
         self._kept = {}
 
@@ -70,12 +78,22 @@ class Batcher:
         self._keeper = keeper
         self(event, kept=True)
 
+    def wake(self) -> None:
+        """Have those who wait for room look whether they still have to."""
+        with self._room:
+            self._room.notify_all()
+
+    def _has_room(self) -> bool:
+        return len(self._latest) < self._max_size + SPARE or not self._timer.bounding
+
     def __call__(self, event: Event, kept: bool = False) -> None:
         """Take an event, in place of an earlier one of the same record."""
         message = event._message
         record = hashable(event._row[: len(message.topic.key)]) or next(self._anonymous)
         key = (message.topic.schema, message.topic.table, record)
-        with self._lock:
+        with self._room:
+            if key not in self._latest:
+                self._room.wait_for(self._has_room)
             first = not self._latest
             self._latest.pop(key, None)
             self._latest[key] = event
@@ -89,9 +107,10 @@ class Batcher:
 
     def flush(self, failed: BatchFailureHandler, tracer: Tracer | None = None) -> None:
         """Call the receiver with what was collected, if anything was."""
-        with self._lock:
+        with self._room:
             latest, self._latest = self._latest, {}
             kept, self._kept = self._kept, {}
+            self._room.notify_all()
         if not latest:
             return
         keys, events = tuple(latest), tuple(latest.values())
@@ -124,7 +143,13 @@ class BatchTimer:
         self._due: list[tuple[float, int, Batcher]] = []
         self._order = itertools.count()
         self._thread: threading.Thread | None = None
+        self._draining = False
         self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
+
+    @property
+    def bounding(self) -> bool:
+        """Whether more is coming than may be kept, and the thread is there that makes room."""
+        return self._thread is not None and not self._draining
 
     def add(self, batcher: Batcher) -> None:
         """Look after a batcher's lock, too, in a fork."""
@@ -153,8 +178,15 @@ class BatchTimer:
 
     def start(self) -> None:
         """Start the thread."""
+        self._draining = False
         self._thread = threading.Thread(target=self._run, name="pgsignals-batches", daemon=True)
         self._thread.start()
+
+    def drain(self) -> None:
+        """Have batchers take all that has arrived, without waiting: no more is coming."""
+        self._draining = True
+        for batcher in list(self._batchers):
+            batcher.wake()
 
     def stop(self, timeout: float) -> None:
         """Flush what is collected and end the thread, waiting at most ``timeout`` seconds."""

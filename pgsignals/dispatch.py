@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import Empty
+from typing import Any
 
 from .broadcasters import Broadcaster
 from .events import Event, Gap, Message, hashable
@@ -297,7 +298,8 @@ class Dispatcher:
         lost, backlog.lost = backlog.lost, None
         made = None
         if lost is not None:
-            gap = Gap(*lost, "overflow", backlog.complaint)
+            since, until = lost
+            gap = Gap(since.at, until.at, "overflow", backlog.complaint)
             made = self._announce(functools.partial(self._announce_loss, gap))
         if was_given_up and isinstance(backlog, Aside):
             # The workers announce it, in the order of all that they do.
@@ -412,7 +414,8 @@ class Dispatcher:
                 if not (self._ending.is_set() or any(lane.depth for lane in self._lanes)):
                     self._busy.clear()
             self._busy.wait()
-            calls = {lane: lane.number for lane in self._lanes if lane.number in lane.running}
+            # One call at most; a list is made of it in one go, whatever the lane's thread does.
+            calls = {lane: number for lane in self._lanes for number in list(lane.running)}
             for lane, number in calls.items():
                 if seen.get(lane) == number:
                     self._replace(lane, number)
@@ -437,6 +440,7 @@ class Dispatcher:
         with self._room:
             if lane.running.pop(number, None) is None:
                 return  # It has come to its end meanwhile.
+            lane.number = number
             self._add(aside)
             # The call that has brought it here.
             aside.depth = 1
@@ -452,7 +456,7 @@ class Dispatcher:
         aside.lane.asides[aside.key] = aside
         self._asides = [*self._asides, aside]
 
-    def _divert(self, aside: Aside, event: Event, call: Job) -> bool:
+    def _divert(self, aside: Aside, receiver: Any, event: Event) -> bool:
         """Queue a call for a receiver set aside; False when the worker calls it again."""
         shed = begun = False
         with self._room:
@@ -465,7 +469,7 @@ class Dispatcher:
             if shed := aside.given_up:
                 self._drop(aside, [event])
             else:
-                aside.put(1, call)
+                aside.put(1, functools.partial(aside.lane.caller.call, receiver, event))
         if begun:
             log.error(
                 "the receiver %s is too slow: its events are dropped until there is room",

@@ -7,12 +7,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from datetime import datetime
 from queue import SimpleQueue
 from types import MethodType
 from typing import Any, Protocol
 
-from .events import Event
+from .events import Event, Message
 from .receivers import Subscription, receiver_name
 
 Job = Callable[[], object]
@@ -24,7 +23,7 @@ class Backlog:
     """What one thread has to do.
 
     ``full`` from ``size`` events on until half of them are done; ``given_up`` while what does not
-    fit is dropped, ``lost`` the times of the first and last event that were. The dispatcher's lock
+    fit is dropped, ``lost`` the messages of the first and last that was. The dispatcher's lock
     guards all of it.
     """
 
@@ -36,7 +35,7 @@ class Backlog:
         self.arrivals: deque[float] = deque()
         self.full = False
         self.given_up = False
-        self.lost: tuple[datetime, datetime] | None = None
+        self.lost: tuple[Message, Message] | None = None
 
     def put(self, count: int, work: Job | Sequence[Event]) -> None:
         self.depth += count
@@ -50,9 +49,13 @@ class Backlog:
         self.arrivals.popleft()
 
     def drop(self, events: Sequence[Event]) -> None:
-        at = events[0].at
+        at = events[0]._message
         since, until = self.lost or (at, at)
-        self.lost = min(since, at), max(until, at)
+        # A datetime for each of what may be very many would cost more than all the rest.
+        self.lost = (
+            at if at.at_us < since.at_us else since,
+            at if at.at_us > until.at_us else until,
+        )
 
 
 class Aside(Backlog):
@@ -101,8 +104,9 @@ class Lane(Backlog):
     """What a worker has to do, on view so that another thread can go on behind a slow receiver.
 
     ``jobs`` and the calls of ``make`` are iterators: the next thread goes on where the one that is
-    stuck in a call has left them. ``running`` has that call under its number, and whoever takes it
-    from there, the thread at its end or another before that, owns the lane from then on.
+    stuck in a call has left them. ``running`` has that call's receiver under a number that no
+    other call of the lane has; whoever takes it from there, the thread at the end of the call or
+    another before that, owns the lane from then on.
     """
 
     def __init__(self, size: int) -> None:
@@ -111,7 +115,7 @@ class Lane(Backlog):
         self.running: dict[int, Any] = {}
         self.number = 0
         self.asides: dict[Hashable, Aside] = {}
-        self.divert: Callable[[Aside, Event, Job], bool]
+        self.divert: Callable[[Aside, Any, Event], bool]
         self.caller: Caller
         self.resume: Job
         self.attempt: Callable[[Job], None]
@@ -120,19 +124,22 @@ class Lane(Backlog):
         """Make the calls, those of receivers set aside by way of their queues."""
         self.caller = caller
         self.resume = functools.partial(self.make, caller, calls)
-        running, asides = self.running, self.asides
+        call, running, asides, number = caller.call, self.running, self.asides, self.number
         for receiver, event in calls:
             if (
                 asides
                 and (aside := asides.get(receiver_key(receiver))) is not None
-                and self.divert(aside, event, functools.partial(caller.call, receiver, event))
+                and self.divert(aside, receiver, event)
             ):
                 continue
-            self.number = number = self.number + 1
+            number += 1
             running[number] = receiver
-            caller.call(receiver, event)
-            if running.pop(number, None) is None:
-                raise Replaced(receiver_key(receiver))
+            call(receiver, event)
+            try:
+                del running[number]
+            except KeyError:
+                raise Replaced(receiver_key(receiver)) from None
+        self.number = number
 
 
 class _Current(threading.local):

@@ -136,6 +136,7 @@ class DatabaseRun:
         """See Run."""
         deadline = time.monotonic() + timeout
         self.source.stop(timeout)
+        self._audience.timer.drain()
         drained = self.dispatcher.stop(max(0.0, deadline - time.monotonic()))
         self._audience.timer.stop(max(0.0, deadline - time.monotonic()))
         return drained

@@ -19,11 +19,6 @@ OLDEST, NEWEST = 15, 18
 
 
 def _started(version: int | None) -> Server:
-    if version is not None and version not in {i.version for i in find_installations()}:
-        message = f"PostgreSQL {version} is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
     server = Server(version=version, settings={"max_connections": "200"})
     server.start()
     return server
@@ -38,9 +33,21 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session", params=[OLDEST, NEWEST], ids=["pg15", "pg18"])
-def each_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def each_version(request: pytest.FixtureRequest) -> int:
+    """The oldest and then the newest version of PostgreSQL that is tested."""
+    version: int = request.param
+    if version not in {i.version for i in find_installations()}:
+        message = f"PostgreSQL {version} is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return version
+
+
+@pytest.fixture(scope="session")
+def each_server(each_version: int) -> Iterator[Server]:
     """A running PostgreSQL, the oldest and then the newest version that is tested."""
-    running = _started(request.param)
+    running = _started(each_version)
     yield running
     running.close()
 

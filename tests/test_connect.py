@@ -316,7 +316,7 @@ def test_only_a_healthy_connection_resets_the_backoff(
     assert backoff.calls.count("reset") == expected
 
 
-def test_it_tries_for_ever(hub: Hub) -> None:
+def test_it_tries_for_ever(hub: Hub, each_version: int) -> None:
     """A server that is away for hundreds of tries is found when it comes back."""
     tried = threading.Semaphore(0)
 
@@ -325,7 +325,7 @@ def test_it_tries_for_ever(hub: Hub) -> None:
             tried.release()
             return 0.0
 
-    with Server() as server:
+    with Server(each_version) as server:
         Database(server.dsn())("CREATE TABLE items (id bigserial PRIMARY KEY)")
         gaps = Recorder()
         hub.on_gap(gaps)
@@ -432,9 +432,9 @@ def test_a_service(
 
 
 @pytest.fixture(scope="module")
-def standby() -> Iterator[Server]:
+def standby(each_version: int) -> Iterator[Server]:
     """A server in recovery that answers queries, as a replica does."""
-    with Server() as server:
+    with Server(each_version) as server:
         db = Database(server.dsn())
         db("CREATE TABLE items (id bigserial PRIMARY KEY)")
         db.connection.close()

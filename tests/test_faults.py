@@ -147,9 +147,9 @@ def test_whatever_breaks_every_loss_lies_in_a_gap(proxy_server: Server) -> None:
 
 
 @pytest.fixture
-def proxy_server() -> Iterator[Server]:
+def proxy_server(each_version: int) -> Iterator[Server]:
     """A server that the test may stop."""
-    with Server() as server:
+    with Server(each_version) as server:
         yield server
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pgsignals import Gap, Hub
+from pgsignals import Gap, Hub, batches
 from pgsignals.dispatch import Dispatcher
 from pgsignals.sources import notify
 from pgsignals.testing import Server
@@ -226,80 +226,121 @@ def memory(field: str) -> float:
     return int(found[1]) / 1024
 
 
-def test_a_blocked_receiver_costs_the_others_a_second(
+class Flood:
+    """200,000 rows in 400 statements, and a receiver that gets them beside whoever else does."""
+
+    def __init__(self, hub: Hub, db: Database) -> None:
+        self._db = db
+        self._updated = Recorder()
+        self._by_thread: dict[int, int] = defaultdict(int)
+        hub.subscribe(self._count, "items", "inserted")
+        hub.subscribe(self._updated, "items", "updated")
+
+    def _count(self, event: Any) -> None:
+        # Counting by thread: four of them add to one integer otherwise.
+        self._by_thread[threading.get_ident()] += 1
+
+    @property
+    def handled(self) -> int:
+        """How many inserts have been handled."""
+        return sum(list(self._by_thread.values()))
+
+    def run(self) -> tuple[list[float], float]:
+        """What each INSERT took, and how long it was until all were handled, in ms."""
+        target = self.handled + TOTAL
+        began = time.monotonic()
+        writes = [
+            self._timed("INSERT INTO items SELECT FROM generate_series(1, 500)")
+            for _ in range(TOTAL // 500)
+        ]
+        _wait_for(lambda: self.handled >= target, 4 * DEADLINE)
+        assert self.handled == target
+        return writes, 1000 * (time.monotonic() - began)
+
+    def latencies(self) -> list[float]:
+        """From 400 UPDATEs, of records of all workers, until the receiver is called, in ms."""
+        found = []
+        for number in range(1, 401):
+            self._updated.items.clear()
+            began = time.monotonic()
+            self._db("UPDATE items SET id = id WHERE id = %s", (number,))
+            self._updated.wait(1)
+            found.append(1000 * (time.monotonic() - began))
+        return found
+
+    def _timed(self, statement: str) -> float:
+        began = time.monotonic()
+        self._db(statement)
+        return 1000 * (time.monotonic() - began)
+
+
+def test_a_slow_receiver_costs_the_others_nothing(
     hub: Hub, dsn: str, db: Database, items: None, record_property: Callable[[str, object], None]
 ) -> None:
-    """One record's receiver blocks while 200,000 events arrive for four workers.
+    """A receiver takes a second for each of 200,000 events, with four workers.
 
-    Memory stays bounded, no write waits, and the records of the other workers arrive as ever; a Gap
-    announces the rest.
+    Memory stays bounded, no write waits, the other receivers get every event as soon as without it,
+    and a Gap that names it announces what it lost.
     """
-    gate, order, fast = threading.Event(), Recorder(), Recorder()
+    release, gaps, first = threading.Event(), Recorder(), Recorder()
 
-    @hub.on("items", id=1)
     def slow(event: Any) -> None:
-        gate.wait(4 * DEADLINE)
+        first(event)
+        release.wait(1.0)
 
-    hub.on_gap(order)
+    hub.on_gap(gaps)
     hub.start(dsn, ["items"], workers=4)
-    dispatcher = hub._run.dispatcher
-    blocked = dispatcher._lane_of((1,))
-    handled = defaultdict(int)
-    # Counting by thread: four of them add to one integer otherwise.
-    hub.subscribe(
-        lambda event: handled.__setitem__(
-            threading.get_ident(), handled[threading.get_ident()] + 1
-        ),
-        "items",
-    )
-    hub.subscribe(lambda event: fast(event), "items", "updated")
-    expected = sum(dispatcher._lane_of((i,)) is not blocked for i in range(1, TOTAL + 1))
-    other = next(i for i in range(1, 100) if dispatcher._lane_of((i,)) is not blocked)
+    flood = Flood(hub, db)
+    writes_alone, took_alone = flood.run()
+    alone = flood.latencies()
+    threads = threading.active_count()
 
+    hub.subscribe(slow, "items")
     Path("/proc/self/clear_refs").write_text("5")  # The highest use counts from here.
     before = memory("VmRSS")
-    writes = []
-    for _ in range(TOTAL // 500):
-        began = time.monotonic()
-        db("INSERT INTO items SELECT FROM generate_series(1, 500)")
-        writes.append(time.monotonic() - began)
-    _wait_for(lambda: sum(handled.values()) >= expected, 4 * DEADLINE)
+    writes, took = flood.run()
     growth = memory("VmHWM") - before
+    beside = flood.latencies()
 
-    latencies = []
-    for number in range(1, 201):
-        began = time.monotonic()
-        db("UPDATE items SET id = id WHERE id = %s", (other,))
-        fast.wait(number)
-        latencies.append(time.monotonic() - began)
     status = hub.status()
-    assert status.shed + status.depth + expected == TOTAL
-    assert status.oldest > 0
-    assert not order.items
-    gate.set()
-    [gap] = order.wait(1)
-    _wait_for(lambda: hub.status().depth == 0, DEADLINE)
-    assert gap.reason == "overflow"
-    assert sum(handled.values()) == TOTAL - hub.status().shed + len(latencies)
-    assert len(order.items) == 1
+    calls = len(first.items)
+    # What is not dropped waits, is with the receiver, or was. UPDATEs may find room.
+    assert TOTAL + 400 - status.shed - calls <= status.depth <= 10_000 + 4
+    [name] = status.aside
+    assert name.endswith("slow")
+    assert name in hub.health().reason
+    assert threading.active_count() == threads + 4
+    assert not gaps.items
+    release.set()
+    _wait_for(lambda: hub.status().depth == 0, 4 * DEADLINE)
+    _wait_for(lambda: len(gaps.items) == 4, DEADLINE)
+    assert {(gap.reason, name in gap.detail) for gap in gaps.items} == {("overflow", True)}
+    assert len(first.items) + hub.status().shed == TOTAL + 400
+    assert hub.health().ready
+    assert hub.stop()
 
     figures = {
         "memory growth, MB": round(growth, 1),
-        "INSERT of 500 rows, median and worst, ms": (
-            round(1000 * statistics.median(writes), 2),
-            round(1000 * max(writes), 1),
-        ),
-        "UPDATE until receiver, median and worst, ms": (
-            round(1000 * statistics.median(latencies), 2),
-            round(1000 * max(latencies), 1),
-        ),
+        "INSERT of 500 rows, median and worst, ms: alone": spread(writes_alone),
+        "INSERT of 500 rows, median and worst, ms: beside": spread(writes),
+        "all handled by the others, ms: alone, beside": (round(took_alone), round(took)),
+        "UPDATE until receiver, median and p99, ms: alone": spread(alone, 0.99),
+        "UPDATE until receiver, median and p99, ms: beside": spread(beside, 0.99),
         "shed": status.shed,
     }
-    for name, value in figures.items():
-        record_property(name, value)
+    for what, value in figures.items():
+        record_property(what, value)
     assert growth < 100
-    assert max(writes) < notify.IDLE_SECONDS
-    assert statistics.median(latencies) < 0.1
+    assert max(writes) < 1000 * notify.IDLE_SECONDS
+    # It would be a second and more, if they waited; the machine may be busy otherwise.
+    assert statistics.median(beside) < 3 * statistics.median(alone) + 5
+    assert spread(beside, 0.99)[1] < 500
+
+
+def spread(times: list[float], share: float = 1.0) -> tuple[float, float]:
+    """The median, and the value that ``share`` of them do not exceed."""
+    most = sorted(times)[min(len(times) - 1, int(share * len(times)))]
+    return round(statistics.median(times), 2), round(most, 2)
 
 
 def test_memory_is_bounded_with_one_worker(
@@ -330,6 +371,67 @@ def test_memory_is_bounded_with_one_worker(
     assert growth < 50
     gate.set()
     assert order.wait(1)[0].reason == "overflow"
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_batch_receiver_that_is_too_slow(
+    workers: int, hub: Hub, dsn: str, db: Database, items: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it collects is bounded, too: the rest is dropped, with a Gap, and stop() drains."""
+    monkeypatch.setattr(notify, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(notify, "IDLE_SECONDS", 0.2)
+    gate, entered = threading.Event(), threading.Event()
+    gaps, others, sizes = Recorder(), Recorder(), Recorder()
+
+    @hub.on_batch("items", "inserted", every=0, max_size=100)
+    def slow(batch: Any) -> None:
+        entered.set()
+        gate.wait(4 * DEADLINE)
+        sizes(len(batch))
+
+    hub.on_gap(gaps)
+    hub.start(dsn, ["items"], workers=workers, queue_size=1000)
+    db("INSERT INTO items DEFAULT VALUES")
+    assert entered.wait(DEADLINE)
+    hub.subscribe(others, "items", "updated")
+    for _ in range(20):
+        db("INSERT INTO items SELECT FROM generate_series(1, 1000)")
+    _wait_for(lambda: hub.status().shed > 5000, DEADLINE)
+    [batcher] = hub._timer._batchers
+    assert len(batcher._latest) <= 100 + batches.SPARE
+    if workers > 1:
+        _wait_for(lambda: hub._run.source.received == 20_001, DEADLINE)
+        assert hub.status().aside[0].endswith("slow")
+        db("UPDATE items SET id = id WHERE id = 1")
+        assert others.wait(1)[0].id == 1
+    gate.set()
+    assert gaps.wait(1)[0].reason == "overflow"
+    _wait_for(lambda: sum(sizes.items) + hub.status().shed == 20_001, DEADLINE)
+    assert hub.stop()
+
+
+def test_a_batch_receiver_that_stops_the_hub_while_it_is_behind(
+    hub: Hub, dsn: str, db: Database, items: None
+) -> None:
+    """The worker that waits for it is not waited for by it."""
+    full, outcome = threading.Event(), Recorder()
+
+    @hub.on_batch("items", "inserted", every=0, max_size=1)
+    def stop(batch: Any) -> None:
+        if not outcome.items:
+            full.wait(DEADLINE)
+            began = time.monotonic()
+            outcome((hub.stop(DEADLINE), time.monotonic() - began))
+
+    hub.start(dsn, ["items"], queue_size=50_000)
+    db("INSERT INTO items DEFAULT VALUES")
+    db("INSERT INTO items SELECT FROM generate_series(1, 20000)")
+    [batcher] = hub._timer._batchers
+    _wait_for(lambda: len(batcher._latest) == 1 + batches.SPARE, DEADLINE)
+    full.set()
+    [(drained, seconds)] = outcome.wait(1)
+    assert drained
+    assert seconds < DEADLINE / 2
 
 
 def test_the_log_warns_before_writers_fail(

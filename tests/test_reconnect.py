@@ -34,8 +34,10 @@ def thread() -> threading.Thread:
     return next(t for t in threading.enumerate() if t.name == "pgsignals-source")
 
 
-def test_a_terminated_session_is_replaced(hub: Hub, dsn: str, db: Database) -> None:
+def test_a_terminated_session_is_replaced(hub: Hub, each_dsn: str, each_db: Database) -> None:
     """The Gap covers what was missed, comes before what follows, and the thread is the same."""
+    dsn, db = each_dsn, each_db
+    db("CREATE TABLE items (id bigserial PRIMARY KEY, name text)")
     order = Recorder()
     hub.subscribe(order, "items")
     hub.on_gap(order)
@@ -65,9 +67,9 @@ def test_a_terminated_session_is_replaced(hub: Hub, dsn: str, db: Database) -> N
 
 
 @pytest.fixture
-def own_server() -> Iterator[Server]:
+def own_server(each_version: int) -> Iterator[Server]:
     """A server that the test may stop."""
-    with Server() as server:
+    with Server(each_version) as server:
         yield server
 
 
@@ -207,10 +209,11 @@ def test_stop_while_the_server_is_away(hub: Hub, own_server: Server) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("pgsignals-")]
 
 
-def test_an_idle_listener_holds_no_transaction(hub: Hub, dsn: str, db: Database) -> None:
+def test_an_idle_listener_holds_no_transaction(hub: Hub, each_dsn: str, each_db: Database) -> None:
     """The listening session is idle, not idle in transaction, so that it holds up no cleanup."""
-    hub.start(dsn, ["items"])
-    states = db(
+    each_db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+    hub.start(each_dsn, ["items"])
+    states = each_db(
         "SELECT state, backend_xmin FROM pg_stat_activity WHERE application_name = 'pgsignals'"
         " AND datname = current_database()"
     )
