@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import selectors
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from django.db import close_old_connections
+from django.db import close_old_connections, connections
 
 import pgsignals
 
@@ -35,7 +36,7 @@ def start(hub: Hub | None = None, **overrides: Any) -> Hub:
         )
     chosen["tracer"] = _Hygiene(chosen.get("tracer"))
     # Ahead of the others: a Gap often comes because the database was away.
-    hub._gap_receivers = {_close_old: _close_old, **hub._gap_receivers}
+    hub._gap_receivers = {_before_gap: _before_gap, **hub._gap_receivers}
     return hub.start(**chosen)
 
 
@@ -48,7 +49,7 @@ class _Hygiene:
     @contextmanager
     def receiving(self, events: Sequence[Event], receiver: str, /) -> Iterator[None]:
         """See Tracer."""
-        close_old_connections()
+        _close_unusable()
         try:
             with span(self._tracer, events, receiver):
                 yield
@@ -56,5 +57,21 @@ class _Hygiene:
             close_old_connections()
 
 
-def _close_old(gap: Gap) -> None:
+def _close_unusable() -> None:
+    """Close, too, what the server has cut: Django alone would find that out by a query's failure.
+
+    An idle connection has nothing to read until then, so that it costs no round trip to know.
+    """
     close_old_connections()
+    for connection in connections.all(initialized_only=True):
+        driver: Any = connection.connection
+        if driver is None or connection.in_atomic_block or driver.closed:
+            continue
+        with selectors.DefaultSelector() as selector:
+            selector.register(driver.fileno(), selectors.EVENT_READ)
+            if selector.select(0) and not connection.is_usable():
+                connection.close()
+
+
+def _before_gap(gap: Gap) -> None:
+    _close_unusable()
