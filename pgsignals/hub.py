@@ -27,7 +27,7 @@ from .metrics import COUNTERS, Meter, Metrics, Tracer
 from .receivers import Receiver, Registry, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
-from .streams import Stream
+from .streams import Ending, Stream
 from .tables import Resolver
 from .termination import termination
 from .triggers.installer import Limits
@@ -61,7 +61,7 @@ class Hub:
         self._registry = Registry()
         self._coroutines = self._registry.coroutines
         self._gap_receivers: dict[GapReceiver, GapReceiver] = {}
-        self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Ending] = weakref.WeakSet()
         self._timer = BatchTimer(self._failed)
         self._lock = threading.Lock()
         self._stopped = threading.Event()

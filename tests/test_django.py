@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import signal
@@ -359,11 +361,10 @@ def test_listen_reloads(migrated: Project, db: Database) -> None:
 def end_with_children(program: Program) -> None:
     """Press Ctrl-C for a reloader and the process that it runs."""
     parent = program.process.pid
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True
-    )
-    for pid in (*map(int, listed.stdout.split()), parent):
-        subprocess.run(["kill", "-INT", str(pid)], capture_output=True)
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for pid in (*map(int, children), parent):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
     program.process.wait(DEADLINE)
 
 
