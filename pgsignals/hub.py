@@ -71,6 +71,7 @@ class Hub:
         self._make: Callable[[], Run] | None = None
         self._meter = Meter()
         self._restarts_after_fork = False
+        self._workers = 1
         self._audience = Audience(
             registry=self._registry,
             timer=self._timer,
@@ -177,6 +178,7 @@ class Hub:
 
         self._begin(make)
         self._restarts_after_fork = restart_after_fork
+        self._workers = workers
         log.debug("started with %d watchers", len(plan))
         return self
 
