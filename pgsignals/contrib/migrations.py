@@ -85,10 +85,10 @@ def installing(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Cha
     return _change(cursor, plan(wanted, read_installed(cursor, namespace)).created, [])
 
 
-def mending(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:
-    """The same, and what removes triggers that no watcher needs and that nobody listens to."""
+def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:
+    """What removes triggers that no watcher needs and that nobody listens to."""
     found = plan(wanted, read_installed(cursor, namespace))
-    return _change(cursor, found.created, [item for item in found.unwanted if not item.listeners])
+    return _change(cursor, [], [item for item in found.unwanted if not item.listeners])
 
 
 def removing(
@@ -106,6 +106,17 @@ def removing(
         if (item.schema, item.table, item.tag.op, item.tag.label) in identities
     ]
     return _change(cursor, [], items)
+
+
+def source(watcher: Watcher, model: str) -> str:
+    """The Python that declares a watcher, of a table or model by its name."""
+    parts = [repr(model), *map(repr, watcher.ops)]
+    default = Watcher(None)
+    for name in ("columns", "when", "extra", "label", "replicated"):
+        value = getattr(watcher, name)
+        if value != getattr(default, name):
+            parts.append(f"{name}={list(value) if isinstance(value, tuple) else value!r}")
+    return f"pgsignals.watch({', '.join(parts)})"
 
 
 def _change(cursor: Cursor, created: Sequence[Trigger], removed: Sequence[Installed]) -> Change:

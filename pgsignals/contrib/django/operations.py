@@ -8,7 +8,7 @@ from typing import Any
 
 from django.db import DatabaseError, router, transaction
 from django.db.migrations.operations.base import Operation
-from django.db.migrations.serializer import BaseSerializer, serializer_factory
+from django.db.migrations.serializer import BaseSerializer
 from django.db.migrations.writer import MigrationWriter
 from psycopg2.extensions import cursor as Cursor
 
@@ -19,7 +19,7 @@ from ...runs import all_resolvers
 from ...tables import Resolver, TableRef, resolve
 from ...triggers.definitions import define
 from ...watchers import Watcher, normalize
-from ..migrations import Change, borrowed_cursor, installing, removing
+from ..migrations import Change, borrowed_cursor, installing, removing, source
 from .conf import dsn_of
 
 
@@ -172,18 +172,8 @@ class _WatcherSerializer(BaseSerializer):
     def serialize(self) -> tuple[str, set[str]]:
         watcher: Watcher = self.value
         meta = getattr(watcher.model, "_meta", None)
-        model = watcher.model if meta is None else meta.label
-        parts = [repr(model_name(model)), *map(repr, watcher.ops)]
-        imports = {"import pgsignals"}
-        default = Watcher(None)
-        for name in ("columns", "when", "extra", "label", "replicated"):
-            value = getattr(watcher, name)
-            if value != getattr(default, name):
-                value = list(value) if isinstance(value, tuple) else value
-                text, needed = serializer_factory(value).serialize()
-                parts.append(f"{name}={text}")
-                imports |= needed
-        return f"pgsignals.watch({', '.join(parts)})", imports
+        name = model_name(watcher.model) if meta is None else meta.label
+        return source(watcher, name), {"import pgsignals"}
 
 
 MigrationWriter.register_serializer(Watcher, _WatcherSerializer)
