@@ -270,6 +270,6 @@ def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
 
 
 def _literal(text: str) -> str:
-    """A literal for each line: templates and formatters would move the lines of one that is long."""
+    """A literal for each line: templates and formatters would move lines within one."""
     lines = [repr(line) for line in text.splitlines(keepends=True)]
     return lines[0] if len(lines) == 1 else "\n            ".join(["(", *lines]) + "\n        )"
