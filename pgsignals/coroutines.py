@@ -24,6 +24,13 @@ _inside: contextvars.ContextVar[_Call | None] = contextvars.ContextVar(
 )
 
 
+class LeftBehind(StateError):
+    """A call that was not made or not waited for, since the Hub was stopped by its event loop.
+
+    It is raised, so that durable delivery does not take the event for handled.
+    """
+
+
 class _Call:
     """One call of a coroutine function that a worker waits for."""
 
@@ -71,7 +78,8 @@ class Coroutines:
     def call(self, fn: Callable[..., Coroutine[Any, Any, object]], argument: object) -> object:
         """Run ``fn(argument)`` on the loop and wait for its end; raises what it raises.
 
-        When ``leave`` was called, or is during the wait, it returns at once.
+        Raises LeftBehind at once when ``leave`` was called, or is during the wait, and StateError
+        for a loop that is closed.
         """
         loop = self._loop
         if loop is None and self._simulated and _running() is None:
@@ -87,7 +95,7 @@ class Coroutines:
         with self._lock:
             if self._left:
                 self.dropped += 1
-                return None
+                raise LeftBehind(_LEFT)
             self._calls.add(call)
         try:
             return self._wait(loop, call, fn, argument)
@@ -125,7 +133,7 @@ class Coroutines:
             with self._lock:
                 self.dropped += not call.stops
             future.add_done_callback(functools.partial(_report_late, fn))
-            return None
+            raise LeftBehind(_LEFT)
         return future.result()
 
     def in_the_way(self) -> bool:
@@ -150,6 +158,10 @@ class Coroutines:
         return call is not None and call.active and call in self._calls
 
 
+_LEFT = (
+    "stop() was called in the thread of the event loop, where coroutine receivers cannot be waited "
+    "for: use `await pgsignals.astop()`."
+)
 _CLOSED = (
     "The event loop of the coroutine receivers is closed: stop the Hub before its loop ends, with "
     "`async with pgsignals.start(…)` or `await pgsignals.astop()`."
@@ -162,7 +174,13 @@ class CoroutineReceiver:
     def __init__(
         self, fn: Callable[..., Coroutine[Any, Any, object]], coroutines: Coroutines
     ) -> None:
-        functools.update_wrapper(self, fn)
+        inner: Any = fn
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        self.__doc__ = inner.__doc__
+        self.__module__ = inner.__module__
+        self.__qualname__ = getattr(inner, "__qualname__", type(inner).__qualname__)
+        self.__name__ = getattr(inner, "__name__", type(inner).__name__)
         self.fn = fn
         self._coroutines = coroutines
 

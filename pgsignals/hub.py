@@ -19,7 +19,7 @@ from blinker import Signal
 
 from .batches import Batcher, BatchTimer
 from .connection import Backoff, Engine, dsn_of
-from .coroutines import CoroutineReceiver
+from .coroutines import CoroutineReceiver, LeftBehind
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Batch, Event, Gap, model_name
 from .inspection import Health, Status
@@ -495,6 +495,8 @@ class Hub:
                 return
 
     def _failed(self, receiver: Any, event: Event, error: BaseException) -> None:
+        if isinstance(error, LeftBehind):
+            return  # stop() tells how many.
         if isinstance(receiver, CoroutineReceiver):
             receiver = receiver.fn
         name = receiver_name(receiver)

@@ -15,6 +15,8 @@ import pytest
 
 import pgsignals
 from pgsignals import Batch, Event, Gap, Hub, ReceiverError, StateError
+from pgsignals.coroutines import CoroutineReceiver, Coroutines, LeftBehind
+from pgsignals.receivers import receiver_name
 from pgsignals.testing import simulated
 from tests.conftest import DEADLINE, Database, Recorder
 
@@ -44,7 +46,7 @@ def loop_in_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
 def test_they_run_on_the_given_loop(hub: Hub, dsn: str, db: Database, recorder: Recorder) -> None:
     """Coroutine functions, methods, partials and objects get their events on the loop."""
 
-    class Callable:
+    class Receiver:
         async def __call__(self, event: Event) -> None:
             recorder(("object", asyncio.get_running_loop()))
 
@@ -56,8 +58,8 @@ def test_they_run_on_the_given_loop(hub: Hub, dsn: str, db: Database, recorder: 
         recorder((name, asyncio.get_running_loop()))
 
     hub.on("items", "inserted")(functools.partial(named, "partial"))
-    hub.on("items", id=1)(Callable())
-    hub.subscribe(Callable().method, "items")
+    hub.on("items", id=1)(Receiver())
+    hub.subscribe(Receiver().method, "items")
     with loop_in_a_thread() as loop:
         hub.start(dsn, ["items"], loop=loop)
         db(WRITE, [1])
@@ -344,3 +346,31 @@ def test_simulated() -> None:
 def test_the_default_hub_has_astop() -> None:
     """astop is a function of the module, safe when nothing was started."""
     assert asyncio.run(pgsignals.astop())
+
+
+def test_what_is_left_behind_does_not_pass_for_handled() -> None:
+    """A call that is dropped raises, since durable delivery acknowledges what returns."""
+    coroutines = Coroutines()
+
+    async def receive(event: object) -> None: ...
+
+    with loop_in_a_thread() as loop:
+        coroutines.begin(loop)
+        assert coroutines.call(receive, None) is None
+        coroutines.leave()
+        with pytest.raises(LeftBehind, match="astop"):
+            coroutines.call(receive, None)
+    assert coroutines.dropped == 1
+
+
+def test_their_names_in_messages() -> None:
+    """A wrapped coroutine function goes by its own name, whatever kind of callable it is."""
+
+    class Receiver:
+        async def __call__(self, event: object) -> None: ...
+
+    async def named(name: str, event: object) -> None: ...
+
+    prefix = f"{__name__}.test_their_names_in_messages.<locals>"
+    for fn, name in ((functools.partial(named, "a"), "named"), (Receiver(), "Receiver")):
+        assert receiver_name(CoroutineReceiver(fn, Coroutines())) == f"{prefix}.{name}"
