@@ -40,6 +40,7 @@ default_hub = Hub()
 
 start = default_hub.start
 stop = default_hub.stop
+astop = default_hub.astop
 wait = default_hub.wait
 run = default_hub.run
 status = default_hub.status
@@ -86,6 +87,7 @@ __all__ = [
     "WaitTimeout",
     "Watcher",
     "WatcherError",
+    "astop",
     "connected",
     "context",
     "default_hub",

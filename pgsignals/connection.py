@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg2
 import psycopg2.extensions
@@ -21,7 +21,7 @@ from psycopg2.extensions import POLL_OK, POLL_WRITE, Notify
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
 
-from .errors import ConnectError
+from .errors import ConfigurationError, ConnectError
 from .payload import Cast
 
 # Up to the last @, because a password may hold an @ that should have been written as %40.
@@ -68,6 +68,54 @@ def _legible(dsn: str) -> dict[str, str] | None:
     if password is not None and re.search(r"[/?#@]", password[1]):
         return None
     return given if re.fullmatch(r"[\d,]*", given.get("port", "")) else None
+
+
+class Engine(Protocol):
+    """What :func:`dsn_of` needs of an SQLAlchemy Engine or AsyncEngine."""
+
+    @property
+    def url(self) -> Any:
+        """Where it leads."""
+
+    @property
+    def dialect(self) -> Any:
+        """Of what database it is, and through which driver."""
+
+
+# What the drivers that are not made of libpq call these.
+_LIBPQ_NAMES = {"database": "dbname", "ssl": "sslmode"}
+_PORTABLE = ("host", "port", "dbname", "user", "password", "sslmode")
+
+
+def dsn_of(given: str | Engine) -> str:
+    """A connection string: as it is given, or what an SQLAlchemy engine's URL says.
+
+    What an engine got as ``connect_args`` or ``creator`` is not in its URL.
+    Raises ConfigurationError for anything else, and for an engine of another database.
+    """
+    if isinstance(given, str):
+        return given
+    dialect, url = getattr(given, "dialect", None), getattr(given, "url", None)
+    name = getattr(dialect, "name", None)
+    if dialect is None or url is None or name is None:
+        raise ConfigurationError(
+            f"dsn={redact(repr(given))}: give a connection string, '' for libpq's defaults, or an "
+            "SQLAlchemy Engine or AsyncEngine."
+        )
+    if name != "postgresql":
+        raise ConfigurationError(f"The engine is of {name}: give one of PostgreSQL.")
+    _, parameters = dialect.create_connect_args(url)
+    parts = {_LIBPQ_NAMES.get(key, key): value for key, value in parameters.items()}
+    if dialect.driver not in ("psycopg2", "psycopg", "psycopg_async", "psycopg2cffi"):
+        parts = {key: parts[key] for key in _PORTABLE if key in parts}
+    return psycopg2.extensions.make_dsn(
+        **{
+            key: ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            for key, value in parts.items()
+            # Anything else is an object for the driver alone.
+            if isinstance(value, str | int | list | tuple)
+        }
+    )
 
 
 def libpq_dsn(dsn: str) -> str:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
-Loader = Callable[[Any, Sequence[tuple[Any, ...]]], list[Any]]
+T = TypeVar("T")
+
+
+class Loader(Protocol):
+    """Fetches records by their keys through a session of the user's."""
+
+    def __call__(
+        self, session: Any, ids: Sequence[tuple[Any, ...]], /, **options: Any
+    ) -> list[Any]:
+        """``options`` are the user's, for the framework that the model is of."""
 
 
 def model_name(model: object) -> str:
@@ -222,15 +234,27 @@ class Event(msgspec.Struct, frozen=True, eq=False):
         """Whether this event may have been delivered before."""
         return self._message.redelivered
 
-    def load(self, session: Any = None) -> Any:
+    def load(self, session: Any = None, **options: Any) -> Any:
         """The record as it is now, through the user's session; None when it is gone.
 
         ``session`` is what the model's framework uses: an SQLAlchemy Session or Connection, None
-        or a database alias for Django, a psycopg2 connection for a plain table name.
-        Raises ConfigurationError for a session that does not fit the model, or without a key.
+        or a database alias for Django, a psycopg2 connection for a plain table name. ``options``
+        say what to load with it: ``options=[selectinload(…)]`` for SQLAlchemy's models,
+        ``select_related=`` and ``prefetch_related=`` for Django's.
+        Raises ConfigurationError for a session or an option that does not fit the model, or
+        without a key.
         """
-        found = self._message.topic.loader(session, [self._row[: len(self._message.topic.key)]])
+        topic = self._message.topic
+        found = topic.loader(session, [self._row[: len(topic.key)]], **options)
         return found[0] if found else None
+
+    async def aload(self, session: Any = None, **options: Any) -> Any:
+        """Like :meth:`load`, for a coroutine.
+
+        ``session`` is an AsyncSession, AsyncConnection or AsyncEngine of SQLAlchemy, or what
+        ``load`` takes for a Django model or a plain table name, which a thread then uses.
+        """
+        return await _in_background(functools.partial(self.load, **options), session)
 
     def to_dict(self) -> dict[str, Any]:
         """The event as plain data, as ``pgsignals watch --json`` prints it."""
@@ -293,23 +317,46 @@ class Batch:
         """The records' ids, in the order of their latest events."""
         return [event.id for event in self.events]
 
-    def load(self, session: Any = None) -> list[Any]:
+    def load(self, session: Any = None, **options: Any) -> list[Any]:
         """The records as they are now, by one query for each model; those that are gone left out.
 
-        See :meth:`Event.load` for what ``session`` may be.
+        See :meth:`Event.load` for what ``session`` and ``options`` may be.
         """
         by_model: dict[int | str, tuple[Loader, list[tuple[Any, ...]]]] = {}
         for event in self.events:
             topic = event._message.topic
             _, ids = by_model.setdefault(model_identity(topic.model), (topic.loader, []))
             ids.append(event._row[: len(topic.key)])
-        return [record for loader, ids in by_model.values() for record in loader(session, ids)]
+        return [
+            record
+            for loader, ids in by_model.values()
+            for record in loader(session, ids, **options)
+        ]
+
+    async def aload(self, session: Any = None, **options: Any) -> list[Any]:
+        """Like :meth:`load`, for a coroutine; see :meth:`Event.aload`."""
+        return await _in_background(functools.partial(self.load, **options), session)
 
     def __len__(self) -> int:
         return len(self.events)
 
     def __iter__(self) -> Iterator[Event]:
         return iter(self.events)
+
+
+async def _in_background(load: Callable[[Any], T], session: Any) -> T:
+    """``load`` with ``session``, without holding up the event loop."""
+    if hasattr(session, "run_sync"):
+        found: T = await session.run_sync(load)
+        return found
+    if hasattr(session, "sync_engine"):
+        async with session.connect() as connection:
+            return await _in_background(load, connection)
+    asgiref = sys.modules.get("asgiref.sync")
+    if asgiref is not None:
+        # Django's connections belong to threads: this takes the one that its other async code has.
+        return await asgiref.sync_to_async(load)(session)  # type: ignore[no-any-return]
+    return await asyncio.to_thread(load, session)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import logging
@@ -16,18 +17,19 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 from blinker import Signal
 
-from .batches import Batcher, BatchReceiver, BatchTimer
-from .connection import Backoff, redact
+from .batches import Batcher, BatchTimer
+from .connection import Backoff, Engine, dsn_of
+from .coroutines import CoroutineReceiver, LeftBehind
 from .durable import DurableRun
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
-from .events import Event, Gap, model_name
+from .events import Batch, Event, Gap, model_name
 from .inspection import Health, Status
 from .metrics import COUNTERS, Meter, Metrics, Tracer
 from .receivers import Later, Receiver, Registry, Retrying, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
 from .sources.outbox import Consumer
-from .streams import Stream
+from .streams import Ending, Stream
 from .tables import Resolver
 from .termination import termination
 from .triggers.installer import Limits
@@ -35,8 +37,12 @@ from .watchers import normalize
 
 log = logging.getLogger("pgsignals")
 
-R = TypeVar("R", bound=Callable[..., object])
 GapReceiver = Callable[[Gap], object]
+BatchReceiver = Callable[[Batch], object]
+# What a receiver takes is checked where it is decorated, and its own type stays.
+R = TypeVar("R", bound=Receiver)
+B = TypeVar("B", bound=BatchReceiver)
+G = TypeVar("G", bound=GapReceiver)
 
 Delivery = Literal["notify", "outbox"]
 
@@ -57,8 +63,9 @@ class Hub:
         self.gap = Signal("gap")
         self.receiver_failed = Signal("receiver_failed")
         self._registry = Registry()
-        self._gap_receivers: dict[GapReceiver, None] = {}
-        self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()
+        self._coroutines = self._registry.coroutines
+        self._gap_receivers: dict[GapReceiver, GapReceiver] = {}
+        self._streams: weakref.WeakSet[Ending] = weakref.WeakSet()
         self._timer = BatchTimer(self._failed)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -68,6 +75,7 @@ class Hub:
         self._make: Callable[[], Run] | None = None
         self._meter = Meter()
         self._restarts_after_fork = False
+        self._workers = 1
         self._audience = Audience(
             registry=self._registry,
             timer=self._timer,
@@ -84,7 +92,7 @@ class Hub:
 
     def start(
         self,
-        dsn: str = "",
+        dsn: str | Engine = "",
         watchers: Iterable[Any] = (),
         *,
         delivery: Delivery = "notify",
@@ -98,17 +106,19 @@ class Hub:
         prune: bool = True,
         lock_timeout: float = 0.5,
         install_timeout: float = 10.0,
-        listen_dsn: str | None = None,
+        listen_dsn: str | Engine | None = None,
         heartbeat: float = 30.0,
         heartbeat_timeout: float = 10.0,
         restart_after_fork: bool = False,
         resolvers: Sequence[Resolver] = (),
         metrics: Metrics | None = None,
         tracer: Tracer | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> Hub:
         """Install triggers for the watchers and deliver their events from now on.
 
-        ``dsn`` is anything libpq takes; what it leaves out comes from libpq's environment.
+        ``dsn`` is anything libpq takes, or an SQLAlchemy Engine or AsyncEngine; what it leaves out
+        comes from libpq's environment.
         ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a consumer
         with a ``name`` goes on where it has acknowledged; of several processes with one name, one
         reads, and another takes over when it ends, or does not renew its claim for ``lease``
@@ -125,7 +135,9 @@ class Hub:
         silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed within
         their sum. ``resolvers`` are asked for models before the built-in ones. ``metrics`` gets
         counters and gauges, and each call of a receiver is a span of ``tracer``:
-        ``pgsignals.contrib`` has them for Prometheus and OpenTelemetry.
+        ``pgsignals.contrib`` has them for Prometheus and OpenTelemetry. Receivers that are
+        coroutine functions run on ``loop``, by default the event loop that runs where this is
+        called; a worker waits for the end of each.
 
         The child of a fork has a Hub that is stopped, and may start it; with
         ``restart_after_fork`` it starts by itself, in the background.
@@ -138,10 +150,7 @@ class Hub:
                 f"delivery={delivery!r}: it is one of {', '.join(map(repr, get_args(Delivery)))}."
             )
         consumer = _consumer(delivery, name, partitions, lease)
-        if not isinstance(dsn, str):
-            raise ConfigurationError(
-                f"dsn={redact(repr(dsn))}: give a connection string, or '' for libpq's defaults."
-            )
+        dsn = dsn_of(dsn)
         if install not in get_args(Install):
             raise ConfigurationError(
                 f"install={install!r}: it is one of {', '.join(map(repr, get_args(Install)))}."
@@ -156,7 +165,7 @@ class Hub:
             raise ConfigurationError("There is nothing to watch: give at least one watcher.")
         settings = Settings(
             dsn=dsn,
-            listen_dsn=listen_dsn or dsn,
+            listen_dsn=dsn if listen_dsn is None else dsn_of(listen_dsn) or dsn,
             watchers=plan,
             resolvers=all_resolvers(resolvers),
             namespace=namespace,
@@ -170,7 +179,12 @@ class Hub:
         )
         meter = Meter(metrics)
 
+        loop_given = loop
+
         def make() -> Run:
+            self._coroutines.begin(loop_given)
+            for fn in self._gap_receivers.values():
+                self._registry.check_loop(f"gap receiver {receiver_name(fn)}", fn)
             self._observe(meter, tracer)
             if consumer is not None:
                 return DurableRun(settings, self._audience, meter, consumer)
@@ -178,6 +192,7 @@ class Hub:
 
         self._begin(make)
         self._restarts_after_fork = restart_after_fork
+        self._workers = workers
         log.debug("started with %d watchers", len(plan))
         return self
 
@@ -185,8 +200,12 @@ class Hub:
         """Stop receiving, and let receivers handle what has arrived for at most ``timeout`` s.
 
         Safe to call twice, before start, and from a receiver, which then is the last one called.
+        In the thread of the event loop it does not wait for receivers that are coroutine
+        functions, since they could not go on meanwhile: ``await astop()`` does.
         Returns whether everything that had arrived was handled.
         """
+        if self._coroutines.in_the_way():
+            self._coroutines.leave()
         if not self._lock.acquire(timeout=timeout):
             log.warning("not stopped within %.1f s: it is being started", timeout)
             return False
@@ -196,6 +215,13 @@ class Hub:
         if run is None:
             return True
         drained = run.stop(timeout)
+        if dropped := self._coroutines.dropped:
+            drained = False
+            log.warning(
+                "%d calls of coroutine receivers were not waited for, since stop() was called in "
+                "the thread of their event loop: use `await astop()` there",
+                dropped,
+            )
         for stream in list(self._streams):
             stream.close()
         self._registry.unbind()
@@ -206,6 +232,10 @@ class Hub:
         if (ends := self._ends) is not None:
             ends.put(drained)
         return drained
+
+    async def astop(self, timeout: float = 10.0) -> bool:
+        """Like :meth:`stop`, while the event loop goes on, so that coroutine receivers finish."""
+        return await asyncio.to_thread(self.stop, timeout)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the Hub is stopped (True), or for ``timeout`` seconds (False)."""
@@ -291,7 +321,7 @@ class Hub:
         retries: int = 4,
         backoff: float = 0.5,
         **filters: Any,
-    ) -> Callable[[Callable[[Any], object]], Callable[[Any], object]]:
+    ) -> Callable[[B], B]:
         """Decorate a function to be called with a Batch: the latest event of each record.
 
         The first change starts a period of ``every`` seconds, at whose end the function is called;
@@ -306,16 +336,20 @@ class Hub:
 
         retrying = Retrying(retries, backoff)
 
-        def register(fn: BatchReceiver) -> BatchReceiver:
-            batcher = Batcher(fn, every, max_size, self._timer, retrying)
+        def register(fn: B) -> B:
+            receiver = self._registry.callable_by_threads(fn)
+            batcher = Batcher(receiver, every, max_size, self._timer, retrying)
             self._registry.subscribe(batcher, target, ops, filters, collects=True)
             return fn
 
         return register
 
-    def on_gap(self, fn: GapReceiver) -> GapReceiver:
+    def on_gap(self, fn: G) -> G:
         """Decorate a function to be called with each Gap, before any later event."""
-        self._gap_receivers[fn] = None
+        receiver = self._registry.callable_by_threads(fn)
+        if self.running:
+            self._registry.check_loop(f"gap receiver {receiver_name(fn)}", receiver)
+        self._gap_receivers[fn] = receiver
         return fn
 
     def signal(self, target: Any, op: str) -> Signal:
@@ -358,7 +392,7 @@ class Hub:
             put, target, ops, filters, f"stream of {model_name(target)}", collects=True
         )
         if gaps:
-            self._gap_receivers[put] = None
+            self._gap_receivers[put] = put
         weakref.finalize(found, end)
         found._on_close = end
         self._streams.add(found)
@@ -405,6 +439,17 @@ class Hub:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+    async def __aenter__(self) -> Hub:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.astop()
 
     def __repr__(self) -> str:
         return f"<Hub {'running' if self.running else 'stopped'}>"
@@ -497,6 +542,10 @@ class Hub:
                 return
 
     def _failed(self, receiver: Any, event: Event, error: BaseException) -> None:
+        if isinstance(error, LeftBehind):
+            return  # stop() tells how many.
+        if isinstance(receiver, CoroutineReceiver):
+            receiver = receiver.fn
         name = receiver_name(receiver)
         self._meter.count("receiver_failures", receiver=name)
         log.error(
@@ -525,7 +574,7 @@ class Hub:
             gap.reason,
             extra={"gap_reason": gap.reason},
         )
-        for fn in list(self._gap_receivers):
+        for fn in list(self._gap_receivers.values()):
             try:
                 fn(gap)
             except BaseException:

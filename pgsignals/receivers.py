@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 import logging
 import threading
 import weakref
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from blinker import Signal
 
+from .coroutines import CoroutineReceiver, Coroutines, is_coroutine_function
 from .errors import ReceiverError, near
 from .events import Event, Topic, model_identity, model_name
 from .watchers import OPERATIONS
@@ -112,6 +112,7 @@ class Registry:
     """
 
     def __init__(self) -> None:
+        self.coroutines = Coroutines()
         self._lock = threading.RLock()
         self._signals: dict[Key, Signal] = {}
         self._models: dict[Key, Any] = {}
@@ -141,7 +142,7 @@ class Registry:
         for op in ops:
             _check_operation(op)
         subscription = Subscription(
-            fn,
+            self.callable_by_threads(fn),
             target,
             ops,
             filters,
@@ -167,6 +168,10 @@ class Registry:
             self._subscriptions[subscription] = None
         log.debug("the %s listens to %s", subscription.name, _described(target, ops))
         return subscription
+
+    def callable_by_threads(self, fn: Callable[..., Any]) -> Callable[[Any], object]:
+        """``fn``, or what runs it on the loop if it is a coroutine function."""
+        return CoroutineReceiver(fn, self.coroutines) if is_coroutine_function(fn) else fn
 
     def signal(self, target: Any, op: str) -> Signal:
         """The blinker signal of a model or label and an operation."""
@@ -265,6 +270,7 @@ class Registry:
     def forked(self) -> None:
         """In the child of a fork: the lock may be held by a thread that is not there."""
         self._lock = threading.RLock()
+        self.coroutines.forked()
         self._topics = None
 
     def receivers(self, topic: Topic) -> tuple[list[Any], list[_Index]]:
@@ -303,8 +309,17 @@ class Registry:
         if self._topics is None:
             return
         who = f"The {subscription.name}"
+        self.check_loop(subscription.name, subscription.fn)
         for topic in self._check_delivered(who, subscription.target, subscription.ops):
             _check_filters(subscription, topic)
+
+    def check_loop(self, name: str, fn: object) -> None:
+        """Raise ReceiverError for a coroutine function without a loop to run it on."""
+        if _is_coroutine(fn) and not self.coroutines.ready:
+            raise ReceiverError(
+                f"The {name} is a coroutine function, and there is no event loop to run it on: "
+                "call start() where the loop runs, or give start(loop=…)."
+            )
 
     def _check_delivered(self, who: str, target: Any, ops: tuple[str, ...]) -> list[Topic]:
         topics = self._topics or ()
@@ -458,11 +473,13 @@ def _check_operation(op: object) -> None:
 def _check_callable(fn: object) -> None:
     if not callable(fn):
         raise ReceiverError(f"{fn!r} cannot be called: give a function that takes the event.")
-    if inspect.iscoroutinefunction(fn):
-        raise ReceiverError(
-            f"{receiver_name(fn)} is a coroutine function, and workers are threads: use "
-            "`async for event in pgsignals.stream(…)`, or a plain function."
-        )
+
+
+def _is_coroutine(fn: object) -> bool:
+    # A Batcher calls its own.
+    return isinstance(fn, CoroutineReceiver) or isinstance(
+        getattr(fn, "fn", None), CoroutineReceiver
+    )
 
 
 def receiver_name(fn: object) -> str:

@@ -153,7 +153,8 @@ class Resolver(Protocol):
         """The records with these keys, by one query, in the order of ``ids``.
 
         Each id is a tuple of key values in the order of ``table.key``. Records that are gone are
-        left out. None when the session is not of a kind that this resolver can use.
+        left out. None when the session is not of a kind that this resolver can use. Parameters
+        of the resolver's own, with defaults, are options of the user's ``load``.
         """
 
 

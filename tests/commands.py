@@ -63,13 +63,14 @@ class Program:
         dsn: str = "",
         cwd: Path | None = None,
         descriptors: Collection[int] = (),
+        **variables: str,
     ) -> None:
         environment = {
             k: v
             for k, v in os.environ.items()
             if not k.startswith("PG") or k == "PGSIGNALS_POSTGRES_BIN"
         }
-        environment |= {"PGSIGNALS_DSN": dsn, "TZ": "UTC", "PYTHONUTF8": "1"}
+        environment |= {"PGSIGNALS_DSN": dsn, "TZ": "UTC", "PYTHONUTF8": "1", **variables}
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,

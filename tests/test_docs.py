@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -115,9 +116,7 @@ def test_the_fixtures_of_the_plugin() -> None:
 def test_python_blocks_compile(page: str) -> None:
     """Each block of Python is Python."""
     for block in re.findall(r"^```python\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE):
-        if "async with" in block:
-            block = "async def f():\n" + re.sub(r"^", "    ", block, flags=re.MULTILINE)
-        compile(block, page, "exec")
+        compile(block, page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 def test_the_resolver_of_the_plugins_page(

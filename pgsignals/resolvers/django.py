@@ -17,6 +17,7 @@ class DjangoResolver:
 
     Records are instances, through a database alias, a Django connection, a QuerySet of the model
     (with what it selects and restricts), or None for the model's default database.
+    ``select_related`` and ``prefetch_related`` are as the QuerySet's methods take them.
     """
 
     name = "django"
@@ -50,7 +51,13 @@ class DjangoResolver:
         )
 
     def load(
-        self, model: Any, table: Table, session: Any, ids: Sequence[tuple[object, ...]]
+        self,
+        model: Any,
+        table: Table,
+        session: Any,
+        ids: Sequence[tuple[object, ...]],
+        select_related: str | Sequence[str] = (),
+        prefetch_related: str | Sequence[Any] = (),
     ) -> list[Any] | None:
         if not _is_model(model):
             return None
@@ -74,6 +81,10 @@ class DjangoResolver:
             f"SELECT {names} FROM ({wanted}) AS wanted", parameters, any_field
         )
         found = queryset.filter(models.lookups.In(columns, among))
+        # Without names select_related() would follow every foreign key.
+        if select_related:
+            found = found.select_related(*_listed(select_related))
+        found = found.prefetch_related(*_listed(prefetch_related))
 
         position = {key: number for number, key in enumerate(zip(*parameters, strict=True))}
 
@@ -83,6 +94,10 @@ class DjangoResolver:
             return position.get(key, len(position))
 
         return sorted(found, key=place)
+
+
+def _listed(names: str | Sequence[Any]) -> Sequence[Any]:
+    return [names] if isinstance(names, str) else names
 
 
 def _is_model(model: Any) -> bool:

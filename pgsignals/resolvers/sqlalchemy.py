@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ConfigurationError, ModelError
+from ..events import model_name
 from ..tables import Table, TableRef
 from ..transaction import name_parameters, named
 from .plain import wanted_keys
@@ -15,8 +16,9 @@ from .plain import wanted_keys
 class SQLAlchemyResolver:
     """Mapped classes and ``sqlalchemy.Table``.
 
-    Records are the session's own objects, refreshed, through a Session or a scoped_session. Tables
-    give dicts by column key, and so do classes through a Connection or an Engine, by attribute.
+    Records are the session's own objects, refreshed, through a Session or a scoped_session, with
+    ``options`` as ``select`` takes them. Tables give dicts by column key, and so do classes through
+    a Connection or an Engine, by attribute.
     """
 
     name = "sqlalchemy"
@@ -45,7 +47,12 @@ class SQLAlchemyResolver:
         return None
 
     def load(
-        self, model: Any, table: Table, session: Any, ids: Sequence[tuple[object, ...]]
+        self,
+        model: Any,
+        table: Table,
+        session: Any,
+        ids: Sequence[tuple[object, ...]],
+        options: Sequence[Any] = (),
     ) -> list[Any] | None:
         sqlalchemy: Any = sys.modules.get("sqlalchemy")
         orm: Any = sys.modules.get("sqlalchemy.orm")
@@ -53,16 +60,21 @@ class SQLAlchemyResolver:
             return None
         if isinstance(session, sqlalchemy.Engine):
             with session.connect() as connection:
-                return self.load(model, table, connection, ids)
+                return self.load(model, table, connection, ids, options)
         if orm is not None and isinstance(session, orm.scoped_session):
             session = session()
         in_orm = orm is not None and isinstance(session, orm.Session)
         if not in_orm and not isinstance(session, sqlalchemy.Connection):
             return None
+        as_objects = in_orm and not isinstance(model, sqlalchemy.Table)
+        if options and not as_objects:
+            raise ConfigurationError(
+                f"load() gives dicts of {model_name(model)} here, and options= say what to load "
+                "with objects: give a Session and watch a mapped class, or leave them out."
+            )
         if not ids:
             return []
 
-        as_objects = in_orm and not isinstance(model, sqlalchemy.Table)
         if isinstance(model, sqlalchemy.Table):
             of_table, selected = model, [column.label(column.key) for column in model.c]
         else:
@@ -86,6 +98,7 @@ class SQLAlchemyResolver:
             .select_from(model)
             .join(wanted, sqlalchemy.and_(*same))
             .order_by(wanted.c.position)
+            .options(*options)
             # What the session read earlier is not what the record is now.
             .execution_options(populate_existing=True)
         )

@@ -147,6 +147,7 @@ class Simulation:
 
     def start(self) -> None:
         """Called by the Hub: check the receivers."""
+        self._hub._coroutines.begin(None, simulated=True)
         if self._topics is not None:
             self._hub._registry.bind(self._topics)
         self._hub.receiver_failed.connect(self._note_error)
@@ -190,7 +191,7 @@ class Simulation:
             key=tuple(attribute_of.get(c, c) for c in ref.key or ("id",)) if with_row else (),
             values=values if with_row else (),
             compared=op == "updated" and bool(values),
-            loader=lambda session, ids: self._load(watcher.model, ids),
+            loader=lambda session, ids, /, **options: self._load(watcher.model, ids),
             name="simulated",
         )
 

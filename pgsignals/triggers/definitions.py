@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import ConfigurationError, WatcherError
+from ..errors import ConfigurationError, WatcherError, near
 from ..events import Topic, model_identity, model_name
 from ..payload import Cast, Decoder
 from ..tables import Resolver, Table, describe, resolve
@@ -116,13 +117,23 @@ class _Loader:
     resolver: Resolver
     resolvers: Sequence[Resolver]
 
-    def __call__(self, session: Any, ids: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def __call__(
+        self, session: Any, ids: Sequence[tuple[Any, ...]], /, **options: Any
+    ) -> list[Any]:
         if not self.table.key:
             raise ConfigurationError(
                 f"{self.table.qualified} has no key, so that its events cannot load a record. Give "
                 "it a primary key, or ask for the columns with extra=."
             )
-        found = self.resolver.load(self.model, self.table, session, ids)
+        load: Any = self.resolver.load
+        known = list(inspect.signature(load).parameters)[4:]
+        for name in options:
+            if name not in known:
+                raise ConfigurationError(
+                    f"load() of {model_name(self.model)} does not know {name}="
+                    f"{near(name, known)} It takes {', '.join(known) or 'a session only'}."
+                )
+        found: list[Any] | None = load(self.model, self.table, session, ids, **options)
         if found is None:
             raise ConfigurationError(
                 f"load() of {model_name(self.model)} cannot use {type(session).__name__}: give an "

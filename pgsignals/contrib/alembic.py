@@ -1,0 +1,275 @@
+"""Alembic: ``op.install_watchers`` and ``op.uninstall_watchers``, and autogenerate for them.
+
+Importing this module, in ``env.py``, registers them. There, too, ``context.configure`` gets the
+watchers, by which autogenerate and ``alembic check`` tell what the database lacks::
+
+    context.configure(…, pgsignals_watchers=WATCHERS, pgsignals_namespace="default")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from psycopg2.extensions import cursor as Cursor
+
+from ..connection import dsn_of
+from ..errors import ConfigurationError, MissingExtraError, TableError
+from ..events import model_name
+from ..runs import all_resolvers
+from ..tables import Resolver, resolve
+from ..triggers.definitions import define
+from ..watchers import Watcher, normalize
+from .migrations import Change, borrowed_cursor, installing, pruning, removing, source
+
+try:
+    from alembic.autogenerate import comparators, renderers
+    from alembic.autogenerate.api import AutogenContext
+    from alembic.operations import MigrateOperation, Operations
+    from alembic.operations.ops import UpgradeOps
+    from sqlalchemy import Connection
+except ImportError as error:
+    raise MissingExtraError(
+        "pgsignals.contrib.alembic needs Alembic: pip install 'pgsignals[alembic]'"
+    ) from error
+
+_UNDEFINED_COLUMN = "42703"
+
+
+class _WatchersOp(MigrateOperation):
+    """What both operations have: watchers, or the statements that autogenerate has foreseen."""
+
+    name = ""
+
+    def __init__(
+        self,
+        watchers: Sequence[Watcher] = (),
+        namespace: str = "default",
+        change: Change | None = None,
+    ) -> None:
+        self.watchers = tuple(watchers)
+        self.namespace = namespace
+        self.change = change or Change()
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """What ``alembic check`` prints."""
+        return (self.name, *(self.change.summary or map(str, self.watchers)))
+
+    def _reverse_change(self) -> Change:
+        change = self.change
+        signs = str.maketrans("+-", "-+")
+        summary = tuple(line[:1].translate(signs) + line[1:] for line in change.summary)
+        return Change(change.backward, change.forward, summary)
+
+
+@Operations.register_operation("install_watchers")
+class InstallWatchersOp(_WatchersOp):
+    """``op.install_watchers``."""
+
+    name = "install_watchers"
+
+    @classmethod
+    def install_watchers(
+        cls,
+        operations: Operations,
+        watchers: Iterable[Any] = (),
+        *,
+        namespace: str = "default",
+        statements: Sequence[str] = (),
+    ) -> None:
+        """Install the triggers of watchers, those that are missing or outdated.
+
+        ``watchers`` are what :func:`pgsignals.start` takes; tables by their names stay right when
+        the models change. ``statements``, as autogenerate writes them, are run as they are instead,
+        and are what ``--sql`` takes.
+
+        Raises ConfigurationError for watchers with ``--sql``, which cannot read the tables.
+        """
+        operations.invoke(cls(normalize(watchers), namespace, Change(tuple(statements))))
+
+    def reverse(self) -> MigrateOperation:
+        """What the downgrade has."""
+        return UninstallWatchersOp(self.watchers, self.namespace, self._reverse_change())
+
+
+@Operations.register_operation("uninstall_watchers")
+class UninstallWatchersOp(_WatchersOp):
+    """``op.uninstall_watchers``."""
+
+    name = "uninstall_watchers"
+
+    @classmethod
+    def uninstall_watchers(
+        cls,
+        operations: Operations,
+        watchers: Iterable[Any] = (),
+        *,
+        namespace: str = "default",
+        statements: Sequence[str] = (),
+    ) -> None:
+        """Remove the triggers of watchers, except where somebody listens to them.
+
+        The parameters are those of ``op.install_watchers``.
+        """
+        operations.invoke(cls(normalize(watchers), namespace, Change(tuple(statements))))
+
+    def reverse(self) -> MigrateOperation:
+        """What the downgrade has."""
+        return InstallWatchersOp(self.watchers, self.namespace, self._reverse_change())
+
+
+@Operations.implementation_for(InstallWatchersOp)
+def _install(operations: Operations, operation: InstallWatchersOp) -> None:
+    def change(cursor: Cursor) -> Change:
+        found = define(cursor, operation.watchers, all_resolvers(()), operation.namespace)
+        return installing(cursor, operation.namespace, [each.trigger for each in found])
+
+    _apply(operations, operation, change)
+
+
+@Operations.implementation_for(UninstallWatchersOp)
+def _uninstall(operations: Operations, operation: UninstallWatchersOp) -> None:
+    def change(cursor: Cursor) -> Change:
+        return removing(cursor, operation.namespace, operation.watchers, all_resolvers(()))
+
+    _apply(operations, operation, change)
+
+
+def _apply(operations: Operations, operation: _WatchersOp, change: Any) -> None:
+    context = operations.get_context()
+    statements = operation.change.forward
+    if context.as_sql:
+        if operation.watchers:
+            raise ConfigurationError(
+                f"op.{operation.name} of {', '.join(map(str, operation.watchers))} reads the "
+                "tables, which --sql cannot: upgrade a database that can be reached, or let "
+                "`alembic revision --autogenerate` write the statements once the tables are there."
+            )
+        for statement in statements:
+            # Not through text(), which would take colons for parameters.
+            context.impl.static_output(statement + context.impl.command_terminator)
+        return
+    connection = operations.get_bind()
+    with _cursor(connection) as cursor:
+        if operation.watchers:
+            statements = (*statements, *change(cursor).forward)
+        for statement in statements:
+            cursor.execute(statement)
+
+
+@contextmanager
+def _cursor(connection: Connection) -> Iterator[Cursor]:
+    def run(statement: str) -> list[tuple[Any, ...]]:
+        result = connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
+        return [tuple(row) for row in result] if result.returns_rows else []
+
+    driver = connection.connection.driver_connection
+    with borrowed_cursor(driver, lambda: dsn_of(connection.engine), run) as cursor:
+        yield cursor
+
+
+def _compare(
+    autogen_context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Iterable[str | None]
+) -> None:
+    """Add what the watchers given to ``context.configure`` lack, and what nobody needs any more.
+
+    Triggers are removed before tables change and made after, so that the downgrade, which goes the
+    other way round, finds the tables that it needs.
+    """
+    given = autogen_context.opts.get("pgsignals_watchers")
+    connection = autogen_context.connection
+    if given is None or connection is None:
+        return
+    namespace = autogen_context.opts.get("pgsignals_namespace", "default")
+    resolvers = all_resolvers(())
+    triggers = []
+    later: list[Watcher] = []
+    with _cursor(connection) as cursor:
+        for watcher in normalize(given):
+            try:
+                with connection.begin_nested():
+                    found = define(cursor, [watcher], resolvers, namespace)
+            except Exception as error:
+                if not _of_this_revision(error):
+                    raise
+                later.append(_by_name(watcher, resolvers))
+            else:
+                triggers += [definition.trigger for definition in found]
+        removed = pruning(cursor, namespace, triggers)
+        created = installing(cursor, namespace, triggers)
+    if removed.summary:
+        upgrade_ops.ops.insert(0, UninstallWatchersOp((), namespace, removed))
+    if created.summary:
+        upgrade_ops.ops.append(InstallWatchersOp((), namespace, created))
+    if later:
+        upgrade_ops.ops.append(InstallWatchersOp(later, namespace))
+
+
+try:
+    from alembic.util import DispatchPriority
+except ImportError:  # before Alembic 1.18 they came in the order of their registration
+    comparators.dispatch_for("schema")(_compare)
+else:
+    comparators.dispatch_for("schema", priority=DispatchPriority.LAST)(_compare)
+
+
+def _of_this_revision(error: BaseException | None) -> bool:
+    """Whether a watcher lacks a table or a column, which this revision may be about to create."""
+    if isinstance(error, TableError):
+        return True
+    while error is not None:
+        for known in (error, getattr(error, "orig", None)):
+            code = getattr(known, "pgcode", None) or getattr(known, "sqlstate", None)
+            if code == _UNDEFINED_COLUMN:
+                return True
+        error = error.__cause__
+    return False
+
+
+def _by_name(watcher: Watcher, resolvers: Sequence[Resolver]) -> Watcher:
+    """The watcher with table and columns by their names, for a migration that outlives models."""
+    ref, _ = resolve(watcher.model, resolvers)
+    if ref.only is not None:
+        raise ConfigurationError(
+            f"{model_name(watcher.model)} shares its table, which is not there yet: upgrade to a "
+            "revision that creates it, and autogenerate the watchers after that."
+        )
+    return replace(
+        watcher,
+        model=".".join(_quoted(part) for part in (ref.schema, ref.name) if part is not None),
+        columns=tuple(ref.attributes.get(name, name) for name in watcher.columns),
+        extra=tuple(ref.attributes.get(name, name) for name in watcher.extra),
+    )
+
+
+def _quoted(name: str) -> str:
+    if '"' in name or "." in name:
+        return '"' + name.replace('"', '""') + '"'
+    return name
+
+
+@renderers.dispatch_for(InstallWatchersOp)
+@renderers.dispatch_for(UninstallWatchersOp)
+def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
+    lines = [f"op.{operation.name}("]
+    if operation.watchers:
+        autogen_context.imports.add("import pgsignals")
+        lines.append("    [")
+        lines += [f"        {source(each, model_name(each.model))}," for each in operation.watchers]
+        lines.append("    ],")
+    if operation.namespace != "default":
+        lines.append(f"    namespace={operation.namespace!r},")
+    if operation.change.forward:
+        lines += [f"    # {line}" for line in operation.change.summary]
+        lines.append("    statements=[")
+        lines += [f"        {_literal(statement)}," for statement in operation.change.forward]
+        lines.append("    ],")
+    return "\n".join([*lines, ")"])
+
+
+def _literal(text: str) -> str:
+    """A literal for each line: templates and formatters would move lines within one."""
+    lines = [repr(line) for line in text.splitlines(keepends=True)]
+    return lines[0] if len(lines) == 1 else "\n            ".join(["(", *lines]) + "\n        )"

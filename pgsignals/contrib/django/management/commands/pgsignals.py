@@ -1,0 +1,82 @@
+"""``manage.py pgsignals``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from typing import Any
+
+import click
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.utils import autoreload
+
+from pgsignals.cli import main
+from pgsignals.connection import dsn_of
+from pgsignals.contrib.django import start
+from pgsignals.contrib.django.conf import options
+from pgsignals.errors import PgSignalsError
+
+_OF_THE_CLI = ("install", "uninstall", "sql", "status", "doctor", "relay")
+
+
+class Command(BaseCommand):
+    """Runs a listener, or a command of ``pgsignals`` with this project's database and watchers."""
+
+    help = (
+        "Listen for changes and call the receivers until SIGTERM or Ctrl-C; or run a command of "
+        "pgsignals with this project's database and watchers."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """The command, and what goes on to it."""
+        assert isinstance(main, click.Group)
+        known = [name for name in _OF_THE_CLI if name in main.commands]
+        parser.add_argument("subcommand", choices=["listen", *known])
+        parser.add_argument(
+            "arguments",
+            nargs=argparse.REMAINDER,
+            help="Options of the subcommand: --reload for listen, which starts it again when code "
+            "changes; those of `pgsignals SUBCOMMAND --help` for the others.",
+        )
+
+    def handle(self, *, subcommand: str, arguments: list[str], **_: Any) -> None:
+        """Run it."""
+        try:
+            if subcommand != "listen":
+                self._run(subcommand, arguments)
+            elif arguments == ["--reload"]:
+                autoreload.run_with_reloader(self._listen)
+            elif arguments:
+                raise CommandError(f"listen takes --reload and nothing else, not {arguments!r}.")
+            else:
+                self._listen()
+        except PgSignalsError as error:
+            raise CommandError(str(error)) from error
+
+    def _listen(self) -> None:
+        with start() as hub:
+            self.stderr.write("Listening. Press Ctrl-C to stop.")
+            # The reloader runs this in a thread, and looks after signals itself.
+            if threading.current_thread() is threading.main_thread():
+                hub.run()
+            else:
+                hub.wait()
+
+    def _run(self, subcommand: str, arguments: list[str]) -> None:
+        chosen = options()
+        given = ["--dsn", dsn_of(chosen["dsn"])]
+        if "namespace" in chosen:
+            given += ["--namespace", chosen["namespace"]]
+        if subcommand != "uninstall":
+            given += ["--app", "pgsignals.contrib.django:watchers"]
+        try:
+            code = main.main(
+                [subcommand, *given, *arguments],
+                prog_name="manage.py pgsignals",
+                standalone_mode=False,
+            )
+        except click.ClickException as error:
+            raise CommandError(error.format_message(), returncode=error.exit_code) from error
+        if code:
+            sys.exit(code)

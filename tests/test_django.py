@@ -1,0 +1,414 @@
+"""The Django application, in a real project with two applications, on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from psycopg2.extensions import parse_dsn
+
+from tests.commands import Program, Result
+from tests.conftest import DEADLINE, Database
+from tests.waiting import eventually
+
+PROJECT = Path(__file__).parent.parent / "examples" / "django_shop"
+BOTH_DRIVERS = pytest.mark.parametrize("project", ["psycopg", "psycopg2"], indirect=True)
+
+
+def variables(dsn: str) -> dict[str, str]:
+    """A connection string as libpq's variables."""
+    given = parse_dsn(dsn)
+    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
+    return {variable: given[name] for name, variable in names.items()}
+
+
+class Project:
+    """A copy of the example on a fresh database, run by its command line."""
+
+    def __init__(self, path: Path, dsn: str, driver: str = "psycopg") -> None:
+        shutil.copytree(PROJECT, path, ignore=shutil.ignore_patterns("__pycache__"))
+        self.path = path
+        if driver == "psycopg2":
+            # Django prefers psycopg where it is installed.
+            self.write("manage.py", "import sys\n", "import sys\n\nsys.modules['psycopg'] = None\n")
+        self._variables = variables(dsn) | {"DJANGO_SETTINGS_MODULE": "project.settings"}
+        self._started: list[Program] = []
+
+    def start(self, *arguments: str, **more: str) -> Program:
+        """Start a command of manage.py."""
+        environment = {**self._variables, **more}
+        self._started.append(Program("manage.py", *arguments, cwd=self.path, **environment))
+        return self._started[-1]
+
+    def run(self, *arguments: str) -> Result:
+        """Run a command of manage.py to its end, which is a good one."""
+        result = self.start(*arguments).end()
+        assert result.code == 0, result
+        return result
+
+    def write(self, name: str, old: str, new: str) -> None:
+        """Edit a file."""
+        path = self.path / name
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    def close(self) -> None:
+        """End what still runs."""
+        for program in self._started:
+            if program.process.poll() is None:
+                program.process.kill()
+                program.process.wait(DEADLINE)
+
+
+@pytest.fixture
+def project(tmp_path: Path, dsn: str, request: pytest.FixtureRequest) -> Iterator[Project]:
+    """The example, with one of the drivers that Django has."""
+    made = Project(tmp_path / "project", dsn, getattr(request, "param", "psycopg"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def migrated(project: Project) -> Project:
+    """The example, its tables and its triggers."""
+    project.run("migrate", "--verbosity", "0")
+    return project
+
+
+def triggers(db: Database) -> list[str]:
+    """The tables of our triggers, one name for each."""
+    return [
+        table
+        for (table,) in db(
+            "SELECT tgrelid::regclass::text FROM pg_trigger WHERE tgname LIKE 'pgsignals%'"
+            " ORDER BY 1"
+        )
+    ]
+
+
+def listening(db: Database) -> int:
+    """How many sessions listen."""
+    [(count,)] = db(
+        "SELECT count(DISTINCT pid) FROM pg_locks WHERE locktype = 'advisory'"
+        " AND mode = 'ShareLock' AND database ="
+        " (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    return int(count)
+
+
+@BOTH_DRIVERS
+def test_the_readme(project: Project, db: Database) -> None:
+    """What the README shows is what happens; `zero` removes the triggers."""
+    readme = (PROJECT / "README.md").read_text()
+    commands = re.findall(r"^python manage.py (.*)$", readme, re.MULTILINE)
+    assert commands == ["migrate", "pgsignals listen"]
+    [printed] = re.findall(r"^The listener prints\n\n```\n(.*?)^```$", readme, re.M | re.DOTALL)
+    project.run(*commands[0].split())
+    listener = project.start(*commands[1].split())
+    assert listener.err() == "Listening. Press Ctrl-C to stop."
+    for statement in re.findall(r'^psql -c "(.*)"$', readme, re.MULTILINE):
+        db(statement)
+    assert [listener.out() for _ in printed.splitlines()] == printed.splitlines()
+    listener.process.send_signal(signal.SIGTERM)
+    assert listener.end() == Result(0, [], [])
+    project.run("migrate", "shop", "zero")
+    assert triggers(db) == []
+    assert db("SELECT proname FROM pg_proc WHERE proname LIKE 'pgsignals%'") == []
+
+
+def test_records_load_with_what_belongs_to_them(migrated: Project, db: Database) -> None:
+    """A receiver of one application loads a record and its related ones by Django's ORM."""
+    listener = migrated.start("pgsignals", "listen")
+    listener.err()
+    db(
+        "WITH made AS (INSERT INTO shop_order (customer) VALUES ('Ann') RETURNING id)"
+        " INSERT INTO shop_line (order_id, text)"
+        " SELECT id, text FROM made, unnest('{tea,cup}'::text[]) text"
+    )
+    assert listener.out() == "order 1 of Ann: tea, cup"
+
+
+@BOTH_DRIVERS
+def test_migrations_run_the_sql_that_sqlmigrate_shows(migrated: Project, db: Database) -> None:
+    """What status finds after migrate is whole; what sqlmigrate prints can be run by hand."""
+    status = migrated.run("pgsignals", "status")
+    assert [line.split()[0] for line in status.out[1:5]] == ["INSTALLED"] * 4
+    migrated.run("migrate", "shop", "0001")
+    assert triggers(db) == ["billing_payment"]
+    assert migrated.start("pgsignals", "status").end().code == 1
+    printed = "\n".join(migrated.run("sqlmigrate", "shop", "0002").out)
+    assert printed.count("CREATE TRIGGER") == 3
+    db(printed)
+    assert migrated.run("pgsignals", "status").code == 0
+    backwards = "\n".join(migrated.run("sqlmigrate", "--backwards", "shop", "0002").out)
+    assert backwards.count("DROP FUNCTION") == 3
+    db(backwards)
+    assert triggers(db) == ["billing_payment"]
+
+
+@BOTH_DRIVERS
+def test_sqlmigrate_before_the_tables_are_there(project: Project, db: Database) -> None:
+    """The SQL is shown for tables that earlier migrations have yet to create; nothing is left."""
+    printed = "\n".join(project.run("sqlmigrate", "shop", "0002").out)
+    assert printed.count("CREATE TRIGGER") == 3
+    assert 'ON "public"."shop_order"' in printed
+    both = "\n".join(project.run("sqlmigrate", "billing", "0001").out)
+    assert both.index("CREATE TABLE") < both.index("CREATE TRIGGER")
+    assert db("SELECT relname FROM pg_class WHERE relname ~ '^(shop|billing)_'") == []
+    project.run("migrate", "shop", "0001", "--verbosity", "0")
+    db(printed)
+    assert triggers(db) == ["shop_order"] * 3
+
+
+def test_a_migration_that_fails_leaves_nothing(project: Project, db: Database) -> None:
+    """Tables and triggers of one migration come together or not at all."""
+    project.write("billing/migrations/0001_initial.py", '["order_id", "amount"]', '["amont"]')
+    result = project.start("migrate", "billing").end()
+    assert result.code == 1
+    assert "did you mean 'amount'" in "\n".join(result.err)
+    assert db("SELECT 1 FROM pg_class WHERE relname = 'billing_payment'") == []
+
+
+def test_a_table_that_is_locked(
+    migrated: Project, db: Database, connect: Callable[..., Database], dsn: str
+) -> None:
+    """A migration gives up a locked table soon, so that no writer queues behind it."""
+    migrated.run("migrate", "shop", "0001")
+    other = connect(dsn)
+    other.connection.autocommit = False
+    other("INSERT INTO shop_order (customer) VALUES ('Bob')")
+    result = migrated.start("migrate", "shop").end()
+    assert result.code == 1
+    assert "lock timeout" in "\n".join(result.err)
+    other.connection.rollback()
+    migrated.run("migrate", "shop")
+    assert triggers(db) == ["billing_payment", *["shop_order"] * 3]
+
+
+def test_a_listener_is_never_made_deaf(migrated: Project, db: Database) -> None:
+    """Backwards, a trigger that somebody listens to stays, and the rest goes."""
+    listener = migrated.start("pgsignals", "listen")
+    listener.err()
+    migrated.run("migrate", "billing", "zero")
+    migrated.run("migrate", "shop", "0001")
+    assert triggers(db) == ["shop_order"] * 3
+    db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+    assert listener.out() == "order 1 of Ann: nothing yet"
+
+
+def test_nothing_starts_by_itself(migrated: Project, db: Database) -> None:
+    """Neither import nor migrate, check or shell starts a Hub, though signals.py is imported."""
+    program = (
+        "import sys, pgsignals; assert 'shop.signals' in sys.modules;"
+        "print(pgsignals.default_hub.running)"
+    )
+    assert migrated.run("shell", "--verbosity", "0", "-c", program).out == ["False"]
+    for command in ("check", "migrate", "showmigrations"):
+        assert not [line for line in migrated.run(command).err if "istening" in line]
+    assert listening(db) == 0
+
+
+def test_the_check_warns_of_drift(migrated: Project, db: Database) -> None:
+    """check --database says what is missing, outdated or cannot be; without it nothing is asked."""
+    check = ("check", "--database", "default")
+    assert "no issues" in migrated.run(*check).out[0]
+    db("ALTER TABLE billing_payment DISABLE TRIGGER ALL")
+    warning = "\n".join(migrated.run(*check).err)
+    assert "pgsignals.W001" in warning
+    assert "inserted on public.billing_payment is outdated: the trigger is disabled" in warning
+    assert "pgsignals.W001" not in "\n".join(migrated.run("check").err)
+    migrated.write("project/settings.py", '{"INSTALL": "check"}', '{"INSTAL": "check"}')
+    failed = migrated.start(*check).end()
+    assert failed.code == 1
+    assert "unknown key 'INSTAL' (did you mean 'INSTALL'?)" in "\n".join(failed.err)
+
+
+def test_the_check_leaves_tables_to_the_migrations(project: Project) -> None:
+    """Before the first migrate nothing is warned of; a database that is away is a warning."""
+    assert project.run("migrate").err == []
+    project.write(
+        "project/settings.py", '"CHECK"' if False else 'os.environ.get("PGPORT", "")', '"1"'
+    )
+    result = project.start("check", "--database", "default").end()
+    assert "pgsignals.W002" in "\n".join(result.err)
+
+
+def test_install_and_other_commands(migrated: Project, db: Database) -> None:
+    """install, sql, status and uninstall work on the project's watchers and database."""
+    migrated.run("migrate", "shop", "0001")
+    assert "3 triggers installed, 1 already there." in migrated.run("pgsignals", "install").out
+    assert "Nothing to do" in migrated.run("pgsignals", "sql").out[0]
+    assert '"ok":true' in migrated.run("pgsignals", "status", "--json").out[0]
+    migrated.run("pgsignals", "uninstall")
+    assert triggers(db) == []
+    failed = migrated.start("pgsignals", "listen").end()
+    assert failed.code == 1
+    assert "pgsignals install" in "\n".join(failed.err)
+
+
+@BOTH_DRIVERS
+def test_a_dead_connection_heals(migrated: Project, db: Database) -> None:
+    """A receiver whose Django connection was cut works at the next event; none is left open."""
+    listener = migrated.start("pgsignals", "listen")
+    listener.err()
+    pay = "INSERT INTO billing_payment (order_id, amount) VALUES (%s, 1)"
+    for number in (1, 2):
+        db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+        assert listener.out() == f"order {number} of Ann: nothing yet"
+        db(pay, [number])
+        assert listener.out() == f"payment {number}: 1.00"
+        assert listener.out() == f"order {number}: new -> paid"
+        # Everything but the listening itself, which has its own ways of healing.
+        db(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            " AND datname = current_database() AND application_name <> 'pgsignals'"
+        )
+
+
+@BOTH_DRIVERS
+@pytest.mark.parametrize("age", ["0", "None"])
+def test_connections_do_not_leak(migrated: Project, db: Database, age: str) -> None:
+    """Django's connection is closed after each event, or kept and healed with CONN_MAX_AGE."""
+    migrated.write("project/settings.py", '"NAME":', f'"CONN_MAX_AGE": {age}, "NAME":')
+    listener = migrated.start("pgsignals", "listen")
+    listener.err()
+    others = (
+        "SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        " AND datname = current_database() AND application_name <> 'pgsignals'"
+    )
+    expected = 0 if age == "0" else 1
+    for number in (1, 2, 3):
+        db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+        assert listener.out() == f"order {number} of Ann: nothing yet"
+        assert eventually(lambda: len(db(others)), lambda count: count == expected) == expected
+        if age == "None":
+            db(f"SELECT pg_terminate_backend(pid) FROM ({others}) AS cut")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_runserver_listens_once(migrated: Project, db: Database) -> None:
+    """Under the reloader one process listens, the one that serves, also after a change."""
+    port = free_port()
+    server = migrated.start("runserver", f"127.0.0.1:{port}", LISTEN="1", PYTHONUNBUFFERED="1")
+    try:
+        db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+        url = f"http://127.0.0.1:{port}/"
+
+        def answer() -> str:
+            try:
+                with urllib.request.urlopen(url, timeout=DEADLINE) as response:
+                    return str(response.read().decode())
+            except OSError:
+                return ""
+
+        assert eventually(answer, bool) == "1 Ann new"
+        assert listening(db) == 1
+        before = db(
+            "SELECT array_agg(DISTINCT pid) FROM pg_locks WHERE mode = 'ShareLock'"
+            " AND locktype = 'advisory'"
+        )
+        migrated.write("shop/signals.py", 'print(f"order {event.id}:', 'print(f"now {event.id}:')
+        eventually(
+            lambda: db(
+                "SELECT array_agg(DISTINCT pid) FROM pg_locks WHERE mode = 'ShareLock'"
+                " AND locktype = 'advisory'"
+            ),
+            lambda pids: pids not in (before, [(None,)]),
+        )
+        assert eventually(lambda: listening(db), lambda count: count == 1) == 1
+        db("UPDATE shop_order SET status = 'sent'")
+        while not (line := server.out()).startswith("now 1"):
+            pass
+        assert line == "now 1: new -> sent"
+    finally:
+        end_with_children(server)
+
+
+def test_listen_reloads(migrated: Project, db: Database) -> None:
+    """listen --reload starts again with the new code."""
+    listener = migrated.start("pgsignals", "listen", "--reload")
+    try:
+        while listener.err() != "Listening. Press Ctrl-C to stop.":
+            pass
+        migrated.write("shop/signals.py", 'print(f"order {event.id}:', 'print(f"now {event.id}:')
+        while listener.err() != "Listening. Press Ctrl-C to stop.":
+            pass
+        eventually(lambda: listening(db), lambda count: count == 1)
+        db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+        db("UPDATE shop_order SET status = 'sent'")
+        assert listener.out() == "order 1 of Ann: nothing yet"
+        assert listener.out() == "now 1: new -> sent"
+    finally:
+        end_with_children(listener)
+
+
+def end_with_children(program: Program) -> None:
+    """Press Ctrl-C for a reloader and the process that it runs."""
+    parent = program.process.pid
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for pid in (*map(int, children), parent):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+    program.process.wait(DEADLINE)
+
+
+def test_squashing_writes_watchers(migrated: Project) -> None:
+    """squashmigrations can write the operation, and what it writes installs the same."""
+    migrated.run("squashmigrations", "shop", "0001", "0002", "--noinput", "--verbosity", "0")
+    [squashed] = (migrated.path / "shop/migrations").glob("*squashed*")
+    text = squashed.read_text()
+    assert "pgsignals.watch('shop.Order', 'updated', columns=['status'])" in text
+    migrated.run("migrate", "--verbosity", "0")
+    assert migrated.run("pgsignals", "status").code == 0
+
+
+def test_a_database_that_is_not_postgresql(project: Project) -> None:
+    """The error says which setting to change."""
+    project.write("project/settings.py", "backends.postgresql", "backends.sqlite3")
+    result = project.start("pgsignals", "listen").end()
+    assert result.code == 1
+    assert "is of sqlite: name one of PostgreSQL in PGSIGNALS['DATABASE']" in result.err[-1]
+
+
+def test_django_is_named_when_it_is_missing() -> None:
+    """Without Django the import says which extra to install."""
+    program = "import sys; sys.modules['django'] = None; import pgsignals.contrib.django"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "pip install 'pgsignals[django]'" in done.stderr
+
+
+def test_a_gap_comes_with_healthy_connections(migrated: Project, db: Database) -> None:
+    """A gap receiver may use the ORM at once, though the database had cut all connections."""
+    migrated.write("project/settings.py", '"NAME":', '"CONN_MAX_AGE": None, "NAME":')
+    migrated.write(
+        "shop/signals.py",
+        '@pgsignals.on(Order, "updated")',
+        "@pgsignals.on_gap\ndef resync(gap):\n"
+        '    print(f"gap, {Order.objects.count()} orders", flush=True)\n\n\n'
+        '@pgsignals.on(Order, "updated")',
+    )
+    listener = migrated.start("pgsignals", "listen")
+    listener.err()
+    db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+    listener.out()
+    db(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        " AND datname = current_database()"
+    )
+    assert listener.out() == "gap, 1 orders"

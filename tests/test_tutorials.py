@@ -1,0 +1,351 @@
+"""The newcomers' paths: what the pages print is run as it stands, in an empty directory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from psycopg2.extensions import parse_dsn
+from sqlalchemy import orm
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+import pgsignals
+from pgsignals import Hub
+from tests.conftest import DEADLINE, Database, Recorder
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"^```(sh|python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# What a reader has to do once, and this machine has done.
+PREPARATION = re.compile(r"(python3 -m venv|\. venv/bin/activate|pip install|export PG)")
+SERVERS = re.compile(r"(python manage.py pgsignals listen|uvicorn|python listen.py)")
+
+
+class Reader:
+    """Somebody who does what a page says, in an empty directory."""
+
+    def __init__(self, directory: Path, dsn: str) -> None:
+        self.directory = directory
+        self.lines = Recorder()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        given = parse_dsn(dsn)
+        names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
+        self._environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "DJANGO_"))},
+            **{variable: given[name] for name, variable in names.items()},
+            # Where the pages say 8000, which somebody may have on this machine.
+            "UVICORN_PORT": str(self.port),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self._database = Database(dsn)
+        self._servers: list[subprocess.Popen[str]] = []
+
+    def follow(self, page: str, section: str) -> None:
+        """Do all that a section says, and see what it shows."""
+        text = (DOCS / page).read_text()
+        [part] = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+        for kind, block in BLOCK.findall(part):
+            if kind == "python":
+                self._write(block)
+            elif kind == "sh":
+                for line in block.splitlines():
+                    self._type(line)
+            else:
+                self._see(block.splitlines())
+
+    def _see(self, expected: list[str]) -> None:
+        seen = self.lines.wait_until(lambda line: line == expected[-1])
+        assert seen[-len(expected) :] == expected
+
+    def _write(self, block: str) -> None:
+        head, _, code = block.partition("\n")
+        [(name, at_the_end)] = re.findall(r"^# (\S+\.py)(, at the end)?$", head)
+        path = self.directory / name
+        with path.open("a" if at_the_end else "w") as file:
+            file.write(f"{code}\n")
+
+    def _type(self, line: str) -> None:
+        if PREPARATION.match(line):
+            return
+        if (statement := re.fullmatch('psql -c "(.*)"', line)) is not None:
+            self._database(statement[1])
+            return
+        if SERVERS.match(line):
+            self._serve(line)
+            return
+        done = subprocess.run(
+            ["bash", "-ec", line],
+            cwd=self.directory,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+    def _serve(self, line: str) -> None:
+        process = subprocess.Popen(
+            ["bash", "-ec", f"exec {line}"],
+            cwd=self.directory,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._servers.append(process)
+        pump(process, self.lines)
+        # What tells a reader that it is time for the other terminal.
+        self.lines.wait_until(lambda line: "Listening." in line or "running on" in line)
+
+    def close(self) -> None:
+        """Press Ctrl-C where something runs; it ends well."""
+        codes = []
+        for process in self._servers:
+            process.send_signal(signal.SIGINT)
+            codes.append(process.wait(DEADLINE))
+        self._database.connection.close()
+        assert all(code in (0, -signal.SIGINT, 130) for code in codes), self.lines.items
+        assert not [line for line in self.lines.items if "Traceback" in line]
+
+
+def pump(process: subprocess.Popen[str], lines: Recorder) -> None:
+    """Record what a process prints, until it ends."""
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                lines(line.rstrip("\n"))
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+@pytest.fixture
+def reader(tmp_path: Path, dsn: str) -> Iterator[Reader]:
+    """A reader in an empty directory, with an empty database."""
+    made = Reader(tmp_path, dsn)
+    yield made
+    made.close()
+
+
+def test_django(reader: Reader) -> None:
+    """From an empty directory to the first events in Django."""
+    reader.follow("django.md", "From an empty directory")
+
+
+def test_fastapi(reader: Reader) -> None:
+    """From an empty directory to the first event in FastAPI, in the server and in a browser."""
+    with httpx.Client(timeout=DEADLINE) as client:
+        original = reader._type
+
+        def type_(line: str) -> None:
+            if line.startswith("psql") and "INSERT" in line:
+                with client.stream("GET", f"http://127.0.0.1:{reader.port}/events") as browser:
+                    lines = browser.iter_lines()
+                    next(lines)
+                    original(line)
+                    assert "data: Hello" in iter(lines)
+            else:
+                original(line)
+
+        reader._type = type_  # type: ignore[method-assign]
+        reader.follow("asyncio.md", "FastAPI, from an empty directory")
+
+
+class Base(orm.DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+    lines: orm.Mapped[list[Line]] = orm.relationship()
+
+
+class Line(Base):
+    __tablename__ = "lines"
+    id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+    order_id: orm.Mapped[int] = orm.mapped_column(sa.ForeignKey(Order.id))
+
+
+class Shop:
+    """The module ``pgsignals`` of the pages, acting on a Hub of the test's."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hub, name, None) or getattr(pgsignals, name)
+
+
+def block(page: str, text: str) -> str:
+    """The first block of Python in a page that has ``text`` in it."""
+    found = re.findall(r"^ *```python\n(.*?)^ *```$", (DOCS / page).read_text(), re.S | re.M)
+    return str(next(each for each in found if text in each))
+
+
+def test_the_blocks_of_sqlalchemy(hub: Hub, dsn: str, db: Database, recorder: Recorder) -> None:
+    """An engine for start, a batch with what belongs to it, and a coroutine that loads."""
+    engine = sa.create_engine(dsn.replace("postgresql://", "postgresql+psycopg2://"))
+    async_engine = create_async_engine(dsn.replace("postgresql://", "postgresql+asyncpg://"))
+    Base.metadata.create_all(engine)
+    names: dict[str, Any] = {
+        "pgsignals": Shop(hub),
+        "create_engine": lambda url: engine,
+        "engine": engine,
+        "async_engine": async_engine,
+        "Order": Order,
+        "Session": orm.Session,
+        "AsyncSession": AsyncSession,
+        "selectinload": orm.selectinload,
+        "index": lambda orders: recorder([len(order.lines) for order in orders]),
+    }
+    exec(block("sqlalchemy.md", "def reindex"), names)
+    exec(block("sqlalchemy.md", "async def ordered"), names)
+    loaded = Recorder()
+
+    async def main() -> None:
+        hub.on(Order, "inserted")(names["ordered"])
+        exec(block("sqlalchemy.md", "create_engine"), names)
+        hub.subscribe(loaded, Order, "updated")
+        await asyncio.to_thread(
+            db, "INSERT INTO orders VALUES (1); INSERT INTO lines VALUES (1, 1)"
+        )
+        await asyncio.to_thread(db, "UPDATE orders SET id = id")
+        await asyncio.to_thread(loaded.wait, 1)
+        assert await hub.astop()
+        await async_engine.dispose()
+
+    failures = Recorder()
+    hub.receiver_failed.connect(lambda *_, **details: failures(details), weak=False)
+    asyncio.run(main())
+    engine.dispose()
+    assert recorder.items == [[1]]
+    assert failures.items == []
+
+
+def test_the_blocks_of_asyncio(hub: Hub, dsn: str, db: Database, recorder: Recorder) -> None:
+    """Coroutine functions, starting without holding up the loop, and iterating."""
+    engine = create_async_engine(dsn.replace("postgresql://", "postgresql+asyncpg://"))
+    db("CREATE TABLE orders (id int PRIMARY KEY)")
+
+    class Single(orm.DeclarativeBase):
+        pass
+
+    class Order(Single):
+        __tablename__ = "orders"
+        id: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+
+    async def tell_the_kitchen(order: Order) -> None:
+        recorder(order.id)
+
+    async def serve() -> None:
+        await asyncio.to_thread(db, "INSERT INTO orders VALUES (1)")
+        await asyncio.to_thread(recorder.wait, 1)
+
+    names: dict[str, Any] = {
+        "pgsignals": Shop(hub),
+        "Order": Order,
+        "engine": engine,
+        "AsyncSession": AsyncSession,
+        "serve": serve,
+        "tell_the_kitchen": tell_the_kitchen,
+        "asyncio": asyncio,
+        "dsn": dsn,
+        "watchers": [Order],
+        "print": recorder,
+    }
+    first = block("asyncio.md", "async def main").replace("postgresql://localhost/shop", dsn)
+    exec(first, names)
+
+    async def main() -> None:
+        await names["main"]()
+        assert not hub.running
+        starting = block("asyncio.md", "to_thread")
+        exec("async def start():\n" + re.sub("^", "    ", starting, flags=re.M), names)
+        await names["start"]()
+        iterating = block("asyncio.md", "async with pgsignals.stream")
+        exec("async def read():\n" + re.sub("^", "    ", iterating, flags=re.M), names)
+        reading = asyncio.ensure_future(names["read"]())
+        await asyncio.sleep(0)
+        await asyncio.to_thread(db, "UPDATE orders SET id = 2")
+        await asyncio.to_thread(recorder.wait, 2)
+        await hub.astop()
+        await reading
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert recorder.items[1].id == 2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "statement", "expected"),
+    [
+        ("", "BEGIN; SELECT set_config('pgsignals.muted', 'on', true); {}; COMMIT", [2]),
+        ("", "SET pgsignals.muted = 'on'; {}; RESET pgsignals.muted", [2]),
+        ("", "SET session_replication_role = replica; {}; RESET session_replication_role", [2]),
+        (
+            "ALTER TABLE items DISABLE TRIGGER USER",
+            "{}; ALTER TABLE items ENABLE TRIGGER USER",
+            [2],
+        ),
+    ],
+)
+def test_silencing(
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    recorder: Recorder,
+    prepare: str,
+    statement: str,
+    expected: list[int],
+) -> None:
+    """Each way to silence watchers that the page lists does, and ends as it says."""
+    db("CREATE TABLE items (id int PRIMARY KEY)")
+    hub.subscribe(recorder, "items")
+    hub.start(dsn, ["items"])
+    if prepare:
+        db(prepare)
+    db(statement.format("INSERT INTO items VALUES (1)"))
+    db("INSERT INTO items VALUES (2)")
+    assert [event.id for event in recorder.wait(1)] == expected
+
+
+def test_silencing_a_role(
+    hub: Hub, dsn: str, db: Database, recorder: Recorder, connect: Any
+) -> None:
+    """A role may be silenced for good, and what it writes is not heard."""
+    db("CREATE TABLE items (id int PRIMARY KEY)")
+    name = f"importer_{os.getpid()}"
+    db(f"CREATE ROLE {name} LOGIN; GRANT ALL ON items TO {name}")
+    db(f"ALTER ROLE {name} SET pgsignals.muted = 'on'")
+    hub.subscribe(recorder, "items")
+    hub.start(dsn, ["items"])
+    connect(re.sub("//postgres@", f"//{name}@", dsn))("INSERT INTO items VALUES (1)")
+    db("INSERT INTO items VALUES (2)")
+    assert [event.id for event in recorder.wait(1)] == [2]
+
+
+def test_replicated_watchers_hear_a_replica_session(
+    hub: Hub, dsn: str, db: Database, recorder: Recorder
+) -> None:
+    """session_replication_role does not silence a watcher with replicated=True; muting does."""
+    db("CREATE TABLE items (id int PRIMARY KEY)")
+    hub.subscribe(recorder, "items")
+    hub.start(dsn, [pgsignals.watch("items", "inserted", replicated=True)])
+    db("SET session_replication_role = replica; SET pgsignals.muted = 'on'")
+    db("INSERT INTO items VALUES (1)")
+    db("RESET pgsignals.muted")
+    db("INSERT INTO items VALUES (2)")
+    assert [event.id for event in recorder.wait(1)] == [2]

@@ -1,0 +1,21 @@
+"""Waiting for what only asking tells, with a deadline that only a failure reaches."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tests.conftest import DEADLINE
+
+T = TypeVar("T")
+
+
+def eventually(ask: Callable[[], T], right: Callable[[T], bool], timeout: float = DEADLINE) -> T:
+    """Ask until the answer is right, and return it."""
+    deadline, pause = time.monotonic() + timeout, threading.Event()
+    while not right(answer := ask()):
+        assert time.monotonic() < deadline, f"it is still {answer!r}"
+        pause.wait(0.02)
+    return answer
