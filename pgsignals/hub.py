@@ -25,7 +25,7 @@ from .metrics import COUNTERS, Meter, Metrics, Tracer
 from .receivers import Receiver, Registry, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
-from .streams import Stream
+from .streams import Ending, Stream
 from .tables import Resolver
 from .termination import termination
 from .triggers.installer import Limits
@@ -54,7 +54,7 @@ class Hub:
         self.receiver_failed = Signal("receiver_failed")
         self._registry = Registry()
         self._gap_receivers: dict[GapReceiver, None] = {}
-        self._streams: weakref.WeakSet[Stream[Any]] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Ending] = weakref.WeakSet()
         self._timer = BatchTimer(self._failed)
         self._lock = threading.Lock()
         self._stopped = threading.Event()

@@ -8,12 +8,22 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from .errors import ConfigurationError
 from .events import Event, Gap
 
 Item = TypeVar("Item", Event, "Event | Gap")
+
+
+class Ending(Protocol):
+    """What ends when its Hub is stopped."""
+
+    def close(self) -> None:
+        """The Hub is stopped."""
+
+    def forked(self) -> None:
+        """This is the child of a fork: locks may be held by threads that are not here."""
 
 
 class Stream(Generic[Item]):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pgsignals.cli import main
 from pgsignals.cli.options import Watched, parse_watched
-from pgsignals.cli.output import printable, to_json
+from pgsignals.cli.output import printable
+from pgsignals.jsontext import to_json
 from pgsignals.resolvers.plain import parse_name, quoted
 from pgsignals.watchers import DEFAULT_OPERATIONS, OPERATIONS
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from pgsignals.doctor import FAIL, OK, WARN, examine
+from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 
 from .options import (
@@ -15,7 +16,7 @@ from .options import (
     given_watchers,
     watcher_options,
 )
-from .output import printable, to_json
+from .output import printable
 
 _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import click
-import msgspec
 
 from pgsignals.events import Event
 
@@ -66,15 +63,6 @@ def event_line(event: Event, unchanged: Collection[str] = ()) -> str:
     if event.context:
         parts.append(f"context={value_text(dict(event.context))}")
     return "  ".join((*start, *map(printable, parts))).rstrip()
-
-
-def to_json(data: Any) -> str:
-    """``data`` as one line of JSON; values that JSON lacks become their texts."""
-    try:
-        return msgspec.json.encode(data, enc_hook=str).decode()
-    # Integers of more than 64 bits and lone surrogates, which a json column can hold.
-    except (OverflowError, UnicodeEncodeError):
-        return json.dumps(msgspec.to_builtins(data, enc_hook=str))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from pgsignals.inspection import read_queue_usage, read_states
+from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 from pgsignals.triggers.installer import MISSING, OUTDATED, STALE
 
@@ -17,7 +18,7 @@ from .options import (
     opened,
     watcher_options,
 )
-from .output import amount, print_table, to_json
+from .output import amount, print_table
 
 
 @click.command()

@@ -18,6 +18,7 @@ from pgsignals.connection import redact
 from pgsignals.errors import PgSignalsError
 from pgsignals.events import Event
 from pgsignals.hub import Hub
+from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 from pgsignals.tables import describe, resolve
 from pgsignals.triggers.catalogue import read_installed
@@ -35,7 +36,7 @@ from .options import (
     parse_names,
     watcher_options,
 )
-from .output import abandon_stdout, amount, event_line, notice, to_json, value_text
+from .output import abandon_stdout, amount, event_line, notice, value_text
 
 log = logging.getLogger("pgsignals")
 
