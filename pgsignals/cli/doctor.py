@@ -11,6 +11,7 @@ from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
@@ -29,7 +30,7 @@ _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 def doctor(
     ctx: click.Context,
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     dsn: str,
     namespace: str,
     as_json: bool,

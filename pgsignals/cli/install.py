@@ -9,6 +9,7 @@ from pgsignals.triggers import installer
 from pgsignals.triggers.definitions import define
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
@@ -21,7 +22,7 @@ from .output import amount
 @click.command()
 @watcher_options
 @database_options
-def install(watched: tuple[Watched, ...], app: str | None, dsn: str, namespace: str) -> None:
+def install(watched: tuple[Watched, ...], app: App, dsn: str, namespace: str) -> None:
     """Install the triggers that watchers need.
 
     It runs no DDL when nothing is missing or outdated. Run it as the owner of the tables; the

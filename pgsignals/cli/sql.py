@@ -13,6 +13,7 @@ from pgsignals.triggers.installer import plan
 from pgsignals.triggers.sql import drop_statement
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
@@ -34,7 +35,7 @@ from .options import (
 @database_options
 def sql(
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     everything: bool,
     removing: bool,
     dsn: str,

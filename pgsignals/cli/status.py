@@ -12,6 +12,7 @@ from pgsignals.runs import all_resolvers
 from pgsignals.triggers.installer import MISSING, OUTDATED, STALE
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
@@ -29,7 +30,7 @@ from .output import amount, print_table
 def status(
     ctx: click.Context,
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     dsn: str,
     namespace: str,
     as_json: bool,

@@ -29,6 +29,7 @@ from pgsignals.watchers import watch as make_watcher
 
 from .interrupt import End, interruptible
 from .options import (
+    App,
     Watched,
     database_options,
     load_app,
@@ -85,7 +86,7 @@ class _Columns:
 def watch(
     ctx: click.Context,
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     dsn: str,
     namespace: str,
     columns: tuple[str, ...] | None,
