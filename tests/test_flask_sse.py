@@ -7,6 +7,7 @@ import http.client
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from flask import Flask, Response
 import pgsignals
 from pgsignals import Hub
 from pgsignals.contrib.flask import PgSignals, position, sse
+from pgsignals.contrib.flask.extension import Process
 from pgsignals.contrib.sse import HEADERS
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
@@ -365,9 +367,44 @@ def test_a_hub_that_does_not_run(app: Flask) -> None:
     """Browsers are told to come back; a page with a position cannot be made."""
     app.extensions["pgsignals"].stop(app)
     answer = app.test_client().get("/events")
-    assert (answer.status_code, answer.data) == (200, b"retry: 15000\n\n")
+    assert (answer.status_code, answer.data) == (200, b"retry: 3000\n\n")
     with app.test_request_context(), pytest.raises(pgsignals.StateError, match="not running"):
         position("items")
+
+
+def test_a_stream_waits_for_the_start_of_another_request(
+    app: Flask, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two first requests one starts the Hub, and the other has its stream all the same."""
+    hub = app.extensions["pgsignals"].hub
+    begun, go = threading.Event(), threading.Event()
+    start = hub.start
+
+    def slow_start(*arguments: Any, **options: Any) -> Any:
+        begun.set()
+        assert go.wait(DEADLINE)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(hub, "start", slow_start)
+    answers: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(app.test_client().get("/events").data))
+        for _ in range(2)
+    ]
+    threads[0].start()
+    assert begun.wait(DEADLINE)
+    with monkeypatch.context() as patch:
+        asked = threading.Event()
+        feed = Process.feed
+        patch.setattr(Process, "feed", lambda *given: (asked.set(), feed(*given))[1])
+        threads[1].start()
+        assert asked.wait(DEADLINE)
+        go.set()
+        for thread in threads:
+            thread.join(DEADLINE)
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer.startswith(b"retry: 3000\nid: ")
 
 
 def test_what_no_watcher_delivers(app: Flask) -> None:

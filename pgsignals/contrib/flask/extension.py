@@ -39,6 +39,7 @@ B = TypeVar("B", bound=Callable[[Batch], object])
 G = TypeVar("G", bound=Callable[[Gap], object])
 
 _PREFIX = "PGSIGNALS_"
+_START_SECONDS = 10.0
 _START_OPTIONS = frozenset(inspect.signature(Hub.start).parameters) - {"self", "dsn", "watchers"}
 # Settings of the extension itself; the others are passed to Hub.start.
 _OWN_SETTINGS = frozenset({"dsn", "watchers", "autostart", "sse_size", "sse_clients"})
@@ -332,6 +333,9 @@ class Process:
         Raises StateError when the Hub is not running.
         """
         key = feed_key(targets)
+        # Another request, which came first, may be starting it at this moment.
+        if not self.hub.running and self._lock.acquire(timeout=_START_SECONDS):
+            self._lock.release()
         with _feeds_lock:
             feed = self._feeds.get(key)
             if feed is None or feed.closed:

@@ -19,7 +19,7 @@ from .extension import process_of
 
 log = logging.getLogger("pgsignals")
 
-# When browsers that got no stream try again, in milliseconds.
+# When browsers for which there was no room try again, in milliseconds.
 _LATER = 15_000
 _PARAMETER = "last-event-id"
 
@@ -64,13 +64,11 @@ def sse(
     process = process_of(None)
     limit = current_app.config.get("PGSIGNALS_SSE_CLIENTS")
     try:
-        if limit is not None and process.streams >= limit:
-            raise StateError(f"There are {limit} streams already.")
         feed = process.feed(targets)
     except StateError as error:
-        # Any other status than 200 would make an EventSource give up for good.
-        log.warning("a browser was told to come back later: %s", error)
-        return current_app.response_class(encode(retry=max(retry, _LATER)), headers=HEADERS)
+        return _come_back(retry, str(error))
+    if limit is not None and process.streams >= limit:
+        return _come_back(max(retry, _LATER), f"there are {limit} streams already")
     _limit_sending(send_timeout)
     woken = threading.Event()
     stream = _Stream(
@@ -87,6 +85,12 @@ def sse(
         polled=not request.environ.get("wsgi.multithread", True),
     )
     return current_app.response_class(stream, headers=HEADERS)
+
+
+def _come_back(milliseconds: int, reason: str) -> Response:
+    """A stream that ends at once: after any other status than 200 an EventSource gives up."""
+    log.warning("a browser was told to come back later: %s", reason)
+    return current_app.response_class(encode(retry=milliseconds), headers=HEADERS)
 
 
 def position(*targets: Any) -> str:
