@@ -10,12 +10,21 @@ from .demo import demo
 from .doctor import doctor
 from .groups import ErrorsAsMessages, log_to_stderr
 from .install import install, uninstall
+from .output import examples
 from .sql import sql
 from .status import status
 from .watch import watch
 
 
-@click.group(cls=ErrorsAsMessages, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=ErrorsAsMessages,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "pgsignals watch orders --dsn postgresql://localhost/shop",
+        "pgsignals status --app shop.signals:WATCHERS",
+        "pgsignals doctor",
+    ),
+)
 @click.version_option(__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Tell each step on stderr.")
 @click.pass_context

@@ -19,10 +19,16 @@ from .options import (
     opened,
     watcher_options,
 )
-from .output import amount, print_table
+from .output import amount, examples, print_table
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pgsignals status",
+        "pgsignals status orders users:updated",
+        "pgsignals status --app shop.signals:WATCHERS --json",
+    )
+)
 @watcher_options
 @database_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
