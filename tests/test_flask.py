@@ -136,6 +136,16 @@ def test_a_tracer_of_the_application(dsn: str, db: Database, hub: Hub, recorder:
     assert seen == [("shop", "inserted")]
 
 
+def test_a_tracer_that_fails(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
+    """The receiver is called in its context all the same."""
+    app = application(dsn, PGSIGNALS_TRACER=object())
+    signals = PgSignals(app, watchers=WATCHERS, hub=hub)
+    signals.on("items")(lambda event: recorder(current_app.name))
+    signals.start(app)
+    db("INSERT INTO items DEFAULT VALUES")
+    assert recorder.wait(1) == ["shop"]
+
+
 class Base(DeclarativeBase):
     """The models' base."""
 

@@ -24,7 +24,7 @@ from ...errors import ConfigurationError, PgSignalsError, StateError, near
 from ...events import Batch, Event, Gap
 from ...hub import Hub
 from ...inspection import Health
-from ...metrics import Tracer
+from ...metrics import Tracer, span
 from ...receivers import Subscription
 from ...watchers import Watcher, normalize
 from ..sse import Feed, feed_key
@@ -481,9 +481,8 @@ class _InContext:
     @contextmanager
     def receiving(self, events: Sequence[Event], receiver: str, /) -> Iterator[None]:
         """See Tracer."""
-        with self._app.app_context(), contextlib.ExitStack() as stack:
-            if self._tracer is not None:
-                stack.enter_context(self._tracer.receiving(events, receiver))
+        # A tracer that fails must not cost the receiver its context.
+        with self._app.app_context(), span(self._tracer, events, receiver):
             yield
 
 
