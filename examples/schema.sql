@@ -8,5 +8,6 @@ CREATE TABLE orders (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     customer text NOT NULL,
     total numeric(10, 2) NOT NULL,
-    status text NOT NULL DEFAULT 'new'
+    status text NOT NULL DEFAULT 'new',
+    placed_at timestamptz NOT NULL DEFAULT now()
 );

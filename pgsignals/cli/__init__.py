@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-
 import click
-import psycopg2
 
 from pgsignals import __version__
-from pgsignals.connection import redact
-from pgsignals.errors import PgSignalsError
 
 from .demo import demo
 from .doctor import doctor
+from .groups import ErrorsAsMessages, log_to_stderr
 from .install import install, uninstall
-from .output import notice
+from .output import examples
 from .sql import sql
 from .status import status
 from .watch import watch
 
 
-class _Main(click.Group):
-    """A group whose commands may raise our errors: each becomes a message and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except (PgSignalsError, psycopg2.Error) as error:
-            raise click.ClickException(redact(str(error)).strip()) from error
-        except click.UsageError as error:
-            if "://" not in error.format_message():
-                raise
-            # The message would quote the argument that is wrong, and so its password.
-            raise click.UsageError(
-                "A connection string is given by --dsn or by PGSIGNALS_DSN.", error.ctx
-            ) from None
-
-
-class _Notices(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        notice(self.format(record))
-
-
-@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=ErrorsAsMessages,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "pgsignals watch orders --dsn postgresql://localhost/shop",
+        "pgsignals status --app shop.signals:WATCHERS",
+        "pgsignals doctor",
+    ),
+)
 @click.version_option(__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Tell each step on stderr.")
 @click.pass_context
@@ -51,12 +33,7 @@ def main(ctx: click.Context, verbose: bool) -> None:
 
     Exit codes: 0 well, 1 an error or a failed check, 2 a wrong command line.
     """
-    log = logging.getLogger("pgsignals")
-    handler = _Notices()
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    log.propagate = False
-    ctx.call_on_close(lambda: log.removeHandler(handler))
+    log_to_stderr(ctx, verbose)
 
 
 for command in (demo, doctor, install, sql, status, uninstall, watch):

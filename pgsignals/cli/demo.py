@@ -14,18 +14,20 @@ from pgsignals.events import Event
 from pgsignals.testing import Server
 
 from .interrupt import interruptible
-from .output import amount, event_line, notice, print_table
+from .output import amount, event_line, examples, notice, print_table
 
 _TRY = "UPDATE products SET stock = stock + 1 WHERE name = 'teapot'"
 
 
-@click.command()
+@click.command(epilog=examples("pgsignals demo", "pgsignals demo --seconds 10"))
 @click.option("--seconds", type=click.FloatRange(min=0), help="How long; until Ctrl-C otherwise.")
 def demo(seconds: float | None) -> None:
     """Show live signals from a small shop on a throwaway PostgreSQL.
 
     It uses the PostgreSQL of this machine if there is one, otherwise that of the extra
     pgsignals[demo], and leaves nothing behind.
+
+    Exit codes: 0 well, also after Ctrl-C; 1 an error; 2 a wrong command line.
     """
     notice("Starting a throwaway PostgreSQL …")
     with interruptible() as end, _display() as display:

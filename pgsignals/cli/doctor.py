@@ -11,17 +11,20 @@ from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
     watcher_options,
 )
-from .output import printable
+from .output import coloured, examples, printable
 
 _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 
-@click.command()
+@click.command(
+    epilog=examples("pgsignals doctor", "pgsignals doctor --app shop.signals:WATCHERS --json")
+)
 @watcher_options
 @database_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -29,7 +32,7 @@ _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 def doctor(
     ctx: click.Context,
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     dsn: str,
     namespace: str,
     as_json: bool,
@@ -46,7 +49,7 @@ def doctor(
     for finding in examine(dsn, watchers, all_resolvers(()), namespace):
         findings.append(finding)
         if not as_json:
-            level = click.style(f"{finding.level:<4}", fg=_COLOURS[finding.level])
+            level = coloured(f"{finding.level:<4}", _COLOURS[finding.level])
             text = f"{finding.check}: {' '.join(finding.message.split())}"
             fix = f"  Fix: {finding.fix}" if finding.fix else ""
             click.echo(f"{level}  {printable(text + fix)}")

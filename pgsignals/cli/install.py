@@ -4,49 +4,79 @@ from __future__ import annotations
 
 import click
 
+from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 from pgsignals.triggers import installer
 from pgsignals.triggers.definitions import define
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
     opened,
     watcher_options,
 )
-from .output import amount
+from .output import amount, examples
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pgsignals install orders users:updated",
+        "pgsignals install --app shop.signals:WATCHERS --dsn postgresql://owner@localhost/shop",
+    )
+)
 @watcher_options
 @database_options
-def install(watched: tuple[Watched, ...], app: str | None, dsn: str, namespace: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def install(
+    watched: tuple[Watched, ...], app: App, dsn: str, namespace: str, as_json: bool
+) -> None:
     """Install the triggers that watchers need.
 
     It runs no DDL when nothing is missing or outdated. Run it as the owner of the tables; the
     application can then start with install="check" and needs no right to create anything.
+
+    Exit codes: 0 well, also when nothing was to be done; 1 an error; 2 a wrong command line.
     """
     watchers = given_watchers(watched, app)
     with opened(dsn) as cursor:
         definitions = define(cursor, watchers, all_resolvers(()), namespace)
         created = installer.install(cursor, namespace, [each.trigger for each in definitions])
+    unchanged = len({each.trigger.name for each in definitions}) - len(created)
+    if as_json:
+        installed = [
+            {"schema": t.spec.table.schema, "table": t.spec.table.name, "op": t.spec.op}
+            for t in created
+        ]
+        answer = {"namespace": namespace, "installed": installed, "unchanged": unchanged}
+        click.echo(to_json(answer))
+        return
     for trigger in created:
         click.echo(f"installed {trigger.spec.op} on {trigger.spec.table.qualified}")
-    unchanged = len({each.trigger.name for each in definitions}) - len(created)
     click.echo(f"{amount(len(created), 'trigger')} installed, {unchanged} already there.")
 
 
-@click.command()
+@click.command(
+    epilog=examples("pgsignals uninstall", "pgsignals uninstall --namespace reports --force")
+)
 @click.option("--force", is_flag=True, help="Even while somebody listens, who is then deaf.")
 @database_options
-def uninstall(force: bool, dsn: str, namespace: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def uninstall(force: bool, dsn: str, namespace: str, as_json: bool) -> None:
     """Remove all triggers of the namespace.
 
     Nothing else is touched: not other namespaces, nor triggers that pgsignals did not create.
+
+    Exit codes: 0 well, also when there were none; 1 an error, or somebody listens; 2 a wrong
+    command line.
     """
     with opened(dsn) as cursor:
         removed = installer.uninstall(cursor, namespace, force=force)
+    if as_json:
+        gone = [{"schema": i.schema, "table": i.table, "op": i.tag.op} for i in removed]
+        click.echo(to_json({"namespace": namespace, "removed": gone}))
+        return
     for item in removed:
         where = item.schema if item.table is None else f"{item.schema}.{item.table}"
         click.echo(f"removed {item.tag.op} on {where}")

@@ -21,6 +21,9 @@ from pgsignals.watchers import DEFAULT_OPERATIONS, OPERATIONS, Watcher, normaliz
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# What --app gives, or a framework's commands in its place.
+App = str | Sequence[Watcher] | None
+
 # A colon within double quotes belongs to the name.
 _WATCH = re.compile(r'((?:"(?:[^"]|"")*"|[^":])+)(?::([^:"]*))?')
 
@@ -108,7 +111,7 @@ def watcher_options(function: F) -> F:
 
 
 def given_watchers(
-    watched: Sequence[Watched], app: str | None, *, required: bool = True
+    watched: Sequence[Watched], app: App, *, required: bool = True
 ) -> tuple[Watcher, ...]:
     """The watchers of WATCH arguments and ``--app`` together.
 
@@ -120,13 +123,15 @@ def given_watchers(
     return normalize(found)
 
 
-def load_app(app: str | None) -> list[Watcher]:
-    """The watchers that ``--app`` names; none without it.
+def load_app(app: App) -> list[Watcher]:
+    """The watchers that ``--app`` names, or that are given themselves; none without it.
 
     Raises click.ClickException when they cannot be had.
     """
     if app is None:
         return []
+    if not isinstance(app, str):
+        return list(app)
     module_name, _, path = app.partition(":")
     # As `python -m` does it; the script that runs has its own folder there instead.
     if (here := os.getcwd()) not in sys.path:

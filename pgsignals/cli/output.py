@@ -19,6 +19,19 @@ def notice(text: str) -> None:
     click.echo(printable(text, "\n"), err=True)
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: command lines that work."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def coloured(text: str, colour: str) -> str:
+    """``text`` in a colour for terminals; click takes it away where stdout is none.
+
+    Users who set NO_COLOR (https://no-color.org) have none.
+    """
+    return text if os.environ.get("NO_COLOR") else click.style(text, fg=colour)
+
+
 def amount(number: int, noun: str) -> str:
     """``1 event``, ``2 events``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -45,7 +58,7 @@ def event_line(event: Event, unchanged: Collection[str] = ()) -> str:
     start = [
         event.at.astimezone().strftime("%H:%M:%S.%f")[:-3],
         printable(f"{event.schema}.{event.table}"),
-        click.style(f"{event.op:<8}", fg=_COLOURS[event.op]),
+        coloured(f"{event.op:<8}", _COLOURS[event.op]),
     ]
     parts = []
     if event.label is not None:

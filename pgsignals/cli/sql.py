@@ -13,15 +13,23 @@ from pgsignals.triggers.installer import plan
 from pgsignals.triggers.sql import drop_statement
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
     opened,
     watcher_options,
 )
+from .output import examples
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pgsignals sql orders > migration.sql",
+        "pgsignals sql --app shop.signals:WATCHERS --all",
+        "pgsignals sql --uninstall orders",
+    )
+)
 @watcher_options
 @click.option("--all", "everything", is_flag=True, help="Also what this database already has.")
 @click.option(
@@ -34,7 +42,7 @@ from .options import (
 @database_options
 def sql(
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     everything: bool,
     removing: bool,
     dsn: str,
@@ -44,6 +52,8 @@ def sql(
 
     It is one transaction, for `psql -v ON_ERROR_STOP=1 -f` or a migration. The database is read
     for its tables' columns and for what it already has.
+
+    Exit codes: 0 well, also when there is nothing to do; 1 an error; 2 a wrong command line.
     """
     watchers = given_watchers(watched, app, required=not removing)
     with opened(dsn) as cursor:

@@ -12,16 +12,23 @@ from pgsignals.runs import all_resolvers
 from pgsignals.triggers.installer import MISSING, OUTDATED, STALE
 
 from .options import (
+    App,
     Watched,
     database_options,
     given_watchers,
     opened,
     watcher_options,
 )
-from .output import amount, print_table
+from .output import amount, examples, print_table
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pgsignals status",
+        "pgsignals status orders users:updated",
+        "pgsignals status --app shop.signals:WATCHERS --json",
+    )
+)
 @watcher_options
 @database_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -29,7 +36,7 @@ from .output import amount, print_table
 def status(
     ctx: click.Context,
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     dsn: str,
     namespace: str,
     as_json: bool,

@@ -29,6 +29,7 @@ from pgsignals.watchers import watch as make_watcher
 
 from .interrupt import End, interruptible
 from .options import (
+    App,
     Watched,
     database_options,
     load_app,
@@ -36,7 +37,7 @@ from .options import (
     parse_names,
     watcher_options,
 )
-from .output import abandon_stdout, amount, event_line, notice, value_text
+from .output import abandon_stdout, amount, event_line, examples, notice, value_text
 
 log = logging.getLogger("pgsignals")
 
@@ -59,7 +60,14 @@ class _Columns:
         return not (self.compared or self.extra or self.everything or self.ids_only)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "pgsignals watch orders users:updated",
+        "pgsignals watch orders:updated --columns status --when 'NEW.total > 100'",
+        "pgsignals watch orders:inserted --json --count 1 --timeout 60",
+        "pgsignals watch documents --exec 'jq -r .id | xargs ./reindex'",
+    )
+)
 @watcher_options
 @database_options
 @click.option(
@@ -85,7 +93,7 @@ class _Columns:
 def watch(
     ctx: click.Context,
     watched: tuple[Watched, ...],
-    app: str | None,
+    app: App,
     dsn: str,
     namespace: str,
     columns: tuple[str, ...] | None,

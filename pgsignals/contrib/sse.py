@@ -12,12 +12,13 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
-from ..events import Event, Gap, model_name
+from ..events import Event, Gap, model_identity, model_name
 from ..hub import Hub
 from ..jsontext import to_json
 from ..receivers import Subscription
@@ -192,7 +193,8 @@ class Feed:
         self._ring: list[_Entry | None] = [None] * size
         self._next = 0
         self._numbers: dict[str, int] = {}
-        self._clients: dict[Client, None] = {}
+        # Weak, so that a stream which its server forgets to close does not count for ever.
+        self._clients: weakref.WeakSet[Client] = weakref.WeakSet()
         self._sleeping: dict[Client, None] = {}
         self.closed = False
         self._hub = hub
@@ -243,7 +245,7 @@ class Feed:
                 resumed=number is not None,
             )
             if not self.closed:
-                self._clients[client] = None
+                self._clients.add(client)
         return client
 
     def put(self, item: Event | Gap) -> None:
@@ -280,7 +282,7 @@ class Feed:
         """In the child of a fork: the clients are the parent's, and the lock may be held."""
         self._lock = threading.Lock()
         self.closed = True
-        self._clients, self._sleeping = {}, {}
+        self._clients, self._sleeping = weakref.WeakSet(), {}
         self._cancel()
 
     def _missed(self, hub: Hub, gap: Gap) -> None:
@@ -324,7 +326,7 @@ class Feed:
 
     def _remove(self, client: Client) -> None:
         with self._lock:
-            self._clients.pop(client, None)
+            self._clients.discard(client)
             self._sleeping.pop(client, None)
 
 
@@ -407,6 +409,11 @@ def _wake(clients: Mapping[Client, None]) -> None:
         # An event loop that has ended, say: the others are woken all the same.
         except Exception:
             log.debug("a client could not be woken", exc_info=True)
+
+
+def feed_key(targets: Iterable[Any]) -> Hashable:
+    """What makes two feeds have the same events, to share one. Raises what Feed raises."""
+    return tuple((model_identity(target), *ops) for target, ops in map(_wanted, targets))
 
 
 def _wanted(target: Any) -> tuple[Any, tuple[str, ...]]:

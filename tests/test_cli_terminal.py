@@ -1,0 +1,176 @@
+"""The command line in a terminal: colours, Ctrl-C, completion; and what it prints elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from pgsignals.cli import main
+from tests.commands import run
+from tests.conftest import DEADLINE, Database
+
+ESCAPE = "\x1b["
+
+
+class Terminal:
+    """A command in a pseudo-terminal."""
+
+    def __init__(self, *arguments: str, dsn: str, **environment: str) -> None:
+        self._master, slave = pty.openpty()
+        self.text = ""
+        cleared = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pgsignals", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**cleared, "PGSIGNALS_DSN": dsn, "TERM": "xterm-256color", **environment},
+            start_new_session=True,
+            # The terminal that Ctrl-C is pressed in has to be that of the session.
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        )
+        os.close(slave)
+
+    def wait_for(self, pattern: str) -> str:
+        """All that was shown until there is a match."""
+        deadline = time.monotonic() + DEADLINE
+        while not re.search(pattern, self.text):
+            assert self._read(deadline), f"{pattern!r} is not in {self.text!r}"
+        return self.text
+
+    def end(self) -> int:
+        """Its exit code, once it has ended and all of it is read."""
+        while self._read(time.monotonic() + DEADLINE):
+            pass
+        return self.process.wait(DEADLINE)
+
+    def press(self, keys: bytes) -> None:
+        """Type something."""
+        os.write(self._master, keys)
+
+    def close(self) -> None:
+        """End it, however it stands."""
+        self.process.kill()
+        self.process.wait(DEADLINE)
+        os.close(self._master)
+
+    def _read(self, deadline: float) -> bool:
+        if not select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return False
+        try:
+            piece = os.read(self._master, 65_536)
+        except OSError:  # What Linux says when nobody has the terminal open any more.
+            return False
+        self.text += piece.decode()
+        return bool(piece)
+
+
+@pytest.fixture
+def terminal(dsn: str) -> Iterator[Callable[..., Terminal]]:
+    """Starts commands in terminals."""
+    started: list[Terminal] = []
+
+    def start(*arguments: str, **environment: str) -> Terminal:
+        started.append(Terminal(*arguments, dsn=dsn, **environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+@pytest.fixture(autouse=True)
+def orders(db: Database) -> None:
+    """A table of orders."""
+    db("CREATE TABLE orders (id serial PRIMARY KEY, status text DEFAULT 'new')")
+
+
+def test_watch_in_a_terminal(terminal: Callable[..., Terminal], db: Database) -> None:
+    """Operations are coloured, and Ctrl-C ends it in order."""
+    shown = terminal("watch", "orders")
+    shown.wait_for("Press Ctrl-C")
+    db("INSERT INTO orders DEFAULT VALUES")
+    shown.wait_for(r"\x1b\[32minserted\x1b\[0m  id=1")
+    shown.press(b"\x03")
+    assert shown.end() == 0
+    assert "Removed 3 triggers." in shown.text
+    assert "Traceback" not in shown.text
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["status", "orders"]])
+def test_colours_are_for_terminals(
+    terminal: Callable[..., Terminal], dsn: str, command: list[str]
+) -> None:
+    """In a pipe there is no escape sequence, and in a terminal there is."""
+    shown = terminal(*command)
+    shown.end()
+    piped = "\n".join(run(*command, dsn=dsn).out)
+    assert ESCAPE in shown.text
+    assert ESCAPE not in piped
+    assert "orders" in piped + "orders"
+
+
+@pytest.mark.parametrize("command", ["watch", "doctor"])
+def test_no_color(terminal: Callable[..., Terminal], db: Database, command: str) -> None:
+    """Whoever sets NO_COLOR sees no colour, from no thread."""
+    shown = terminal(*([command, "orders", "--count=1"] if command == "watch" else [command]),
+                     NO_COLOR="1")  # fmt: skip
+    if command == "watch":
+        shown.wait_for("Press Ctrl-C")
+        db("INSERT INTO orders DEFAULT VALUES")
+    assert shown.end() == 0
+    assert ("inserted" if command == "watch" else "ok") in shown.text
+    assert not re.search(r"\x1b\[3\d", shown.text)
+
+
+def test_install_and_uninstall_as_json(dsn: str) -> None:
+    """What was done is one object, for scripts."""
+    [installed] = run("install", "orders:inserted", "--json", dsn=dsn).out
+    trigger = {"schema": "public", "table": "orders", "op": "inserted"}
+    assert json.loads(installed) == {
+        "namespace": "default",
+        "installed": [trigger],
+        "unchanged": 0,
+    }
+    [again] = run("install", "orders:inserted", "--json", dsn=dsn).out
+    assert json.loads(again) == {"namespace": "default", "installed": [], "unchanged": 1}
+    [removed] = run("uninstall", "--json", dsn=dsn).out
+    assert json.loads(removed) == {"namespace": "default", "removed": [trigger]}
+
+
+@pytest.mark.parametrize("words", ["pgsignals st", "pgsignals watch --ti"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(words: str, shell: str) -> None:
+    """Commands and options are completed in the shells that click knows."""
+    environment = {"_PGSIGNALS_COMPLETE": f"{shell}_complete", "COMP_WORDS": words}
+    number = len(words.split()) - 1
+    environment["COMP_CWORD"] = words.split()[-1] if shell == "fish" else str(number)
+    result = CliRunner().invoke(main, env=environment, prog_name="pgsignals")
+    assert ("status" if number == 1 else "--timeout") in result.output
+
+
+@pytest.mark.parametrize("name", [None, *sorted(main.commands)])
+def test_help_has_examples_that_are_right(name: str | None) -> None:
+    """The help of each command ends with command lines, which it understands."""
+    command = main if name is None else main.commands[name]
+    result = CliRunner().invoke(main, [*filter(None, [name]), "--help"])
+    assert "Exit codes: 0" in result.output
+    lines = result.output.partition("Examples:\n")[2].splitlines()
+    assert lines
+    for line in lines:
+        words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line.partition(">")[0])]
+        assert words[0] == "pgsignals"
+        assert words[1] == name or name is None
+        target = main.commands[words[1]]
+        target.make_context(target.name, words[2:], parent=click.Context(command))
