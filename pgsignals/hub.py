@@ -16,12 +16,16 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 from blinker import Signal
 
+from .backoff import Backoff
 from .batches import Batcher, BatchReceiver, BatchTimer
-from .connection import Backoff, redact
+from .broadcasters import Broadcaster
+from .connection import redact
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Event, Gap, model_name
+from .far import FarRun, FarSettings
 from .inspection import Health, Status
 from .metrics import COUNTERS, Meter, Metrics, Tracer
+from .plugins import load_plugins
 from .receivers import Receiver, Registry, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
@@ -29,6 +33,7 @@ from .streams import Stream
 from .tables import Resolver
 from .termination import termination
 from .triggers.installer import Limits
+from .urls import scheme_of
 from .watchers import normalize
 
 log = logging.getLogger("pgsignals")
@@ -84,6 +89,8 @@ class Hub:
         watchers: Iterable[Any] = (),
         *,
         delivery: Literal["notify"] = "notify",
+        name: str | None = None,
+        backends: Iterable[str | Broadcaster] = (),
         install: Install = "auto",
         workers: int = 1,
         queue_size: int = 10_000,
@@ -101,7 +108,12 @@ class Hub:
     ) -> Hub:
         """Install triggers for the watchers and deliver their events from now on.
 
-        ``dsn`` is anything libpq takes; what it leaves out comes from libpq's environment.
+        ``dsn`` is anything libpq takes; what it leaves out comes from libpq's environment. The URL
+        of a broker (``kafka://…``, ``nats://…``) reads the events that another process passes on:
+        no database is used, and of the other arguments those about it mean nothing. Processes that
+        read with one ``name`` share the events, which are acknowledged when receivers have
+        returned; without, each gets all from now on. ``backends`` are brokers to pass events on
+        to: URLs of installed plugins, or broadcasters.
         ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one is
         missing, ``"off"`` does not look. ``workers`` threads call the receivers, in order for each
         record; ``queue_size`` events wait for them at most before reading pauses. Watchers of
@@ -134,6 +146,8 @@ class Hub:
             raise ConfigurationError(
                 f"install={install!r}: it is one of {', '.join(map(repr, get_args(Install)))}."
             )
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ConfigurationError(f"name={name!r}: give a text that is not empty, or None.")
         for option, number in (("workers", workers), ("queue_size", queue_size)):
             if not isinstance(number, int) or number < 1:
                 raise ConfigurationError(f"{option}={number!r}: give a whole number from 1.")
@@ -142,6 +156,20 @@ class Hub:
         plan = normalize(watchers)
         if not plan:
             raise ConfigurationError("There is nothing to watch: give at least one watcher.")
+        meter = Meter(metrics)
+        scheme = scheme_of(dsn)
+        if scheme is not None and not scheme.startswith("postgres"):
+            return self._start_far(
+                FarSettings(dsn, plan, resolvers, name, workers, queue_size, tracer),
+                backends,
+                meter,
+                restart_after_fork,
+            )
+        if name is not None:
+            raise ConfigurationError(
+                f"name={name!r}: in 'notify' delivery from a database nothing is kept by name. It "
+                "is for a broker's URL in place of the DSN; leave it out."
+            )
         settings = Settings(
             dsn=dsn,
             listen_dsn=listen_dsn or dsn,
@@ -155,8 +183,8 @@ class Hub:
             workers=workers,
             queue_size=queue_size,
             tracer=tracer,
+            backends=_makers(backends),
         )
-        meter = Meter(metrics)
 
         def make() -> Run:
             self._observe(meter, tracer)
@@ -165,6 +193,26 @@ class Hub:
         self._begin(make)
         self._restarts_after_fork = restart_after_fork
         log.debug("started with %d watchers", len(plan))
+        return self
+
+    def _start_far(
+        self,
+        settings: FarSettings,
+        backends: Iterable[str | Broadcaster],
+        meter: Meter,
+        restart_after_fork: bool,
+    ) -> Hub:
+        if tuple(backends):
+            raise ConfigurationError(
+                "backends= with the URL of a broker: only what comes from a database is passed on."
+            )
+
+        def make() -> Run:
+            self._observe(meter, settings.tracer)
+            return FarRun(settings, self._audience, meter)
+
+        self._begin(make)
+        self._restarts_after_fork = restart_after_fork
         return self
 
     def stop(self, timeout: float = 10.0) -> bool:
@@ -489,6 +537,29 @@ class Hub:
                     extra={"receiver": name, "gap_reason": gap.reason},
                 )
         self._send(self.gap, gap=gap)
+
+
+def _makers(backends: Iterable[str | Broadcaster]) -> list[Callable[[], Broadcaster]]:
+    """What makes the broadcasters, in the child of a fork once more."""
+    if isinstance(backends, str) or not isinstance(backends, Iterable):
+        raise ConfigurationError(
+            f"backends={redact(repr(backends))}: give a list of URLs or broadcasters."
+        )
+    given = list(backends)
+    plugins = load_plugins() if any(isinstance(each, str) for each in given) else None
+    found: list[Callable[[], Broadcaster]] = []
+    for each in given:
+        if isinstance(each, str):
+            assert plugins is not None
+            found.append(functools.partial(plugins.broadcaster, each))
+        elif all(callable(getattr(each, name, None)) for name in ("publish", "flush", "close")):
+            found.append(functools.partial(lambda broadcaster: broadcaster, each))
+        else:
+            raise ConfigurationError(
+                f"backends has {each!r:.80}: give a URL such as 'kafka://localhost:9092/?prefix="
+                "shop', or an object with publish, flush, announce and close."
+            )
+    return found
 
 
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from psycopg2.extensions import cursor as Cursor
 
+from .broadcasters.outlet import BackendStatus
 from .errors import ModelError, WatcherError
 from .events import model_name
 from .tables import Resolver, resolve
@@ -26,6 +27,7 @@ class Status:
     ``queue_usage`` is the share, 0 to 1, of PostgreSQL's notification queue that is in use.
     ``depth`` counts events that wait for receivers, ``oldest`` is since when the first of them
     does, in seconds; the other numbers count since ``start``, ``shed`` what slow receivers lost.
+    ``backends`` are the brokers that events are passed on to.
     """
 
     watchers: tuple[State, ...]
@@ -39,6 +41,7 @@ class Status:
     invalid: int = 0
     shed: int = 0
     reconnects: int = 0
+    backends: tuple[BackendStatus, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Health:
     not, only a new process helps. ``ready``: it is ``connected``, and receivers keep up, so that no
     event is being dropped; when not, ``reason`` says why. ``depth`` counts events that wait for
     receivers, ``oldest`` is since when the first of them does, ``lag`` the age of the latest that
-    were handed to receivers, both in seconds.
+    were handed to receivers, both in seconds. ``backends`` are the brokers that events are passed
+    on to: one that is away makes nobody unready, since receivers get their events all the same.
     """
 
     alive: bool
@@ -59,6 +63,7 @@ class Health:
     depth: int = 0
     oldest: float = 0.0
     lag: float = 0.0
+    backends: tuple[BackendStatus, ...] = ()
 
 
 def read_states(
