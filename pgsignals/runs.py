@@ -133,12 +133,6 @@ class DatabaseRun:
         self.dispatcher.start()
         self._audience.timer.start()
         for outlet in self._outlets:
-            self._meter.count("backend_events", 0, backend=outlet.name)
-            self._meter.count("backend_failures", 0, backend=outlet.name)
-            self._meter.count("backend_lost", 0, backend=outlet.name)
-            self._meter.gauge(
-                "backend_depth", lambda outlet=outlet: float(outlet.depth), backend=outlet.name
-            )
             outlet.start()
 
     def stop(self, timeout: float) -> bool:

@@ -286,6 +286,8 @@ class KafkaSource:
         if (error := message.error()) is not None:
             if error.code() == KafkaError._AUTO_OFFSET_RESET:
                 self._lose(message)
+            elif error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                log.debug("%s: not there yet: %s", self, error.str())
             elif error.code() != KafkaError._PARTITION_EOF:
                 log.warning("%s: %s", self, error.str())
             return
@@ -301,7 +303,7 @@ class KafkaSource:
         if value is None:
             return  # A tombstone: the event of the deletion came before it.
         position = f"{topic}/{number}/{offset}"
-        self._sink.receive(_attributes(list(message.headers() or [])), value, position=position)
+        self._sink.receive(_attributes(message), value, position=position)
 
     def _lose(self, message: Message) -> None:
         """What was to be read next is not there any more: announce that, and read on."""
@@ -371,8 +373,9 @@ class KafkaSource:
             self._sink.disconnected(failure)
 
 
-def _attributes(headers: Sequence[tuple[str, Any]]) -> dict[str, str]:
-    found = {}
+def _attributes(message: Message[Any, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    headers: Any = message.headers() or ()  # A list of pairs, whatever the annotation says.
     for name, value in headers:
         if isinstance(value, bytes):
             text = value.decode("utf-8", "replace")

@@ -83,6 +83,9 @@ class Outlet:
 
     def start(self) -> None:
         """Connect, in the background, and send what is published from now on."""
+        for counter in ("backend_events", "backend_failures", "backend_lost"):
+            self._meter.count(counter, 0, backend=self.name)
+        self._meter.gauge("backend_depth", lambda: float(self.depth), backend=self.name)
         self._thread.start()
 
     def publish(self, events: Sequence[Event]) -> None:
