@@ -320,7 +320,8 @@ class Gap:
     ``at`` of an event is when its statement ran, which in a long transaction is before the commit.
 
     ``reason``: ``reconnected`` (the connection was lost), ``overflow`` (receivers were too slow),
-    ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message).
+    ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message),
+    ``retention`` (they were deleted where they waited, a broker, before they were read).
     """
 
     since: datetime

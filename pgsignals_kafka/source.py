@@ -168,6 +168,8 @@ class KafkaSource:
         consumer = getattr(self, "_consumer", None)
         if consumer is None or self._thread.ident is None or self._thread.is_alive():
             return
+        # All of it once more: what was committed in the background may not have arrived.
+        self._committed.clear()
         self._commit(asynchronous=False)
         consumer.close()
 
@@ -319,7 +321,9 @@ class KafkaSource:
         log.error("%s: events were deleted before they were read: %s", self, detail)
         self._sink.gap(Gap(since, datetime.now(timezone.utc), "retention", detail))
         self._read[place] = low
-        self._consumer.seek(TopicPartition(topic, number, low))
+        # Not seek(), which a partition that has no position refuses.
+        self._consumer.incremental_unassign([TopicPartition(topic, number)])
+        self._consumer.incremental_assign([TopicPartition(topic, number, low)])
 
     def _settle(self, read: Mapping[_Place, int]) -> None:
         with self._lock:

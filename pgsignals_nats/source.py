@@ -317,6 +317,8 @@ class NatsSource:
             if status == "409" and "Deleted" not in description:
                 return
             if status not in ("100", "404", "408"):
+                if self._stopping:
+                    return
                 # The consumer is gone: connecting again makes another.
                 log.warning("%s: %s %s", self, status, description)
                 if self._client is not None:

@@ -118,6 +118,7 @@ class Kafka(Process):
         super().__init__("kafka")
         self.port, self._controller = free_port(), free_port()
         self.tls_port, self.sasl_port = free_port(), free_port()
+        self.ca = ""
         listeners = {"PLAINTEXT": self.port, "CONTROLLER": self._controller}
         properties = {
             "process.roles": "broker,controller",
@@ -125,6 +126,10 @@ class Kafka(Process):
             "controller.quorum.voters": f"1@127.0.0.1:{self._controller}",
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "PLAINTEXT",
+            "listener.security.protocol.map": ",".join(
+                f"{name}:{name.replace('CONTROLLER', 'PLAINTEXT')}"
+                for name in ("CONTROLLER", "PLAINTEXT", "SSL", "SASL_PLAINTEXT")
+            ),
             "log.dirs": str(self.folder / "data"),
             "num.partitions": "4",
             "auto.create.topics.enable": "false",
@@ -192,7 +197,7 @@ class Kafka(Process):
         self._run(
             "org.apache.kafka.tools.ConsoleProducer",
             *("--bootstrap-server", f"127.0.0.1:{self.port}", "--topic", topic),
-            *("--reader-property", "parse.key=true", "--reader-property", "key.separator=\t"),
+            *("--property", "parse.key=true", "--property", "key.separator=\t"),
             given=lines,
         )
 

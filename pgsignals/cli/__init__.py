@@ -10,11 +10,13 @@ import psycopg2
 from pgsignals import __version__
 from pgsignals.connection import redact
 from pgsignals.errors import PgSignalsError
+from pgsignals.plugins import load_plugins
 
 from .demo import demo
 from .doctor import doctor
 from .install import install, uninstall
 from .output import notice
+from .plugins import plugins
 from .sql import sql
 from .status import status
 from .watch import watch
@@ -22,6 +24,22 @@ from .watch import watch
 
 class _Main(click.Group):
     """A group whose commands may raise our errors: each becomes a message and exit code 1."""
+
+    _loaded = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        self._load_plugins()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands:
+            self._load_plugins()
+        return super().get_command(ctx, cmd_name)
+
+    def _load_plugins(self) -> None:
+        if not self._loaded:
+            self._loaded = True
+            load_plugins().add_commands(self)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -59,7 +77,7 @@ def main(ctx: click.Context, verbose: bool) -> None:
     ctx.call_on_close(lambda: log.removeHandler(handler))
 
 
-for command in (demo, doctor, install, sql, status, uninstall, watch):
+for command in (demo, doctor, install, plugins, sql, status, uninstall, watch):
     main.add_command(command)
 
 __all__ = ["main"]
