@@ -89,7 +89,7 @@ def test_commands(name: str) -> None:
     assert [option for option in options if not mentioned(option, PAGES["cli"])] == []
 
 
-@pytest.mark.parametrize("reason", ["reconnected", "overflow", "watcher_broken"])
+@pytest.mark.parametrize("reason", ["reconnected", "overflow", "watcher_broken", "retention"])
 def test_reasons_of_gaps(reason: str) -> None:
     """Every reason of a Gap that its docstring names is explained."""
     assert f"``{reason}``" in str(pgsignals.Gap.__doc__)
