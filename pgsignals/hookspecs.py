@@ -59,7 +59,9 @@ def pgsignals_source(url: str) -> RemoteSource | None:
 
 @hookspec
 def pgsignals_commands(group: click.Group) -> None:
-    """Add commands to the command line. Example::
+    """Add commands to the command line.
+
+    Example::
 
     @pgsignals.hookimpl
     def pgsignals_commands(group):

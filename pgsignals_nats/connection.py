@@ -131,13 +131,22 @@ class Server:
         Connecting again is for who uses it: what nats-py would send once more by itself is not
         known to be in order. Raises BrokerError.
         """
+        failure: Exception | None = None
+        met: list[Exception] = []
+
+        async def note(error: Exception) -> None:
+            met.append(error)
+            log.debug("%r", error)
+
         options: dict[str, Any] = {
             "name": "pgsignals",
             "allow_reconnect": False,
             "connect_timeout": 5,
             "ping_interval": 10,
             "max_outstanding_pings": 2,
-            "error_cb": _note,
+            # One try for each host; what it met is told to error_cb alone.
+            "max_reconnect_attempts": 0,
+            "error_cb": note,
             "closed_cb": closed,
             "pending_size": 64 * 1024 * 1024,
         }
@@ -149,15 +158,15 @@ class Server:
             options["user_credentials"] = self.creds
         if self.nkey is not None:
             options["nkeys_seed"] = self.nkey
-        failure: Exception | None = None
         for host in self.hosts:
             try:
                 # In the loop, since the files may be wrong.
                 if self.tls:
                     options["tls"] = self._tls()
-                return await nats.connect(f"nats://{host}", **options | dict(self.config))
+                connecting = nats.connect(f"nats://{host}", **options | dict(self.config))
+                return await asyncio.wait_for(connecting, 8)
             except (OSError, nats.errors.Error, asyncio.TimeoutError, ValueError) as error:
-                failure = error
+                failure = met[-1] if met else error
                 log.debug("%s: %r", host, error)
             except Exception as error:
                 # What a malformed key or credentials file makes nats-py and nkeys raise, of many
@@ -212,10 +221,6 @@ def escaped(name: str) -> str:
     return "".join(
         c if _PLAIN.match(c) else "".join(f"%{byte:02X}" for byte in c.encode()) for c in name
     )
-
-
-async def _note(error: Exception) -> None:
-    log.debug("%r", error)
 
 
 def _cause(server: Server, error: Exception) -> str:
