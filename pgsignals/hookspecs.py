@@ -59,11 +59,4 @@ def pgsignals_source(url: str) -> RemoteSource | None:
 
 @hookspec
 def pgsignals_commands(group: click.Group) -> None:
-    """Add commands to the command line.
-
-    Example::
-
-    @pgsignals.hookimpl
-    def pgsignals_commands(group):
-        group.add_command(audit)
-    """
+    """Add commands to the command line: ``group.add_command(audit)``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicCollection
@@ -152,7 +152,7 @@ class KafkaBroadcaster:
                 elif (former := former_record_key(event)) is not None:
                     self._produce(topic, former, None, [], f"{uid}/moved")
         for producer in self._producers.values():
-            producer.poll(0)
+            self._serve(producer.poll, 0)
 
     def flush(self, timeout: float) -> bool:
         """See Broadcaster."""
@@ -160,7 +160,7 @@ class KafkaBroadcaster:
         if not self._producers:
             self._reach(timeout)
             return True
-        left = sum(producer.flush(timeout) for producer in self._producers.values())
+        left = sum(self._serve(producer.flush, timeout) for producer in self._producers.values())
         self._check()
         if left:
             if self._errors.latest is not None:
@@ -196,7 +196,7 @@ class KafkaBroadcaster:
                 inherit(producer)
                 continue
             producer.purge()
-            producer.flush(1.0)
+            self._serve(producer.flush, 1.0)
         self._sent.clear()
 
     def _begin(self) -> None:
@@ -207,8 +207,19 @@ class KafkaBroadcaster:
             self._failure = None
             self._process = process()
         for producer in self._producers.values():
-            producer.poll(0)
+            self._serve(producer.poll, 0)
         self._check()
+
+    def _serve(self, call: Callable[[float], int], timeout: float) -> int:
+        """Poll or flush; the fatal error of a producer is raised there, past our callbacks."""
+        try:
+            return call(timeout)
+        except (KafkaException, SystemError) as error:
+            log.debug("%s: %r", self, error)
+            if self._failure is None:
+                fatal = error.args[0] if isinstance(error, KafkaException) else None
+                self._failure = fatal or KafkaError(KafkaError._FATAL), ""
+            return 1
 
     def _topic_of(self, event: Event) -> str:
         table = event.schema, event.table
@@ -237,7 +248,7 @@ class KafkaBroadcaster:
                 if waited >= _ROOM_SECONDS:
                     what = f"no room for further records within {_ROOM_SECONDS:g} s"
                     raise broker_error(self._cluster, what, self._errors) from None
-                producer.poll(0.1)
+                self._serve(producer.poll, 0.1)
                 waited += 0.1
                 self._check()
             except KafkaException as error:
@@ -274,7 +285,7 @@ class KafkaBroadcaster:
         producers, self._producers = self._producers, {}
         for producer in producers.values():
             producer.purge()
-            producer.flush(1.0)
+            self._serve(producer.flush, 1.0)
         self._sent = {uid: True for uid, arrived in self._sent.items() if arrived}
         self._limits.clear()
         self._failure = None

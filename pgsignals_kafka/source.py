@@ -203,7 +203,11 @@ class KafkaSource:
         """Wait until the group has said which partitions are ours, if there are any yet."""
         deadline = time.monotonic() + self._timeout
         while self._at_start and not self._assigned.is_set() and time.monotonic() < deadline:
-            self._handle(self._consumer.poll(0.1))
+            # The poll that brings the assignment may bring a message as well.
+            read: dict[_Place, int] = {}
+            self._handle(self._consumer.poll(0.1), read)
+            if read:
+                self._sink.settle(functools.partial(self._settle, read))
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Begin where the group is; where it has never been, now or at the beginning.

@@ -10,7 +10,6 @@ from urllib.parse import unquote
 
 import nats
 import pytest
-from pgsignals_nats import NatsBroadcaster, NatsSource
 
 from pgsignals import BrokerError, Hub
 from pgsignals.testing.conformance import (
@@ -19,6 +18,7 @@ from pgsignals.testing.conformance import (
     SourceConformance,
     make_event,
 )
+from pgsignals_nats import NatsBroadcaster, NatsSource
 from tests.brokers import Nats, free_port
 
 
