@@ -6,6 +6,7 @@ The functions here act on one default Hub; ``Hub()`` makes further ones, for a s
 from __future__ import annotations
 
 from .errors import (
+    BrokerError,
     ConfigurationError,
     ConnectError,
     DatabaseError,
@@ -59,6 +60,7 @@ receiver_failed = default_hub.receiver_failed
 
 __all__ = [
     "Batch",
+    "BrokerError",
     "Column",
     "ConfigurationError",
     "ConnectError",

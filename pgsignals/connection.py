@@ -1,10 +1,9 @@
-"""psycopg2 connections: connecting, sessions that never block for ever, backing off."""
+"""psycopg2 connections: connecting, sessions that never block for ever."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import selectors
 import socket
@@ -21,6 +20,7 @@ from psycopg2.extensions import POLL_OK, POLL_WRITE, Notify
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
 
+from .backoff import Backoff as Backoff
 from .errors import ConfigurationError, ConnectError
 from .payload import Cast
 
@@ -274,25 +274,6 @@ def make_cast(connection: Connection) -> Cast:
         return caster(text, cursor)
 
     return cast
-
-
-class Backoff:
-    """Pauses between tries to connect: exponential, with full jitter."""
-
-    def __init__(self, first: float = 0.1, most: float = 30.0) -> None:
-        self._first = first
-        self._most = most
-        self._tries = 0
-
-    def next(self) -> float:
-        """Seconds to wait before the next try."""
-        bound = min(self._most, self._first * 2**self._tries)
-        self._tries = min(self._tries + 1, 32)
-        return random.uniform(0, bound)
-
-    def reset(self) -> None:
-        """Start again from the first pause, since the connection has proved healthy."""
-        self._tries = 0
 
 
 class Waiter:

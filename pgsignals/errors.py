@@ -17,6 +17,7 @@
     ├── WaitTimeout                 an awaited event did not come (also a TimeoutError)
     ├── PayloadError                a message on our channel that pgsignals did not write
     ├── PluginError                 an installed plugin could not be used
+    ├── BrokerError                 a message broker could not be used as asked
     └── MissingExtraError           an optional package is not installed (also an ImportError)
 
 Each message says what was given, what is allowed, and the fix. No message carries a password.
@@ -86,6 +87,10 @@ class PayloadError(PgSignalsError):
 
 class PluginError(PgSignalsError):
     """An installed plugin could not be loaded or called."""
+
+
+class BrokerError(PgSignalsError):
+    """A message broker could not be reached, or did not take what it was sent."""
 
 
 class MissingExtraError(PgSignalsError, ImportError):

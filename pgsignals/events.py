@@ -110,6 +110,10 @@ class Message(msgspec.Struct, eq=False):
         """When the statement ran, by the server's clock."""
         return _EPOCH + timedelta(microseconds=self.at_us)
 
+    def uid(self, number: int) -> str:
+        """What names the event of one row, here and wherever it travels."""
+        return f"{self.topic.name}-{self.txid:x}-{self.sequence:x}-{number:x}"
+
 
 class Event(msgspec.Struct, frozen=True, eq=False):
     """One change of one record. Attributes are worked out when they are asked for."""
@@ -221,8 +225,7 @@ class Event(msgspec.Struct, frozen=True, eq=False):
     @property
     def uid(self) -> str:
         """Names this event, the same on every redelivery."""
-        message = self._message
-        return f"{message.topic.name}-{message.txid:x}-{message.sequence:x}-{self._number:x}"
+        return self._message.uid(self._number)
 
     @property
     def position(self) -> str | None:
@@ -366,7 +369,8 @@ class Gap:
     ``at`` of an event is when its statement ran, which in a long transaction is before the commit.
 
     ``reason``: ``reconnected`` (the connection was lost), ``overflow`` (receivers were too slow),
-    ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message).
+    ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message),
+    ``retention`` (they were deleted where they waited, a broker, before they were read).
     """
 
     since: datetime

@@ -17,14 +17,18 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 from blinker import Signal
 
+from .backoff import Backoff
 from .batches import Batcher, BatchTimer
-from .connection import Backoff, Engine, dsn_of
+from .broadcasters import Broadcaster
+from .connection import Engine, dsn_of, redact
 from .coroutines import CoroutineReceiver, LeftBehind
 from .durable import DurableRun
 from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
 from .events import Batch, Event, Gap, model_name
+from .far import FarRun, FarSettings
 from .inspection import Health, Status
 from .metrics import COUNTERS, Meter, Metrics, Tracer
+from .plugins import load_plugins
 from .receivers import Later, Receiver, Registry, Retrying, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
@@ -33,6 +37,7 @@ from .streams import Ending, Stream
 from .tables import Resolver
 from .termination import termination
 from .triggers.installer import Limits
+from .urls import scheme_of
 from .watchers import normalize
 
 log = logging.getLogger("pgsignals")
@@ -99,6 +104,7 @@ class Hub:
         name: str | None = None,
         partitions: int = 1,
         lease: float = 5.0,
+        backends: Iterable[str | Broadcaster] = (),
         install: Install = "auto",
         workers: int = 1,
         queue_size: int = 10_000,
@@ -118,7 +124,11 @@ class Hub:
         """Install triggers for the watchers and deliver their events from now on.
 
         ``dsn`` is anything libpq takes, or an SQLAlchemy Engine or AsyncEngine; what it leaves out
-        comes from libpq's environment.
+        comes from libpq's environment. The URL of a broker (``kafka://…``, ``nats://…``) reads the
+        events that another process passes on: no database is used, and of the other arguments those
+        about it mean nothing. Processes that read with one ``name`` share the events, which are
+        acknowledged when receivers have returned; without, each gets all from now on.
+        ``backends`` are brokers to pass events on to: URLs of installed plugins, or broadcasters.
         ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a consumer
         with a ``name`` goes on where it has acknowledged; of several processes with one name, one
         reads, and another takes over when it ends, or does not renew its claim for ``lease``
@@ -149,12 +159,13 @@ class Hub:
             raise ConfigurationError(
                 f"delivery={delivery!r}: it is one of {', '.join(map(repr, get_args(Delivery)))}."
             )
-        consumer = _consumer(delivery, name, partitions, lease)
         dsn = dsn_of(dsn)
         if install not in get_args(Install):
             raise ConfigurationError(
                 f"install={install!r}: it is one of {', '.join(map(repr, get_args(Install)))}."
             )
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ConfigurationError(f"name={name!r}: give a text that is not empty, or None.")
         for option, number in (("workers", workers), ("queue_size", queue_size)):
             if not isinstance(number, int) or number < 1:
                 raise ConfigurationError(f"{option}={number!r}: give a whole number from 1.")
@@ -163,6 +174,16 @@ class Hub:
         plan = normalize(watchers)
         if not plan:
             raise ConfigurationError("There is nothing to watch: give at least one watcher.")
+        meter = Meter(metrics)
+        scheme = scheme_of(dsn)
+        if scheme is not None and not scheme.startswith("postgres"):
+            return self._start_far(
+                FarSettings(dsn, plan, resolvers, name, workers, queue_size, tracer),
+                backends,
+                meter,
+                restart_after_fork,
+            )
+        consumer = _consumer(delivery, name, partitions, lease)
         settings = Settings(
             dsn=dsn,
             listen_dsn=dsn if listen_dsn is None else dsn_of(listen_dsn) or dsn,
@@ -176,8 +197,8 @@ class Hub:
             workers=workers,
             queue_size=queue_size,
             tracer=tracer,
+            backends=_makers(backends),
         )
-        meter = Meter(metrics)
 
         loop_given = loop
 
@@ -194,6 +215,26 @@ class Hub:
         self._restarts_after_fork = restart_after_fork
         self._workers = workers
         log.debug("started with %d watchers", len(plan))
+        return self
+
+    def _start_far(
+        self,
+        settings: FarSettings,
+        backends: Iterable[str | Broadcaster],
+        meter: Meter,
+        restart_after_fork: bool,
+    ) -> Hub:
+        if tuple(backends):
+            raise ConfigurationError(
+                "backends= with the URL of a broker: only what comes from a database is passed on."
+            )
+
+        def make() -> Run:
+            self._observe(meter, settings.tracer)
+            return FarRun(settings, self._audience, meter)
+
+        self._begin(make)
+        self._restarts_after_fork = restart_after_fork
         return self
 
     def stop(self, timeout: float = 10.0) -> bool:
@@ -606,6 +647,29 @@ def _consumer(delivery: str, name: object, partitions: object, lease: object) ->
     if not isinstance(lease, int | float) or not 1 <= lease <= 3600:
         raise ConfigurationError(f"lease={lease!r}: give seconds, from 1 to 3,600.")
     return Consumer(name, partitions, float(lease))
+
+
+def _makers(backends: Iterable[str | Broadcaster]) -> list[Callable[[], Broadcaster]]:
+    """What makes the broadcasters, in the child of a fork once more."""
+    if isinstance(backends, str) or not isinstance(backends, Iterable):
+        raise ConfigurationError(
+            f"backends={redact(repr(backends))}: give a list of URLs or broadcasters."
+        )
+    given = list(backends)
+    plugins = load_plugins() if any(isinstance(each, str) for each in given) else None
+    found: list[Callable[[], Broadcaster]] = []
+    for each in given:
+        if isinstance(each, str):
+            assert plugins is not None
+            found.append(functools.partial(plugins.broadcaster, each))
+        elif all(callable(getattr(each, name, None)) for name in ("publish", "flush", "close")):
+            found.append(functools.partial(lambda broadcaster: broadcaster, each))
+        else:
+            raise ConfigurationError(
+                f"backends has {each!r:.80}: give a URL such as 'kafka://localhost:9092/?prefix="
+                "shop', or an object with publish, flush, announce and close."
+            )
+    return found
 
 
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

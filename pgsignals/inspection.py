@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from psycopg2.extensions import cursor as Cursor
 
+from .broadcasters.outlet import BackendStatus
 from .errors import ModelError, WatcherError
 from .events import model_name
 from .outbox.inspection import OutboxState
@@ -34,6 +35,7 @@ class Status:
     rather than standing by, ``unacknowledged`` counts events that have been read and not been
     acknowledged, ``retrying`` calls that wait to be made again, and ``outbox`` is what is in the
     database.
+    ``backends`` are the brokers that events are passed on to.
     """
 
     watchers: tuple[State, ...]
@@ -53,6 +55,7 @@ class Status:
     unacknowledged: int = 0
     retrying: int = 0
     outbox: OutboxState | None = None
+    backends: tuple[BackendStatus, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Health:
     not, only a new process helps. ``ready``: it is ``connected``, and receivers keep up, so that no
     event is being dropped; when not, ``reason`` says why. ``depth`` counts events that wait for
     receivers, ``oldest`` is since when the first of them does, ``lag`` the age of the latest that
-    were handed to receivers, both in seconds.
+    were handed to receivers, both in seconds. ``backends`` are the brokers that events are passed
+    on to: one that is away makes nobody unready, since receivers get their events all the same.
     """
 
     alive: bool
@@ -73,6 +77,7 @@ class Health:
     depth: int = 0
     oldest: float = 0.0
     lag: float = 0.0
+    backends: tuple[BackendStatus, ...] = ()
 
 
 def read_states(

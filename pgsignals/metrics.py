@@ -22,7 +22,7 @@ class Metrics(Protocol):
     def count(self, name: str, amount: int, /, **labels: str) -> None:
         """Add ``amount`` to a counter; 0 makes it known before anything has happened."""
 
-    def gauge(self, name: str, read: Callable[[], float], /) -> None:
+    def gauge(self, name: str, read: Callable[[], float], /, **labels: str) -> None:
         """Take the value from ``read``, now and then; it takes the place of an earlier one."""
 
 
@@ -66,6 +66,9 @@ COUNTERS = {
     "shed_events": Measure("Events dropped since receivers were too slow."),
     "dead_letters": Measure("Events kept since a receiver could not take them.", ("receiver",)),
     "invalid_payloads": Measure("Payloads on our channels that pgsignals did not write."),
+    "backend_events": Measure("Events that a broker has acknowledged.", ("backend",)),
+    "backend_failures": Measure("Tries to pass events on to a broker that failed.", ("backend",)),
+    "backend_lost": Measure("Events dropped since a broker was away or too slow.", ("backend",)),
 }
 
 GAUGES = {
@@ -73,6 +76,7 @@ GAUGES = {
     "queue_depth": Measure("Events that wait for receivers or are with one."),
     "oldest_seconds": Measure("For how long the oldest of these has been here."),
     "lag_seconds": Measure("Age of the latest events when they were handed to receivers."),
+    "backend_depth": Measure("Events that wait for a broker's acknowledgement.", ("backend",)),
 }
 
 
@@ -91,11 +95,11 @@ class Meter:
         except Exception:
             log.exception("%r could not count %s", self._metrics, name)
 
-    def gauge(self, name: str, read: Callable[[], float], /) -> None:
+    def gauge(self, name: str, read: Callable[[], float], /, **labels: str) -> None:
         """See Metrics."""
         if self._metrics is None:
             return
         try:
-            self._metrics.gauge(name, read)
+            self._metrics.gauge(name, read, **labels)
         except Exception:
             log.exception("%r could not take the gauge %s", self._metrics, name)

@@ -15,13 +15,14 @@ from psycopg2.extensions import cursor as Cursor
 from .batches import BatchTimer
 from .broadcasters import Broadcaster
 from .broadcasters.inprocess import FailureHandler, InProcess, TracedInProcess
+from .broadcasters.outlet import Outlet
 from .connection import connect
 from .dispatch import Dispatcher
 from .errors import ConfigurationError
 from .events import Event, Gap, Message
 from .inspection import Health, Status, read_queue_usage, read_states
 from .metrics import Meter, Tracer
-from .plugins import Plugins
+from .plugins import load_plugins
 from .receivers import Registry
 from .resolvers import BUILTIN
 from .sources.notify import NotifySource, Timing
@@ -73,6 +74,7 @@ class Settings:
     workers: int
     queue_size: int
     tracer: Tracer | None = None
+    backends: Sequence[Callable[[], Broadcaster]] = ()
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,14 @@ class Audience:
 
 def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
     """``first``, those of the installed plugins, and the built-in ones."""
-    plugins = Plugins()
-    plugins.load()
-    return (*first, *plugins.resolvers(), *BUILTIN)
+    return (*first, *load_plugins().resolvers(), *BUILTIN)
+
+
+def in_process(audience: Audience, tracer: Tracer | None, isolating: bool = False) -> InProcess:
+    """The broadcaster that is always there."""
+    if tracer is None:
+        return InProcess(audience.registry, audience.failed, isolating)
+    return TracedInProcess(audience.registry, audience.failed, tracer, isolating)
 
 
 class DatabaseRun:
@@ -106,15 +113,15 @@ class DatabaseRun:
         self._awaited: dict[str, Callable[[], None]] = {}
         self._meter = meter
         self._lag = Lag(lambda: self.source.now())
-        registry, failed, tracer = audience.registry, audience.failed, settings.tracer
+        self._outlets = [
+            Outlet(make(), settings.queue_size, meter, audience.gap) for make in settings.backends
+        ]
         # With one worker all calls are made one after the other, which is what that promises.
         isolating = settings.workers > 1
-        in_process = (
-            InProcess(registry, failed, isolating)
-            if tracer is None
-            else TracedInProcess(registry, failed, tracer, isolating)
-        )
-        broadcasters: list[Broadcaster] = [self._lag, in_process]
+        broadcasters: list[Broadcaster] = [
+            self._lag,
+            in_process(audience, settings.tracer, isolating),
+        ]
         self.dispatcher = Dispatcher(
             broadcasters,
             settings.workers,
@@ -131,6 +138,8 @@ class DatabaseRun:
         self.source.start()
         self.dispatcher.start()
         self._audience.timer.start()
+        for outlet in self._outlets:
+            outlet.start()
 
     def stop(self, timeout: float) -> bool:
         """See Run."""
@@ -139,6 +148,8 @@ class DatabaseRun:
         self._audience.timer.drain()
         drained = self.dispatcher.stop(max(0.0, deadline - time.monotonic()))
         self._audience.timer.stop(max(0.0, deadline - time.monotonic()))
+        for outlet in self._outlets:
+            drained = outlet.stop(max(0.0, deadline - time.monotonic())) and drained
         return drained
 
     def abandon(self) -> None:
@@ -181,6 +192,7 @@ class DatabaseRun:
             shed=self.dispatcher.shed,
             aside=self.dispatcher.aside,
             reconnects=self.source.reconnects,
+            backends=tuple(outlet.status for outlet in self._outlets),
         )
 
     def health(self) -> Health:
@@ -205,6 +217,7 @@ class DatabaseRun:
             depth=self.dispatcher.depth,
             oldest=self.dispatcher.oldest,
             lag=self._lag.seconds,
+            backends=tuple(outlet.status for outlet in self._outlets),
         )
 
     def define(self, cursor: Cursor) -> list[Definition]:
@@ -252,6 +265,11 @@ class DatabaseRun:
 
     def submit(self, message: Message) -> None:
         """See Sink."""
+        if self._outlets:
+            # Past the dispatcher: slow receivers are no reason for a broker to miss events.
+            events = [Event(message, number, row) for number, row in enumerate(message.rows)]
+            for outlet in self._outlets:
+                outlet.publish(events)
         self.dispatcher.submit(message)
         self._meter.count("events", len(message.rows), **message.topic.fields)
 
@@ -265,6 +283,8 @@ class DatabaseRun:
 
     def gap(self, gap: Gap) -> None:
         """See Sink."""
+        for outlet in self._outlets:
+            outlet.announce(gap)
         self.dispatcher.announce(lambda: self._audience.gap(gap))
 
     def connected(self) -> None:
@@ -295,6 +315,9 @@ class Lag:
     def flush(self, timeout: float) -> bool:
         """See Broadcaster."""
         return True
+
+    def announce(self, gap: Gap) -> None:
+        """See Broadcaster."""
 
     def close(self) -> None:
         """See Broadcaster."""

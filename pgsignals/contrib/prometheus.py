@@ -39,9 +39,9 @@ class PrometheusMetrics:
         """See Metrics."""
         self._families.counters[name].labels(hub=self._hub, **labels).inc(amount)
 
-    def gauge(self, name: str, read: Callable[[], float], /) -> None:
+    def gauge(self, name: str, read: Callable[[], float], /, **labels: str) -> None:
         """See Metrics."""
-        self._families.gauges[name].labels(hub=self._hub).set_function(read)
+        self._families.gauges[name].labels(hub=self._hub, **labels).set_function(read)
 
 
 class _Families:

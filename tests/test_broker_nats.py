@@ -1,0 +1,108 @@
+"""NATS JetStream: what goes there, what comes back, and what happens when it is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import nats
+import pytest
+
+from pgsignals import BrokerError, Hub
+from pgsignals.testing.conformance import (
+    DEADLINE,
+    BroadcasterConformance,
+    SourceConformance,
+    make_event,
+)
+from pgsignals_nats import NatsBroadcaster, NatsSource
+from tests.brokers import Nats, free_port
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[Nats]:
+    """A running nats-server with JetStream."""
+    running = Nats()
+    running.start()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A prefix that no other test uses."""
+    return f"t{uuid.uuid4().hex[:8]}"
+
+
+def read_all(server: Nats, prefix: str, count: int) -> list[tuple[Mapping[str, str], bytes]]:
+    """The first messages of the stream, by nats-py alone."""
+
+    async def read() -> list[tuple[Mapping[str, str], bytes]]:
+        client = await nats.connect(server.url)
+        jetstream = client.jetstream()
+        subscription = await jetstream.subscribe(f"{prefix}.>", ordered_consumer=True)
+        found = []
+        while len(found) < count:
+            message = await subscription.next_msg(DEADLINE)
+            headers = message.headers or {}
+            attributes = {
+                name.lower().removeprefix("ce-"): unquote(text)
+                for name, text in headers.items()
+                if name.lower().startswith("ce-")
+            }
+            assert headers["Nats-Msg-Id"] == attributes["id"]
+            found.append((attributes, message.data))
+        await client.close()
+        return found
+
+    return asyncio.run(read())
+
+
+class TestConformance(BroadcasterConformance):
+    """The broadcaster is one."""
+
+    @pytest.fixture
+    def broadcaster(self, nats_server: Nats, prefix: str) -> NatsBroadcaster:
+        return NatsBroadcaster.from_url(f"{nats_server.url}?prefix={prefix}&create=true")
+
+    @pytest.fixture
+    def written(self, nats_server: Nats, prefix: str) -> Callable[[int], Sequence[Any]]:
+        return lambda count: read_all(nats_server, prefix, count)
+
+    @pytest.fixture
+    def too_long(self) -> int:
+        return 2_000_000
+
+
+class TestSourceConformance(SourceConformance):
+    """The source is one."""
+
+    @pytest.fixture
+    def broadcaster(self, nats_server: Nats, prefix: str) -> NatsBroadcaster:
+        return NatsBroadcaster.from_url(f"{nats_server.url}?prefix={prefix}&create=true")
+
+    @pytest.fixture
+    def make_source(self, nats_server: Nats, prefix: str) -> Callable[[], NatsSource]:
+        return lambda: NatsSource.from_url(f"{nats_server.url}?prefix={prefix}")
+
+
+def test_a_server_that_is_away(prefix: str) -> None:
+    """No server at the address is an error that says so."""
+    broadcaster = NatsBroadcaster.from_url(f"nats://127.0.0.1:{free_port()}/?prefix={prefix}")
+    with pytest.raises(BrokerError, match="nothing listens there"):
+        broadcaster.flush(2.0)
+    broadcaster.close()
+
+
+def test_a_stream_that_is_missing(nats_server: Nats, prefix: str) -> None:
+    """Without create=true a missing stream is an error that names it and the fix."""
+    url = f"{nats_server.url}?prefix={prefix}"
+    broadcaster = NatsBroadcaster.from_url(url)
+    with pytest.raises(BrokerError, match=rf"no stream {prefix}\..*create=true"):
+        broadcaster.publish([make_event(1)])
+    broadcaster.close()
+    with pytest.raises(BrokerError, match=rf"no stream {prefix}\."):
+        Hub().start(url, ["orders"])
