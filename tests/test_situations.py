@@ -504,6 +504,91 @@ def test_a_hostile_search_path_changes_nothing(
     assert not items.gaps.items
 
 
+# Shadows, in a schema that the writer puts first, of each function and operator that the triggers
+# could look up: of the same arguments, and raising.
+_SHADOWS = """
+DO $do$
+DECLARE
+  f record;
+BEGIN
+  CREATE SCHEMA evil;
+  FOR f IN
+    SELECT DISTINCT p.proname, pg_get_function_identity_arguments(p.oid) AS arguments,
+           pg_get_function_result(p.oid) AS result
+    FROM pg_proc p JOIN pg_trigger t ON t.tgrelid = ANY (ARRAY['items'::regclass, 'slots'])
+    JOIN pg_proc ours ON ours.oid = t.tgfoid AND NOT t.tgisinternal
+    CROSS JOIN regexp_matches(ours.prosrc, '([a-z_0-9]+)\\(', 'g') AS called
+    WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.prokind = 'f'
+      AND p.proname = called[1] AND NOT p.proargtypes::oid[] && ARRAY[
+        '"any"'::regtype::oid, 'cstring'::regtype::oid, 'internal'::regtype::oid]
+  LOOP
+    EXECUTE format(
+      'CREATE FUNCTION evil.%I(%s) RETURNS %s LANGUAGE plpgsql AS $$BEGIN RAISE ''shadow''; END$$',
+      f.proname, f.arguments, f.result);
+  END LOOP;
+  FOR f IN
+    SELECT o.oid, o.oprname, o.oprleft::regtype AS l, o.oprright::regtype AS r,
+           o.oprresult::regtype AS result
+    FROM pg_operator o
+    WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND o.oprleft <> 0 AND o.oprname = ANY (
+      ARRAY['||', '=', '<>', '<', '<=', '>', '>=', '+', '-', '*', '/', '~'])
+      AND o.oprleft::regtype::text ~ '^(any|text|integer|bigint|numeric|double|bool|name|bytea)'
+  LOOP
+    EXECUTE format(
+      'CREATE FUNCTION evil.op_%s(%s, %s) RETURNS %s LANGUAGE plpgsql'
+      ' AS $$BEGIN RAISE ''shadow''; END$$', f.oid, f.l, f.r, f.result);
+    EXECUTE format('CREATE OPERATOR evil.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.op_%s)',
+      f.oprname, f.l, f.r, f.oid);
+  END LOOP;
+  CREATE FUNCTION evil.concat(VARIADIC text[]) RETURNS text LANGUAGE plpgsql
+    AS $$BEGIN RAISE 'shadow'; END$$;
+  CREATE DOMAIN evil.text AS varchar(1);
+  CREATE DOMAIN evil.int8 AS bool;
+  CREATE DOMAIN evil.int4 AS bool;
+  CREATE DOMAIN evil.float8 AS bool;
+  CREATE DOMAIN evil.bytea AS bool;
+  CREATE DOMAIN evil.name AS bool;
+END
+$do$
+"""
+
+
+@pytest.mark.parametrize("level", ["statement", "row"])
+def test_no_name_is_looked_up_in_the_writers_search_path(items: Scene, level: str) -> None:
+    """The triggers do not use a single function, operator or type of a schema put first."""
+    items.db("CREATE TABLE slots (id int PRIMARY KEY)")
+    items.watch(
+        watch("items", extra=["name", "owner_id", "price"], replicated=level == "row"),
+        watch("slots", "updated", "truncated"),
+    )
+    items.db(_SHADOWS)
+    items.db("INSERT INTO slots SELECT n FROM generate_series(1, 3000) n")
+    items.db("SET search_path TO evil, pg_catalog, public")
+    with pytest.raises(psycopg2.errors.RaiseException, match="shadow"):
+        items.db("SELECT 1 + 1")
+    items.db("INSERT INTO items VALUES (1, 'a', 7, 1.5), (2, NULL, NULL, NULL)")
+    items.db("UPDATE items SET name = 'b'")
+    items.db("UPDATE items SET id = 3, name = NULL WHERE price IS NULL")
+    items.db("INSERT INTO items SELECT 9, pg_catalog.repeat('long', 5000)")
+    items.db("BEGIN")
+    items.db("SELECT pg_catalog.set_config('pgsignals.context', '{\"by\":\"me\"}', true)")
+    items.db("UPDATE items SET owner_id = NULL WHERE price IS NOT NULL")
+    items.db("DELETE FROM items WHERE price IS NOT NULL")
+    items.db("COMMIT")
+    items.db("UPDATE slots SET id = id OPERATOR(pg_catalog.+) 10000")
+    items.db("TRUNCATE slots")
+    items.db("SET search_path TO public")
+    events = items.events()
+    assert not items.gaps.items
+    brief = [(e.op, e.id) for e in events if e.table == "items"]
+    assert sorted(brief[:4]) == [("inserted", 1), ("inserted", 2), ("updated", 1), ("updated", 2)]
+    assert brief[4:] == [("updated", 3), ("inserted", 9), ("updated", 1), ("deleted", 1)]
+    assert [e.context for e in events if e.op == "deleted"] == [{"by": "me"}]
+    moved = [e for e in events if e.table == "slots"]
+    assert [(e.old["id"], e.id) for e in moved[:-1]] == [(n, n + 10000) for n in range(1, 3001)]
+    assert moved[-1].op == "truncated"
+
+
 @pytest.mark.parametrize("table", ["items", "orders"])
 def test_when_over_whole_rows(orders: Scene, table: str) -> None:
     """OLD.* and NEW.* are compared as rows, in statement triggers and in row triggers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 from psycopg2 import sql
@@ -13,7 +14,7 @@ from ..tables import Column, Table
 from . import names
 
 # Bump when the generated text is meant to replace what older versions installed.
-FORMAT = 1
+FORMAT = 2
 
 _EVENTS = {"inserted": "INSERT", "updated": "UPDATE", "deleted": "DELETE", "truncated": "TRUNCATE"}
 _TEXT = ("text", "varchar", "name")
@@ -29,6 +30,17 @@ _SETTINGS = (
     ("lc_monetary", "C"),
     ("xmlbinary", "base64"),
 )
+
+
+_OPERATOR = re.compile(r"(?<= )(?:\|\||<=|>=|<>|[-+*/<>=~])(?= )")
+
+
+def _qualified(text: str) -> str:
+    """``text`` with each operator that stands between spaces looked up in pg_catalog alone."""
+    return _OPERATOR.sub(r"OPERATOR(pg_catalog.\g<0>)", text)
+
+
+_THEN = _qualified(" || ")
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,8 @@ def value_text(column: Column, alias: str) -> sql.Composable:
     """The column's value exactly as a query's text result has it, or NULL."""
     if column.output == ("pg_catalog", "textout"):
         # Not every type with this output function, refcursor for one, can be passed to it.
-        return sql.SQL("{}::text").format(_value(column, alias))
-    return sql.SQL("textin({output}({value}))").format(
+        return sql.SQL("{}::pg_catalog.text").format(_value(column, alias))
+    return sql.SQL("pg_catalog.textin({output}({value}))").format(
         output=sql.Identifier(*column.output), value=_value(column, alias)
     )
 
@@ -82,18 +94,24 @@ def value_json(column: Column, alias: str, bounded: bool = False) -> sql.Composa
     value = _value(column, alias)
     schema, base_type = column.base_type
     if schema == "pg_catalog" and base_type in RAW_TYPES:
-        return sql.SQL("coalesce({}::text, 'null')").format(value)
+        return sql.SQL("coalesce({}::pg_catalog.text, 'null')").format(value)
     if schema != "pg_catalog" or base_type not in _TEXT:
         value = value_text(column, alias)
     if bounded:
-        value = sql.SQL("left({}::text, 8000)").format(value)
-    return sql.SQL("coalesce(pg_catalog.to_json({})::text, 'null')").format(value)
+        value = sql.SQL("pg_catalog.left({}::pg_catalog.text, 8000)").format(value)
+    return sql.SQL("coalesce(pg_catalog.to_json({})::pg_catalog.text, 'null')").format(value)
 
 
 def differs(column: Column) -> sql.Composable:
-    """Whether an update changed the column."""
+    """Whether an update changed the column.
+
+    IS DISTINCT FROM, spelled out, since it looks for its operator in the search_path.
+    """
     side = _value if column.comparable else value_text
-    return sql.SQL("{} IS DISTINCT FROM {}").format(side(column, "old"), side(column, "new"))
+    return sql.SQL(
+        "(({old} OPERATOR(pg_catalog.=) {new}) IS NOT TRUE"
+        " AND NOT ({old} IS NULL AND {new} IS NULL))"
+    ).format(old=side(column, "old"), new=side(column, "new"))
 
 
 def _value(column: Column, alias: str) -> sql.Composable:
@@ -113,21 +131,21 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
     values = [value_json(column, alias, bounded=True) for column in spec.tracked]
     if spec.compared:
         values += [value_json(column, "old", bounded=True) for column in spec.tracked]
-        flags = sql.SQL(" || ").join(
+        flags = sql.SQL(_THEN).join(
             sql.SQL("CASE WHEN {} THEN '1' ELSE '0' END").format(differs(column))
             for column in spec.tracked
         )
-        values.append(sql.SQL("""'"' || {} || '"'""").format(flags))
+        values.append(sql.SQL(f"""'"'{_THEN}{{}}{_THEN}'"'""").format(flags))
     if len(keys) == 1 and not values and key[0].base_type in [("pg_catalog", t) for t in RAW_TYPES]:
         return keys[0]
-    comma = sql.SQL(" || ',' || ")
+    comma = sql.SQL(f"{_THEN}','{_THEN}")
     parts: list[sql.Composable] = [sql.SQL("'['")]
     if keys:
         parts.append(comma.join(keys))
     if values:
         parts += [sql.SQL("E'\\t,'") if keys else sql.SQL("E'\\t'"), comma.join(values)]
     parts.append(sql.SQL("']'"))
-    return sql.SQL(" || ").join(parts)
+    return sql.SQL(_THEN).join(parts)
 
 
 def _conditions(spec: Specification) -> sql.Composable:
@@ -137,7 +155,7 @@ def _conditions(spec: Specification) -> sql.Composable:
         column = next(c for c in spec.table.columns if c.name == name)
         alias = "old" if spec.op == "deleted" else "new"
         found.append(
-            sql.SQL("{} IN ({})").format(
+            sql.SQL("{} OPERATOR(pg_catalog.=) ANY (ARRAY[{}]::pg_catalog.text[])").format(
                 value_text(column, alias),
                 sql.SQL(", ").join(sql.Literal(str(value)) for value in accepted),
             )
@@ -151,15 +169,13 @@ def _conditions(spec: Specification) -> sql.Composable:
 
 
 def _rows(spec: Specification) -> sql.Composable:
-    """The FROM clause; nothing in a row trigger, where ``new`` and ``old`` are variables.
+    """The FROM clause of a statement trigger.
 
     Transition tables have no row identity. PostgreSQL fills both in the order in which it updates
     (AfterTriggerSaveEvent in trigger.c adds the old and the new row of one update in one call), so
     that rows are paired by position. Pairing by key would lose rows whose key changes, and
     multiplies rows that two foreign keys' actions update inside one statement.
     """
-    if spec.row_level:
-        return sql.SQL("")
     if spec.op == "inserted":
         return sql.SQL("FROM pgs_new AS new")
     if spec.op == "deleted":
@@ -170,9 +186,9 @@ def _rows(spec: Specification) -> sql.Composable:
     while number in {column.name for column in spec.table.columns}:
         number += "_"
     return sql.SQL(
-        "FROM (SELECT row_number() OVER () AS {number}, * FROM pgs_old) AS old\n"
-        "        JOIN (SELECT row_number() OVER () AS {number}, * FROM pgs_new) AS new\n"
-        "          ON new.{number} = old.{number}"
+        "FROM (SELECT pg_catalog.row_number() OVER () AS {number}, * FROM pgs_old) AS old\n"
+        "        JOIN (SELECT pg_catalog.row_number() OVER () AS {number}, * FROM pgs_new) AS new\n"
+        "          ON new.{number} OPERATOR(pg_catalog.=) old.{number}"
     ).format(number=sql.SQL(number))
 
 
@@ -180,132 +196,149 @@ def _select(spec: Specification) -> sql.Composable:
     """Fills ``pgs_lines`` and, with rows whose key changed, ``pgs_moved``."""
     if spec.op == "truncated":
         return sql.SQL("pgs_lines := '[]';")
-    key = spec.table.key_columns
-    if spec.op != "updated" or not key:
-        return sql.SQL(
-            "SELECT string_agg({line}, E'\\n') INTO pgs_lines\n"
-            "        {rows}\n        WHERE {conditions};"
-        ).format(line=_line(spec, False), rows=_rows(spec), conditions=_conditions(spec))
+    line, conditions = _line(spec, False), _conditions(spec)
+    key = spec.table.key_columns if spec.op == "updated" else ()
     moved = sql.SQL(" OR ").join(map(differs, key))
+    if spec.row_level:
+        # new and old are variables here, and an expression costs a third of a query.
+        assign = sql.SQL("pgs_lines := {};").format(line)
+        if key:
+            assign = sql.SQL("IF {} THEN pgs_moved := {}; ELSE {} END IF;").format(
+                moved, _line(spec, True), assign
+            )
+        return sql.SQL("IF {} THEN\n      {}\n    END IF;").format(conditions, assign)
+    aggregate = sql.SQL("pg_catalog.string_agg({}, E'\\n')")
+    if not key:
+        return sql.SQL(
+            "SELECT {line} INTO pgs_lines\n        {rows}\n        WHERE {conditions};"
+        ).format(line=aggregate.format(line), rows=_rows(spec), conditions=conditions)
     return sql.SQL(
-        "SELECT string_agg({line}, E'\\n') FILTER (WHERE NOT ({moved})),\n"
-        "             string_agg({moved_line}, E'\\n') FILTER (WHERE {moved})\n"
+        "SELECT {line} FILTER (WHERE NOT ({moved})),\n"
+        "             {moved_line} FILTER (WHERE {moved})\n"
         "        INTO pgs_lines, pgs_moved\n"
         "        {rows}\n        WHERE {conditions};"
     ).format(
-        line=_line(spec, False),
-        moved_line=_line(spec, True),
+        line=aggregate.format(line),
+        moved_line=aggregate.format(_line(spec, True)),
         moved=moved,
         rows=_rows(spec),
-        conditions=_conditions(spec),
+        conditions=conditions,
     )
 
 
-# The notification limit is 7,999 bytes (NOTIFY_PAYLOAD_MAX_LENGTH), in the server's encoding; the
-# header's sequence and flags, added to each message, take at most 70.
+# The notification limit is 7,999 bytes (NOTIFY_PAYLOAD_MAX_LENGTH), in the server's encoding; of
+# several messages, the header's sequence and flags, added to each, take at most 70.
 #
-# Where the watcher has a condition, names are looked up in the installer's search_path. pg_catalog
-# comes first in it, but a better fit elsewhere wins: hence each operator has operands of exactly
-# its types, and polymorphic functions are qualified.
-_BODY = """
+# Names are looked up in the writer's search_path, or the installer's where the watcher has a
+# condition: hence each function, type and operator is qualified, and what looks for an operator by
+# itself (IN, BETWEEN, IS DISTINCT FROM) is not used. A SET clause would cost a third of the whole.
+#
+# What most statements come to, one short message in a transaction's first statement, has few
+# expressions, since plpgsql prepares each that it evaluates anew in every transaction.
+_BODY = _qualified(r"""
 #variable_conflict use_column
 DECLARE
-  pgs_lines text;
-  pgs_moved text;
-  pgs_messages text[];
-  pgs_text text;
-  pgs_flags text;
-  pgs_context text;
-  pgs_start text;
-  pgs_head text;
-  pgs_sequence bigint;
-  pgs_encoding name;
-  pgs_data bytea;
-  pgs_piece bytea;
-  pgs_at int;
-  pgs_size int;
-  pgs_room int;
+  pgs_lines pg_catalog.text;
+  pgs_moved pg_catalog.text;
+  pgs_messages pg_catalog.text[];
+  pgs_text pg_catalog.text;
+  pgs_flags pg_catalog.text;
+  pgs_context pg_catalog.text;
+  pgs_head pg_catalog.text;
+  pgs_sequence pg_catalog.int8 := 1;
+  pgs_encoding pg_catalog.name;
+  pgs_data pg_catalog.bytea;
+  pgs_piece pg_catalog.bytea;
+  pgs_at pg_catalog.int4;
+  pgs_size pg_catalog.int4;
+  pgs_room pg_catalog.int4;
 BEGIN
-  IF current_setting('pgsignals.muted', true) = 'on' THEN
-    RETURN NULL;
-  END IF;
-  pgs_start := '{{"v":{version},"t":'
-    || (date_part('epoch', clock_timestamp()) * 1e6::float8)::bigint::text;
   BEGIN
-    {select}
-    IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
-      RETURN NULL;
-    END IF;
-
-    -- Only now: a statement that changed no row must not take a transaction id for our sake.
-    pgs_head := pgs_start || ',"x":' || pg_current_xact_id()::text;
-    pgs_context := current_setting('pgsignals.context', true);
-    IF octet_length(pgs_context) BETWEEN 1 AND 2000 THEN
-      pgs_context := pg_catalog.to_json(pgs_context)::text;
-      IF octet_length(pgs_context) <= 4000 THEN
-        pgs_head := pgs_head || ',"c":' || pgs_context;
+    -- One look at all three.
+    IF pg_catalog.concat(
+      pg_catalog.current_setting('pgsignals.muted', true),
+      pg_catalog.current_setting('pgsignals.context', true),
+      pg_catalog.current_setting('pgsignals.sequence', true)) <> ''
+    THEN
+      IF pg_catalog.current_setting('pgsignals.muted', true) = 'on' THEN
+        RETURN NULL;
+      END IF;
+      pgs_text := pg_catalog.current_setting('pgsignals.context', true);
+      IF pgs_text <> '' AND pg_catalog.octet_length(pgs_text) <= 2000 THEN
+        pgs_text := pg_catalog.to_json(pgs_text)::pg_catalog.text;
+        IF pg_catalog.octet_length(pgs_text) <= 4000 THEN
+          pgs_context := ',"c":' || pgs_text;
+        END IF;
+      END IF;
+      -- Counts messages of the transaction, since PostgreSQL collapses notifications that are
+      -- equal. Anybody can set it to anything.
+      pgs_text := pg_catalog.current_setting('pgsignals.sequence', true);
+      IF pgs_text ~ '^[0-9]{{1,15}}$' THEN
+        pgs_sequence := pgs_text::pg_catalog.int8 + 1;
       END IF;
     END IF;
-    -- Counts messages of the transaction, since PostgreSQL collapses notifications that are equal.
-    -- Anybody can set it to anything.
-    pgs_text := current_setting('pgsignals.sequence', true);
-    pgs_sequence := CASE WHEN pgs_text ~ '^[0-9]{{1,15}}$' THEN pgs_text::bigint ELSE 0 END;
-    pgs_room := 7929 - octet_length(pgs_head);
-    IF pgs_moved IS NULL AND octet_length(pgs_lines) <= pgs_room THEN
-      pgs_sequence := pgs_sequence + 1;
-      pgs_text := pgs_head || ',"s":' || pgs_sequence::text || E'}}\\n' || pgs_lines;
-    ELSE
+
+    {select}
+    -- Only with rows: a statement that changed none must not take a transaction id for our sake.
+    pgs_text := CASE WHEN pgs_lines IS NOT NULL AND pgs_moved IS NULL THEN
+      pg_catalog.concat({head}, ',"s":', pgs_sequence, E'}}\n', pgs_lines) END;
+    IF pgs_text IS NULL OR pg_catalog.octet_length(pgs_text) > 7999 THEN
+      IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
+        RETURN NULL;
+      END IF;
+      pgs_head := pg_catalog.concat({head});
+      pgs_room := 7929 - pg_catalog.octet_length(pgs_head);
       pgs_messages := '{{}}';
       pgs_flags := '';
-      pgs_encoding := getdatabaseencoding();
+      pgs_encoding := pg_catalog.getdatabaseencoding();
+      pgs_sequence := pgs_sequence - 1;
       FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
-        pgs_data := convert_to(pgs_text, pgs_encoding);
+        pgs_data := pg_catalog.convert_to(pgs_text, pgs_encoding);
         pgs_at := 1;
-        WHILE pgs_at <= octet_length(pgs_data) LOOP
+        WHILE pgs_at <= pg_catalog.octet_length(pgs_data) LOOP
           pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_room + 1);
-          pgs_size := octet_length(pgs_piece);
+          pgs_size := pg_catalog.octet_length(pgs_piece);
           IF pgs_size > pgs_room THEN
             -- Whole lines only: what follows the last newline is left for the next message.
-            pgs_size := pgs_room - octet_length(
-              decode(split_part(encode(pgs_piece, 'escape'), E'\\n', -1), 'escape'));
+            pgs_size := pgs_room - pg_catalog.octet_length(pg_catalog.decode(
+              pg_catalog.split_part(pg_catalog.encode(pgs_piece, 'escape'), E'\n', -1), 'escape'));
           END IF;
           pgs_sequence := pgs_sequence + 1;
           IF pgs_size >= 0 THEN
-            pgs_messages := pg_catalog.array_append(pgs_messages,
-              pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || E'}}\\n'
-              || convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding));
+            pgs_messages := pg_catalog.array_append(pgs_messages, pg_catalog.concat(
+              pgs_head, ',"s":', pgs_sequence, pgs_flags, E'}}\n',
+              pg_catalog.convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding)));
             pgs_at := pgs_at + pgs_size + 1;
           ELSE
             -- One row is longer than a notification: only its key, before the tab, goes.
             pgs_size := 16384;
             LOOP
               pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_size);
-              EXIT WHEN octet_length(pgs_piece) < pgs_size
-                OR position('\\x0a'::bytea IN pgs_piece) > 0;
+              EXIT WHEN pg_catalog.octet_length(pgs_piece) < pgs_size
+                OR position('\x0a'::pg_catalog.bytea IN pgs_piece) > 0;
               pgs_size := pgs_size * 2;
             END LOOP;
-            pgs_size := position('\\x0a'::bytea IN pgs_piece) - 1;
+            pgs_size := position('\x0a'::pg_catalog.bytea IN pgs_piece) - 1;
             IF pgs_size >= 0 THEN
               pgs_piece := substring(pgs_piece FROM 1 FOR pgs_size);
             END IF;
-            pgs_at := pgs_at + octet_length(pgs_piece) + 1;
-            pgs_text := convert_from(pgs_piece, pgs_encoding);
-            IF strpos(pgs_text, E'\\t') > 0 THEN
-              pgs_text := split_part(pgs_text, E'\\t', 1) || ']';
+            pgs_at := pgs_at + pg_catalog.octet_length(pgs_piece) + 1;
+            pgs_text := pg_catalog.convert_from(pgs_piece, pgs_encoding);
+            IF pg_catalog.strpos(pgs_text, E'\t') > 0 THEN
+              pgs_text := pg_catalog.split_part(pgs_text, E'\t', 1) || ']';
             END IF;
-            IF octet_length(pgs_text) <= pgs_room THEN
-              pgs_messages := pg_catalog.array_append(pgs_messages,
-                pgs_head || ',"s":' || pgs_sequence::text || pgs_flags || ',"cut":true}}'
-                || E'\\n' || pgs_text);
+            IF pg_catalog.octet_length(pgs_text) <= pgs_room THEN
+              pgs_messages := pg_catalog.array_append(pgs_messages, pg_catalog.concat(
+                pgs_head, ',"s":', pgs_sequence, pgs_flags, E',"cut":true}}\n', pgs_text));
             ELSE
-              pgs_text := translate(
-                encode(convert_to(pgs_text, 'UTF8'), 'base64'), E'\\n', '');
-              pgs_size := (octet_length(pgs_text) + pgs_room - 1) / pgs_room;
+              pgs_text := pg_catalog.translate(pg_catalog.encode(
+                pg_catalog.convert_to(pgs_text, 'UTF8'), 'base64'), E'\n', '');
+              pgs_size := (pg_catalog.octet_length(pgs_text) + pgs_room - 1) / pgs_room;
               FOR pgs_part IN 1..pgs_size LOOP
-                pgs_messages := pg_catalog.array_append(pgs_messages,
-                  pgs_head || ',"s":' || pgs_sequence::text || pgs_flags
-                  || ',"cut":true,"part":[' || pgs_part::text || ',' || pgs_size::text || ']}}'
-                  || E'\\n' || substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room));
+                pgs_messages := pg_catalog.array_append(pgs_messages, pg_catalog.concat(
+                  pgs_head, ',"s":', pgs_sequence, pgs_flags,
+                  ',"cut":true,"part":[', pgs_part, ',', pgs_size, E']}}\n',
+                  pg_catalog.substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room)));
               END LOOP;
             END IF;
           END IF;
@@ -315,24 +348,32 @@ BEGIN
     END IF;
   EXCEPTION WHEN OTHERS THEN
     -- The write must go on: what broke is reported in place of the rows.
-    pgs_sequence := coalesce(pgs_sequence, 0) + 1;
+    pgs_sequence := pgs_sequence + 1;
     pgs_messages := NULL;
-    pgs_text := pgs_start || ',"x":' || pg_current_xact_id()::text || ',"s":'
-      || pgs_sequence::text || ',"error":' || pg_catalog.to_json(left(SQLERRM, 400))::text || '}}';
+    pgs_context := NULL;
+    pgs_text := pg_catalog.concat({head}, ',"s":', pgs_sequence, ',"error":',
+      pg_catalog.to_json(pg_catalog.left(SQLERRM, 400)), '}}');
   END;
   -- Not in the block: each notification would keep its subtransaction's memory to the end.
   -- Assignments, since PERFORM would run the call as a query of its own.
   IF pgs_messages IS NULL THEN
-    pgs_text := pg_notify({channel}, pgs_text);
+    pgs_text := pg_catalog.pg_notify({channel}, pgs_text);
   ELSE
     FOREACH pgs_text IN ARRAY pgs_messages LOOP
-      pgs_text := pg_notify({channel}, pgs_text);
+      pgs_text := pg_catalog.pg_notify({channel}, pgs_text);
     END LOOP;
   END IF;
-  pgs_text := set_config('pgsignals.sequence', pgs_sequence::text, true);
+  pgs_text := pg_catalog.set_config('pgsignals.sequence', pgs_sequence::pg_catalog.text, true);
   RETURN NULL;
 END
-"""
+""")
+
+# What a message begins with, as arguments of concat(), which renders numbers by their types.
+_HEAD = _qualified(
+    r"""'{{"v":{version},"t":', (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
+      * 1e6::pg_catalog.float8)::pg_catalog.int8, ',"x":', pg_catalog.pg_current_xact_id(),
+      pgs_context"""
+)
 
 
 @dataclass(frozen=True)
@@ -369,8 +410,8 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         sql.SQL(_BODY)
         .format(
             select=_select(spec),
+            head=sql.SQL(_HEAD).format(version=sql.SQL(str(VERSION))),
             channel=sql.Literal(_CHANNEL),
-            version=sql.SQL(str(VERSION)),
         )
         .as_string(cursor)
     )
@@ -404,10 +445,10 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         }
     )
 
-    path = "pg_catalog, pg_temp"
+    # Each SET costs a statement of one row about as much as reading that row does.
+    settings = []
     if spec.when is not None:
-        path = search_path
-    settings = [sql.SQL("SET search_path TO {}").format(sql.SQL(path))]
+        settings.append(sql.SQL("SET search_path TO {}").format(sql.SQL(search_path)))
     rendered = (*spec.table.key_columns, *spec.tracked, *spec.columns)
     if not all(column.settled for column in rendered):
         settings += [
@@ -421,8 +462,10 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         "truncated": "",
     }[spec.op]
     create = [
-        sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}\nAS {}").format(
-            function, sql.SQL("\n  ").join(settings), sql.SQL(_dollar_quoted(body))
+        sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}AS {}").format(
+            function,
+            sql.SQL("").join(sql.SQL("{}\n  ").format(setting) for setting in settings),
+            sql.SQL(_dollar_quoted(body)),
         ),
         sql.SQL("REVOKE ALL ON FUNCTION {}() FROM PUBLIC").format(function),
         sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(comment)),
