@@ -35,6 +35,11 @@ log = logging.getLogger("pgsignals")
 PAUSE_SECONDS = 30.0
 # The same where a pause leaves another worker without work.
 IDLE_SECONDS = 1.0
+# After so many reads in a row that brought little, in quick succession, what comes within so many
+# seconds is read together.
+TOGETHER_AFTER = 16
+TOGETHER_SECONDS = 0.001
+TOGETHER_BYTES = 8192
 # What the heartbeat's payload begins with; the rest is the usage of the server's queue.
 _USAGE = "usage "
 # A connection that lasted this long was a good one: the next loss starts the pauses anew.
@@ -63,6 +68,28 @@ class Preparer(Protocol):
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
         """Make sure that the triggers are there. Called when the source is listening already."""
+
+
+class _Pace:
+    """Whether small notifications come so quickly that several are better read together.
+
+    To be woken for each would cost the listener, and the writers on the same machine, more than
+    their handling.
+    """
+
+    def __init__(self) -> None:
+        self._quick = 0
+
+    def note(self, since: float, arrived: Sequence[Notify]) -> None:
+        """Some have arrived, ``since`` seconds after those before."""
+        quick = len(arrived) > 1 or since < TOGETHER_SECONDS
+        small = sum(len(notify.payload) for notify in arrived) < TOGETHER_BYTES
+        self._quick = self._quick + 1 if quick and small else 0
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether to let more come before reading on."""
+        return self._quick >= TOGETHER_AFTER
 
 
 class NotifySource:
@@ -173,6 +200,7 @@ class NotifySource:
         self._sink.connected()
         heard_at = asked_at = time.monotonic()
         self._asking = False
+        pace = _Pace()
         while not self._stopping:
             arrived = session.receive()
             # All of them, stopping or not: stop() says whether what had arrived was handled.
@@ -180,6 +208,7 @@ class NotifySource:
                 self._receive(notify)
             now = self._turned_at = time.monotonic()
             if arrived:
+                pace.note(now - heard_at, arrived)
                 heard_at = now
             if not self._asking and now - asked_at >= self._timing.heartbeat:
                 self._asked = self.now()
@@ -195,6 +224,8 @@ class NotifySource:
             else:
                 due = asked_at + self._timing.heartbeat
             if not arrived or session.plain:
+                if pace.is_quick:
+                    time.sleep(TOGETHER_SECONDS)
                 session.wait(due - now)
 
     @property
@@ -227,11 +258,12 @@ class NotifySource:
         log.debug("received %d bytes on %s", len(notify.payload), notify.channel)
         if isinstance(message, Message):
             self.received += len(message.rows)
-            # Notifications come in the order of their commits: nothing before this is missing.
-            self._heard = max(self._heard, min(message.at, self.now()))
             if self._sink.full:
                 self._make_room()
             self._sink.submit(message)
+            # Notifications come in the order of their commits: nothing before this is missing. The
+            # worker is on its way meanwhile.
+            self._heard = max(self._heard, min(message.at, self.now()))
         elif isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
             log.error(
