@@ -55,6 +55,17 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """A plot, saved as ``name``.svg: points (x, y) for each side."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
 class Figure:
     """One line of the table: a value for each round, of which the median counts.
 
@@ -67,6 +78,7 @@ class Figure:
     unit: str
     target: float | None = None
     at_most: bool = True
+    plot: Plot | None = None
 
     @property
     def median(self) -> float:
