@@ -191,6 +191,7 @@ class Counter:
     """The least that a receiver can do: it counts, and knows when the last event came."""
 
     def __init__(self) -> None:
+        self.received = 0
         self._left = 0
         self._finished = threading.Event()
         self._finished_at = 0.0
@@ -201,6 +202,7 @@ class Counter:
         self._finished.clear()
 
     def __call__(self, event: object) -> None:
+        self.received += 1
         self._left -= 1
         if self._left == 0:
             self._finished_at = time.perf_counter()
