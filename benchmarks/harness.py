@@ -208,6 +208,14 @@ class Counter:
             self._finished_at = time.perf_counter()
             self._finished.set()
 
+    def wait_for_all(self, count: int) -> None:
+        """Wait until ``count`` events have come in all; raise RuntimeError if others come."""
+        deadline = time.monotonic() + DEADLINE
+        while self.received < count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if self.received != count:
+            raise RuntimeError(f"{self.received} events have come of {count} rows")
+
     def wait(self) -> float:
         """When the last expected event came, by ``time.perf_counter``."""
         if not self._finished.wait(DEADLINE):
