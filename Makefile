@@ -24,7 +24,7 @@ check: $(VENV)/installed-dev,docs,test ## formatting, lint, types, import contra
 	$(BIN)/lint-imports
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
-bench: $(VENV)/installed-test ## measure the figures that the documentation states
+bench: $(VENV)/installed-bench ## measure the figures that the documentation states
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(VENV)/installed-docs ## build the documentation into docs/_build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import select
 import socket
@@ -51,3 +52,57 @@ def select_loop(dsn: str, receiver: Callable[[Any], object]) -> Iterator[None]:
         thread.join()
         ended.close()
         connection.close()
+
+
+@contextmanager
+def psycopg_notifies(dsn: str, receiver: Callable[[Any], object]) -> Iterator[None]:
+    """psycopg 3's generator of notifications, as its documentation shows it."""
+    import psycopg
+
+    connection = psycopg.connect(dsn, autocommit=True)
+    connection.execute("LISTEN orders_inserted")
+    stopping = threading.Event()
+
+    def listen() -> None:
+        # The generator ends only by its timeout; one that ends soon might lose what comes between.
+        for notify in connection.notifies():
+            if stopping.is_set():
+                return
+            receiver(json.loads(notify.payload))
+
+    thread = threading.Thread(target=listen, name="psycopg-notifies")
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        with psycopg.connect(dsn, autocommit=True) as other:
+            other.execute("NOTIFY orders_inserted")
+        thread.join()
+        connection.close()
+
+
+@contextmanager
+def asyncpg_listener(dsn: str, receiver: Callable[[Any], object]) -> Iterator[None]:
+    """asyncpg's ``add_listener``, with an event loop of its own."""
+    import asyncpg
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="asyncpg-listener")
+    thread.start()
+
+    async def begin() -> Any:
+        connection = await asyncpg.connect(dsn)
+        await connection.add_listener(
+            "orders_inserted", lambda _connection, _pid, _channel, text: receiver(json.loads(text))
+        )
+        return connection
+
+    connection = asyncio.run_coroutine_threadsafe(begin(), loop).result()
+    try:
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(connection.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -55,6 +55,17 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """A plot, saved as ``name``.svg: points (x, y) for each side."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
 class Figure:
     """One line of the table: a value for each round, of which the median counts.
 
@@ -67,6 +78,7 @@ class Figure:
     unit: str
     target: float | None = None
     at_most: bool = True
+    plot: Plot | None = None
 
     @property
     def median(self) -> float:
@@ -179,6 +191,7 @@ class Counter:
     """The least that a receiver can do: it counts, and knows when the last event came."""
 
     def __init__(self) -> None:
+        self.received = 0
         self._left = 0
         self._finished = threading.Event()
         self._finished_at = 0.0
@@ -189,10 +202,19 @@ class Counter:
         self._finished.clear()
 
     def __call__(self, event: object) -> None:
+        self.received += 1
         self._left -= 1
         if self._left == 0:
             self._finished_at = time.perf_counter()
             self._finished.set()
+
+    def wait_for_all(self, count: int) -> None:
+        """Wait until ``count`` events have come in all; raise RuntimeError if others come."""
+        deadline = time.monotonic() + DEADLINE
+        while self.received < count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if self.received != count:
+            raise RuntimeError(f"{self.received} events have come of {count} rows")
 
     def wait(self) -> float:
         """When the last expected event came, by ``time.perf_counter``."""

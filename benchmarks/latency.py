@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from .baselines import ROW_TRIGGER, select_loop
+from .baselines import ROW_TRIGGER, asyncpg_listener, psycopg_notifies, select_loop
 from .harness import (
     DEADLINE,
     INSERT_ONE,
@@ -90,7 +90,12 @@ def measure(options: Options) -> list[Figure]:
     with throwaway_server() as server:
         ours = _Side(shop(server), inserts, watching)
         bare = _Side(shop(server, ROW_TRIGGER), inserts, select_loop)
-        interleave(options.rounds, {"ours": ours.run, "bare": bare.run}, warm_up=False)
+        peers = {
+            "psycopg 3's notifies()": _Side(shop(server, ROW_TRIGGER), inserts, psycopg_notifies),
+            "asyncpg's listener": _Side(shop(server, ROW_TRIGGER), inserts, asyncpg_listener),
+        }
+        sides = {"ours": ours, "bare": bare, **peers}
+        interleave(options.rounds, {name: side.run for name, side in sides.items()}, warm_up=False)
     figures = []
     for since, mine, theirs, target in (
         ("INSERT returned", ours.after_return, bare.after_return, 1.3),
@@ -105,6 +110,9 @@ def measure(options: Options) -> list[Figure]:
                 Figure("  ours", [p_mine], "ms"),
                 Figure("  bare select() loop", [p_theirs], "ms"),
             ]
+            for name, side in peers.items():
+                values = side.after_return if since == "INSERT returned" else side.after_sending
+                figures.append(Figure(f"  {name}", [_percentile(values, percent)], "ms"))
     return figures
 
 

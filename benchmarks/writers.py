@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -43,19 +43,28 @@ def _pgbench(server: Server) -> str:
 
 
 def _throughput(
-    pgbench: str, dsn: str, seconds: int, listening: Callable[[], AbstractContextManager[None]]
+    pgbench: str,
+    dsn: str,
+    seconds: int,
+    listen: Callable[[str, Counter], AbstractContextManager[None]] | None,
 ) -> float:
     """Transactions per second while the side's own listener is at work."""
     connection = connect(dsn)
     execute(connection, "TRUNCATE orders")
     connection.close()
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script, listening():
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script, ExitStack() as stack:
+        counter = Counter()
+        if listen is not None:
+            stack.enter_context(listen(dsn, counter))
         script.write(INSERT_ONE)
         script.flush()
         options = f"-n -c {CLIENTS} -j 2 -M prepared -T {seconds} -f"
         done = subprocess.run(
             [pgbench, *options.split(), script.name, dsn], capture_output=True, text=True
         )
+        written = re.search(r"actually processed: (\d+)", done.stdout)
+        if listen is not None and written is not None:
+            counter.wait_for_all(int(written[1]))
     found = re.search(r"tps = ([\d.]+) \(without", done.stdout)
     if done.returncode != 0 or found is None:
         raise RuntimeError(f"{Path(pgbench).name} failed:\n{done.stdout}{done.stderr}")
@@ -72,13 +81,9 @@ def measure(options: Options) -> list[Figure]:
         tps = interleave(
             options.rounds,
             {
-                "unwatched": partial(_throughput, pgbench, plain, seconds, nullcontext),
-                "notify": partial(
-                    _throughput, pgbench, ours, seconds, partial(watching, ours, Counter())
-                ),
-                "row trigger": partial(
-                    _throughput, pgbench, theirs, seconds, partial(select_loop, theirs, Counter())
-                ),
+                "unwatched": partial(_throughput, pgbench, plain, seconds, None),
+                "notify": partial(_throughput, pgbench, ours, seconds, watching),
+                "row trigger": partial(_throughput, pgbench, theirs, seconds, select_loop),
             },
             warm_up=False,
         )

@@ -290,7 +290,7 @@ def from_cloudevent(attributes: Mapping[str, str], data: bytes) -> Event:
         key=tuple(received.key),
         values=tuple(received.values),
         compared=received.compared,
-        loader=lambda session, ids: [],
+        loader=lambda session, ids, /, **options: [],
     )
     message = received.message(topic, None, False)
     return Event(message, 0, message.rows[0])

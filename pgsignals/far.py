@@ -297,7 +297,9 @@ class _FarWatcher:
             loader=self._cannot_load,
         )
 
-    def _cannot_load(self, session: Any, ids: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _cannot_load(
+        self, session: Any, ids: Sequence[tuple[Any, ...]], /, **options: Any
+    ) -> list[Any]:
         raise ConfigurationError(
             f"load() of {model_name(self.watcher.model)}: the event has come from a broker, and "
             "pgsignals knows no database here. Have the values travel with extra=[…], or query the "

@@ -306,11 +306,20 @@ class Lag:
 
     def __init__(self, now: Callable[[], datetime]) -> None:
         self._now = now
-        self.seconds = 0.0
+        self._handled: tuple[float, Message] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How old the latest event was when it was handed over."""
+        if self._handled is None:
+            return 0.0
+        # Worked out here, since it would take longer than all else on an event's way.
+        at, message = self._handled
+        return max(0.0, (self._now() - message.at).total_seconds() - (time.monotonic() - at))
 
     def publish(self, events: Sequence[Event]) -> None:
         """See Broadcaster."""
-        self.seconds = max(0.0, (self._now() - events[0].at).total_seconds())
+        self._handled = time.monotonic(), events[0]._message
 
     def flush(self, timeout: float) -> bool:
         """See Broadcaster."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..batches import Batcher
-from ..events import Batch, Event, hashable
+from ..events import Batch, Event, Gap, hashable
 from ..metrics import Tracer, span
 from ..receivers import DEFAULT_RETRYING, Registry, Retrying, Subscription, receiver_name
 from .inprocess import FailureHandler
@@ -280,6 +280,9 @@ class DurableInProcess:
     def flush(self, timeout: float) -> bool:
         """See Broadcaster: pages tell what is under way."""
         return True
+
+    def announce(self, gap: Gap) -> None:
+        """See Broadcaster: the Hub calls the receivers of Gaps."""
 
     def close(self) -> None:
         """Begin no further call; what has not been taken is not acknowledged."""

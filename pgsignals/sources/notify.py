@@ -232,11 +232,12 @@ class NotifySource:
         log.debug("received %d bytes on %s", len(notify.payload), notify.channel)
         if isinstance(message, Message):
             self.received += len(message.rows)
-            # Notifications come in the order of their commits: nothing before this is missing.
-            self._heard = max(self._heard, min(message.at, self.now()))
             if self._sink.full:
                 self._make_room()
             self._sink.submit(message)
+            # Notifications come in the order of their commits: nothing before this is missing. The
+            # worker is on its way meanwhile.
+            self._heard = max(self._heard, min(message.at, self.now()))
         elif isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
             log.error(

@@ -75,7 +75,7 @@ def make_event(
         key=("id",),
         values=tuple(given),
         compared=compared,
-        loader=lambda session, ids: [],
+        loader=lambda session, ids, /, **options: [],
         name="conform",
     )
     row: list[Any] = [record, *given.values()]
