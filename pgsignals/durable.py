@@ -22,6 +22,7 @@ from .outbox.inspection import read_outbox
 from .outbox.pages import Page
 from .outbox.store import DeadLetter, Letter
 from .payload import Cast, Decoder, Layout
+from .relaying import Relay, relay_consumers
 from .runs import Audience, Lag, Settings
 from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
 from .triggers import names
@@ -61,6 +62,13 @@ class DurableRun:
             consumer,
             10 * settings.queue_size,
         )
+        broadcasters = [make() for make in settings.backends]
+        self._relays = [
+            Relay(broadcaster, settings, self, own, meter)
+            for broadcaster, own in zip(
+                broadcasters, relay_consumers(consumer, broadcasters), strict=True
+            )
+        ]
         self._housekeeper = Housekeeper(settings.dsn, settings.timing.timeout)
 
     def start(self) -> None:
@@ -69,6 +77,8 @@ class DurableRun:
         self.dispatcher.start()
         self._receivers.start()
         self._audience.timer.start()
+        for relay in self._relays:
+            relay.start()
         self._housekeeper.start()
 
     def stop(self, timeout: float) -> bool:
@@ -79,15 +89,20 @@ class DurableRun:
             return max(0.0, deadline - time.monotonic())
 
         self.source.pause()
+        self._audience.timer.drain()
         drained = self.dispatcher.stop(left())
         self._audience.timer.stop(left())
         self.source.stop(left())
+        for relay in self._relays:
+            drained = relay.stop(left()) and drained
         self._housekeeper.stop(left())
         return drained
 
     def abandon(self) -> None:
         """See Run."""
         self.source.abandon()
+        for relay in self._relays:
+            relay.abandon()
         self._housekeeper.abandon()
 
     def settle(self, call: Callable[[], None]) -> None:
@@ -123,6 +138,7 @@ class DurableRun:
             retrying=self._receivers.retrying,
             unacknowledged=self.source.outstanding,
             outbox=outbox,
+            backends=tuple(relay.status for relay in self._relays),
         )
 
     def health(self) -> Health:

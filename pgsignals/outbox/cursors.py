@@ -83,34 +83,34 @@ class Window:
 class Floors:
     """Below which ids a transaction's rows cannot be.
 
-    A row's id is taken after its transaction's, so that a transaction which began after ``xmax`` of
-    some snapshot has only ids above those that were given out before that snapshot was taken.
+    A row's id is taken after its transaction's, so that a transaction which began after another has
+    only ids above those that were given out before the other began. A snapshot's ``xmax`` is no
+    such bound: it is one more than the latest transaction that has ended, and others beyond it may
+    have begun long ago.
     """
 
     _MOST = 10_000
 
-    def __init__(self, snapshot: Snapshot, given_out: int) -> None:
-        self._xmaxes: list[int] = [snapshot.xmin]
+    def __init__(self, first: int, given_out: int) -> None:
+        self._firsts: list[int] = [first]
         self._ids: list[int] = [given_out]
 
-    def note(self, snapshot: Snapshot, given_out: int) -> None:
-        """Take note of the last id that had been given out before ``snapshot`` was taken."""
-        if snapshot.xmax == self._xmaxes[-1]:
-            self._ids[-1] = max(self._ids[-1], given_out)
-        elif snapshot.xmax > self._xmaxes[-1]:
-            self._xmaxes.append(snapshot.xmax)
-            self._ids.append(given_out)
+    def note(self, first: int, given_out: int) -> None:
+        """Transactions from ``first`` on have begun after that id had been given out."""
+        if first > self._firsts[-1]:
+            self._firsts.append(first)
+            self._ids.append(max(given_out, self._ids[-1]))
         if len(self._ids) > self._MOST:
             # Coarser, but true: every other one of the older half.
             half = self._MOST // 2
-            self._xmaxes[1:half] = self._xmaxes[1:half:2]
+            self._firsts[1:half] = self._firsts[1:half:2]
             self._ids[1:half] = self._ids[1:half:2]
 
     def below(self, txid: int) -> int:
-        """An id that all rows of the transaction are above."""
-        return self._ids[max(0, bisect_right(self._xmaxes, txid) - 1)]
+        """An id that all rows of the transaction, and of those after it, are above."""
+        return self._ids[max(0, bisect_right(self._firsts, txid) - 1)]
 
     def forget(self, txid: int) -> None:
         """Nobody will ask for transactions below this one any more."""
-        keep = max(0, bisect_right(self._xmaxes, txid) - 1)
-        del self._xmaxes[:keep], self._ids[:keep]
+        keep = max(0, bisect_right(self._firsts, txid) - 1)
+        del self._firsts[:keep], self._ids[:keep]

@@ -28,7 +28,7 @@ class Part:
         self.outstanding = 0
         self.since = cursor.snapshot
         self.last_id = cursor.last_id
-        self.floors = Floors(self.since, cursor.floor)
+        self.floors = Floors(self.since.xmin, cursor.floor)
         self.window = None if cursor.target is None else self._window_to(cursor.target)
         # What somebody may have delivered who did not come to acknowledge it.
         self.doubtful = doubtful
@@ -45,9 +45,8 @@ class Part:
         after = min(self.floors.below(x) for x in (self.since.xmax, *window.ended))
         return replace(window, after=after)
 
-    def advance(self, look: Look, given_out: int) -> None:
-        """Take note of a look; where no window is being read, have one up to it."""
-        self.floors.note(look.snapshot, given_out)
+    def advance(self, look: Look) -> None:
+        """Where no window is being read, have one up to a look."""
         if self.window is None:
             window = self._window_to(look.snapshot)
             if not window.empty:

@@ -304,6 +304,11 @@ class Store:
         )
         return Look(Snapshot.parse(snapshot), given_out, shed, awake)
 
+    def begin(self) -> int:
+        """The id of a transaction of ours: those above it begin later."""
+        [(txid,)] = self._execute("SELECT pg_catalog.pg_current_xact_id()::text")
+        return int(txid)
+
     def read(self, window: Window, last_id: int) -> list[Row]:
         """The next rows of a window, by id; none when it is at its end."""
         rows = self._execute(

@@ -52,6 +52,8 @@ from .opening import (
 log = logging.getLogger("pgsignals")
 
 ACKNOWLEDGE_SECONDS = 0.2
+# How often, awake, it notes from which id on later transactions write: at the price of an id.
+NOTE_SECONDS = 0.1
 # How often a part that another process reads is asked for.
 CLAIM_SECONDS = 0.5
 
@@ -156,6 +158,7 @@ class OutboxSource:
         self._parts: dict[int, Part] = {}
         self._epoch = ""
         self._given_out = 0
+        self._noted_at = 0.0
         self._letters: SimpleQueue[tuple[Letter | int, Callable[[], None]]] = SimpleQueue()
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._awaited: list[tuple[Snapshot, Callable[[], None]]] = []
@@ -435,11 +438,16 @@ class OutboxSource:
             state.held = look.awake
         state.seen = look.snapshot
         given_out, self._given_out = self._given_out, look.given_out
+        if state.awake and self._turned_at - self._noted_at >= NOTE_SECONDS:
+            self._noted_at = self._turned_at
+            first = store.begin() + 1
+            for part in self._parts.values():
+                part.floors.note(first, given_out)
         self._awaited += [(look.snapshot, call) for call in asked]
         found = more = stirred = False
         for part in self._parts.values():
             self._note_shed(part, look)
-            part.advance(look, given_out)
+            part.advance(look)
             if part.window is None:
                 continue
             stirred = True

@@ -124,7 +124,7 @@ BEGIN
     IF (CASE WHEN pg_catalog.pg_try_advisory_lock({class}, {alive})
           THEN pg_catalog.pg_advisory_unlock({class}, {alive}) ELSE false END) THEN
       -- Nobody lives who would keep the outbox within its bounds; now and then one looks.
-      IF pgs_id OPERATOR(pg_catalog.%) 64 = 0 THEN
+      IF pg_catalog.random() < 0.02 THEN
         pgs_at := pg_catalog.setval('pgsignals.outbox_full'::pg_catalog.regclass,
           CASE WHEN pgsignals.has_room() THEN 0 ELSE 1 END);
       END IF;
@@ -142,9 +142,12 @@ BEGIN
       VALUES (pgs_id, pgs_txid, {key}, pgs_slot, pg_catalog.concat(pgs_head, pgs_id, pgs_text));
   ELSE
     FOREACH pgs_text IN ARRAY pgs_pieces LOOP
+      IF pgs_id IS NULL THEN
+        pgs_id := pg_catalog.nextval('pgsignals.outbox_id'::pg_catalog.regclass);
+      END IF;
       INSERT INTO pgsignals.outbox (id, txid, channel, slot, payload)
         VALUES (pgs_id, pgs_txid, {key}, pgs_slot, pg_catalog.concat(pgs_head, pgs_id, pgs_text));
-      pgs_id := pg_catalog.nextval('pgsignals.outbox_id'::pg_catalog.regclass);
+      pgs_id := NULL;
     END LOOP;
   END IF;
   IF pgs_wake THEN

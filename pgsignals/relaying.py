@@ -1,0 +1,213 @@
+"""One broadcaster in outbox delivery, with a cursor of its own, which moves as it acknowledges."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .backoff import Backoff
+from .broadcasters import Broadcaster
+from .broadcasters.outlet import BATCH, FLUSH_SECONDS, BackendStatus
+from .connection import redact
+from .events import Event, Gap
+from .metrics import Meter
+from .outbox.pages import Page
+from .outbox.store import DeadLetter
+from .runs import Settings
+from .sources.outbox import Consumer, OutboxPreparer, OutboxSource
+
+log = logging.getLogger("pgsignals")
+
+
+class Relay:
+    """Reads the outbox for one broadcaster, and acknowledges what that has acknowledged.
+
+    It is its source's sink. What the broadcaster refuses or does not acknowledge is published
+    again, in its order, until it does: nothing is dropped, and nobody else waits for it.
+    """
+
+    def __init__(
+        self,
+        broadcaster: Broadcaster,
+        settings: Settings,
+        preparer: OutboxPreparer,
+        consumer: Consumer,
+        meter: Meter,
+    ) -> None:
+        self._broadcaster = broadcaster
+        self._size = settings.queue_size
+        self._meter = meter
+        self.name = str(broadcaster)
+        self.source = OutboxSource(
+            settings.dsn,
+            settings.listen_dsn,
+            preparer,
+            self,
+            settings.timing,
+            meter,
+            consumer,
+            2 * settings.queue_size,
+        )
+        self._condition = threading.Condition()
+        self._waiting: deque[tuple[Sequence[Event], Page] | Gap] = deque()
+        self._depth = 0
+        self._ending = False
+        self._backoff = Backoff()
+        self._delivered = self._failures = 0
+        self._error = ""
+        self._reached = False
+        self._thread = threading.Thread(
+            target=self._run, name=f"pgsignals-{self.name}", daemon=True
+        )
+
+    @property
+    def full(self) -> bool:
+        """See DurableSink."""
+        return self._depth >= self._size
+
+    @property
+    def status(self) -> BackendStatus:
+        """How it stands now."""
+        return BackendStatus(
+            name=self.name,
+            ready=self._reached and not self._error,
+            depth=self._depth,
+            delivered=self._delivered,
+            failures=self._failures,
+            error=self._error,
+        )
+
+    def start(self) -> None:
+        """Connect to the database, raising what is wrong, and to the broker in the background."""
+        for counter in ("backend_events", "backend_failures"):
+            self._meter.count(counter, 0, backend=self.name)
+        self._meter.gauge("backend_depth", lambda: float(self._depth), backend=self.name)
+        self.source.start()
+        self._thread.start()
+
+    def stop(self, timeout: float) -> bool:
+        """Have what was read acknowledged, for at most ``timeout`` seconds; whether it all was."""
+        deadline = time.monotonic() + timeout
+        self.source.pause()
+        with self._condition:
+            if self._thread.is_alive():
+                self._condition.wait_for(lambda: not self._waiting, timeout)
+            drained = not self._waiting
+            self._ending = True
+            self._condition.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        self.source.stop(max(1.0, deadline - time.monotonic()))
+        self._broadcaster.close()
+        return drained
+
+    def abandon(self) -> None:
+        """In the child of a fork: give up what is inherited."""
+        self.source.abandon()
+
+    def submit_page(self, events: Sequence[Event], page: Page) -> None:
+        """See DurableSink."""
+        with self._condition:
+            self._waiting.append((events, page))
+            self._depth += len(events)
+            self._condition.notify_all()
+
+    def gap(self, gap: Gap) -> None:
+        """See DurableSink."""
+        with self._condition:
+            self._waiting.append(gap)
+            self._condition.notify_all()
+
+    def redeliver(self, event: Event, letter: DeadLetter) -> bool:
+        """See DurableSink: a broadcaster has no dead letters."""
+        return False
+
+    def connected(self) -> None:
+        """See DurableSink."""
+
+    def disconnected(self, error: BaseException) -> None:
+        """See DurableSink."""
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._waiting or self._ending)
+                if self._ending:
+                    return
+                taken = self._take()
+            try:
+                delivered = self._deliver(taken)
+                reason = f"no acknowledgement within {FLUSH_SECONDS:g} s"
+            # Whatever a broadcaster raises, it is tried again.
+            except Exception as error:
+                delivered, reason = False, redact(str(error)).strip() or type(error).__name__
+            if delivered:
+                self._done(len(taken), taken)
+            else:
+                self._failed(reason)
+
+    def _take(self) -> list[tuple[Sequence[Event], Page] | Gap]:
+        """The first pages, which stay in the queue until they are acknowledged."""
+        taken: list[tuple[Sequence[Event], Page] | Gap] = []
+        count = 0
+        for item in self._waiting:
+            if count >= BATCH:
+                break
+            taken.append(item)
+            if not isinstance(item, Gap):
+                count += len(item[0])
+        return taken
+
+    def _deliver(self, items: Sequence[tuple[Sequence[Event], Page] | Gap]) -> bool:
+        for item in items:
+            if isinstance(item, Gap):
+                self._broadcaster.announce(item)
+            elif item[1].reign.holds():
+                self._broadcaster.publish(item[0])
+        return self._broadcaster.flush(FLUSH_SECONDS)
+
+    def _done(self, count: int, items: Sequence[tuple[Sequence[Event], Page] | Gap]) -> None:
+        if self._error:
+            log.info("%s takes events again", self.name)
+        self._error = ""
+        self._reached = True
+        self._backoff.reset()
+        delivered = 0
+        for item in items:
+            if not isinstance(item, Gap):
+                item[1].finish()
+                delivered += len(item[0])
+        self._delivered += delivered
+        self._meter.count("backend_events", delivered, backend=self.name)
+        with self._condition:
+            for _ in range(count):
+                self._waiting.popleft()
+            self._depth -= delivered
+            self._condition.notify_all()
+
+    def _failed(self, reason: str) -> None:
+        if reason != self._error:
+            log.warning("%s does not take events, trying again: %s", self.name, reason)
+        self._error = reason
+        self._failures += 1
+        self._meter.count("backend_failures", backend=self.name)
+        with self._condition:
+            self._condition.wait_for(lambda: self._ending, self._backoff.next())
+
+
+def relay_consumers(consumer: Consumer, broadcasters: Sequence[Broadcaster]) -> list[Consumer]:
+    """A consumer for each broadcaster, named for what it is: its address may change."""
+    found: list[Consumer] = []
+    kinds: dict[str, int] = {}
+    for broadcaster in broadcasters:
+        kind = re.split(r"[^a-z0-9+-]", str(broadcaster).lower(), maxsplit=1)[0] or "backend"
+        number = kinds[kind] = kinds.get(kind, 0) + 1
+        suffix = kind if number == 1 else f"{kind}-{number}"
+        name = None if consumer.name is None else f"{consumer.name}/{suffix}"
+        found.append(replace(consumer, name=name, parts=1))
+    return found

@@ -1,0 +1,82 @@
+"""Outbox delivery to a broadcaster, whose cursor moves once events are acknowledged."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+from conftest import Database, Recorder
+
+import pgsignals
+
+
+class Broker:
+    """A broadcaster that can be away, and remembers what it has acknowledged."""
+
+    def __init__(self) -> None:
+        self.away = threading.Event()
+        self.refused = threading.Event()
+        self.acknowledged = Recorder()
+        self._published: list[pgsignals.Event] = []
+
+    def __str__(self) -> str:
+        return "broker://test"
+
+    def publish(self, events: Sequence[pgsignals.Event]) -> None:
+        self._published += events
+
+    def flush(self, timeout: float) -> bool:
+        published, self._published = self._published, []
+        if self.away.is_set():
+            self.refused.set()
+            return False
+        for event in published:
+            self.acknowledged(event)
+        return True
+
+    def announce(self, gap: pgsignals.Gap) -> None:
+        self.acknowledged(gap)
+
+    def close(self) -> None:
+        """Nothing to give up."""
+
+
+@pytest.fixture
+def shop(db: Database) -> Database:
+    """A database with a table."""
+    db("CREATE TABLE items (id bigint PRIMARY KEY)")
+    return db
+
+
+def test_a_broker_that_is_away(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+    """While a broker is away, receivers go on; once it is back, it gets everything, in order."""
+    broker = Broker()
+    broker.away.set()
+    hub.on("items")(recorder)
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
+    shop("INSERT INTO items SELECT generate_series(1, 1000)")
+    assert len(recorder.wait(1000)) == 1000
+    assert broker.refused.wait(15)
+    [backend] = hub.status().backends
+    assert not backend.ready
+    assert backend.depth == 1000
+    broker.away.clear()
+    assert [event.id for event in broker.acknowledged.wait(1000)] == list(range(1, 1001))
+
+
+def test_it_goes_on_where_the_broker_was(hub: pgsignals.Hub, shop: Database) -> None:
+    """What the broker had not acknowledged at stop() goes there after the next start."""
+    broker = Broker()
+    broker.away.set()
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
+    shop("INSERT INTO items VALUES (1)")
+    assert broker.refused.wait(15)
+    assert not hub.stop(0.5)
+    names = shop("SELECT name, acknowledged FROM pgsignals.consumers ORDER BY name")
+    assert names == [("mailer", 1), ("mailer/broker", 0)]
+    back = Broker()
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[back])
+    [event] = back.acknowledged.wait(1)
+    assert event.id == 1
+    assert event.redelivered
