@@ -370,7 +370,8 @@ class Gap:
 
     ``reason``: ``reconnected`` (the connection was lost), ``overflow`` (receivers were too slow),
     ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message),
-    ``retention`` (they were deleted where they waited, a broker, before they were read).
+    ``retention`` (they were deleted where they waited, the outbox or a broker, before they were
+    read), ``restored`` (the outbox's database has another history than the consumer knows).
     """
 
     since: datetime

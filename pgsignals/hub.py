@@ -131,8 +131,8 @@ class Hub:
         ``backends`` are brokers to pass events on to: URLs of installed plugins, or broadcasters.
         ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a consumer
         with a ``name`` goes on where it has acknowledged; of several processes with one name, one
-        reads, and another takes over when it ends, or does not renew its claim for ``lease``
-        seconds. ``partitions`` share the records of a name among as many processes.
+        reads, and another takes over when it ends, or has not renewed its claim for
+        ``lease`` seconds. ``partitions`` share the records of a name among as many processes.
         ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one is
         missing, ``"off"`` does not look. ``workers`` threads call the receivers, in order for each
         record; ``queue_size`` events wait for them at most before reading pauses. Watchers of

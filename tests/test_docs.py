@@ -101,7 +101,7 @@ def test_no_other_reasons_of_gaps() -> None:
     """The reasons in the docstring are all there are."""
     source = "".join(path.read_text() for path in Path(pgsignals.__path__[0]).rglob("*.py"))
     given = set(re.findall(r'\bGap\([^"]*?"(\w+)"', source)) - {"type"}
-    assert given == {"reconnected", "overflow", "watcher_broken"}
+    assert given == {"reconnected", "overflow", "watcher_broken", "retention", "restored"}
 
 
 def test_the_fixtures_of_the_plugin() -> None:

@@ -128,7 +128,7 @@ def test_counters_begin_at_zero(
         "pgsignals_invalid_payloads_total hub=default": 0,
         **{
             f"pgsignals_gaps_total hub=default reason={reason}": 0
-            for reason in ("reconnected", "overflow", "watcher_broken")
+            for reason in ("reconnected", "overflow", "watcher_broken", "retention", "restored")
         },
         **{
             f"pgsignals_events_total hub=default op={op} table=public.items": 0

@@ -9,10 +9,10 @@ import click
 from pgsignals.jsontext import to_json
 from pgsignals.plugins import load_plugins
 
-from .output import print_table
+from .output import examples, print_table
 
 
-@click.command()
+@click.command(epilog=examples("pgsignals plugins", "pgsignals plugins --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def plugins(ctx: click.Context, as_json: bool) -> None:

@@ -81,7 +81,9 @@ class PgSignals:
         Whether the first request starts the Hub; by default unless ``TESTING``.
     ``PGSIGNALS_INSTALL``, ``PGSIGNALS_WORKERS``, ``PGSIGNALS_QUEUE_SIZE``, …
         Every option of :meth:`pgsignals.Hub.start`, by its name in capitals. The others of this
-        version are ``PGSIGNALS_DELIVERY``, ``PGSIGNALS_NAMESPACE``, ``PGSIGNALS_PRUNE``,
+        version are ``PGSIGNALS_DELIVERY``, ``PGSIGNALS_NAME``, ``PGSIGNALS_PARTITIONS``,
+        ``PGSIGNALS_LEASE``, ``PGSIGNALS_BACKENDS``, ``PGSIGNALS_LOOP``,
+        ``PGSIGNALS_NAMESPACE``, ``PGSIGNALS_PRUNE``,
         ``PGSIGNALS_LOCK_TIMEOUT``, ``PGSIGNALS_INSTALL_TIMEOUT``, ``PGSIGNALS_LISTEN_DSN``,
         ``PGSIGNALS_HEARTBEAT``, ``PGSIGNALS_HEARTBEAT_TIMEOUT``, ``PGSIGNALS_RESTART_AFTER_FORK``,
         ``PGSIGNALS_RESOLVERS``, ``PGSIGNALS_METRICS`` and ``PGSIGNALS_TRACER``.
