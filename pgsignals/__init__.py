@@ -28,6 +28,7 @@ from .events import Batch, Event, Gap
 from .hookspecs import hookimpl
 from .hub import Hub
 from .inspection import Health, Status
+from .outbox.once import once
 from .receivers import Subscription
 from .streams import Stream
 from .tables import Column, Resolver, Table, TableRef
@@ -101,6 +102,7 @@ __all__ = [
     "on",
     "on_batch",
     "on_gap",
+    "once",
     "receiver_failed",
     "run",
     "signal",

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from .events import Batch, Event, hashable
 from .metrics import Tracer, span
-from .receivers import DEFAULT_RETRYING, Retrying, receiver_name
+from .receivers import DEFAULT_RETRYING, Retrying, called, receiver_name
 
 BatchReceiver = Callable[[Batch], object]
 BatchFailureHandler = Callable[[Any, Event, BaseException], None]
@@ -129,8 +129,12 @@ class Batcher:
 
     def call(self, batch: Batch, tracer: Tracer | None = None) -> None:
         """Call the receiver."""
-        with span(tracer, batch.events, receiver_name(self.fn)):
-            self.fn(batch)
+        token = called.set(self.fn)
+        try:
+            with span(tracer, batch.events, receiver_name(self.fn)):
+                self.fn(batch)
+        finally:
+            called.reset(token)
 
 
 class BatchTimer:

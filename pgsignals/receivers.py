@@ -8,6 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,9 @@ Receiver = Callable[[Event], object]
 R = TypeVar("R", bound=Callable[..., object])
 Key = tuple["int | str", str]
 Later = Literal["wait", "follow"]
+
+# The receiver that is being called in this thread, where delivery is durable.
+called: ContextVar[Any] = ContextVar("pgsignals_called", default=None)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def context(connection: object, /, **fields: object) -> AbstractContextManager[N
 def _set_locally(connection: object, name: str, inner: Callable[[str], str]) -> Iterator[None]:
     borrowed = borrow(connection)
     if borrowed is None:
-        raise ConfigurationError(_refusal(connection))
+        raise ConfigurationError(refusal(connection))
     if borrowed.autocommits():
         raise StateError(
             f"{name} lasts for a transaction, and this connection has none: it commits each "
@@ -104,7 +104,8 @@ def _merge(outer: str, fields: Mapping[str, object]) -> str:
     return text.decode()
 
 
-def _refusal(connection: object) -> str:
+def refusal(connection: object) -> str:
+    """Why a connection cannot be used, for the message."""
     classes = type(connection).__mro__
     asynchronous = getattr(connection, "async_", False) or any(
         "async" in f"{cls.__module__}.{cls.__name__}".lower() for cls in classes
@@ -141,17 +142,18 @@ class Borrowed:
 
     def autocommits(self) -> bool:
         """Whether a statement would be a transaction of its own."""
-        driver = self._driver()
+        driver = self.driver()
         return bool(getattr(driver, "autocommit", False)) and _status(driver) != _IN_TRANSACTION
 
     def in_transaction(self) -> bool:
         """Whether a transaction is open in which statements can still be run."""
-        return _status(self._driver()) in (_IN_TRANSACTION, None)
+        return _status(self.driver()) in (_IN_TRANSACTION, None)
 
     def flush(self) -> None:
         """Send to the database what the library holds back."""
 
-    def _driver(self) -> Any:
+    def driver(self) -> Any:
+        """The connection that the library wraps; None where it is not made yet."""
         return self.connection
 
     def _cursor(self) -> Any:
@@ -201,7 +203,7 @@ class _SQLAlchemy(Borrowed):
         if self._flush is not None:
             self._flush()
 
-    def _driver(self) -> Any:
+    def driver(self) -> Any:
         return self.connection.connection.dbapi_connection
 
 
@@ -219,7 +221,7 @@ class _Django(Borrowed):
             and super().in_transaction()
         )
 
-    def _driver(self) -> Any:
+    def driver(self) -> Any:
         return self.connection.connection
 
     def _cursor(self) -> Any:

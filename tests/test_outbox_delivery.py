@@ -10,6 +10,7 @@ import pytest
 from conftest import DEADLINE, Database, Recorder
 
 import pgsignals
+from pgsignals.outbox import housekeeping
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.triggers import names
 
@@ -370,6 +371,36 @@ def test_what_all_have_read_is_emptied(
         acknowledged(hub, 5001)
         assert tidy(cursor, slot_bytes=0) == [0]
     assert shop("SELECT count(*) FROM pgsignals.outbox_0") == [(0,)]
+
+
+def test_a_transaction_that_commits_while_it_is_tidied_up(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition into which somebody commits while it is looked at is not emptied."""
+    hub.on("items", "inserted")(recorder)
+    start(hub, shop)
+    slow = psycopg2.connect(shop.dsn)
+    looked = housekeeping._late
+
+    def commit_then(*arguments: Any) -> Any:
+        found = looked(*arguments)
+        hub.stop()
+        slow.commit()
+        return found
+
+    try:
+        slow.cursor().execute("INSERT INTO items VALUES (1)")
+        shop("INSERT INTO items VALUES (2)")
+        recorder.wait(1)
+        acknowledged(hub, 1)
+        with shop.connection.cursor() as cursor:
+            tidy(cursor, slot_bytes=0)
+            monkeypatch.setattr(housekeeping, "_late", commit_then)
+            assert tidy(cursor) == []
+    finally:
+        slow.close()
+    start(hub, shop)
+    assert [event.id for event in recorder.wait(2)] == [2, 1]
 
 
 def test_a_consumer_that_is_too_late(

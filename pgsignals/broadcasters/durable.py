@@ -10,20 +10,23 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..batches import Batcher
 from ..events import Batch, Event, Gap, hashable
 from ..metrics import Tracer, span
-from ..receivers import DEFAULT_RETRYING, Registry, Retrying, Subscription, receiver_name
+from ..receivers import (
+    DEFAULT_RETRYING,
+    Registry,
+    Retrying,
+    Subscription,
+    called,
+    receiver_name,
+)
 from .inprocess import FailureHandler
 
 log = logging.getLogger("pgsignals")
-
-# The receiver that is being called in this thread.
-called: ContextVar[Any] = ContextVar("pgsignals_called", default=None)
 
 
 @dataclass(frozen=True)
@@ -233,11 +236,7 @@ class DurableInProcess:
         """See Keeper."""
 
         def call() -> None:
-            token = called.set(batcher)
-            try:
-                batcher.call(batch, self._tracer)
-            finally:
-                called.reset(token)
+            batcher.call(batch, self._tracer)
 
         self._try_again(_Attempt(batcher, call, batch.events, events, batcher.retrying), error)
 

@@ -193,7 +193,7 @@ def _empty_read(cursor: Cursor, slots: Sequence[_Slot]) -> list[int]:
     for slot in slots[1:]:
         if slot.last_id is None or _late(cursor, slot, readers):
             continue
-        if _empty(cursor, slot, ()):
+        if _empty(cursor, slot):
             emptied.append(slot.number)
     return emptied
 
@@ -205,22 +205,17 @@ def _enforce(cursor: Cursor, slots: Sequence[_Slot], seconds: float, size: int) 
     for slot in slots[1:]:
         if slot.last_id is None or (slot.age <= seconds and total <= size):
             continue
-        late = _late(cursor, slot, _readers(cursor))
-        if _empty(cursor, slot, late):
+        if _empty(cursor, slot, dropping=True):
             emptied.append(slot.number)
             total -= slot.size
-            for reader in late:
-                log.error(
-                    "the consumer %s is so late that %d bytes of its events were dropped: see the "
-                    "retention in pgsignals.settings",
-                    reader.name,
-                    slot.size,
-                )
     return emptied
 
 
-def _empty(cursor: Cursor, slot: _Slot, late: Sequence[_Reader]) -> bool:
-    """Empty a partition; False when it is in use. ``late`` are told what they have missed."""
+def _empty(cursor: Cursor, slot: _Slot, dropping: bool = False) -> bool:
+    """Empty a partition; False when it is in use.
+
+    Unless this is ``dropping`` what somebody has to read yet, who is then told, that is a use too.
+    """
     cursor.execute("BEGIN")
     try:
         cursor.execute("SET LOCAL lock_timeout TO '100ms'")
@@ -234,8 +229,20 @@ def _empty(cursor: Cursor, slot: _Slot, late: Sequence[_Reader]) -> bool:
         if more:
             cursor.execute("ROLLBACK")
             return False
+        # Only now that nobody can commit any more: a transaction that was under way when we looked
+        # before has ids that may be lower than others which all have read.
+        late = _late(cursor, slot, _readers(cursor))
+        if late and not dropping:
+            cursor.execute("ROLLBACK")
+            return False
         cursor.execute(sql.SQL("TRUNCATE {}").format(slot.table))
         for reader in late:
+            log.error(
+                "the consumer %s is so late that %d bytes of its events are dropped: see the "
+                "retention in pgsignals.settings",
+                reader.name,
+                slot.size,
+            )
             cursor.execute(
                 "UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()"
                 " WHERE name = %s AND part = %s",

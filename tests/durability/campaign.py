@@ -1,0 +1,375 @@
+"""Rounds of writing and suffering, each with a verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psycopg2
+
+from pgsignals.testing import Server
+from pgsignals.testing.proxy import Proxy
+
+from .child import FAILPOINTS, Orders
+from .ledger import Delivery, Reader
+from .verdict import Book, Version
+from .writers import SCHEMA, Writers
+
+log = logging.getLogger("durability")
+
+SERVER_SETTINGS = {
+    # A commit that its writer or a reader has seen must outlive an immediate shutdown.
+    "synchronous_commit": "on",
+    "max_connections": "60",
+    "checkpoint_timeout": "30s",
+    "restart_after_crash": "on",
+    # Standbys and proxies that are cut fill the log otherwise.
+    "log_min_messages": "warning",
+}
+
+LEASE = 1.0
+PATIENCE = 1.5
+# Within which all that is committed must have been delivered and acknowledged, after a round.
+DRAIN_SECONDS = 60.0
+
+FAULTS = (
+    "kill -9",
+    "SIGTERM",
+    "SIGSTOP",
+    "cut",
+    "black hole",
+    "restart fast",
+    "restart immediate",
+)
+
+
+@dataclass(frozen=True)
+class ConsumerPlan:
+    """A consumer: its name, in how many parts, by how many processes with how many workers."""
+
+    name: str
+    partitions: int
+    processes: int
+    workers: int
+
+
+CONSUMERS = (
+    ConsumerPlan("one active", 1, 2, 1),
+    ConsumerPlan("shared", 3, 2, 2),
+)
+
+
+@dataclass
+class Outcome:
+    """What a campaign came to: ``problems`` is empty if all held."""
+
+    rounds: int = 0
+    committed: int = 0
+    delivered: int = 0
+    redelivered: int = 0
+    unmarked: int = 0
+    injected: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    transactions: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+class _Child:
+    """A process of a consumer with the proxy it connects through; started again when it ends."""
+
+    def __init__(self, campaign: Campaign, plan: ConsumerPlan, number: int) -> None:
+        self.plan = plan
+        self.number = number
+        self.proxy = Proxy("127.0.0.1", campaign.server.port)
+        self.proxy.__enter__()
+        self.stopped_until: float | None = None
+        self.stalled_until: float | None = None
+        self.restart_at: float | None = 0.0
+        self._campaign = campaign
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, failpoint: str, countdown: int) -> None:
+        """Start, to die at a failpoint if one is given."""
+        campaign = self._campaign
+        address, _, database = campaign.dsn.rpartition("/")
+        dsn = f"{address.rpartition(':')[0]}:{self.proxy.port}/{database}"
+        orders = Orders(
+            dsn=dsn,
+            ledger=str(campaign.ledger),
+            consumer=self.plan.name,
+            partitions=self.plan.partitions,
+            workers=self.plan.workers,
+            lease=LEASE,
+            patience=PATIENCE,
+            failpoint=failpoint,
+            countdown=countdown,
+            mutant=campaign.mutant,
+            flaky=0.002,
+        )
+        with campaign.log_path.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.durability.child", json.dumps(asdict(orders))],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=Path(__file__).parents[2],
+            )
+        self.restart_at = None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, if there is a process."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def reap(self) -> int | None:
+        """The exit code, once, of a process that has ended."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return None
+        self._process = None
+        return code
+
+    def heal(self) -> None:
+        """End what it suffers."""
+        if self.stopped_until is not None:
+            self.signal(signal.SIGCONT)
+            self.stopped_until = None
+        if self.stalled_until is not None:
+            self.proxy.resume()
+            self.stalled_until = None
+
+    def end(self) -> None:
+        """Kill it and close the proxy."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        self.proxy.refuse()
+        self.proxy.cut()
+
+
+class Campaign:
+    """A server, its consumers and the ledger, over any number of rounds.
+
+    ``folder`` gets the ledger and the children's log. ``faults`` False leaves them in peace.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        seconds: float = 4.0,
+        writers: int = 5,
+        faults: bool = True,
+        mutant: str = "",
+        consumers: tuple[ConsumerPlan, ...] = CONSUMERS,
+    ) -> None:
+        self.ledger = folder / "ledger"
+        self.log_path = folder / "log"
+        self.mutant = mutant
+        self.outcome = Outcome()
+        self.server = Server(settings=SERVER_SETTINGS)
+        self.dsn = ""
+        self._seed = seed
+        self._seconds = seconds
+        self._writers = writers
+        self._faults = faults
+        self._consumers = consumers
+        self._chance = random.Random(seed)
+        self._children: list[_Child] = []
+        self._books = {plan.name: Book(plan.name) for plan in consumers}
+        self._stops = 0
+        self.ledger.touch()
+        self._reader = Reader(self.ledger)
+
+    @contextmanager
+    def open(self) -> Iterator[Campaign]:
+        """The server and the consumers run within."""
+        self.server.start()
+        try:
+            self.dsn = self.server.create_database()
+            with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
+                cursor.execute(SCHEMA)
+                connection.commit()
+            self._children = [
+                _Child(self, plan, number)
+                for plan in self._consumers
+                for number in range(plan.processes)
+            ]
+            # What is committed before a consumer has been registered is none of its business.
+            for child in self._children:
+                child.start("", 0)
+            self._wait_for_consumers()
+            yield self
+        finally:
+            for child in self._children:
+                child.end()
+            self.server.close()
+
+    def run_round(self) -> list[str]:
+        """One round; what was wrong in it."""
+        outcome, number = self.outcome, self.outcome.rounds
+        outcome.rounds += 1
+        writers = Writers(self.dsn, self._writers, self._seed * 1000 + number)
+        writers.start()
+        try:
+            self._suffer()
+        finally:
+            writers.stop()
+        outcome.transactions += writers.done
+        for child in self._children:
+            child.heal()
+        found = self._drain()
+        outcome.problems += [f"round {number}: {problem}" for problem in found]
+        return found
+
+    def _suffer(self) -> None:
+        began = time.monotonic()
+        fault_at = began + self._chance.uniform(0.1, 0.8)
+        while (now := time.monotonic()) < began + self._seconds:
+            self._tend(now, armed=self._faults)
+            if self._faults and now >= fault_at:
+                fault_at = now + self._chance.uniform(0.2, 1.5)
+                self._inject(self._chance.choice(FAULTS), now)
+            time.sleep(0.02)
+
+    def _tend(self, now: float, armed: bool) -> None:
+        """Start what has ended, and end what has been suffered long enough."""
+        for child in self._children:
+            if (code := child.reap()) is not None:
+                if code not in (0, -signal.SIGKILL):
+                    self.outcome.problems.append(f"{child.plan.name}: a process ended with {code}")
+                child.heal()
+                child.restart_at = now + self._chance.uniform(0.0, 1.0)
+            if child.restart_at is not None and now >= child.restart_at:
+                failpoint, countdown = "", 0
+                if armed and self._chance.random() < 0.6:
+                    failpoint = self._chance.choice(FAILPOINTS)
+                    countdown = self._countdown(failpoint)
+                child.start(failpoint, countdown)
+            if child.stopped_until is not None and now >= child.stopped_until:
+                child.signal(signal.SIGCONT)
+                child.stopped_until = None
+            if child.stalled_until is not None and now >= child.stalled_until:
+                child.proxy.resume()
+                child.stalled_until = None
+
+    def _countdown(self, failpoint: str) -> int:
+        most = {"before a receiver": 300, "after a receiver": 300, "after a look": 300}
+        rare = 2 if "empty" in failpoint or "claim" in failpoint else 15
+        return self._chance.randint(1, most.get(failpoint, rare))
+
+    def _inject(self, fault: str, now: float) -> None:
+        child = self._chance.choice(self._children)
+        length = self._chance.uniform(0.2, 2.5 * LEASE)
+        if fault.startswith("restart"):
+            mode = "fast" if fault.endswith("fast") else "immediate"
+            self.server.stop(mode)
+            time.sleep(self._chance.choice([0.0, 0.5]))
+            self.server.start()
+        elif not child.running or child.stopped_until or child.stalled_until:
+            return
+        elif fault == "kill -9":
+            child.signal(signal.SIGKILL)
+        elif fault == "SIGTERM":
+            child.signal(signal.SIGTERM)
+        elif fault == "SIGSTOP":
+            child.signal(signal.SIGSTOP)
+            child.stopped_until = now + length
+            self._stops += 1
+        elif fault == "cut":
+            child.proxy.cut()
+        elif fault == "black hole":
+            child.proxy.stall()
+            child.stalled_until = now + length
+        self.outcome.injected[fault] += 1
+
+    def _drain(self) -> list[str]:
+        """Wait until all has been delivered and acknowledged, and judge."""
+        committed = self._committed()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        unacknowledged: list[str] = []
+        while time.monotonic() < deadline:
+            # Those that have a failpoint yet to come may die now as well, and are started again.
+            self._tend(time.monotonic(), armed=False)
+            self._read_ledger()
+            missing = any(book.missing(committed) for book in self._books.values())
+            if not missing and not (unacknowledged := self._unacknowledged()):
+                break
+            time.sleep(0.1)
+        self._read_ledger()
+        found = [problem for book in self._books.values() for problem in book.judge(committed)]
+        for book in self._books.values():
+            book.problems.clear()
+        found += unacknowledged
+        outcome = self.outcome
+        outcome.committed = len(committed)
+        books = self._books.values()
+        outcome.delivered = sum(len(book.uids) for book in books)
+        outcome.redelivered = sum(book.deliveries - len(book.uids) for book in books)
+        outcome.unmarked = sum(book.unmarked for book in books)
+        if outcome.unmarked > self._stops * max(plan.workers for plan in self._consumers):
+            # A process that is stopped between a receiver's call and its note is excused.
+            found.append(
+                f"{outcome.unmarked} deliveries were not said to be redelivered, "
+                f"and processes were stopped {self._stops} times"
+            )
+        gaps = [remark for remark in outcome.remarks if remark.startswith("gap")]
+        found += [f"a Gap, where nothing was lost: {gap}" for gap in gaps]
+        return found
+
+    def _read_ledger(self) -> None:
+        for note in self._reader.read():
+            if isinstance(note, Delivery):
+                self._books[note.consumer].note(note)
+            else:
+                detail = "" if note.kind == "emptied" else note.detail
+                self.outcome.remarks[f"{note.kind} {detail}".strip()] += 1
+
+    def _committed(self) -> set[Version]:
+        with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT record, n, nonce FROM history")
+            return set(cursor.fetchall())
+
+    def _unacknowledged(self) -> list[str]:
+        """Which cursors do not see a transaction that has written, as PostgreSQL judges."""
+        with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT c.name, c.part, pg_catalog.count(*)"
+                " FROM pgsignals.consumers AS c, (SELECT DISTINCT txid FROM history) AS h"
+                " WHERE NOT pg_catalog.pg_visible_in_snapshot(h.txid, c.snapshot::pg_snapshot)"
+                " GROUP BY 1, 2"
+            )
+            return [
+                f"{name}: part {part} has not acknowledged {count} transactions"
+                for name, part, count in cursor.fetchall()
+            ]
+
+    def _wait_for_consumers(self) -> None:
+        parts = sum(plan.partitions for plan in self._consumers)
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline:
+            with (
+                suppress(psycopg2.errors.UndefinedTable),
+                closing(psycopg2.connect(self.dsn)) as connection,
+                connection.cursor() as cursor,
+            ):
+                cursor.execute("SELECT pg_catalog.count(*) FROM pgsignals.consumers")
+                if cursor.fetchall() == [(parts,)]:
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"the consumers have not begun: see {self.log_path}")

@@ -1,0 +1,209 @@
+"""A consumer: pgsignals in a process of its own, which notes what it gets, and may be told to die.
+
+``python -m tests.durability.child '{"dsn": …}'``; the keys are those of `Orders`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pgsignals
+from pgsignals.outbox import housekeeping
+from pgsignals.outbox.store import Store
+
+from .ledger import Pen
+from .mutants import MUTANTS
+
+# Where a child can be told to die by SIGKILL.
+FAILPOINTS = (
+    "after the claim",
+    "after a look",
+    "after read",
+    "before a receiver",
+    "after a receiver",
+    "before acknowledge",
+    "after acknowledge",
+    "before emptying",
+    "before the commit of emptying",
+    "after emptying",
+)
+
+TABLE = "public.records"
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a child is told. ``countdown``: at which passing of the failpoint it dies."""
+
+    dsn: str
+    ledger: str
+    consumer: str
+    partitions: int
+    workers: int
+    lease: float
+    patience: float
+    failpoint: str = ""
+    countdown: int = 1
+    mutant: str = ""
+    flaky: float = 0.0
+
+
+class _Failpoint:
+    """Counts how often it is passed, and ends the process as a crash does."""
+
+    def __init__(self, orders: Orders, pen: Pen) -> None:
+        self._name = orders.failpoint
+        self._left = orders.countdown
+        self._pen = pen
+        self._lock = threading.Lock()
+
+    def pass_by(self, name: str) -> None:
+        if name != self._name:
+            return
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._pen.remark("dies", name)
+                os.kill(os.getpid(), signal.SIGKILL)
+                # Delivered by the kernel before the call returns, but let nothing happen after it.
+                signal.pause()
+
+
+class _Cursor:
+    """A cursor that passes a failpoint before it commits."""
+
+    def __init__(self, cursor: Any, commits: Callable[[], None]) -> None:
+        self._cursor = cursor
+        self._commits = commits
+
+    def execute(self, statement: Any, parameters: Any = None) -> None:
+        if statement == "COMMIT":
+            self._commits()
+        self._cursor.execute(statement, parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+
+def _wrap(owner: Any, name: str, before: Callable[..., None], after: Callable[..., None]) -> None:
+    wrapped = getattr(owner, name)
+
+    @functools.wraps(wrapped)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        before(*args, **kwargs)
+        result = wrapped(*args, **kwargs)
+        after(result)
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def _plant(pen: Pen, failpoint: _Failpoint) -> None:
+    """Put the failpoints in, and make housekeeping busy."""
+
+    def if_any(name: str) -> Callable[[Any], None]:
+        return lambda found: failpoint.pass_by(name) if found else None
+
+    def acknowledging(store: Any, claim: Any, cursor: Any, count: int, *_: Any, **__: Any) -> None:
+        # One that only renews the lease is not worth dying for.
+        state.worth = count > 0
+        if state.worth:
+            failpoint.pass_by("before acknowledge")
+
+    def acknowledged(_: Any) -> None:
+        if state.worth:
+            failpoint.pass_by("after acknowledge")
+
+    state = threading.local()
+    _wrap(Store, "claim", _nothing, if_any("after the claim"))
+    _wrap(Store, "look", _nothing, if_any("after a look"))
+    _wrap(Store, "read", _nothing, if_any("after read"))
+    _wrap(Store, "acknowledge", acknowledging, acknowledged)
+
+    empty = housekeeping._empty
+
+    def emptying(cursor: Any, slot: Any, **options: Any) -> bool:
+        failpoint.pass_by("before emptying")
+        dying = _Cursor(cursor, lambda: failpoint.pass_by("before the commit of emptying"))
+        done = empty(dying, slot, **options)
+        if done:
+            pen.remark("emptied", str(slot.number))
+            failpoint.pass_by("after emptying")
+        return done
+
+    housekeeping._empty = emptying
+    housekeeping.EVERY_SECONDS = 0.3
+    housekeeping.tidy = functools.partial(housekeeping.tidy, slot_bytes=64 << 10, slot_seconds=1.0)
+
+
+def main() -> None:
+    """Consume until SIGTERM."""
+    orders = Orders(**json.loads(sys.argv[1]))
+    logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(message)s", level="INFO")
+    pen = Pen(Path(orders.ledger), orders.consumer)
+    failpoint = _Failpoint(orders, pen)
+    _plant(pen, failpoint)
+    if orders.mutant:
+        MUTANTS[orders.mutant]()
+    chance = random.Random()
+
+    @pgsignals.on(TABLE, "inserted", retries=20, backoff=0.01)
+    @pgsignals.on(TABLE, "updated", retries=20, backoff=0.01)
+    def receive(event: pgsignals.Event) -> None:
+        if chance.random() < orders.flaky:
+            pen.remark("raises")
+            raise RuntimeError("now and then a receiver raises")
+        failpoint.pass_by("before a receiver")
+        pen.deliver(
+            event.id, event.values["n"], event.values["nonce"], event.uid, event.redelivered
+        )
+        failpoint.pass_by("after a receiver")
+
+    @pgsignals.on_gap
+    def note(gap: pgsignals.Gap) -> None:
+        pen.remark("gap", f"{gap.reason}: {gap.detail}")
+
+    ends = threading.Event()
+    former = signal.signal(signal.SIGTERM, lambda *_: ends.set())
+    while not ends.is_set():
+        try:
+            pgsignals.start(
+                orders.dsn,
+                [
+                    pgsignals.watch(TABLE, "inserted", extra=["n", "nonce"]),
+                    pgsignals.watch(TABLE, "updated", columns=["n"], extra=["n", "nonce"]),
+                ],
+                delivery="outbox",
+                name=orders.consumer,
+                partitions=orders.partitions,
+                workers=orders.workers,
+                lease=orders.lease,
+                heartbeat=orders.patience,
+                heartbeat_timeout=orders.patience,
+            )
+            break
+        except pgsignals.DatabaseError as error:
+            logging.warning("cannot start yet: %s", error)
+            ends.wait(0.2)
+    signal.signal(signal.SIGTERM, former)
+    if not ends.is_set():
+        drained = pgsignals.run(timeout=5)
+        pen.remark("ends", "drained" if drained else "not drained")
+
+
+if __name__ == "__main__":
+    main()
