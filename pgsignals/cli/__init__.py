@@ -11,6 +11,7 @@ from .demo import demo
 from .doctor import doctor
 from .groups import ErrorsAsMessages, log_to_stderr
 from .install import install, uninstall
+from .outbox import consumers, dead_letters
 from .output import examples
 from .plugins import plugins
 from .sql import sql
@@ -58,7 +59,18 @@ def main(ctx: click.Context, verbose: bool) -> None:
     log_to_stderr(ctx, verbose)
 
 
-for command in (demo, doctor, install, plugins, sql, status, uninstall, watch):
+for command in (
+    consumers,
+    dead_letters,
+    demo,
+    doctor,
+    install,
+    plugins,
+    sql,
+    status,
+    uninstall,
+    watch,
+):
     main.add_command(command)
 
 __all__ = ["main"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pgsignals.jsontext import to_json
+from pgsignals.outbox.schema import install_schema
 from pgsignals.runs import all_resolvers
 from pgsignals.triggers import installer
 from pgsignals.triggers.definitions import define
@@ -13,6 +14,7 @@ from .options import (
     App,
     Watched,
     database_options,
+    delivery_option,
     given_watchers,
     opened,
     watcher_options,
@@ -24,15 +26,22 @@ from .output import amount, examples
     epilog=examples(
         "pgsignals install orders users:updated",
         "pgsignals install --app shop.signals:WATCHERS --dsn postgresql://owner@localhost/shop",
+        "pgsignals install orders --delivery outbox",
     )
 )
 @watcher_options
+@delivery_option
 @database_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def install(
-    watched: tuple[Watched, ...], app: App, dsn: str, namespace: str, as_json: bool
+    watched: tuple[Watched, ...],
+    app: App,
+    delivery: str,
+    dsn: str,
+    namespace: str,
+    as_json: bool,
 ) -> None:
-    """Install the triggers that watchers need.
+    """Install the triggers that watchers need, and for outbox delivery its schema.
 
     It runs no DDL when nothing is missing or outdated. Run it as the owner of the tables; the
     application can then start with install="check" and needs no right to create anything.
@@ -41,7 +50,10 @@ def install(
     """
     watchers = given_watchers(watched, app)
     with opened(dsn) as cursor:
-        definitions = define(cursor, watchers, all_resolvers(()), namespace)
+        durable = delivery == "outbox"
+        if durable:
+            install_schema(cursor)
+        definitions = define(cursor, watchers, all_resolvers(()), namespace, durable)
         created = installer.install(cursor, namespace, [each.trigger for each in definitions])
     unchanged = len({each.trigger.name for each in definitions}) - len(created)
     if as_json:

@@ -95,6 +95,18 @@ def database_options(function: F) -> F:
     return function
 
 
+def delivery_option(function: F) -> F:
+    """``--delivery``."""
+    option = click.option(
+        "--delivery",
+        type=click.Choice(("notify", "outbox")),
+        default="notify",
+        show_default=True,
+        help="As start(delivery=…): triggers that notify, or that write to the outbox.",
+    )
+    return option(function)
+
+
 def watcher_options(function: F) -> F:
     """``WATCH …`` and ``--app``."""
     for option in (

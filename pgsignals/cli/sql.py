@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import click
 
+from pgsignals.outbox.schema import read_version, upgrade_statements
 from pgsignals.runs import all_resolvers
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.definitions import define
@@ -16,6 +17,7 @@ from .options import (
     App,
     Watched,
     database_options,
+    delivery_option,
     given_watchers,
     opened,
     watcher_options,
@@ -28,6 +30,7 @@ from .output import examples
         "pgsignals sql orders > migration.sql",
         "pgsignals sql --app shop.signals:WATCHERS --all",
         "pgsignals sql --uninstall orders",
+        "pgsignals sql orders --delivery outbox",
     )
 )
 @watcher_options
@@ -39,12 +42,14 @@ from .output import examples
     help="Print what removes the triggers of these watchers; without watchers, all that the "
     "namespace has in this database.",
 )
+@delivery_option
 @database_options
 def sql(
     watched: tuple[Watched, ...],
     app: App,
     everything: bool,
     removing: bool,
+    delivery: str,
     dsn: str,
     namespace: str,
 ) -> None:
@@ -57,7 +62,9 @@ def sql(
     """
     watchers = given_watchers(watched, app, required=not removing)
     with opened(dsn) as cursor:
-        triggers = [each.trigger for each in define(cursor, watchers, all_resolvers(()), namespace)]
+        durable = delivery == "outbox"
+        definitions = define(cursor, watchers, all_resolvers(()), namespace, durable)
+        triggers = [each.trigger for each in definitions]
         installed = read_installed(cursor, namespace)
         statements: list[str] = []
         if removing and triggers:
@@ -67,6 +74,9 @@ def sql(
             for item in installed:
                 statements.append(drop_statement(cursor, item.function_schema, item.name))
         else:
+            if durable:
+                version = 0 if everything else read_version(cursor)
+                statements += upgrade_statements(cursor, version)
             statements += plan(triggers, [] if everything else installed).statements
     if statements:
         click.echo(script(statements))

@@ -8,6 +8,8 @@ import click
 
 from pgsignals.inspection import read_queue_usage, read_states
 from pgsignals.jsontext import to_json
+from pgsignals.outbox.inspection import read_outbox
+from pgsignals.outbox.schema import read_version
 from pgsignals.runs import all_resolvers
 from pgsignals.triggers.installer import MISSING, OUTDATED, STALE
 
@@ -15,10 +17,12 @@ from .options import (
     App,
     Watched,
     database_options,
+    delivery_option,
     given_watchers,
     opened,
     watcher_options,
 )
+from .outbox import print_outbox
 from .output import amount, examples, print_table
 
 
@@ -30,6 +34,7 @@ from .output import amount, examples, print_table
     )
 )
 @watcher_options
+@delivery_option
 @database_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -37,6 +42,7 @@ def status(
     ctx: click.Context,
     watched: tuple[Watched, ...],
     app: App,
+    delivery: str,
     dsn: str,
     namespace: str,
     as_json: bool,
@@ -47,12 +53,16 @@ def status(
     a watcher needs it. STALE: no watcher given needs it, and nobody listens. Without watchers it
     judges by the database alone.
 
+    Where there is an outbox, it tells of that too: its size, its consumers and how far they are.
+
     Exit codes: 0 when nothing is MISSING or OUTDATED, otherwise 1; 2 a wrong command line.
     """
     watchers = given_watchers(watched, app, required=False)
     with opened(dsn) as cursor:
-        states = read_states(cursor, watchers, all_resolvers(()), namespace)
+        durable = delivery == "outbox"
+        states = read_states(cursor, watchers, all_resolvers(()), namespace, durable)
         usage = read_queue_usage(cursor)
+        outbox = read_outbox(cursor) if read_version(cursor) else None
     ready = not any(state.status in (MISSING, OUTDATED) for state in states)
     if as_json:
         click.echo(
@@ -62,6 +72,7 @@ def status(
                     "namespace": namespace,
                     "queue_usage": usage,
                     "watchers": [asdict(state) for state in states],
+                    "outbox": None if outbox is None else asdict(outbox),
                 }
             )
         )
@@ -89,4 +100,6 @@ def status(
                 "removes what nobody listens to."
             )
         click.echo(f"The notification queue is {usage:.0%} full.")
+        if outbox is not None:
+            print_outbox(outbox)
     ctx.exit(0 if ready else 1)

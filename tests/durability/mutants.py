@@ -1,4 +1,4 @@
-"""Wrong ways to read the outbox, which the checker must find out. They patch a child's pgsignals."""
+"""Wrong ways to read the outbox, which the checker must find out: they patch a child."""
 
 from __future__ import annotations
 

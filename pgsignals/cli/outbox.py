@@ -1,0 +1,191 @@
+"""``pgsignals consumers`` and ``dead-letters``: what an operator does about outbox delivery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import click
+from psycopg2.extensions import cursor as Cursor
+
+from pgsignals.errors import DatabaseError
+from pgsignals.jsontext import to_json
+from pgsignals.outbox import administration
+from pgsignals.outbox.inspection import OutboxState, read_outbox
+from pgsignals.outbox.schema import read_version
+
+from .options import opened
+from .output import amount, examples, print_table
+
+_dsn_option = click.option(
+    "--dsn",
+    default="",
+    envvar="PGSIGNALS_DSN",
+    show_envvar=True,
+    help="A connection string; what it leaves out comes from libpq's PG… variables.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def print_outbox(outbox: OutboxState) -> None:
+    """The outbox and its consumers, for people."""
+    click.echo(
+        f"The outbox has {outbox.bytes / 2**20:.1f} MiB in {amount(outbox.partitions, 'partition')}"
+        f" and {amount(len(outbox.consumers), 'consumer')}."
+    )
+    if outbox.consumers:
+        print_table(
+            ("CONSUMER", "PART", "STATE", "LAG", "SECONDS", "ACKNOWLEDGED", "DEAD LETTERS"),
+            [
+                (
+                    each.name,
+                    f"{each.part + 1}/{each.parts}",
+                    "active" if each.active else "nobody reads",
+                    str(each.lag),
+                    f"{each.lag_seconds:.1f}",
+                    str(each.acknowledged),
+                    str(each.dead_letters),
+                )
+                for each in outbox.consumers
+            ],
+        )
+
+
+def _run(dsn: str, act: Callable[[Cursor], Any]) -> Any:
+    with opened(dsn) as cursor:
+        if not read_version(cursor):
+            raise DatabaseError(
+                "There is no outbox in this database: no schema 'pgsignals'. Give the database "
+                "with --dsn, or run `pgsignals install --delivery outbox` first."
+            )
+        return act(cursor)
+
+
+@click.group(
+    epilog=examples("pgsignals consumers list", "pgsignals consumers reset mailer --to now")
+)
+def consumers() -> None:
+    """The consumers of the outbox: who reads, how far, from where.
+
+    Exit codes: 0 well; 1 an error; 2 a wrong command line.
+    """
+
+
+@consumers.command("list", epilog=examples("pgsignals consumers list --json"))
+@_dsn_option
+@_json_option
+def list_consumers(dsn: str, as_json: bool) -> None:
+    """List the consumers, and how far each is behind."""
+    outbox: OutboxState = _run(dsn, read_outbox)
+    if as_json:
+        click.echo(to_json({"consumers": [asdict(each) for each in outbox.consumers]}))
+    else:
+        print_outbox(outbox)
+
+
+@consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
+@click.argument("name")
+@_dsn_option
+def drop_consumer(name: str, dsn: str) -> None:
+    """Forget a consumer, so that the outbox keeps nothing for it any more.
+
+    One that a process reads for is left alone: stop that first.
+    """
+    dead = _run(dsn, lambda cursor: administration.drop_consumer(cursor, name))
+    click.echo(f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it.")
+
+
+@consumers.command("reset", epilog=examples("pgsignals consumers reset mailer --to earliest"))
+@click.argument("name")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Choice(("now", "earliest")),
+    help="now: skip what is there. earliest: deliver again all that the outbox still holds.",
+)
+@_dsn_option
+def reset_consumer(name: str, target: str, dsn: str) -> None:
+    """Have a consumer go on from somewhere else.
+
+    One that a process reads for is left alone: stop that first.
+    """
+    _run(dsn, lambda cursor: administration.reset_consumer(cursor, name, target))
+    click.echo(f"The consumer {name!r} goes on from {target}.")
+
+
+@click.group(
+    "dead-letters",
+    epilog=examples("pgsignals dead-letters list", "pgsignals dead-letters retry --all"),
+)
+def dead_letters() -> None:
+    """Events that a receiver could not take, and that were kept.
+
+    Exit codes: 0 well; 1 an error; 2 a wrong command line.
+    """
+
+
+@dead_letters.command("list", epilog=examples("pgsignals dead-letters list --json"))
+@_dsn_option
+@_json_option
+def list_letters(dsn: str, as_json: bool) -> None:
+    """List them, the latest last."""
+    found = _run(dsn, administration.dead_letters)
+    if as_json:
+        click.echo(to_json({"dead_letters": [asdict(each) for each in found]}))
+    elif found:
+        print_table(
+            ("ID", "CONSUMER", "RECEIVER", "EVENT", "TRIES", "ERROR"),
+            [(str(e.id), e.consumer, e.receiver, e.uid, str(e.attempts), e.error) for e in found],
+        )
+    else:
+        click.echo("There are no dead letters.")
+
+
+@dead_letters.command("show", epilog=examples("pgsignals dead-letters show 1"))
+@click.argument("id", type=int)
+@_dsn_option
+@_json_option
+def show_letter(id: int, dsn: str, as_json: bool) -> None:  # noqa: A002
+    """Show one, with its message and the traceback."""
+    found = _run(dsn, lambda cursor: administration.dead_letter(cursor, id))
+    if as_json:
+        click.echo(to_json(asdict(found)))
+        return
+    click.echo(f"{found.uid} for {found.receiver} of {found.consumer}, {found.at}")
+    click.echo(f"row {found.number} of the message:")
+    click.echo(found.payload)
+    click.echo(found.traceback)
+
+
+def _chosen(ids: tuple[int, ...], everything: bool) -> list[int] | None:
+    if bool(ids) == everything:
+        raise click.UsageError("Give the ids of dead letters, or --all.")
+    return None if everything else list(ids)
+
+
+@dead_letters.command("retry", epilog=examples("pgsignals dead-letters retry 1 2"))
+@click.argument("ids", type=int, nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All that there are.")
+@_dsn_option
+def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
+    """Have them delivered again, each to the receiver that could not take it.
+
+    The active process of the consumer does it, at once, or as soon as there is one. What its
+    receiver takes is a dead letter no more.
+    """
+    chosen = _chosen(ids, everything)
+    count = _run(dsn, lambda cursor: administration.retry(cursor, chosen))
+    click.echo(f"{amount(count, 'dead letter')} will be delivered again.")
+
+
+@dead_letters.command("drop", epilog=examples("pgsignals dead-letters drop --all"))
+@click.argument("ids", type=int, nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All that there are.")
+@_dsn_option
+def drop_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
+    """Forget them."""
+    chosen = _chosen(ids, everything)
+    count = _run(dsn, lambda cursor: administration.drop_letters(cursor, chosen))
+    click.echo(f"{amount(count, 'dead letter')} dropped.")
