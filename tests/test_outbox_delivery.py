@@ -320,7 +320,7 @@ def test_it_sleeps_and_wakes(hub: pgsignals.Hub, shop: Database, recorder: Recor
         for round_ in (1, 2):
             for _ in range(int(DEADLINE / 0.05)):
                 if not shop(
-                    "SELECT FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
+                    "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
                     " AND objid = %s AND database = (SELECT oid FROM pg_database"
                     " WHERE datname = current_database())",
                     (names.LOCK_CLASS, names.AWAKE_LOCK),
@@ -422,6 +422,46 @@ def test_a_consumer_that_is_too_late(
     [gap] = gaps.wait(1)
     assert gap.reason == "retention"
     assert [event.id for event in recorder.wait(1)] == [6000]
+
+
+def test_a_loss_while_the_consumer_acknowledges(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """A loss that is noted while an acknowledgement waits for the same row is announced."""
+    hub.on_gap(recorder)
+    start(hub, shop, lease=1.0)
+    tidying = psycopg2.connect(shop.dsn)
+    try:
+        # As housekeeping does when it drops a partition.
+        tidying.cursor().execute("UPDATE pgsignals.consumers SET lost_until = now()")
+        pause = threading.Event()
+        for _ in range(int(DEADLINE / 0.02)):
+            if shop("SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"):
+                break
+            pause.wait(0.02)
+        else:
+            pytest.fail("it does not acknowledge")
+        tidying.commit()
+    finally:
+        tidying.close()
+    [gap] = recorder.wait(1)
+    assert gap.reason == "retention"
+
+
+def test_a_process_that_was_forgotten(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """A process without a name whose cursor is gone begins again, and a Gap says so."""
+    gaps = Recorder()
+    hub.on_gap(gaps)
+    hub.on("items")(recorder)
+    start(hub, shop, name=None, lease=1.0)
+    # As housekeeping does with one that it has not heard of for a minute.
+    shop("DELETE FROM pgsignals.consumers")
+    [gap] = gaps.wait(1)
+    assert gap.reason == "retention"
+    shop("INSERT INTO items VALUES (1)")
+    assert [event.id for event in recorder.wait(1)] == [1]
 
 
 def test_another_cluster(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:

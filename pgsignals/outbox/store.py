@@ -147,17 +147,15 @@ ON CONFLICT (name, part) DO NOTHING
 _ACKNOWLEDGE = """
 UPDATE pgsignals.consumers AS c
 SET snapshot = %(snapshot)s, target = %(target)s, last_id = %(last_id)s, floor = %(floor)s,
-    shed = %(shed)s, epoch = %(epoch)s, lost_until = NULL,
+    shed = %(shed)s, epoch = %(epoch)s,
     acknowledged = c.acknowledged + %(count)s,
     acknowledged_at = CASE WHEN %(current)s THEN pg_catalog.clock_timestamp()
                            ELSE c.acknowledged_at END,
     holder = CASE WHEN %(release)s THEN NULL ELSE c.holder END,
     clean = %(release)s AND %(clean)s,
     lease_until = pg_catalog.clock_timestamp() + %(lease)s * interval '1 s'
-FROM pgsignals.consumers AS former
 WHERE c.name = %(name)s AND c.part = %(part)s AND c.holder = %(holder)s AND c.token = %(token)s
-  AND former.name = c.name AND former.part = c.part
-RETURNING former.lost_until
+RETURNING c.lost_until
 """
 
 _BURY = """
@@ -292,6 +290,14 @@ class Store:
             key = (names.cursor_key(self._consumer, claim.part) + claim.token) % 2147483647
             self._execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key))
         return bool(found), found[0][0] if found else None
+
+    def note_loss(self, claim: Claim, lost_until: datetime) -> None:
+        """The receivers know of this loss; one that has come since stays noted."""
+        self._execute(
+            "UPDATE pgsignals.consumers SET lost_until = NULL"
+            " WHERE name = %s AND part = %s AND token = %s AND lost_until = %s",
+            (self._consumer, claim.part, claim.token, lost_until),
+        )
 
     def forget(self) -> None:
         """Remove the consumer and its cursor."""

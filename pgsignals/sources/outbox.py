@@ -159,6 +159,7 @@ class OutboxSource:
         self._epoch = ""
         self._given_out = 0
         self._noted_at = 0.0
+        self._alive_at = datetime.now(timezone.utc)
         self._letters: SimpleQueue[tuple[Letter | int, Callable[[], None]]] = SimpleQueue()
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._awaited: list[tuple[Snapshot, Callable[[], None]]] = []
@@ -553,10 +554,22 @@ class OutboxSource:
                 break
             asked_at = time.monotonic()
             claim = store.claim(number, lease, list(self._decoders))
+            if claim is None and self._consumer.name is None:
+                claim = self._begin_again(store)
             if claim is None:
                 continue
             log.info("reading part %d of %d for the consumer %s", number, parts, self.name)
             self._parts[number] = Part(self._in_this_history(claim, look), look, asked_at + lease)
+
+    def _begin_again(self, store: Store) -> Claim | None:
+        """A process without a name that was not heard of for long has been forgotten."""
+        store.register(1, True, self._epoch, list(self._decoders))
+        claim = store.claim(0, self._consumer.lease, list(self._decoders))
+        if claim is not None:
+            detail = "the process was not heard of for so long that it was forgotten"
+            log.error("%s", detail)
+            self._sink.gap(Gap(self._alive_at, self.now(), "retention", detail))
+        return claim
 
     def _in_this_history(self, claim: Claim, look: Look) -> Claim:
         """The claim, unless it was made in a history that is not the database's any more."""
@@ -601,6 +614,8 @@ class OutboxSource:
             clean=not part.pages,
         )
         part.unsaved = 0
+        if ours:
+            self._alive_at = self.now()
         if not ours:
             log.warning("another process has taken over part %d of %s", number, self.name)
         if not ours or release:
@@ -614,6 +629,7 @@ class OutboxSource:
             log.error("%s", detail)
             gap = Gap(part.claim.acknowledged_at, lost_until, "retention", detail)
             self._sink.gap(gap)
+            store.note_loss(part.claim, lost_until)
         if not part.reign.holds():
             log.warning("the lease was over for a while: reading part %d again", number)
             part.rewind(store.look(awake=True))

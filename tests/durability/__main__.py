@@ -17,7 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.durability", description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="how many (10)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of writing in each (4)")
-    parser.add_argument("--writers", type=int, default=5, help="threads that write (5)")
+    parser.add_argument("--writers", type=int, default=8, help="threads that write (8)")
     parser.add_argument("--seed", type=int, default=None, help="of what is injected and written")
     parser.add_argument("--peace", action="store_true", help="inject nothing")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), default="", help="must be found out")

@@ -164,7 +164,8 @@ class _Child:
 class Campaign:
     """A server, its consumers and the ledger, over any number of rounds.
 
-    ``folder`` gets the ledger and the children's log. ``faults`` False leaves them in peace.
+    ``folder`` gets the ledger and the children's log. ``faults`` False leaves them in peace;
+    ``drain`` seconds after a round all must have arrived.
     """
 
     def __init__(
@@ -173,9 +174,10 @@ class Campaign:
         seed: int,
         *,
         seconds: float = 4.0,
-        writers: int = 5,
+        writers: int = 8,
         faults: bool = True,
         mutant: str = "",
+        drain: float = DRAIN_SECONDS,
         consumers: tuple[ConsumerPlan, ...] = CONSUMERS,
     ) -> None:
         self.ledger = folder / "ledger"
@@ -188,6 +190,7 @@ class Campaign:
         self._seconds = seconds
         self._writers = writers
         self._faults = faults
+        self._drain_seconds = drain
         self._consumers = consumers
         self._chance = random.Random(seed)
         self._children: list[_Child] = []
@@ -243,7 +246,7 @@ class Campaign:
         while (now := time.monotonic()) < began + self._seconds:
             self._tend(now, armed=self._faults)
             if self._faults and now >= fault_at:
-                fault_at = now + self._chance.uniform(0.2, 1.5)
+                fault_at = now + self._chance.uniform(0.2, 1.0)
                 self._inject(self._chance.choice(FAULTS), now)
             time.sleep(0.02)
 
@@ -251,7 +254,8 @@ class Campaign:
         """Start what has ended, and end what has been suffered long enough."""
         for child in self._children:
             if (code := child.reap()) is not None:
-                if code not in (0, -signal.SIGKILL):
+                # SIGTERM ends it at once while it starts, before it is handled.
+                if code not in (0, -signal.SIGKILL, -signal.SIGTERM):
                     self.outcome.problems.append(f"{child.plan.name}: a process ended with {code}")
                 child.heal()
                 child.restart_at = now + self._chance.uniform(0.0, 1.0)
@@ -301,7 +305,7 @@ class Campaign:
     def _drain(self) -> list[str]:
         """Wait until all has been delivered and acknowledged, and judge."""
         committed = self._committed()
-        deadline = time.monotonic() + DRAIN_SECONDS
+        deadline = time.monotonic() + self._drain_seconds
         unacknowledged: list[str] = []
         while time.monotonic() < deadline:
             # Those that have a failpoint yet to come may die now as well, and are started again.
@@ -362,7 +366,7 @@ class Campaign:
     def _wait_for_consumers(self) -> None:
         parts = sum(plan.partitions for plan in self._consumers)
         deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and all(child.running for child in self._children):
             with (
                 suppress(psycopg2.errors.UndefinedTable),
                 closing(psycopg2.connect(self.dsn)) as connection,

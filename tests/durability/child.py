@@ -136,10 +136,10 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
 
     empty = housekeeping._empty
 
-    def emptying(cursor: Any, slot: Any, **options: Any) -> bool:
+    def emptying(cursor: Any, slot: Any, *rest: Any, **options: Any) -> bool:
         failpoint.pass_by("before emptying")
         dying = _Cursor(cursor, lambda: failpoint.pass_by("before the commit of emptying"))
-        done = empty(dying, slot, **options)
+        done: bool = empty(dying, slot, *rest, **options)
         if done:
             pen.remark("emptied", str(slot.number))
             failpoint.pass_by("after emptying")

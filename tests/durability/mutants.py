@@ -1,4 +1,4 @@
-"""Wrong ways to read the outbox, which the checker must find out: they patch a child."""
+"""Wrong ways to read the outbox, as patches: the checker must find each of them out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_by_id() -> None:
 
 
 def read_by_transaction() -> None:
-    """``txid < xmin``, by transactions: changes whose ids were taken the other way round turn."""
+    """``txid < xmin``, by transactions: one that began earlier and wrote later comes first."""
     look = store.Store.look
 
     def look_at_xmin(self: store.Store, awake: bool) -> Look:

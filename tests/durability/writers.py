@@ -79,7 +79,7 @@ class Writers:
             if chance.random() < 0.5:
                 # Its id is taken early, whenever its rows' are.
                 cursor.execute("SELECT pg_catalog.pg_current_xact_id()")
-                self._linger(chance, 0.03)
+                self._linger(chance, 0.02)
             body(self, cursor, chance)
             if chance.random() < 0.2:
                 self._linger(chance, 0.3)
@@ -92,7 +92,7 @@ class Writers:
             connection.rollback()
             kind = f"{kind}, rolled back by {type(error).__name__}"
         self._count(kind)
-        self._linger(chance, 0.05)
+        self._linger(chance, 0.02)
 
     def _count(self, kind: str) -> None:
         with self._lock:
