@@ -9,6 +9,9 @@ import pytest
 from tests.durability.__main__ import report
 from tests.durability.campaign import Campaign, ConsumerPlan
 
+# Rounds that end well take seconds; a machine that is busy takes its time.
+pytestmark = pytest.mark.timeout(400)
+
 ALONE = (ConsumerPlan("alone", 1, 1, 1),)
 
 
