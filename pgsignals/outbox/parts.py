@@ -76,6 +76,11 @@ class Part:
         self.pages.append(page)
         self.outstanding += page.count
 
+    @property
+    def current(self) -> bool:
+        """Whether all that there was at the last look has been acknowledged."""
+        return not self.pages and self.window is None
+
     def collect(self) -> bool:
         """Take note of the pages that are done by now; whether there are new ones."""
         before = self.unsaved
@@ -84,6 +89,6 @@ class Part:
             self.acknowledged = page.cursor
             self.unsaved += page.count
             self.outstanding -= page.count
-        if not self.pages and self.window is None:
+        if self.current:
             self.acknowledged = Cursor(self.since, self.floors.below(self.since.xmin))
         return self.unsaved > before

@@ -197,12 +197,18 @@ class Store:
         )
 
     def epoch(self) -> str:
-        """Names this history of the database: its cluster, and the promotions that led here."""
-        [(cluster, timeline)] = self._execute(
-            "SELECT system_identifier, timeline_id"
-            " FROM pg_catalog.pg_control_system(), pg_catalog.pg_control_checkpoint()"
+        """Names this history: the cluster and the database, and the promotions that led here.
+
+        The control file knows of a promotion only after the next checkpoint; names of WAL files do
+        at once.
+        """
+        [(cluster, database, timeline)] = self._execute(
+            "SELECT system_identifier, d.oid, pg_catalog.left("
+            "pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8)"
+            " FROM pg_catalog.pg_control_system(), pg_catalog.pg_database AS d"
+            " WHERE d.datname = pg_catalog.current_database()"
         )
-        return f"{cluster}/{timeline}"
+        return f"{cluster}-{database}/{int(timeline, 16)}"
 
     def register(
         self, parts: int, ephemeral: bool, epoch: str, channels: Sequence[int]

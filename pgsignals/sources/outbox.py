@@ -159,7 +159,9 @@ class OutboxSource:
         self._epoch = ""
         self._given_out = 0
         self._noted_at = 0.0
-        self._alive_at = datetime.now(timezone.utc)
+        # Until when, by the server's clock, all is known to have been acknowledged.
+        self._settled_at: datetime | None = None
+        self._enrolled_at = 0.0
         self._letters: SimpleQueue[tuple[Letter | int, Callable[[], None]]] = SimpleQueue()
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._awaited: list[tuple[Snapshot, Callable[[], None]]] = []
@@ -345,6 +347,15 @@ class OutboxSource:
         self._clock_offset = server - datetime.now(timezone.utc)
         self._epoch = store.epoch()
         self._decoders = self._preparer.decoders(store.channels(), self._cast)
+        self._enrol(store)
+        self._state = Wakefulness()
+        look = store.look(awake=True)
+        self._given_out = look.given_out
+        self._claim(store, look)
+        store.wake_others()
+
+    def _enrol(self, store: Store) -> None:
+        """Make the consumer known, at first and whenever it has been removed since."""
         present, new = store.register(
             self._consumer.parts, self._consumer.name is None, self._epoch, list(self._decoders)
         )
@@ -354,13 +365,16 @@ class OutboxSource:
                 f"partitions={self._consumer.parts}: a record's events would go to two. Stop its "
                 "processes, run `pgsignals consumers drop`, and start all with the same number."
             )
-        if new:
+        now = self.now()
+        if new and self._settled_at is None:
             log.info("the consumer %s begins here", self.name)
-        self._state = Wakefulness()
-        look = store.look(awake=True)
-        self._given_out = look.given_out
-        self._claim(store, look)
-        store.wake_others()
+        elif new:
+            detail = "the consumer had been removed, and begins anew"
+            log.error("%s: %s", self.name, detail)
+            self._sink.gap(Gap(self._settled_at or now, now, "retention", detail))
+        if new or self._settled_at is None:
+            self._settled_at = now
+        self._enrolled_at = time.monotonic()
 
     def _close(self) -> None:
         for part in self._parts.values():
@@ -554,22 +568,14 @@ class OutboxSource:
                 break
             asked_at = time.monotonic()
             claim = store.claim(number, lease, list(self._decoders))
-            if claim is None and self._consumer.name is None:
-                claim = self._begin_again(store)
             if claim is None:
                 continue
             log.info("reading part %d of %d for the consumer %s", number, parts, self.name)
             self._parts[number] = Part(self._in_this_history(claim, look), look, asked_at + lease)
-
-    def _begin_again(self, store: Store) -> Claim | None:
-        """A process without a name that was not heard of for long has been forgotten."""
-        store.register(1, True, self._epoch, list(self._decoders))
-        claim = store.claim(0, self._consumer.lease, list(self._decoders))
-        if claim is not None:
-            detail = "the process was not heard of for so long that it was forgotten"
-            log.error("%s", detail)
-            self._sink.gap(Gap(self._alive_at, self.now(), "retention", detail))
-        return claim
+        if not self._parts and time.monotonic() - self._enrolled_at >= lease:
+            # Where the consumer itself is gone, there is nothing to claim: a process without a name
+            # that was away for long is forgotten, and a consumer at work may be dropped.
+            self._enrol(store)
 
     def _in_this_history(self, claim: Claim, look: Look) -> Claim:
         """The claim, unless it was made in a history that is not the database's any more."""
@@ -577,7 +583,7 @@ class OutboxSource:
         our_cluster, _, our_timeline = self._epoch.partition("/")
         detail = ""
         if cluster != our_cluster:
-            detail = f"the cluster is another one: {our_cluster}, and was {cluster}"
+            detail = f"cluster and database are others: {our_cluster}, and were {cluster}"
         elif claim.cursor.snapshot.xmax > look.snapshot.xmax:
             detail = "the database has gone back in time"
         if detail:
@@ -609,21 +615,21 @@ class OutboxSource:
             part.acknowledged,
             part.unsaved,
             lease,
-            current=not part.pages,
+            current=part.current,
             release=release,
             clean=not part.pages,
         )
         part.unsaved = 0
-        if ours:
-            self._alive_at = self.now()
         if not ours:
             log.warning("another process has taken over part %d of %s", number, self.name)
         if not ours or release:
             part.reign.end()
             del self._parts[number]
             return
-        if not part.pages:
+        if part.current:
             part.claim = replace(part.claim, acknowledged_at=self.now())
+            if all(each.current for each in self._parts.values()):
+                self._settled_at = part.claim.acknowledged_at
         if lost_until is not None:
             detail = "the consumer was so late that its events have been dropped"
             log.error("%s", detail)

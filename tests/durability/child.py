@@ -136,11 +136,11 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
 
     empty = housekeeping._empty
 
-    def emptying(cursor: Any, slot: Any, *rest: Any, **options: Any) -> bool:
+    def emptying(cursor: Any, slot: Any, *rest: Any, **options: Any) -> Any:
         failpoint.pass_by("before emptying")
         dying = _Cursor(cursor, lambda: failpoint.pass_by("before the commit of emptying"))
-        done: bool = empty(dying, slot, *rest, **options)
-        if done:
+        done = empty(dying, slot, *rest, **options)
+        if done is not None:
             pen.remark("emptied", str(slot.number))
             failpoint.pass_by("after emptying")
         return done

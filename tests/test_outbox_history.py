@@ -1,0 +1,67 @@
+"""What a consumer makes of a database whose history is not the one it knew."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import psycopg2
+from conftest import DEADLINE, Recorder
+from psycopg2 import sql
+
+import pgsignals
+from pgsignals.testing import Server
+
+
+def test_a_promotion_is_noticed_at_once(hub: pgsignals.Hub, recorder: Recorder) -> None:
+    """Also while the checkpoint after it, which takes minutes, is under way."""
+    with Server(settings={"shared_buffers": "64MB", "checkpoint_timeout": "1h"}) as server:
+        dsn = server.create_database()
+        connection = psycopg2.connect(dsn)
+        with connection, connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE items (id bigint PRIMARY KEY)")
+        hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+        assert hub.stop()
+        # What it replays it has to write at that checkpoint.
+        with connection, connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE ballast AS SELECT generate_series(1, 200000) AS n")
+        connection.close()
+        server.stop("immediate")
+        assert server._home is not None
+        (server._home / "data" / "standby.signal").touch()
+        server.start()
+        connection = psycopg2.connect(dsn)
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_promote(true, %s)", (int(DEADLINE),))
+            assert cursor.fetchall() == [(True,)]
+        connection.close()
+        hub.on("items", "inserted")(lambda event: None)
+        hub.on_gap(recorder)
+        hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+        [gap] = recorder.wait(1)
+        assert gap.reason == "restored"
+        assert "promoted" in gap.detail
+        assert hub.stop()
+
+
+def test_a_restored_database_is_noticed(
+    server: Server, dsn: str, hub: pgsignals.Hub, recorder: Recorder
+) -> None:
+    """A copy in the same cluster has the cursor, but not what came after it was made."""
+    with closing(psycopg2.connect(dsn)) as connection, connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE items (id bigint PRIMARY KEY)")
+    hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+    assert hub.stop()
+    address, _, name = dsn.rpartition("/")
+    with closing(psycopg2.connect(server.dsn())) as connection:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+                    sql.Identifier(f"{name}_restored"), sql.Identifier(name)
+                )
+            )
+    hub.on_gap(recorder)
+    hub.start(f"{address}/{name}_restored", ["items"], delivery="outbox", name="mailer")
+    [gap] = recorder.wait(1)
+    assert gap.reason == "restored"

@@ -1,0 +1,91 @@
+"""Two at once: housekeeping beside a consumer that acknowledges, stops, or has been forgotten."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import psycopg2
+import pytest
+from conftest import DEADLINE, Database, Recorder
+
+import pgsignals
+from pgsignals.outbox.store import Store
+
+
+@pytest.fixture
+def shop(dsn: str, db: Database) -> Database:
+    """A database with a table."""
+    db("CREATE TABLE items (id bigint PRIMARY KEY)")
+    return db
+
+
+def start(hub: pgsignals.Hub, shop: Database, **options: Any) -> pgsignals.Hub:
+    return hub.start(shop.dsn, ["items"], delivery="outbox", **options)
+
+
+def until(db: Database, statement: str) -> None:
+    """Wait until the statement says true."""
+    waiting = threading.Event()
+    for _ in range(int(DEADLINE / 0.02)):
+        if db(statement) == [(True,)]:
+            return
+        waiting.wait(0.02)
+    pytest.fail(f"never true: {statement}")
+
+
+def test_events_dropped_while_the_consumer_acknowledges(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """Retention's mark, set while an acknowledgement waits for the row, becomes a Gap."""
+    hub.on_gap(recorder)
+    start(hub, shop, name="mailer", lease=1.0)
+    with psycopg2.connect(shop.dsn) as tidying:
+        # As housekeeping does when it drops a partition.
+        tidying.cursor().execute("UPDATE pgsignals.consumers SET lost_until = now()")
+        until(
+            shop,
+            "SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted",
+        )
+    tidying.close()
+    [gap] = recorder.wait(1)
+    assert gap.reason == "retention"
+
+
+def test_events_dropped_as_the_consumer_stops(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention's mark that comes with the last acknowledgement is for whoever comes next."""
+    start(hub, shop, name="mailer")
+    acknowledge = Store.acknowledge
+
+    def marked(self: Store, *args: Any, **options: Any) -> Any:
+        if options.get("release"):
+            shop("UPDATE pgsignals.consumers SET lost_until = now()")
+        return acknowledge(self, *args, **options)
+
+    monkeypatch.setattr(Store, "acknowledge", marked)
+    assert hub.stop()
+    hub.on_gap(recorder)
+    start(hub, shop, name="mailer")
+    [gap] = recorder.wait(1)
+    assert gap.reason == "retention"
+
+
+@pytest.mark.parametrize("name", [None, "mailer"])
+def test_a_consumer_that_was_forgotten(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, name: str | None
+) -> None:
+    """A consumer removed while its process was away begins anew, after a Gap: it is never deaf."""
+    hub.on("items", "inserted")(lambda event: recorder(event.id))
+    hub.on_gap(lambda gap: recorder(gap.reason))
+    start(hub, shop, name=name, lease=1.0)
+    shop("INSERT INTO items VALUES (1)")
+    recorder.wait(1)
+    shop("DELETE FROM pgsignals.consumers")
+    until(shop, "SELECT count(*) = 1 FROM pgsignals.consumers")
+    shop("INSERT INTO items VALUES (2)")
+    recorder.wait_until(lambda item: item == 2)
+    assert recorder.items[0] == 1
+    assert "retention" in recorder.items
+    assert recorder.items.index("retention") < recorder.items.index(2)
