@@ -65,3 +65,23 @@ def test_a_restored_database_is_noticed(
     hub.start(f"{address}/{name}_restored", ["items"], delivery="outbox", name="mailer")
     [gap] = recorder.wait(1)
     assert gap.reason == "restored"
+
+
+def test_a_claim_outlives_a_crash_of_the_server(hub: pgsignals.Hub) -> None:
+    """Unlike an acknowledgement: or what its holder delivered would not be called redelivered."""
+    # The log is written when something asks for it, not by itself.
+    with Server(settings={"wal_writer_delay": "10s"}) as server:
+        dsn = server.create_database()
+        with closing(psycopg2.connect(dsn)) as connection, connection, connection.cursor() as each:
+            each.execute("CREATE TABLE items (id bigint PRIMARY KEY)")
+        hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+        assert hub.stop()
+        with closing(psycopg2.connect(dsn)) as connection, connection, connection.cursor() as each:
+            each.execute("CREATE TABLE and_so_the_log_is_written ()")
+        hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+        server.stop("immediate")
+        hub.stop()
+        server.start()
+        with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as each:
+            each.execute("SELECT clean FROM pgsignals.consumers")
+            assert each.fetchall() == [(False,)]

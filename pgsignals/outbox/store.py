@@ -114,6 +114,8 @@ WHERE size - pg_catalog.octet_length(payload) < {PAGE_BYTES}
 """
 
 # While its session lives, a holder has the lock of its claim, whose key counts up with the token.
+# A claim, unlike an acknowledgement, must outlive a crash of the server: where a former holder had
+# left it clean, nobody else would know that what the new one delivers may have been delivered.
 _CLAIM = """
 WITH free AS MATERIALIZED (
   SELECT name, part FROM pgsignals.consumers
@@ -132,7 +134,8 @@ WHERE c.name = free.name AND c.part = free.part
 RETURNING c.token, c.snapshot, c.target, c.last_id, c.floor, former.clean, c.shed, c.epoch,
           c.acknowledged_at,
           pg_catalog.pg_try_advisory_lock(
-            %(class)s, ((%(key)s::bigint + c.token) %% 2147483647)::int)
+            %(class)s, ((%(key)s::bigint + c.token) %% 2147483647)::int),
+          pg_catalog.set_config('synchronous_commit', 'on', true)
 """
 
 _REGISTER = """
@@ -248,7 +251,7 @@ class Store:
         )
         if not found:
             return None
-        token, snapshot, target, last_id, floor, clean, shed, epoch, acknowledged_at, _ = found[0]
+        token, snapshot, target, last_id, floor, clean, shed, epoch, acknowledged_at, *_ = found[0]
         cursor = Cursor(
             Snapshot.parse(snapshot),
             floor,
