@@ -11,6 +11,7 @@ from conftest import DEADLINE, Database, Recorder
 
 import pgsignals
 from pgsignals.outbox.store import Store
+from pgsignals.sources.outbox import OutboxSource
 
 
 @pytest.fixture
@@ -89,3 +90,23 @@ def test_a_consumer_that_was_forgotten(
     assert recorder.items[0] == 1
     assert "retention" in recorder.items
     assert recorder.items.index("retention") < recorder.items.index(2)
+
+
+def test_a_stop_before_what_a_killed_process_left(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever claims and stops before it reads does not make doubtful events new ones."""
+    hub.on("items", "inserted")(recorder)
+    start(hub, shop, name="mailer")
+    [cursor] = shop("SELECT snapshot, floor FROM pgsignals.consumers")
+    shop("INSERT INTO items VALUES (1)")
+    assert not recorder.wait(1)[0].redelivered
+    assert hub.stop()
+    # As if it had been killed before it acknowledged.
+    shop("UPDATE pgsignals.consumers SET snapshot = %s, floor = %s, clean = false", cursor)
+    with monkeypatch.context() as patch:
+        patch.setattr(OutboxSource, "_look_and_read", lambda *_: (False, False))
+        start(hub, shop, name="mailer")
+        assert hub.stop()
+    start(hub, shop, name="mailer")
+    assert recorder.wait(2)[1].redelivered

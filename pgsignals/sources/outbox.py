@@ -617,7 +617,7 @@ class OutboxSource:
             lease,
             current=part.current,
             release=release,
-            clean=not part.pages,
+            clean=not part.pages and part.doubtful is None,
         )
         part.unsaved = 0
         if not ours:

@@ -1,0 +1,136 @@
+"""Several processes of one name: who takes over, when, and what the former one still does."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from conftest import Database
+
+from pgsignals.testing.proxy import Proxy
+from tests.commands import Program
+
+CONSUME = """
+import os, sys
+import psycopg2, pgsignals
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+@pgsignals.on("items", "inserted")
+def receive(event):
+    say(event.id)
+
+partitions = int(sys.argv[1])
+pgsignals.start(os.environ["PGSIGNALS_DSN"], ["items"], delivery="outbox", name="mailer",
+                partitions=partitions, lease=2.0, heartbeat_timeout=60.0)
+say("started")
+pgsignals.run()
+say("ended")
+"""
+LEASE = 2.0
+
+
+@pytest.fixture(autouse=True)
+def items(db: Database) -> None:
+    """A table."""
+    db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+
+
+@contextmanager
+def consumers(*dsns: str, partitions: int = 1) -> Iterator[list[Program]]:
+    """Processes of one name, the first of which is active when the others start."""
+    found: list[Program] = []
+    try:
+        for dsn in dsns:
+            found.append(Program("-c", CONSUME, str(partitions), dsn=dsn))
+            assert found[-1].out() == "started"
+        yield found
+    finally:
+        for each in found:
+            each.process.kill()
+            each.process.wait()
+
+
+def insert(db: Database) -> str:
+    [(key,)] = db("INSERT INTO items DEFAULT VALUES RETURNING id")
+    return str(key)
+
+
+@pytest.mark.parametrize(
+    ("number", "most"),
+    [(signal.SIGKILL, 3.0), (signal.SIGTERM, 3.0), (signal.SIGSTOP, LEASE + 3.0)],
+)
+def test_a_standby_takes_over(dsn: str, db: Database, number: signal.Signals, most: float) -> None:
+    """At once when the active process has gone, and after the lease when it hangs."""
+    with consumers(dsn, dsn) as (active, standby):
+        assert insert(db) == active.out()
+        active.process.send_signal(number)
+        began = time.monotonic()
+        fresh = insert(db)
+        # What the former one may not have acknowledged comes again.
+        while (line := standby.out()) != fresh:
+            assert line == "1"
+        took = time.monotonic() - began
+        assert took < most
+
+
+def test_a_stopped_process_goes_on_as_a_standby(dsn: str, db: Database) -> None:
+    """Continued, it does not deliver as if it were still active, until the other one has gone."""
+    with consumers(dsn, dsn) as (active, standby):
+        assert insert(db) == active.out()
+        active.process.send_signal(signal.SIGSTOP)
+        fresh = insert(db)
+        while standby.out() != fresh:
+            pass
+        active.process.send_signal(signal.SIGCONT)
+        keys = [insert(db) for _ in range(50)]
+        assert [standby.out() for _ in keys] == keys
+        standby.process.terminate()
+        assert standby.out() == "ended"
+        last = insert(db)
+        assert active.out() == last
+
+
+def test_a_process_in_a_black_hole_ends_delivering(dsn: str, db: Database) -> None:
+    """Longer than its lease without an answer, it begins no call; the other one has taken over."""
+    address, _, name = dsn.rpartition("/")
+    host, _, port = address.rpartition(":")
+    with Proxy("127.0.0.1", int(port)) as proxy:
+        through = f"{host}:{proxy.port}/{name}"
+        with consumers(through, dsn) as (active, standby):
+            assert insert(db) == active.out()
+            proxy.stall()
+            fresh = insert(db)
+            while standby.out() != fresh:
+                pass
+            proxy.resume()
+            keys = [insert(db) for _ in range(50)]
+            assert [standby.out() for _ in keys] == keys
+            standby.process.terminate()
+            assert standby.out() == "ended"
+            last = insert(db)
+            assert active.out() == last
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_the_records(dsn: str, db: Database, count: int) -> None:
+    """All have their share of the parts, and the others take over those of one that is killed."""
+    with consumers(*[dsn] * count, partitions=4) as found:
+        shares = (
+            "SELECT count(DISTINCT holder), count(*) FROM pgsignals.consumers WHERE holder <> ''"
+        )
+        deadline = time.monotonic() + 15
+        while db(shares) != [(count, 4)]:
+            assert time.monotonic() < deadline, db("SELECT part, holder FROM pgsignals.consumers")
+            found[0].process.poll()
+        holders = dict(db("SELECT holder, count(*) FROM pgsignals.consumers GROUP BY 1"))
+        assert set(holders.values()) == {4 // count}
+        if count == 1:
+            return
+        found[-1].process.kill()
+        while db(shares) != [(count - 1, 4)]:
+            assert time.monotonic() < deadline, db("SELECT part, holder FROM pgsignals.consumers")
