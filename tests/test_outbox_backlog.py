@@ -1,0 +1,43 @@
+"""A consumer that has much to catch up on."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from conftest import DEADLINE, Database
+
+import pgsignals
+
+
+def test_a_backlog_does_not_fill_the_memory(hub: pgsignals.Hub, dsn: str, db: Database) -> None:
+    """Of a large statement, no more is read than is about to be delivered."""
+    db("CREATE TABLE items (id bigint PRIMARY KEY)")
+    hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+    assert hub.stop()
+    db("INSERT INTO items SELECT generate_series(1, 400000)")
+    going, held = threading.Event(), threading.Event()
+
+    @hub.on("items", "inserted")
+    def receive(event: pgsignals.Event) -> None:
+        going.set()
+        held.wait(DEADLINE)
+
+    hub.start(dsn, ["items"], delivery="outbox", name="mailer", queue_size=1000)
+    try:
+        assert going.wait(DEADLINE)
+        settled = threading.Event()
+        before = -1
+        for _ in range(100):
+            now = hub.status().unacknowledged
+            if now and now == before:
+                break
+            before = now
+            settled.wait(0.1)
+        else:
+            pytest.fail("it reads on and on")
+        # Ten times the queue, and the page that goes past it.
+        assert now < 120_000
+    finally:
+        held.set()
+        hub.stop(0.1)
