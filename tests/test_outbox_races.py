@@ -110,3 +110,31 @@ def test_a_stop_before_what_a_killed_process_left(
         assert hub.stop()
     start(hub, shop, name="mailer")
     assert recorder.wait(2)[1].redelivered
+
+
+def test_a_claim_right_after_an_acknowledgement(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the former holder did to the last is neither from the future nor new."""
+    hub.on("items", "inserted")(lambda event: recorder(event.redelivered))
+    gaps = Recorder()
+    hub.on_gap(gaps)
+    start(hub, shop, name="mailer")
+    assert hub.stop()
+    claim, before = Store.claim, [True]
+
+    def claimed(self: Store, *args: Any) -> Any:
+        if before:
+            # It delivers one, acknowledges it, delivers another, and is killed.
+            before.clear()
+            shop("INSERT INTO items VALUES (1)")
+            shop("UPDATE pgsignals.consumers SET snapshot = pg_current_snapshot()::text")
+            shop("INSERT INTO items VALUES (2)")
+            shop("UPDATE pgsignals.consumers SET clean = false")
+        return claim(self, *args)
+
+    monkeypatch.setattr(Store, "claim", claimed)
+    start(hub, shop, name="mailer")
+    shop("INSERT INTO items VALUES (3)")
+    assert recorder.wait(2) == [True, False]
+    assert gaps.items == []

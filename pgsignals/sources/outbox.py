@@ -349,9 +349,8 @@ class OutboxSource:
         self._decoders = self._preparer.decoders(store.channels(), self._cast)
         self._enrol(store)
         self._state = Wakefulness()
-        look = store.look(awake=True)
-        self._given_out = look.given_out
-        self._claim(store, look)
+        self._given_out = store.look(awake=True).given_out
+        self._claim(store)
         store.wake_others()
 
     def _enrol(self, store: Store) -> None:
@@ -396,7 +395,7 @@ class OutboxSource:
             if self._heard(session):
                 state.wake(now)
             if now >= claim_at:
-                self._claim(store, store.look(awake=True))
+                self._claim(store)
                 claim_at = now + CLAIM_SECONDS * random.uniform(0.8, 1.2)
                 if all(part in self._parts for part in range(self._consumer.parts)):
                     claim_at = now + self._consumer.lease / 3
@@ -551,7 +550,7 @@ class OutboxSource:
             self._sink.gap(Gap(since, until, "retention", detail))
             part.claim = replace(part.claim, shed=look.shed)
 
-    def _claim(self, store: Store, look: Look) -> None:
+    def _claim(self, store: Store) -> None:
         """See that this process reads its share of the parts."""
         parts, lease = self._consumer.parts, self._consumer.lease
         share = parts
@@ -571,6 +570,8 @@ class OutboxSource:
             if claim is None:
                 continue
             log.info("reading part %d of %d for the consumer %s", number, parts, self.name)
+            # Only now has the former holder acknowledged, and delivered, for the last time.
+            look = store.look(awake=True)
             self._parts[number] = Part(self._in_this_history(claim, look), look, asked_at + lease)
         if not self._parts and time.monotonic() - self._enrolled_at >= lease:
             # Where the consumer itself is gone, there is nothing to claim: a process without a name
