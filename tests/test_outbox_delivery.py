@@ -13,6 +13,8 @@ import pgsignals
 from pgsignals.outbox import housekeeping
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.triggers import names
+from pgsignals.triggers.catalogue import read_installed
+from pgsignals.triggers.installer import prune
 
 
 @pytest.fixture
@@ -501,6 +503,49 @@ def test_another_definition_of_the_watcher(
         (3, {"name": "after"}),
     ]
     acknowledged(hub, 3)
+
+
+@pytest.mark.parametrize("delivery", ["notify", "outbox"])
+def test_another_application_starts_meanwhile(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, delivery: Any
+) -> None:
+    """The triggers of a consumer that is down stay when another application starts."""
+    shop("CREATE TABLE others (id bigint PRIMARY KEY)")
+    hub.on("items", "inserted")(recorder)
+    start(hub, shop)
+    hub.stop()
+    with pgsignals.Hub().start(shop.dsn, ["others"], delivery=delivery):
+        shop("INSERT INTO items VALUES (1)")
+    shop("INSERT INTO items VALUES (2)")
+    start(hub, shop)
+    shop("INSERT INTO items VALUES (3)")
+    assert [event.id for event in recorder.wait(3)] == [1, 2, 3]
+
+
+def test_who_may_not_know_the_consumers(hub: pgsignals.Hub, shop: Database) -> None:
+    """A role that cannot read who the consumers are leaves their triggers alone."""
+    start(hub, shop)
+    hub.stop()
+    with shop.connection.cursor() as cursor:
+        shop("CREATE ROLE stranger")
+        try:
+            shop("SET ROLE stranger")
+            assert all(item.consumed for item in read_installed(cursor, "default"))
+            assert prune(cursor, "default") == []
+        finally:
+            shop("RESET ROLE")
+            shop("DROP ROLE stranger")
+
+
+def test_a_former_definition_goes(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+    """What only a former definition of the consumer needed is removed by a later start."""
+    start(hub, shop)
+    hub.stop()
+    watcher = pgsignals.watch("items", "inserted", extra=["name"])
+    for _ in range(2):
+        hub.start(shop.dsn, [watcher], delivery="outbox", name="mailer")
+        hub.stop()
+    assert shop("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pgsignals%'") == [(1,)]
 
 
 def test_a_schema_of_somebody_else(hub: pgsignals.Hub, shop: Database) -> None:

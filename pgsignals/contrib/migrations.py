@@ -88,7 +88,7 @@ def installing(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Cha
 def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:
     """What removes triggers that no watcher needs and that nobody listens to."""
     found = plan(wanted, read_installed(cursor, namespace))
-    return _change(cursor, [], [item for item in found.unwanted if not item.listeners])
+    return _change(cursor, [], [item for item in found.unwanted if not item.in_use])
 
 
 def removing(

@@ -12,8 +12,8 @@ from ..triggers import names
 from .cursors import BEGINNING, Snapshot, Window
 from .schema import WAKE_CHANNEL
 
-# A page: so many rows and so many bytes, or one row that is longer. Ten bytes may be an event, and a
-# page of events is held in memory at once.
+# A page: so many rows and so many bytes, or one row that is longer. Ten bytes may be an event, and
+# a page of events is held in memory at once.
 PAGE_ROWS = 2000
 PAGE_BYTES = 256 << 10
 

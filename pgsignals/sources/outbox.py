@@ -39,6 +39,7 @@ from ..outbox.store import (
 )
 from ..outbox.wakefulness import SLEEP_SECONDS, Wakefulness
 from ..payload import Broken, Cast, Decoder
+from ..triggers import names
 from ..triggers.definitions import Definition
 from .notify import HEALTHY_SECONDS, Timing
 from .opening import (
@@ -353,10 +354,15 @@ class OutboxSource:
         self._claim(store)
         store.wake_others()
 
+    @property
+    def _channels(self) -> list[int]:
+        """Those of our own definitions, whose triggers nobody may remove while we are away."""
+        return [names.channel_key(each.trigger.hash) for each in self._definitions]
+
     def _enrol(self, store: Store) -> None:
         """Make the consumer known, at first and whenever it has been removed since."""
         present, new = store.register(
-            self._consumer.parts, self._consumer.name is None, self._epoch, list(self._decoders)
+            self._consumer.parts, self._consumer.name is None, self._epoch, self._channels
         )
         if present != self._consumer.parts:
             raise DatabaseError(
@@ -566,7 +572,7 @@ class OutboxSource:
             if len(self._parts) >= share:
                 break
             asked_at = time.monotonic()
-            claim = store.claim(number, lease, list(self._decoders))
+            claim = store.claim(number, lease, self._channels)
             if claim is None:
                 continue
             log.info("reading part %d of %d for the consumer %s", number, parts, self.name)

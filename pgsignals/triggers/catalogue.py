@@ -26,7 +26,8 @@ class Installed:
     """One function of ours and its trigger; both have the same ``name``.
 
     ``schema`` and ``table`` are where the trigger is now: a table may have been renamed or moved
-    since. Without a trigger ``table`` is None, and ``schema`` the function's.
+    since. Without a trigger ``table`` is None, and ``schema`` the function's. ``consumed``: a
+    durable consumer, which may be down now, reads what it writes.
     """
 
     tag: Tag
@@ -38,6 +39,12 @@ class Installed:
     body: str
     missing_columns: tuple[str, ...]
     listeners: int
+    consumed: bool = False
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody would miss events without it."""
+        return self.listeners > 0 or self.consumed
 
     @property
     def hash(self) -> str:
@@ -54,7 +61,8 @@ SELECT DISTINCT ON (f.nspname, p.proname)
        d.description, f.nspname, coalesce(n.nspname, f.nspname), c.relname, p.proname,
        coalesce(t.tgenabled, 'O'), p.prosrc,
        ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
-             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
+             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+       p.prosecdef
 FROM pg_catalog.pg_proc p
 JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace
 JOIN pg_catalog.pg_description d
@@ -79,6 +87,26 @@ GROUP BY 1
 """
 
 
+def _read_consumed(cursor: Cursor) -> set[int] | None:
+    """The channels that durable consumers read; None where this role may not know."""
+    cursor.execute(
+        "SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE')"
+        " AND pg_catalog.has_table_privilege(c.oid, 'SELECT')"
+        " FROM pg_catalog.pg_namespace n"
+        " JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'consumers'"
+        " WHERE n.nspname = 'pgsignals'"
+    )
+    row = cursor.fetchone()
+    if row is None:
+        return set()
+    if not row[0]:
+        return None
+    cursor.execute(
+        "SELECT pg_catalog.unnest(channels) FROM pgsignals.consumers WHERE NOT ephemeral"
+    )
+    return {channel for (channel,) in cursor.fetchall()}
+
+
 def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
     """Our functions of one namespace with their triggers, by table and operation.
 
@@ -86,9 +114,20 @@ def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
     """
     cursor.execute(_LISTENERS, (names.LOCK_CLASS,))
     listeners = {int(key): int(count) for key, count in cursor.fetchall()}
+    channels = _read_consumed(cursor)
     cursor.execute(_FUNCTIONS)
     found = []
-    for description, home, schema, table, name, enabled, body, columns in cursor.fetchall():
+    for (
+        description,
+        home,
+        schema,
+        table,
+        name,
+        enabled,
+        body,
+        columns,
+        durable,
+    ) in cursor.fetchall():
         try:
             tag = _tags.decode(description)
         except (msgspec.MsgspecError, RecursionError):
@@ -97,7 +136,10 @@ def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
             continue
         gone = () if table is None else tuple(c for c in tag.columns if c not in columns)
         key = names.lock_key(tag.hash) & 0xFFFFFFFF
+        # Who may not know leaves every trigger alone that writes to the outbox.
+        consumed = durable and (channels is None or names.channel_key(tag.hash) in channels)
+        count = listeners.get(key, 0)
         found.append(
-            Installed(tag, home, schema, table, name, enabled, body, gone, listeners.get(key, 0))
+            Installed(tag, home, schema, table, name, enabled, body, gone, count, consumed)
         )
     return sorted(found, key=lambda item: (item.schema, item.table or "", item.tag.op, item.name))

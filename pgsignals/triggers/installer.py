@@ -127,14 +127,14 @@ def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
 
 def judge(item: Installed) -> State:
     """How a trigger stands that none of the watchers at hand needs."""
-    status, detail = INSTALLED if item.listeners else STALE, ""
+    status, detail = INSTALLED if item.in_use else STALE, ""
     if item.missing_columns:
         detail = f"the table has no column {item.missing_columns[0]!r} any more"
     elif item.table is None:
         detail = "a function without its trigger"
     elif item.enabled == "D":
         detail = "the trigger is disabled"
-    if detail and item.listeners:
+    if detail and item.in_use:
         status = OUTDATED
     return State(
         status,
@@ -274,14 +274,16 @@ def prune(
     only: Sequence[str] | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> list[Installed]:
-    """Remove triggers of the namespace that are not in ``keep`` and that nobody listens to.
+    """Remove triggers of the namespace that are not in ``keep`` and that nobody needs.
+
+    Somebody who listens needs one, and so does a durable consumer, whether it runs or not.
 
     ``only`` narrows it to these names. What cannot be removed now, because it is locked or belongs
     to another role, is left and logged: it costs writers little and a later start tries again.
     """
     removed = []
     for item in plan(keep, read_installed(cursor, namespace)).unwanted:
-        if item.listeners or (only is not None and item.name not in only):
+        if item.in_use or (only is not None and item.name not in only):
             continue
         try:
             with _transaction(cursor):
@@ -314,7 +316,7 @@ def uninstall(
         cursor.execute(drop_statement(cursor, item.function_schema, item.name))
 
     for item in installed:
-        if item.listeners and not force:
+        if item.in_use and not force:
             raise _in_use(namespace, item)
     for item in installed:
         in_install_lock(cursor, limits, item.schema, item.table, partial(remove, item))
@@ -337,6 +339,12 @@ def _claim(cursor: Cursor, item: Installed) -> bool:
 
 
 def _in_use(namespace: str, item: Installed) -> DatabaseError:
+    if item.consumed and not item.listeners:
+        return DatabaseError(
+            f"A consumer of the outbox reads {item.tag.op} of {item.schema}.{item.table} in the "
+            f"namespace {namespace!r}, and would hear nothing any more. See `pgsignals consumers "
+            "list`, drop it if nobody needs it, or force it."
+        )
     return DatabaseError(
         f"A listener needs {item.tag.op} on {item.schema}.{item.table} in the namespace "
         f"{namespace!r}, and would hear nothing any more. Stop it first, or force it."
