@@ -9,6 +9,7 @@ import pytest
 
 import pgsignals
 from pgsignals import Hub
+from pgsignals.outbox import administration
 from tests.commands import run
 from tests.conftest import Database, Recorder
 
@@ -72,6 +73,22 @@ def test_consumers(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None
     assert db("SELECT * FROM pgsignals.consumers") == []
     unknown = run("consumers", "drop", "mailer", "--dsn", dsn)
     assert "no consumer 'mailer'" in text(unknown.err)
+
+
+def test_a_reset_beside_a_holder(
+    dsn: str, db: Database, hub: Hub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that comes while a consumer is reset does not write its own cursor over it."""
+    hub.on("orders", "inserted")(recorder)
+    hub.start(dsn, ["orders"], delivery="outbox", name="mailer", lease=1.0)
+    db("INSERT INTO orders VALUES (1)")
+    recorder.wait(1)
+    monkeypatch.setattr(administration, "_check_idle", lambda cursor, name: None)
+    with db.connection.cursor() as cursor:
+        administration.reset_consumer(cursor, "mailer", "earliest")
+    first, again = recorder.wait(2)
+    assert again.uid == first.uid
+    assert again.redelivered
 
 
 def test_dead_letters(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:

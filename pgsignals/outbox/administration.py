@@ -95,10 +95,11 @@ def reset_consumer(cursor: Cursor, name: str, target: str) -> None:
     else:
         cursor.execute("SELECT pg_catalog.pg_current_snapshot()::text")
     [(snapshot,)] = cursor.fetchall()
-    # Below 0 there is no id: a later look will tell better.
+    # The token counts up, so that a holder that hangs, or has come since we looked, can no longer
+    # acknowledge from where it was. Below 0 there is no id: a later look will tell better.
     cursor.execute(
         "UPDATE pgsignals.consumers SET snapshot = %s, target = NULL, last_id = 0, floor = 0,"
-        " clean = %s, lost_until = NULL,"
+        " clean = %s, lost_until = NULL, token = token + 1, holder = NULL,"
         " shed = (SELECT last_value FROM pgsignals.outbox_shed) WHERE name = %s",
         (snapshot, target == "now", name),
     )
