@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+from .backfill import Progress
 from .store import Cursor
 
 _lock = threading.Lock()
@@ -37,16 +38,20 @@ class Reign:
 class Page:
     """Some messages of a window: ``done`` when each of their events has been taken care of.
 
-    ``cursor`` is where the consumer stands then, ``count`` the number of their events. Whoever
+    ``cursor`` is where the consumer stands then, ``count`` the number of their events, ``progress``
+    what it means for a backfill whose rows they are. Whoever
     keeps an event for later holds the page, and releases it when that is done.
     """
 
-    __slots__ = ("_holds", "count", "cursor", "handled", "reign")
+    __slots__ = ("_holds", "count", "cursor", "handled", "progress", "reign")
 
-    def __init__(self, reign: Reign, cursor: Cursor, count: int) -> None:
+    def __init__(
+        self, reign: Reign, cursor: Cursor, count: int, progress: Progress | None = None
+    ) -> None:
         self.reign = reign
         self.cursor = cursor
         self.count = count
+        self.progress = progress
         self.handled = False
         self._holds = 0
 

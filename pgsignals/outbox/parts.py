@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .backfill import Progress
 from .cursors import Floors, Snapshot, Window
 from .pages import Page, Reign
 from .store import PAGE_BYTES, PAGE_ROWS, Claim, Cursor, Look, Row
@@ -26,6 +27,8 @@ class Part:
         cursor = self.acknowledged
         self.pages: deque[Page] = deque()
         self.outstanding = 0
+        # How far backfills have come with what is acknowledged, and not yet saved.
+        self.progress: list[Progress] = []
         self.since = cursor.snapshot
         self.last_id = cursor.last_id
         self.floors = Floors(self.since.xmin, cursor.floor)
@@ -45,12 +48,17 @@ class Part:
         after = min(self.floors.below(x) for x in (self.since.xmax, *window.ended))
         return replace(window, after=after)
 
-    def advance(self, look: Look) -> None:
-        """Where no window is being read, have one up to a look."""
+    def advance(self, snapshot: Snapshot) -> None:
+        """Where no window is being read, have one up to a snapshot."""
         if self.window is None:
-            window = self._window_to(look.snapshot)
+            window = self._window_to(snapshot)
             if not window.empty:
                 self.window = window
+
+    @property
+    def standing(self) -> Cursor:
+        """Where the consumer stands between two windows, once all pages are acknowledged."""
+        return Cursor(self.since, self.floors.below(self.since.xmin))
 
     def turn(self, rows: Sequence[Row]) -> Cursor:
         """Go on behind rows of the window; where the consumer stands when they are acknowledged."""
@@ -71,7 +79,8 @@ class Part:
     def add(self, page: Page) -> None:
         """Put a page behind those that are under way."""
         # Of windows without a row, one page is enough.
-        if not page.count and self.pages and not self.pages[-1].count and self.pages[-1].done:
+        last = self.pages[-1] if self.pages and not page.count else None
+        if last is not None and not last.count and last.done and last.progress is None:
             self.pages.pop()
         self.pages.append(page)
         self.outstanding += page.count
@@ -89,6 +98,8 @@ class Part:
             self.acknowledged = page.cursor
             self.unsaved += page.count
             self.outstanding -= page.count
+            if page.progress is not None:
+                self.progress.append(replace(page.progress, delivered=page.count))
         if self.current:
-            self.acknowledged = Cursor(self.since, self.floors.below(self.since.xmin))
-        return self.unsaved > before
+            self.acknowledged = self.standing
+        return self.unsaved > before or bool(self.progress)
