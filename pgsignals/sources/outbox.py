@@ -725,4 +725,6 @@ class OutboxSource:
 
 def _part_of(key: tuple[object, ...], parts: int) -> int:
     """Which part a record belongs to: the same in every process."""
-    return zlib.crc32(repr(key).encode()) % parts
+    # What represents a memoryview is its address.
+    values = tuple(bytes(each) if isinstance(each, memoryview) else each for each in key)
+    return zlib.crc32(repr(values).encode()) % parts
