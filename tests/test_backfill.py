@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import psycopg2
@@ -660,3 +663,38 @@ def test_the_parts_of_bytea_keys() -> None:
     """A record is in the same part whatever the address of its key."""
     keys = [(memoryview(b"key"), 1) for _ in range(50)]
     assert len({_part_of(key, 64) for key in keys}) == 1
+
+
+def test_a_role_of_its_own(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
+    """The grants that the documentation lists, and SELECT on the table, are all that is needed."""
+    hub.on("users", "snapshot")(recorder)
+    watchers = [pgsignals.watch("users", extra=["name"])]
+    hub.start(dsn, watchers, delivery="outbox", name="mailer")
+    hub.stop()
+    page = (Path(__file__).parent.parent / "docs/outbox.md").read_text()
+    [grants] = re.findall(r"```sql\n(GRANT USAGE ON SCHEMA pgsignals.*?)```", page, re.DOTALL)
+    role = f"consumer_{uuid.uuid4().hex[:8]}"
+    db(f"CREATE ROLE {role} LOGIN")
+    try:
+        db(grants.replace("TO consumer", f"TO {role}"))
+        own = dsn.replace("postgres@", f"{role}@")
+        hub.start(own, watchers, delivery="outbox", name="mailer", install="check")
+        with pytest.raises(pgsignals.PrivilegeError, match="GRANT it SELECT"):
+            hub.backfill("users")
+        unread = Backfill(dsn, ask(db, "mailer", "users"))
+        with pytest.raises(pgsignals.DatabaseError, match="permission denied"):
+            unread.wait(15)
+        db(f"GRANT SELECT ON users TO {role}")
+        assert hub.backfill("users", where="id < 10").wait(15)
+        assert len(recorder.items) == 9
+        # Read only: a condition writes nothing.
+        db(
+            "CREATE FUNCTION meddle() RETURNS bool LANGUAGE sql AS"
+            " $$ UPDATE users SET name = 'x' RETURNING true $$"
+        )
+        db(f"GRANT UPDATE ON users TO {role}")
+        with pytest.raises(pgsignals.DatabaseError, match="read-only transaction"):
+            hub.backfill("users", where="meddle()").wait(15)
+    finally:
+        hub.stop()
+        db(f"DROP OWNED BY {role}; DROP ROLE {role}")
