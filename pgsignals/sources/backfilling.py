@@ -32,6 +32,8 @@ SHORT_SECONDS, LONG_SECONDS = 0.1, 0.4
 # So many bytes of rows are with receivers at once.
 MOST_BYTES = 8 << 20
 RETRY_SECONDS = 1.0
+# How often one row may take too long before that is a failure.
+MOST_TIMEOUTS = 5
 
 # Errors that may be gone at the next try: conflicts, want of resources, locks, cancellation.
 _PASSING = ("40", "53", "55", "57")
@@ -54,6 +56,7 @@ class _Reading:
     rows: int = FIRST_ROWS
     chunk: Chunk | None = None
     retry_at: float = 0.0
+    timeouts: int = 0
 
 
 class Backfilling:
@@ -127,6 +130,7 @@ class Backfilling:
             else:
                 self._fail(reading, task, error)
             return
+        reading.timeouts = 0
         took = time.monotonic() - now
         if chunk.cut:
             reading.rows = max(1, chunk.scanned)
@@ -211,11 +215,13 @@ class Backfilling:
 
     def _put_off(self, reading: _Reading, task: Task, asked: int, error: psycopg2.Error) -> None:
         if isinstance(error, pg.QueryCanceled):
-            if asked == 1:
+            reading.rows = max(1, asked // 4)
+            if asked > 1:
+                return
+            reading.timeouts += 1
+            if reading.timeouts >= MOST_TIMEOUTS:
                 self._fail(reading, task, error)
                 return
-            reading.rows = max(1, asked // 4)
-            return
         log.info("backfill %d waits: %s", task.reach.number, redact(str(error)).strip())
         reading.retry_at = time.monotonic() + RETRY_SECONDS
 

@@ -507,10 +507,7 @@ class OutboxSource:
         due = [
             (wanted, call)
             for wanted, call in self._awaited
-            if all(
-                part.since.xmax > wanted.xmax or part.since == wanted
-                for part in self._parts.values()
-            )
+            if all(part.since.covers(wanted) for part in self._parts.values())
         ]
         for each in due:
             self._awaited.remove(each)
