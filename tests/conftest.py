@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg2
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg2.extensions import connection as Connection
 
 import pgsignals
@@ -16,6 +17,12 @@ from pgsignals.testing import Server, find_installations
 
 DEADLINE = 15.0
 OLDEST, NEWEST = 15, 18
+
+# How long an example takes is the machine's affair: a busy one failed tests at random.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def _started(version: int | None) -> Server:

@@ -501,7 +501,7 @@ class OutboxSource:
         doubtful = part.doubtful
         messages: list[Message] = []
         for row in rows:
-            if (message := self._decode(row)) is not None:
+            if (message := self._decode(row, part)) is not None:
                 message.redelivered = doubtful is not None and doubtful.sees(message.txid)
                 messages.append(message)
         cursor = part.turn(rows)
@@ -526,7 +526,7 @@ class OutboxSource:
         self._sink.submit_page(events, page)
         return True
 
-    def _decode(self, row: Row) -> Message | None:
+    def _decode(self, row: Row, part: Part) -> Message | None:
         found = self._decoders.get(row.channel)
         if found is None or (found.until is not None and row.id >= found.until):
             return None
@@ -536,7 +536,10 @@ class OutboxSource:
         except PayloadError as error:
             self.invalid += 1
             self._meter.count("invalid_payloads")
-            log.warning("ignored row %d of the outbox: %s", row.id, error, extra=topic.fields)
+            detail = f"row {row.id} of the outbox cannot be read: {error}"
+            log.error("%s", detail, extra=topic.fields)
+            # Unlike a channel, which anybody may notify, it holds only what triggers wrote.
+            self._sink.gap(Gap(part.claim.acknowledged_at, self.now(), "watcher_broken", detail))
             return None
         if isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
