@@ -559,7 +559,8 @@ class OutboxSource:
         if look.shed > part.telling.shed:
             log.error("%d statements found the outbox full", look.shed - part.telling.shed)
             detail = "the outbox was full, and no consumer was there"
-            self._tell(part, self.now(), "retention", detail, shed=look.shed)
+            gap = Gap(part.claim.acknowledged_at, self.now(), "retention", detail)
+            self._tell(part, gap, shed=look.shed)
 
     def _note_loss(self, part: Part, lost_until: datetime | None) -> None:
         """Announce that rows were dropped which had not been read."""
@@ -567,15 +568,15 @@ class OutboxSource:
         if lost_until is not None and (known is None or lost_until > known):
             detail = "events were dropped before they were read: see the retention"
             log.error("the consumer %s was late, or removed: %s", self.name, detail)
-            self._tell(part, lost_until, "retention", detail, lost_until=lost_until)
+            gap = Gap(part.claim.acknowledged_at, lost_until, "retention", detail)
+            self._tell(part, gap, lost_until=lost_until)
 
-    def _tell(self, part: Part, until: datetime, reason: str, detail: str, **marks: Any) -> None:
+    def _tell(self, part: Part, gap: Gap, **known: Any) -> None:
         """Announce a loss, which stays marked until receivers have been told.
 
         Should this process die before, whoever reads next announces it.
         """
-        gap = Gap(min(part.claim.acknowledged_at, until), until, reason, detail)
-        self._sink.gap(gap, part.tell(replace(part.telling, **marks)))
+        self._sink.gap(gap, part.tell(replace(part.telling, **known)))
 
     def _claim(self, store: Store) -> None:
         """See that this process reads its share of the parts."""
@@ -628,7 +629,8 @@ class OutboxSource:
             )
         if detail:
             log.error("the history of the database has changed: %s", detail)
-            self._tell(part, self.now(), "restored", detail, epoch=self._epoch)
+            gap = Gap(part.claim.acknowledged_at, self.now(), "restored", detail)
+            self._tell(part, gap, epoch=self._epoch)
 
     def _acknowledge(self, store: Store, renew: bool) -> None:
         for number, part in list(self._parts.items()):
