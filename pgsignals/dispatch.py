@@ -44,7 +44,7 @@ class Dispatcher:
         broadcasters: Sequence[Broadcaster],
         workers: int,
         queue_size: int,
-        announce_loss: Callable[[Gap], None] = lambda gap: None,
+        announce_loss: Callable[[Gap], object] = lambda gap: None,
         count_shed: Callable[[int], None] = lambda count: None,
     ) -> None:
         self._broadcasters = tuple(broadcasters)

@@ -241,9 +241,17 @@ class DurableRun:
         for topic, count in counts.items():
             self._meter.count("events", count, **topic.fields)
 
-    def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap, page: Page | None = None) -> None:
         """See DurableSink."""
-        self.dispatcher.announce(lambda: self._audience.gap(gap))
+
+        def tell() -> None:
+            # Where the reign is over, whoever reads on announces it.
+            if page is None:
+                self._audience.gap(gap)
+            elif page.reign.holds() and self._audience.gap(gap):
+                page.finish()
+
+        self.dispatcher.announce(tell)
 
     def connected(self) -> None:
         """See DurableSink."""

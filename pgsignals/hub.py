@@ -606,7 +606,9 @@ class Hub:
             except BaseException:
                 log.exception("a receiver of %r raised", signal)
 
-    def _send_gap(self, gap: Gap) -> None:
+    def _send_gap(self, gap: Gap) -> bool:
+        """Tell all who want to know; whether none of them was left behind by a stop."""
+        told = True
         self._meter.count("gaps", reason=gap.reason)
         log.warning(
             "events from %s to %s may be missing: %s",
@@ -618,6 +620,8 @@ class Hub:
         for fn in list(self._gap_receivers.values()):
             try:
                 fn(gap)
+            except LeftBehind:
+                told = False
             except BaseException:
                 name = receiver_name(fn)
                 log.exception(
@@ -626,6 +630,7 @@ class Hub:
                     extra={"receiver": name, "gap_reason": gap.reason},
                 )
         self._send(self.gap, gap=gap)
+        return told
 
 
 def _consumer(delivery: str, name: object, partitions: object, lease: object) -> Consumer | None:

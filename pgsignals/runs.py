@@ -84,7 +84,7 @@ class Audience:
     registry: Registry
     timer: BatchTimer
     failed: FailureHandler
-    gap: Callable[[Gap], None]
+    gap: Callable[[Gap], bool]
     connected: Callable[[], None]
     disconnected: Callable[[BaseException], None]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psycopg2
@@ -115,6 +116,18 @@ def tidy(
         return emptied
     finally:
         cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
+
+
+@contextmanager
+def housekeeping_lock(cursor: Cursor) -> Iterator[None]:
+    """Wait until nobody tidies up, and have nobody begin to."""
+    key = (names.LOCK_CLASS, names.HOUSEKEEPING_LOCK)
+    cursor.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", key)
+    try:
+        yield
+    finally:
+        if not cursor.connection.closed:
+            cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
 
 
 def _forget(cursor: Cursor) -> None:

@@ -51,7 +51,8 @@ class OutboxState:
 
 
 _CONSUMERS = """
-SELECT c.name, c.part, c.parts, c.ephemeral, c.holder, c.token, c.snapshot, c.floor,
+SELECT c.name, c.part, c.parts, c.ephemeral, c.holder, c.token, c.snapshot,
+       coalesce(c.target, c.snapshot), c.last_id, c.floor,
        c.lease_until > pg_catalog.clock_timestamp(), c.acknowledged, c.acknowledged_at,
        (SELECT pg_catalog.count(*) FROM pgsignals.dead_letters d WHERE d.consumer = c.name)
 FROM pgsignals.consumers c ORDER BY c.name, c.part
@@ -67,6 +68,8 @@ SELECT coalesce(pg_catalog.sum(
 FROM (
   SELECT payload FROM pgsignals.outbox
   WHERE id > %(floor)s AND (txid >= %(xmax)s OR txid = ANY (%(running)s::bigint[]))
+    AND NOT (id <= %(last_id)s AND txid < %(target_xmax)s
+             AND txid <> ALL (%(target_running)s::bigint[]))
     AND channel = ANY (%(channels)s::bigint[])
   ORDER BY id LIMIT {_MOST_ROWS}
 ) AS unread
@@ -90,14 +93,18 @@ def read_outbox(cursor: Cursor) -> OutboxState:
     cursor.execute(_CONSUMERS)
     consumers = []
     for row in cursor.fetchall():
-        name, part, parts, ephemeral, holder, token, text, floor, leased, count, at, dead = row
-        snapshot = Snapshot.parse(text)
+        name, part, parts, ephemeral, holder, token, since, until, last_id, floor, *rest = row
+        leased, count, at, dead = rest
+        snapshot, target = Snapshot.parse(since), Snapshot.parse(until)
         cursor.execute(
             _LAG,
             {
                 "floor": floor,
                 "xmax": snapshot.xmax,
                 "running": list(snapshot.running),
+                "last_id": last_id,
+                "target_xmax": target.xmax,
+                "target_running": list(target.running),
                 "channels": channels.get((name, part), []),
             },
         )

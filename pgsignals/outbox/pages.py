@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from .store import Cursor
+from .store import Cursor, Told
 
 _lock = threading.Lock()
 
@@ -38,15 +38,17 @@ class Page:
     """Some messages of a window: ``done`` when each of their events has been taken care of.
 
     ``cursor`` is where the consumer stands then, ``count`` the number of their events. Whoever
-    keeps an event for later holds the page, and releases it when that is done.
+    keeps an event for later holds the page, and releases it when that is done. With ``told`` it is
+    of a Gap: what its receivers know when they have returned.
     """
 
-    __slots__ = ("_holds", "count", "cursor", "handled", "reign")
+    __slots__ = ("_holds", "count", "cursor", "handled", "reign", "told")
 
-    def __init__(self, reign: Reign, cursor: Cursor, count: int) -> None:
+    def __init__(self, reign: Reign, cursor: Cursor, count: int, told: Told | None = None) -> None:
         self.reign = reign
         self.cursor = cursor
         self.count = count
+        self.told = told
         self.handled = False
         self._holds = 0
 
