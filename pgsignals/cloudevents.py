@@ -22,7 +22,7 @@ from psycopg2.extras import DateRange, DateTimeRange, DateTimeTZRange, NumericRa
 
 from .errors import PayloadError
 from .events import Event, Gap, Message, Topic
-from .watchers import OPERATIONS
+from .watchers import EVENT_OPERATIONS
 
 SPEC_VERSION = "1.0"
 SCHEMA = "urn:pgsignals:event:1"
@@ -241,7 +241,7 @@ def read(attributes: Mapping[str, str], data: bytes | None) -> Received | Gap:
             gap = msgspec.convert(_decode(data), _GapData)
             return Gap(_read_time(gap.since), _read_time(gap.until), gap.reason, gap.detail)
         found = msgspec.convert(_decode(data), _Data)
-        if found.op not in OPERATIONS or attributes["type"] != TYPE_PREFIX + found.op:
+        if found.op not in EVENT_OPERATIONS or attributes["type"] != TYPE_PREFIX + found.op:
             raise PayloadError(f"the type {attributes['type']} with the operation {found.op}")
         at_us = (_read_time(attributes["time"]) - _EPOCH) // _MICROSECOND
     except KeyError as error:

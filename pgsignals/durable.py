@@ -6,20 +6,24 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from psycopg2.extensions import cursor as Cursor
 
+from .backfills import Backfill
 from .broadcasters.durable import DurableInProcess, Failed
 from .connection import connect
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, DriftError
-from .events import Event, Gap, Topic
+from .errors import ConfigurationError, DriftError, TableError, near
+from .events import Event, Gap, Topic, model_identity, model_name
 from .inspection import Health, Status, read_queue_usage, read_states
 from .metrics import Meter
 from .outbox import schema
+from .outbox.backfill import request
 from .outbox.housekeeping import Housekeeper
 from .outbox.inspection import read_outbox
 from .outbox.pages import Page
+from .outbox.snapshots import SnapshotMessage, SnapshotTopic, snapshot_topics
 from .outbox.store import DeadLetter, Letter
 from .payload import Cast, Decoder, Layout
 from .relaying import Relay, relay_consumers
@@ -43,6 +47,7 @@ class DurableRun:
         self._meter = meter
         self._consumer = consumer
         self._definitions: list[Definition] = []
+        self._snapshots: list[SnapshotTopic] = []
         self._problem: ConfigurationError | None = None
         self._pruned = not settings.prune
         self._lag = Lag(lambda: self.source.now())
@@ -168,14 +173,17 @@ class DurableRun:
             definitions = define(
                 cursor, settings.watchers, settings.resolvers, settings.namespace, durable=True
             )
-            self._audience.registry.bind([definition.topic for definition in definitions])
+            # What a process without a name has missed is not the outbox's to know.
+            snapshots = [] if self._consumer.name is None else snapshot_topics(definitions)
+            topics = [each.topic for each in definitions] + [each.topic for each in snapshots]
+            self._audience.registry.bind(topics)
         except ConfigurationError as error:
             if not self._definitions:
                 raise
             log.error("the watchers no longer fit the database: %s", error)
             self._problem = error
         else:
-            self._definitions = definitions
+            self._definitions, self._snapshots = definitions, snapshots
             for definition in definitions:
                 self._meter.count("events", 0, **definition.topic.fields)
         return self._definitions
@@ -223,7 +231,73 @@ class DurableRun:
                     topic = _former_topic(definition.topic, former)
                     decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
                     found[channel] = ChannelDecoder(decoder, began)
+        for each in self._snapshots:
+            found[each.channel] = ChannelDecoder(each.decoder(cast))
         return found
+
+    def backfill(self, target: Any, where: str | None, chunk: int, name: str | None) -> Backfill:
+        """See :meth:`pgsignals.Hub.backfill`."""
+        own = self._consumer.name
+        if own is None:
+            raise ConfigurationError(
+                "backfill() is for a consumer with a name, by which it goes on after a crash: "
+                'start(delivery="outbox", name=…).'
+            )
+        known = [own, *(relay.source.name for relay in self._relays)]
+        if name is not None and name not in known:
+            raise ConfigurationError(
+                f"name={name!r} is no consumer of this Hub{near(name, known)} They are "
+                f"{', '.join(map(repr, known))}."
+            )
+        found = self._snapshot(target)
+        topic = found.topic
+        registry = self._audience.registry
+        if name in (None, own) and not (any(registry.receivers(topic)) or registry.observers):
+            raise ConfigurationError(
+                f"backfill({model_name(target)}): no receiver listens to its snapshots. Add "
+                f"'snapshot' to one: @pgsignals.on({model_name(target)}, 'snapshot')."
+            )
+        twins = [
+            each
+            for each in self._snapshots
+            if each.fits(topic.schema, topic.table, topic.label, None)
+        ]
+        connection = connect(self._settings.dsn)
+        try:
+            with connection.cursor() as cursor:
+                number = request(
+                    cursor,
+                    name or own,
+                    topic.schema,
+                    topic.table,
+                    topic.label,
+                    model_name(topic.model) if len(twins) > 1 else None,
+                    where,
+                    chunk,
+                )
+        finally:
+            connection.close()
+        return Backfill(self._settings.dsn, number)
+
+    def _snapshot(self, target: Any) -> SnapshotTopic:
+        identity = model_identity(target)
+        registry = self._audience.registry
+        for each in self._snapshots:
+            if identity in registry.names(each.topic):
+                return each
+        for definition in self._definitions:
+            if identity in registry.names(definition.topic):
+                raise TableError(
+                    f"{definition.trigger.spec.table.qualified} has no key, in whose order a "
+                    "backfill goes: give it a primary key."
+                )
+        known = sorted(
+            {each.topic.label or model_name(each.topic.model) for each in self._snapshots}
+        )
+        raise ConfigurationError(
+            f"backfill({model_name(target)}): no watcher delivers that"
+            f"{near(model_name(target), known)} Watched are {', '.join(known)}."
+        )
 
     @property
     def full(self) -> bool:
@@ -282,6 +356,10 @@ class DurableRun:
             traceback=failed.trace,
             attempts=failed.tries,
         )
+        if isinstance(message, SnapshotMessage):
+            # The outbox has no row of it.
+            payload = message.letter(event._number)
+            letter = replace(letter, number=0, id=None, payload=payload)
         self.source.bury(letter, kept)
 
 

@@ -124,7 +124,7 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def op(self) -> str:
-        """``inserted``, ``updated``, ``deleted`` or ``truncated``."""
+        """``inserted``, ``updated``, ``deleted``, ``truncated``, or ``snapshot`` of a backfill."""
         return self._message.topic.op
 
     @property
@@ -209,12 +209,18 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def txid(self) -> int:
-        """The writing transaction's id (``pg_current_xact_id``)."""
+        """The writing transaction's id (``pg_current_xact_id``).
+
+        Of a snapshot: the first one whose changes it cannot hold.
+        """
         return self._message.txid
 
     @property
     def at(self) -> datetime:
-        """When the statement ran: an aware datetime, by the server's clock."""
+        """When the statement ran: an aware datetime, by the server's clock.
+
+        Of a snapshot: when the row was read.
+        """
         return self._message.at
 
     @property

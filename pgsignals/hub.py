@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 from blinker import Signal
 
+from .backfills import Backfill
 from .backoff import Backoff
 from .batches import Batcher, BatchTimer
 from .broadcasters import Broadcaster
@@ -452,6 +453,31 @@ class Hub:
             until = "before the Hub was stopped" if timeout is None else f"within {timeout:g} s"
             raise WaitTimeout(f"No event ({wanted}) {until}.")
         return event
+
+    def backfill(
+        self, target: Any, *, where: str | None = None, chunk: int = 1000, name: str | None = None
+    ) -> Backfill:
+        """Have the rows that a watched table has now delivered too, as ``snapshot`` events.
+
+        In outbox delivery, for a consumer with a name. ``target`` is a model or label. ``where`` is
+        an SQL condition over a row's columns; it is run as it is written. Rows come in the order
+        of the primary key, ``chunk`` at a time at most, between the other events, so that what
+        comes last of a record is its newest state. The consumer's active process does it, and who
+        takes over goes on with it. ``name`` is the consumer, by default the Hub's own; that of a
+        broker, such as ``"mailer/kafka"``, passes the rows on to the broker alone.
+
+        Returns a handle at once. Raises StateError when the Hub is not running,
+        ConfigurationError when it cannot be, TableError without a primary key, PrivilegeError when
+        the role may not read the table.
+        """
+        run = self._run
+        if run is None:
+            raise StateError("The Hub is not running: there is nobody to deliver. Call start().")
+        if not isinstance(run, DurableRun):
+            raise ConfigurationError(
+                'backfill() is of outbox delivery: start(delivery="outbox", name=…).'
+            )
+        return run.backfill(target, where, chunk, name)
 
     def status(self) -> Status:
         """How the Hub and its database stand now. Raises StateError when it is not running."""

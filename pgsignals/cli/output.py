@@ -10,7 +10,13 @@ import click
 
 from pgsignals.events import Event
 
-_COLOURS = {"inserted": "green", "updated": "yellow", "deleted": "red", "truncated": "magenta"}
+_COLOURS = {
+    "inserted": "green",
+    "updated": "yellow",
+    "deleted": "red",
+    "truncated": "magenta",
+    "snapshot": "cyan",
+}
 _LONGEST_VALUE = 120
 
 

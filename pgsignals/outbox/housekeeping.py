@@ -146,6 +146,14 @@ def _forget(cursor: Cursor) -> None:
         "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
         " WHERE p.at < pg_catalog.now() - retention_seconds * interval '1 s'"
     )
+    cursor.execute(
+        "DELETE FROM pgsignals.backfills AS b USING pgsignals.settings"
+        " WHERE greatest(b.changed_at, (SELECT pg_catalog.max(p.changed_at)"
+        "   FROM pgsignals.backfill_parts AS p WHERE p.backfill = b.id))"
+        "   < pg_catalog.now() - retention_seconds * interval '1 s'"
+        " AND (b.state <> 'running' OR NOT EXISTS (SELECT FROM pgsignals.backfill_parts AS p"
+        "   WHERE p.backfill = b.id AND NOT p.finished))"
+    )
 
 
 def _slots(cursor: Cursor, current: int) -> list[_Slot]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+from .backfill import Progress
 from .store import Cursor, Told
 
 _lock = threading.Lock()
@@ -39,16 +40,25 @@ class Page:
 
     ``cursor`` is where the consumer stands then, ``count`` the number of their events. Whoever
     keeps an event for later holds the page, and releases it when that is done. With ``told`` it is
-    of a Gap: what its receivers know when they have returned.
+    of a Gap: what its receivers know when they have returned. With ``progress`` it is of a backfill:
+    how far that has come then.
     """
 
-    __slots__ = ("_holds", "count", "cursor", "handled", "reign", "told")
+    __slots__ = ("_holds", "count", "cursor", "handled", "progress", "reign", "told")
 
-    def __init__(self, reign: Reign, cursor: Cursor, count: int, told: Told | None = None) -> None:
+    def __init__(
+        self,
+        reign: Reign,
+        cursor: Cursor,
+        count: int,
+        told: Told | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.reign = reign
         self.cursor = cursor
         self.count = count
         self.told = told
+        self.progress = progress
         self.handled = False
         self._holds = 0
 
