@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 
-import psycopg2
 import pytest
 from psycopg2 import errors as pg
 from psycopg2 import sql
@@ -182,3 +180,82 @@ def test_what_a_condition_may_do(
     db(f"GRANT INSERT ON orders TO {role}")
     as_role("INSERT INTO orders VALUES (1)")
     assert {event.label for event in recorder.wait(2)} == {"reads", "session"}
+
+
+@pytest.fixture
+def consumer(dsn: str, db: Database, role: str, as_role: Database) -> Database:
+    """A session of a role with exactly the rights that the documentation gives a consumer."""
+    Hub().start(dsn, ["orders"], delivery="outbox").stop()
+    for grant in documented_grants("consumer"):
+        db(f"GRANT {grant} TO {role}")
+    return as_role
+
+
+def test_the_documented_grants_of_a_consumer(
+    hub: Hub, db: Database, consumer: Database, recorder: Recorder
+) -> None:
+    """With them it reads, acknowledges, shares partitions, buries, delivers again and tidies up."""
+    broken = True
+
+    @hub.on("orders", "inserted", retries=0)
+    def receive(event: pgsignals.Event) -> None:
+        if broken and event.id == 1:
+            raise ValueError("poison")
+        recorder(event)
+
+    db("INSERT INTO orders VALUES (0)")
+    hub.start(
+        consumer.dsn,
+        ["orders"],
+        delivery="outbox",
+        name="mailer",
+        partitions=2,
+        install="check",
+    )
+    db("INSERT INTO orders VALUES (1), (2)")
+    assert recorder.wait(1)[0].id == 2
+    eventually(lambda: db("SELECT consumer FROM pgsignals.dead_letters"), lambda rows: bool(rows))
+    broken = False
+    with consumer.connection.cursor() as cursor:
+        assert administration.retry(cursor, None) == 1
+        assert recorder.wait(2)[1].id == 1
+        eventually(lambda: db("SELECT FROM pgsignals.dead_letters"), lambda rows: not rows)
+        eventually(
+            lambda: db("SELECT sum(acknowledged) FROM pgsignals.consumers"),
+            lambda rows: rows == [(2,)],
+        )
+        # The partition is turned, and then emptied since all is acknowledged.
+        assert tidy(cursor, slot_bytes=0) == []
+        db("INSERT INTO orders VALUES (3)")
+        recorder.wait(3)
+        eventually(lambda: tidy(cursor, slot_bytes=0), lambda emptied: emptied == [0])
+        hub.stop()
+        administration.reset_consumer(cursor, "mailer", "now")
+        administration.drop_consumer(cursor, "mailer")
+
+
+def test_once_and_backfills_of_a_consumer(consumer: Database) -> None:
+    """It may record that an event is taken care of, and how far a backfill has come."""
+    consumer("INSERT INTO pgsignals.processed (scope, uid) VALUES ('a', 'b')")
+    consumer(
+        "INSERT INTO pgsignals.backfills (consumer, schema_name, table_name, chunk, total)"
+        " VALUES ('mailer', 'public', 'orders', 100, 1)"
+    )
+    consumer("UPDATE pgsignals.backfills SET done = 1")
+    consumer("DELETE FROM pgsignals.backfills")
+
+
+def test_what_a_consumer_may_not(consumer: Database) -> None:
+    """A consumer forges no event, changes no cap and no definition, and installs nothing."""
+    for attempt in (
+        "INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 0, 'forged')",
+        "UPDATE pgsignals.outbox SET payload = 'forged'",
+        "UPDATE pgsignals.settings SET retention_seconds = 1",
+        "INSERT INTO pgsignals.channels VALUES (1, 1, '{}')",
+        "CREATE TABLE pgsignals.mine (id int)",
+        "DROP SCHEMA pgsignals CASCADE",
+    ):
+        with pytest.raises(pg.InsufficientPrivilege):
+            consumer(attempt)
+    with pytest.raises(pgsignals.PrivilegeError):
+        Hub().start(consumer.dsn, [("orders", "truncated")], delivery="outbox")
