@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import psycopg2
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from psycopg2.extensions import connection as Connection
 
 import pgsignals
+from pgsignals.hub import Delivery
 from pgsignals.testing import Server, find_installations
 
 DEADLINE = 15.0
@@ -110,6 +111,13 @@ def db(dsn: str, connect: Callable[[str], Database]) -> Database:
 def each_db(each_dsn: str, connect: Callable[[str], Database]) -> Database:
     """The fresh database on each tested version, ready to run SQL."""
     return connect(each_dsn)
+
+
+@pytest.fixture(params=get_args(Delivery))
+def delivery(request: pytest.FixtureRequest) -> Delivery:
+    """Each delivery in turn: what is proved for one is proved for all."""
+    chosen: Delivery = request.param
+    return chosen
 
 
 @pytest.fixture
