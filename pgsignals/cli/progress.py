@@ -31,6 +31,11 @@ def state_of(backend: BackendStatus, connected: bool) -> str:
     return "active" if backend.ready else "connecting"
 
 
+def _reason(backend: BackendStatus) -> str:
+    """Its error, without its address, which stands in the log already."""
+    return backend.error.removeprefix(f"{backend.name}: ")
+
+
 class Progress:
     """Tells, each time it is asked to, how far each target is.
 
@@ -93,7 +98,7 @@ class Progress:
         width = max(map(len, self._targets))
         text = f"{target:<{width}}  {state:<12}"
         if state == "trying again":
-            text += f"  {backend.depth:,} waiting, lag {backend.lag:.1f} s  {backend.error}"
+            text += f"  {backend.depth:,} waiting, lag {backend.lag:.1f} s  {_reason(backend)}"
         elif state == "active":
             text += f"  {backend.delivered:,} events  {rate:,.0f}/s  lag {backend.lag:.1f} s"
         room = os.get_terminal_size(sys.stderr.fileno()).columns
@@ -106,7 +111,7 @@ class Progress:
                 f"{target}: {state}, {backend.delivered:,} events ({rate:,.1f}/s), "
                 f"{backend.depth:,} waiting, lag {backend.lag:.1f} s"
             )
-            notice(text if not backend.error else f"{text}: {backend.error}")
+            notice(text if not backend.error else f"{text}: {_reason(backend)}")
             return
         found = {
             "at": datetime.now(timezone.utc).isoformat(),

@@ -54,7 +54,7 @@ class _WrongConfiguration(click.ClickException):
 @click.option(
     "--config",
     "path",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="A TOML file that says all of this; without --to, pgsignals.toml here, if it is there.",
 )
 @click.option(
