@@ -14,7 +14,7 @@ from .backfills import Backfill
 from .broadcasters.durable import DurableInProcess, Failed
 from .connection import connect
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, DriftError, TableError, near
+from .errors import ConfigurationError, DriftError, StateError, TableError, near
 from .events import Event, Gap, Topic, model_identity, model_name
 from .inspection import Health, Status, read_queue_usage, read_states
 from .metrics import Meter
@@ -37,7 +37,10 @@ log = logging.getLogger("pgsignals")
 
 
 class DurableRun:
-    """Events from the outbox: prepares its source, and is its sink."""
+    """Events from the outbox: prepares its source, and is its sink.
+
+    Without workers it has no consumer for receivers: events only go on to ``backends``.
+    """
 
     def __init__(
         self, settings: Settings, audience: Audience, meter: Meter, consumer: Consumer
@@ -50,12 +53,16 @@ class DurableRun:
         self._snapshots: list[SnapshotTopic] = []
         self._problem: ConfigurationError | None = None
         self._pruned = not settings.prune
+        self._receiving = settings.workers > 0
         self._lag = Lag(lambda: self.source.now())
         self._receivers = DurableInProcess(
             audience.registry, audience.failed, self._bury, settings.tracer
         )
         self.dispatcher = Dispatcher(
-            [self._lag, self._receivers], settings.workers, settings.queue_size, audience.gap
+            [self._lag, self._receivers],
+            max(1, settings.workers),
+            settings.queue_size,
+            audience.gap,
         )
         self.source = OutboxSource(
             settings.dsn,
@@ -71,17 +78,20 @@ class DurableRun:
         self._relays = [
             Relay(broadcaster, settings, self, own, meter)
             for broadcaster, own in zip(
-                broadcasters, relay_consumers(consumer, broadcasters), strict=True
+                broadcasters,
+                relay_consumers(consumer, broadcasters, settings.backend_names),
+                strict=True,
             )
         ]
         self._housekeeper = Housekeeper(settings.dsn, settings.timing.timeout)
 
     def start(self) -> None:
         """See Run."""
-        self.source.start()
-        self.dispatcher.start()
-        self._receivers.start()
-        self._audience.timer.start()
+        if self._receiving:
+            self.source.start()
+            self.dispatcher.start()
+            self._receivers.start()
+            self._audience.timer.start()
         for relay in self._relays:
             relay.start()
         self._housekeeper.start()
@@ -112,7 +122,14 @@ class DurableRun:
 
     def settle(self, call: Callable[[], None]) -> None:
         """See Run."""
+        if not self._receiving:
+            raise StateError("With workers=0 nothing is handled here: ask where events are read.")
         self.source.settle(lambda: self.dispatcher.settle(call))
+
+    @property
+    def _sources(self) -> list[OutboxSource]:
+        """Those that read, for the receivers or else for the backends."""
+        return [self.source] if self._receiving else [relay.source for relay in self._relays]
 
     def status(self) -> Status:
         """See Run."""
@@ -132,23 +149,24 @@ class DurableRun:
             namespace=settings.namespace,
             queue_usage=usage,
             running=True,
-            connected=self.source.is_connected,
+            connected=all(source.is_connected for source in self._sources),
             depth=self.dispatcher.depth,
             oldest=self.dispatcher.oldest,
-            received=self.source.received,
-            invalid=self.source.invalid,
-            reconnects=self.source.reconnects,
+            received=sum(source.received for source in self._sources),
+            invalid=sum(source.invalid for source in self._sources),
+            reconnects=sum(source.reconnects for source in self._sources),
             name=self._consumer.name,
-            active=self.source.is_active,
+            active=any(source.is_active for source in self._sources),
             retrying=self._receivers.retrying,
-            unacknowledged=self.source.outstanding,
+            unacknowledged=sum(source.outstanding for source in self._sources),
             outbox=outbox,
             backends=tuple(relay.status for relay in self._relays),
         )
 
     def health(self) -> Health:
         """See Run."""
-        alive, connected = self.source.is_alive, self.source.is_connected
+        alive = all(source.is_alive for source in self._sources)
+        connected = all(source.is_connected for source in self._sources)
         if not alive:
             reason = "the thread that reads the outbox has ended or hangs"
         elif not connected:
@@ -163,6 +181,7 @@ class DurableRun:
             depth=self.dispatcher.depth,
             oldest=self.dispatcher.oldest,
             lag=self._lag.seconds,
+            backends=tuple(relay.status for relay in self._relays),
         )
 
     def define(self, cursor: Cursor) -> list[Definition]:
@@ -176,7 +195,7 @@ class DurableRun:
             # What a process without a name has missed is not the outbox's to know.
             snapshots = [] if self._consumer.name is None else snapshot_topics(definitions)
             topics = [each.topic for each in definitions] + [each.topic for each in snapshots]
-            self._audience.registry.bind(topics)
+            self._audience.registry.bind(topics if self._receiving else ())
         except ConfigurationError as error:
             if not self._definitions:
                 raise

@@ -172,6 +172,12 @@ class KafkaBroadcaster:
         self._too_long.clear()
         return True
 
+    def check(self, tables: Sequence[tuple[str, str]]) -> None:
+        """See Checkable. Raises BrokerError."""
+        self._begin()
+        self._reach(self._timeout)
+        self._missing(self._admin(), {self._cluster.topic_of(*table) for table in tables})
+
     def announce(self, gap: Gap) -> None:
         """See Broadcaster: to every partition of every topic, since each has readers of its own."""
         self._begin()
@@ -329,6 +335,23 @@ class KafkaBroadcaster:
         if not topics:
             return
         admin = self._admin()
+        missing = self._missing(admin, topics)
+        if missing:
+            self._create_topics(admin, missing)
+        self._limits.update(dict.fromkeys(topics, self._max_bytes or _DEFAULT_LIMIT))
+        resources = [ConfigResource(ResourceType.TOPIC, name) for name in topics]
+        for resource, answer in admin.describe_configs(
+            resources, request_timeout=self._timeout
+        ).items():
+            try:
+                limit = int(answer.result()["max.message.bytes"].value)
+            except (KafkaException, KeyError, ValueError) as error:
+                log.debug("%s does not tell how long records may be: %s", resource.name, error)
+                continue
+            self._limits[resource.name] = min(limit, self._max_bytes or limit)
+
+    def _missing(self, admin: AdminClient, topics: Collection[str]) -> list[str]:
+        """The topics that are to be created. Raises BrokerError where they must be there."""
         missing = []
         described = admin.describe_topics(
             TopicCollection(sorted(topics)), request_timeout=self._timeout
@@ -347,19 +370,7 @@ class KafkaBroadcaster:
                 f"{self._cluster}: there is no topic {', '.join(missing)}. Create it, or have it "
                 "created with create=true (and partitions=, replication=)."
             )
-        if missing:
-            self._create_topics(admin, missing)
-        self._limits.update(dict.fromkeys(topics, self._max_bytes or _DEFAULT_LIMIT))
-        resources = [ConfigResource(ResourceType.TOPIC, name) for name in topics]
-        for resource, answer in admin.describe_configs(
-            resources, request_timeout=self._timeout
-        ).items():
-            try:
-                limit = int(answer.result()["max.message.bytes"].value)
-            except (KafkaException, KeyError, ValueError) as error:
-                log.debug("%s does not tell how long records may be: %s", resource.name, error)
-                continue
-            self._limits[resource.name] = min(limit, self._max_bytes or limit)
+        return missing
 
     def _create_topics(self, admin: AdminClient, names: Sequence[str]) -> None:
         wanted = [

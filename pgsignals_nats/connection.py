@@ -144,8 +144,10 @@ class Server:
             "connect_timeout": 5,
             "ping_interval": 10,
             "max_outstanding_pings": 2,
-            # One try for each host; what it met is told to error_cb alone.
-            "max_reconnect_attempts": 0,
+            # Two tries for each host, the fewest there can be: 0 stands for any number. What they
+            # met is told to error_cb alone.
+            "max_reconnect_attempts": 1,
+            "reconnect_time_wait": 0.1,
             "error_cb": note,
             "closed_cb": closed,
             "pending_size": 64 * 1024 * 1024,

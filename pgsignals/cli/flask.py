@@ -13,6 +13,7 @@ from pgsignals.contrib.flask.extension import process_of
 from .doctor import doctor
 from .groups import ErrorsAsMessages, log_to_stderr
 from .install import install, uninstall
+from .relay import relay
 from .sql import sql
 from .status import status
 from .watch import watch
@@ -69,7 +70,7 @@ def _for_the_app(command: click.Command) -> click.Command:
     )
 
 
-for command in (doctor, install, sql, status, uninstall, watch):
+for command in (doctor, install, relay, sql, status, uninstall, watch):
     group.add_command(_for_the_app(command))
 
 

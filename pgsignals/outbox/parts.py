@@ -88,11 +88,7 @@ class Part:
         """Put a page behind those that are under way."""
         # Of windows without a row, one page is enough.
         last = self.pages[-1] if self.pages else None
-        if (
-            last is not None
-            and last.done
-            and not (page.count or last.count or last.told or last.progress)
-        ):
+        if last is not None and last.done and last.bare and not page.count:
             self.pages.pop()
         self.pages.append(page)
         self.outstanding += page.count
