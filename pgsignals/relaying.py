@@ -97,8 +97,7 @@ class Relay:
     def _lag(self) -> float:
         """How old, in seconds, the oldest event is that has yet to be acknowledged."""
         with self._condition:
-            pages = (item[0] for item in self._waiting if not isinstance(item, Gap))
-            first = next((events[0] for events in pages if events), None)
+            first = next((item.events[0] for item in self._waiting if item.events), None)
         return 0.0 if first is None else max(0.0, (self.source.now() - first.at).total_seconds())
 
     def start(self) -> None:
