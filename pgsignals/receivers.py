@@ -35,7 +35,8 @@ class Retrying:
     """What becomes of an event in outbox delivery when its receiver raises.
 
     The receiver is called again up to ``retries`` times, the first time after ``backoff`` seconds,
-    then after twice as long each time, a minute at most; then the event is kept as a dead letter.
+    then after twice as long each time, a minute at most; then the event is kept as a dead letter,
+    or logged and passed over where it came from a broker.
     ``later`` events of the same record ``"wait"`` until then, or ``"follow"`` at once.
     """
 

@@ -98,6 +98,8 @@ class NatsSource:
         self._heard: datetime | None = None
         self._arrived: list[Msg] = []
         self._unsettled: dict[int, Msg] = {}
+        # What is not to come again though nobody could take it, and why.
+        self._refused: dict[int, str] = {}
         self._pending = 0
         self._settled = threading.Condition()
 
@@ -138,6 +140,10 @@ class NatsSource:
             raise
         self._loop = loop
         self._reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop.loop)
+
+    def refuse(self, position: str, reason: str) -> None:
+        """See RemoteSource: it is terminated, which the server publishes an advisory of."""
+        self._refused[int(position.rpartition("/")[2])] = reason
 
     def stop(self, timeout: float) -> None:
         """See RemoteSource."""
@@ -361,11 +367,14 @@ class NatsSource:
     async def _acknowledge(self, messages: Sequence[Msg]) -> None:
         try:
             for message in messages:
-                self._unsettled.pop(message.metadata.sequence.stream, None)
+                sequence = message.metadata.sequence.stream
+                self._unsettled.pop(sequence, None)
+                reason = self._refused.pop(sequence, None)
                 client = self._client
                 if client is None or not client.is_connected:
                     continue  # It comes again.
-                await client.publish(message.reply)
+                answer = b"" if reason is None else b"+TERM " + reason.encode()
+                await client.publish(message.reply, answer)
         except (nats.errors.Error, OSError) as error:
             log.debug("%s: could not acknowledge: %r", self, error)
         finally:
@@ -408,6 +417,8 @@ class NatsSource:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._awake.wait(), 0.1)
         if client.is_connected:
+            # What is not acknowledged is not refused either: the server would bring what is refused
+            # in any order, and brings in the right one what it takes for lost.
             await client.flush(2)
             if self._durable is None and self._consumer:
                 with contextlib.suppress(nats.js.errors.APIError):  # It is gone already.

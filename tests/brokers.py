@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 _POM = Path(__file__).parent / "kafka" / "pom.xml"
 START_SECONDS = 90.0
+PASSWORD = "s3cret-of-ann"
 
 
 def missing(what: str) -> None:
@@ -33,6 +35,25 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def tls_files(folder: Path) -> Mapping[str, str]:
+    """Broker settings for TLS with a certificate of its own, and ``ca.pem`` to trust it by."""
+    if shutil.which("openssl") is None:
+        missing("openssl is not installed")
+    key, certificate = folder / "key.pem", folder / "ca.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    store = folder / "store.pem"
+    store.write_text(key.read_text() + certificate.read_text())
+    return {"ssl.keystore.location": str(store), "ssl.keystore.type": "PEM"}
 
 
 class Process:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,55 +28,8 @@ from pgsignals.testing.conformance import (
     make_event,
 )
 from pgsignals_kafka import KafkaBroadcaster, KafkaSource
-from tests.brokers import Kafka, free_port, missing
+from tests.brokers import PASSWORD, Kafka, free_port
 from tests.conftest import Database, Recorder
-
-PASSWORD = "s3cret-of-ann"
-
-
-def tls_files(folder: Path) -> Mapping[str, str]:
-    """Broker settings for TLS with a certificate of its own, and ``ca.pem`` to trust it by."""
-    if shutil.which("openssl") is None:
-        missing("openssl is not installed")
-    key, certificate = folder / "key.pem", folder / "ca.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    store = folder / "store.pem"
-    store.write_text(key.read_text() + certificate.read_text())
-    return {"ssl.keystore.location": str(store), "ssl.keystore.type": "PEM"}
-
-
-@pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    """A running Apache Kafka, with a port for TLS and one for passwords."""
-    folder = tmp_path_factory.mktemp("tls")
-    running = Kafka(
-        **tls_files(folder),
-        **{
-            "sasl.enabled.mechanisms": "PLAIN",
-            "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
-                "org.apache.kafka.common.security.plain.PlainLoginModule required "
-                f'user_ann="{PASSWORD}";'
-            ),
-        },
-    )
-    running.ca = str(folder / "ca.pem")
-    running.start()
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def prefix() -> str:
-    """A prefix that no other test uses."""
-    return f"t{uuid.uuid4().hex[:8]}"
 
 
 def read_all(kafka: Kafka, prefix: str, count: int) -> list[Any]:

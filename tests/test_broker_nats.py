@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,21 +19,6 @@ from pgsignals.testing.conformance import (
 )
 from pgsignals_nats import NatsBroadcaster, NatsSource
 from tests.brokers import Nats, free_port
-
-
-@pytest.fixture(scope="session")
-def nats_server() -> Iterator[Nats]:
-    """A running nats-server with JetStream."""
-    running = Nats()
-    running.start()
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def prefix() -> str:
-    """A prefix that no other test uses."""
-    return f"t{uuid.uuid4().hex[:8]}"
 
 
 def read_all(server: Nats, prefix: str, count: int) -> list[tuple[Mapping[str, str], bytes]]:
