@@ -10,11 +10,13 @@ from django.core import checks
 
 from ...connection import connect, dsn_of, redact
 from ...errors import ConfigurationError, DatabaseError, TableError
+from ...outbox import schema
 from ...runs import all_resolvers
 from ...triggers.catalogue import read_installed
 from ...triggers.definitions import define
 from ...triggers.installer import MISSING, OUTDATED, State, plan
-from .conf import database, options
+from ..migrations import is_durable
+from .conf import database, default_delivery, options
 
 _HINT = (
     "Run `manage.py pgsignals install` as the tables' owner, or add the operation InstallWatchers "
@@ -34,7 +36,7 @@ def check_triggers(
         return []
     try:
         chosen = options()
-        states = _states(chosen)
+        found = _differences(chosen)
     except ConfigurationError as error:
         return [checks.Error(str(error), id="pgsignals.E001")]
     except (DatabaseError, psycopg2.Error) as error:
@@ -47,28 +49,33 @@ def check_triggers(
     automatic = chosen.get("install", "auto") == "auto"
     kind = checks.Info if automatic else checks.Warning
     return [
-        kind(_text(state), hint=_HINT, id=f"pgsignals.{'I' if automatic else 'W'}001")
-        for state in states
-        if state.status in (MISSING, OUTDATED)
+        kind(text, hint=_HINT, id=f"pgsignals.{'I' if automatic else 'W'}001") for text in found
     ]
 
 
-def _states(chosen: dict[str, Any]) -> list[State]:
+def _differences(chosen: dict[str, Any]) -> list[str]:
+    durable = is_durable(default_delivery())
     namespace = chosen.get("namespace", "default")
     resolvers = all_resolvers(chosen.get("resolvers", ()))
     triggers = []
+    texts = []
     connection = connect(dsn_of(chosen["dsn"]))
     try:
         with connection.cursor() as cursor:
             for watcher in chosen["watchers"]:
                 try:
-                    found = define(cursor, [watcher], resolvers, namespace)
+                    found = define(cursor, [watcher], resolvers, namespace, durable)
                 except TableError:
                     continue
                 triggers += [definition.trigger for definition in found]
-            return plan(triggers, read_installed(cursor, namespace)).states
+            if durable and triggers and schema.read_version(cursor) < schema.VERSION:
+                texts.append(
+                    f"The schema {schema.NAME}, which the outbox needs, is missing or outdated."
+                )
+            states = plan(triggers, read_installed(cursor, namespace)).states
     finally:
         connection.close()
+    return texts + [_text(each) for each in states if each.status in (MISSING, OUTDATED)]
 
 
 def _text(state: State) -> str:
