@@ -289,6 +289,18 @@ def test_the_outbox(migrated: Project, db: Database) -> None:
     assert db("SELECT 1 FROM pg_namespace WHERE nspname = 'pgsignals'") == [(1,)]
 
 
+def test_the_check_finds_a_field_that_there_is_not(project: Project) -> None:
+    """A misspelt column is a mistake before the tables are there, and after."""
+    project.write("shop/signals.py", 'columns=["status"]', 'columns=["statuss"]')
+    for command in ("migrate", "check"):
+        failed = project.start(command, "--database", "default").end()
+        assert failed.code == 1
+        error = "\n".join(failed.err)
+        assert "'statuss', which is no field of Order (did you mean 'status'?)" in error
+        assert "pgsignals.E001" in error
+        project.run("migrate", "--skip-checks")
+
+
 def test_the_check_leaves_tables_to_the_migrations(project: Project) -> None:
     """Before the first migrate nothing is warned of; a database that is away is a warning."""
     assert project.run("migrate").err == []

@@ -9,12 +9,15 @@ import psycopg2
 from django.core import checks
 
 from ...connection import connect, dsn_of, redact
-from ...errors import ConfigurationError, DatabaseError, TableError
+from ...errors import ConfigurationError, DatabaseError, TableError, near
+from ...events import model_name
 from ...outbox import schema
 from ...runs import all_resolvers
+from ...tables import Resolver, resolve
 from ...triggers.catalogue import read_installed
 from ...triggers.definitions import define
 from ...triggers.installer import MISSING, OUTDATED, State, plan
+from ...watchers import Watcher
 from ..migrations import is_durable
 from .conf import database, default_delivery, options
 
@@ -66,6 +69,8 @@ def _differences(chosen: dict[str, Any]) -> list[str]:
                 try:
                     found = define(cursor, [watcher], resolvers, namespace, durable)
                 except TableError:
+                    # What is missing, migrations may have yet to make; but not for no field.
+                    _check_fields(watcher, resolvers)
                     continue
                 triggers += [definition.trigger for definition in found]
             if durable and triggers and schema.read_version(cursor) < schema.VERSION:
@@ -76,6 +81,19 @@ def _differences(chosen: dict[str, Any]) -> list[str]:
     finally:
         connection.close()
     return texts + [_text(each) for each in states if each.status in (MISSING, OUTDATED)]
+
+
+def _check_fields(watcher: Watcher, resolvers: Sequence[Resolver]) -> None:
+    """Raise ConfigurationError for a column that the model, too, does not have."""
+    ref, _ = resolve(watcher.model, resolvers)
+    known = {*ref.attributes, *ref.attributes.values()}
+    for name in (*watcher.columns, *watcher.extra):
+        if known and name not in known:
+            raise ConfigurationError(
+                f"The watcher {watcher} asks for {name!r}, which is no field of "
+                f"{model_name(watcher.model)}{near(name, ref.attributes)} "
+                f"Its fields: {', '.join(ref.attributes)}."
+            )
 
 
 def _text(state: State) -> str:
