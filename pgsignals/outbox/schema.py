@@ -202,6 +202,38 @@ def upgrade_statements(cursor: Cursor, version: int) -> list[str]:
     return found
 
 
+def ensuring_statement() -> str:
+    """One statement that leads from any version to the current one, wherever and whenever it runs.
+
+    For migrations: they are written long before they run, on databases that may have the schema
+    already, or a newer one, which is left alone.
+    """
+    lines = []
+    for version, step in enumerate(UPGRADES, 1):
+        lines.append(f"  IF version < {version} THEN")
+        for statement in (*step, f"COMMENT ON SCHEMA pgsignals IS '{_comment(version)}'"):
+            lines.append(f"    EXECUTE $step${statement}$step$;")
+        lines.append("  END IF;")
+    return "\n".join(
+        (
+            "DO $pgsignals$ DECLARE",
+            "  comment text := (",
+            "    SELECT coalesce(pg_catalog.obj_description(oid, 'pg_namespace'), '')",
+            f"    FROM pg_catalog.pg_namespace WHERE nspname = '{NAME}');",
+            "  version int := 0;",
+            "BEGIN",
+            "  IF comment IS NOT NULL THEN",
+            f"    version := pg_catalog.substring(comment, '^{_comment(0)[:-1]}([0-9]+)$');",
+            "    IF version IS NULL THEN",
+            f"      RAISE EXCEPTION 'there is a schema {NAME} that pgsignals did not make';",
+            "    END IF;",
+            "  END IF;",
+            *lines,
+            "END $pgsignals$",
+        )
+    )
+
+
 def install_schema(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> bool:
     """Make or upgrade the schema, in one transaction; whether there was anything to do.
 
