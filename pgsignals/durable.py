@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from .payload import Cast, Decoder, Layout
 from .relaying import Relay, relay_consumers
 from .runs import Audience, Lag, Settings
 from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
+from .tailing import Tail
 from .triggers import names
 from .triggers.definitions import Definition, define
 from .triggers.installer import check, install, prune
@@ -84,6 +86,8 @@ class DurableRun:
             )
         ]
         self._housekeeper = Housekeeper(settings.dsn, settings.timing.timeout)
+        self._tail: Tail | None = None
+        self._tail_lock = threading.Lock()
 
     def start(self) -> None:
         """See Run."""
@@ -111,6 +115,8 @@ class DurableRun:
         for relay in self._relays:
             drained = relay.stop(left()) and drained
         self._housekeeper.stop(left())
+        if self._tail is not None:
+            self._tail.stop(left())
         return drained
 
     def abandon(self) -> None:
@@ -119,6 +125,24 @@ class DurableRun:
         for relay in self._relays:
             relay.abandon()
         self._housekeeper.abandon()
+        if self._tail is not None:
+            self._tail.abandon()
+
+    def tail(self) -> Tail:
+        """What reads the outbox for those who keep their places themselves; made when asked for.
+
+        Raises ConnectError and the other kinds of DatabaseError.
+        """
+        with self._tail_lock:
+            if self._tail is None:
+                tail = Tail(self._settings, lambda: self._definitions, self.decoders)
+                try:
+                    tail.start()
+                except BaseException:
+                    tail.stop(0)
+                    raise
+                self._tail = tail
+            return self._tail
 
     def settle(self, call: Callable[[], None]) -> None:
         """See Run."""

@@ -37,6 +37,7 @@ from .sources.notify import Timing
 from .sources.outbox import Consumer
 from .streams import Ending, Stream
 from .tables import Resolver
+from .tailing import Tail
 from .termination import termination
 from .triggers.installer import Limits
 from .urls import scheme_of
@@ -585,6 +586,11 @@ class Hub:
         meter.gauge("queue_depth", lambda: float(self.health().depth))
         meter.gauge("oldest_seconds", lambda: self.health().oldest)
         meter.gauge("lag_seconds", lambda: self.health().lag)
+
+    def _tail(self) -> Tail | None:
+        """What reads the outbox for browsers; None in another delivery. Raises DatabaseError."""
+        run = self._run
+        return run.tail() if isinstance(run, DurableRun) else None
 
     def _settle(self, timeout: float) -> bool:
         """Wait until receivers have handled all that is committed by now; whether they have."""

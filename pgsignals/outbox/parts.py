@@ -58,6 +58,14 @@ class Part:
         self.pages.append(page)
         return page
 
+    def start_at(self, look: Look, first: int, given_out: int) -> None:
+        """Leave out what ``look`` sees; transactions from ``first`` on have ids above given_out."""
+        began_before = look.snapshot.xmin < first
+        floor = self.acknowledged.floor if began_before else given_out
+        self.acknowledged = Cursor(look.snapshot, floor)
+        self._begin(self.acknowledged, None)
+        self.floors.note(first, given_out)
+
     def _window_to(self, target: Snapshot) -> Window:
         window = Window.between(self.since, target, 0)
         after = min(self.floors.below(x) for x in (self.since.xmax, *window.ended))

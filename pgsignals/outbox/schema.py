@@ -55,12 +55,16 @@ _VERSION_1 = (
     """CREATE TABLE pgsignals.settings (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   retention_seconds double precision NOT NULL,
-  retention_bytes bigint NOT NULL
+  retention_bytes bigint NOT NULL,
+  keep_seconds double precision,
+  place_key uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid()
 )""",
     f"INSERT INTO pgsignals.settings VALUES (true, {RETENTION_SECONDS}, {RETENTION_BYTES})",
     """CREATE TABLE pgsignals.slots (
   slot smallint PRIMARY KEY,
-  opened_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+  opened_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+  emptied_id bigint,
+  emptied_snapshot text
 )""",
     "INSERT INTO pgsignals.slots VALUES (0)",
     """CREATE TABLE pgsignals.channels (
