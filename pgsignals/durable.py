@@ -52,6 +52,7 @@ class DurableRun:
         self._meter = meter
         self._consumer = consumer
         self._definitions: list[Definition] = []
+        self._was_active = False
         self._moved: Mapping[int, tuple[str, str]] = {}
         self._problem: ConfigurationError | None = None
         self._pruned = not settings.prune
@@ -79,7 +80,9 @@ class DurableRun:
                 broadcasters, relay_consumers(consumer, broadcasters), strict=True
             )
         ]
-        self._housekeeper = Housekeeper(settings.dsn, settings.timing.timeout)
+        self._housekeeper = Housekeeper(
+            settings.dsn, settings.timing.timeout, self._remove_former_triggers
+        )
 
     def start(self) -> None:
         """See Run."""
@@ -242,6 +245,17 @@ class DurableRun:
                     decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
                 found[key] = ChannelDecoder(decoder, until)
         return found
+
+    def _remove_former_triggers(self, cursor: Cursor) -> None:
+        """What only former definitions of our consumer needed goes when this process reads for it.
+
+        The start comes too early for that: until the claim, the consumer may be another's.
+        """
+        settings = self._settings
+        was_active, self._was_active = self._was_active, self.source.is_active
+        if self._was_active and not was_active and settings.install == "auto" and settings.prune:
+            fitting = [each.trigger for each in self._definitions if not isinstance(each, Remains)]
+            prune(cursor, settings.namespace, fitting, limits=settings.limits)
 
     @property
     def full(self) -> bool:

@@ -12,9 +12,11 @@ from conftest import DEADLINE, Database, Recorder
 import pgsignals
 from pgsignals.outbox import housekeeping
 from pgsignals.outbox.housekeeping import tidy
+from pgsignals.outbox.inspection import read_outbox
 from pgsignals.triggers import names
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import prune
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -546,6 +548,66 @@ def test_a_former_definition_goes(hub: pgsignals.Hub, shop: Database, recorder: 
         hub.start(shop.dsn, [watcher], delivery="outbox", name="mailer")
         hub.stop()
     assert shop("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pgsignals%'") == [(1,)]
+
+
+def triggers(shop: Database) -> int:
+    [(count,)] = shop("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pgsignals%'")
+    assert isinstance(count, int)
+    return count
+
+
+def test_a_former_definition_goes_at_once(
+    hub: pgsignals.Hub, shop: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its triggers are removed as soon as no process and no consumer needs them any more."""
+    monkeypatch.setattr(housekeeping, "EVERY_SECONDS", 0.05)
+    former = pgsignals.Hub()
+    start(former, shop)
+    assert triggers(shop) == 3
+    watcher = pgsignals.watch("items", "inserted", extra=["name"])
+    try:
+        hub.start(shop.dsn, [watcher], delivery="outbox", name="mailer")
+        assert not hub.status().active
+        assert triggers(shop) == 4
+    finally:
+        former.stop()
+    eventually(lambda: triggers(shop), lambda count: count == 1)
+
+
+def test_the_lag_of_a_former_definition(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """What a former definition's trigger wrote counts until it is acknowledged, and once."""
+    start(hub, shop)
+    assert hub.stop()
+    shop("INSERT INTO items SELECT generate_series(1, 5)")
+    going, held = threading.Event(), threading.Event()
+
+    @hub.on("items", "inserted")
+    def receive(event: pgsignals.Event) -> None:
+        recorder(event)
+        going.set()
+        held.wait(DEADLINE)
+
+    watcher = pgsignals.watch("items", "inserted", extra=["name"])
+    hub.start(shop.dsn, [watcher], delivery="outbox", name="mailer", prune=False)
+    try:
+        assert going.wait(DEADLINE)
+        shop("INSERT INTO items VALUES (6), (7)")
+        # Three operations, of which one is watched still.
+        shop("DELETE FROM items WHERE id = 6")
+        with shop.connection.cursor() as cursor:
+            [consumer] = read_outbox(cursor).consumers
+    finally:
+        held.set()
+    assert consumer.lag == 7
+    first = recorder.wait(7)[0]
+    assert (consumer.oldest, consumer.oldest_at) == (first.uid, first.at)
+    assert consumer.lag_seconds > 0
+    acknowledged(hub, 7)
+    with shop.connection.cursor() as cursor:
+        [consumer] = read_outbox(cursor).consumers
+    assert (consumer.lag, consumer.lag_seconds, consumer.oldest) == (0, 0.0, None)
 
 
 def test_a_schema_of_somebody_else(hub: pgsignals.Hub, shop: Database) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import ConfigurationError, TableError
+from ..errors import ConfigurationError, PayloadError, TableError
 from ..events import Topic, model_name
 from ..payload import Cast, Decoder, Layout
 from ..tables import Resolver, Table, describe, resolve
@@ -48,6 +48,16 @@ def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, int | None]:
     for channel in known.values():
         if channel.key != own and channel.layout.identity == present.layout.identity:
             found[channel.key] = present.since
+    return found
+
+
+def read_channels(cursor: Cursor) -> dict[int, Channel]:
+    """All channels that are known, but for those of a later version, whose processes know them."""
+    cursor.execute("SELECT channel, since, definition FROM pgsignals.channels")
+    found = {}
+    for key, since, text in cursor.fetchall():
+        with contextlib.suppress(PayloadError):
+            found[key] = Channel(key, since, Layout.decode(text))
     return found
 
 
