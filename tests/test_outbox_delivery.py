@@ -218,6 +218,65 @@ def test_later_events_of_the_record(
     assert [event.values["n"] for event in recorder.wait(3)] == expected
 
 
+# What fails at first, and what its receiver gets of these, in turn.
+KEY_CHANGES = {
+    "behind the former key": (
+        "inserted 1",
+        "INSERT INTO items VALUES (1); UPDATE items SET id = 2; UPDATE items SET n = 1;"
+        " INSERT INTO items VALUES (3)",
+        ["inserted 3", "inserted 1", "updated 2", "updated 2"],
+    ),
+    "behind the new key": (
+        "deleted 2",
+        "INSERT INTO items VALUES (1), (2); DELETE FROM items WHERE id = 2;"
+        " UPDATE items SET id = 2; INSERT INTO items VALUES (3)",
+        ["inserted 1", "inserted 2", "inserted 3", "deleted 2", "updated 2"],
+    ),
+    "before either key": (
+        "updated 2",
+        "INSERT INTO items VALUES (1); UPDATE items SET id = 2; INSERT INTO items VALUES (1);"
+        " DELETE FROM items WHERE id = 2; INSERT INTO items VALUES (3)",
+        ["inserted 1", "inserted 3", "updated 2", "deleted 2", "inserted 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("parked", [False, True], ids=["taken at last", "parked"])
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("case", KEY_CHANGES)
+def test_later_events_of_a_record_that_changes_its_key(
+    hub: pgsignals.Hub, db: Database, recorder: Recorder, case: str, workers: int, parked: bool
+) -> None:
+    """An update that changes a key waits for both keys, and what comes later for it."""
+    failing, statements, expected = KEY_CHANGES[case]
+    db("CREATE TABLE items (id bigint PRIMARY KEY, name text, n int NOT NULL DEFAULT 0)")
+    broken = threading.Event()
+
+    @hub.on("items", retries=3 if not parked else 1, backoff=0.3)
+    def receive(event: pgsignals.Event) -> None:
+        what = f"{event.op} {event.id}"
+        if what == failing and (parked or not broken.is_set()):
+            broken.set()
+            raise ValueError
+        recorder(what)
+
+    start(hub, db, workers=workers)
+    for statement in statements.split(";"):
+        db(statement)
+    expected = [each for each in expected if each != failing or not parked]
+    found = recorder.wait(len(expected))
+    # Of different records, several workers keep no order.
+    for key in "12":
+        own = [each for each in found if each in (f"{each[:-1]}{key}", "updated 2")]
+        assert own == [each for each in expected if each in (f"{each[:-1]}{key}", "updated 2")]
+    if workers == 1:
+        assert found == expected
+    acknowledged(hub, len(expected) + parked)
+    assert hub.status().retrying == 0
+    letters = db("SELECT count(*) FROM pgsignals.dead_letters")
+    assert letters == [(int(parked),)]
+
+
 def test_what_was_not_acknowledged(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
     """An event whose receiver had not taken it at stop() comes again, with its uid, and says so."""
     failed = Recorder()
