@@ -21,6 +21,16 @@ from .inspection import Health, Status, read_queue_usage, read_states
 from .metrics import Meter
 from .outbox import schema
 from .outbox.backfill import request
+from .outbox.channels import (
+    Channel,
+    Remains,
+    define_for,
+    former_topic,
+    moved,
+    note_moved,
+    read_moved,
+    wanted,
+)
 from .outbox.housekeeping import Housekeeper
 from .outbox.inspection import read_outbox
 from .outbox.pages import Page
@@ -53,6 +63,8 @@ class DurableRun:
         self._consumer = consumer
         self._definitions: list[Definition] = []
         self._snapshots: list[SnapshotTopic] = []
+        self._was_active = False
+        self._moved: Mapping[int, tuple[str, str]] = {}
         self._problem: ConfigurationError | None = None
         self._pruned = not settings.prune
         self._receiving = settings.workers > 0
@@ -85,7 +97,9 @@ class DurableRun:
                 strict=True,
             )
         ]
-        self._housekeeper = Housekeeper(settings.dsn, settings.timing.timeout)
+        self._housekeeper = Housekeeper(
+            settings.dsn, settings.timing.timeout, self._remove_former_triggers
+        )
         self._tail: Tail | None = None
         self._tail_lock = threading.Lock()
 
@@ -210,14 +224,12 @@ class DurableRun:
 
     def define(self, cursor: Cursor) -> list[Definition]:
         """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
-        settings = self._settings
         self._problem = None
         try:
-            definitions = define(
-                cursor, settings.watchers, settings.resolvers, settings.namespace, durable=True
-            )
+            definitions = self._resolve(cursor)
+            present = [each for each in definitions if not isinstance(each, Remains)]
             # What a process without a name has missed is not the outbox's to know.
-            snapshots = [] if self._consumer.name is None else snapshot_topics(definitions)
+            snapshots = [] if self._consumer.name is None else snapshot_topics(present)
             topics = [each.topic for each in definitions] + [each.topic for each in snapshots]
             self._audience.registry.bind(topics if self._receiving else ())
         except ConfigurationError as error:
@@ -231,10 +243,18 @@ class DurableRun:
                 self._meter.count("events", 0, **definition.topic.fields)
         return self._definitions
 
+    def _resolve(self, cursor: Cursor) -> list[Definition]:
+        settings, name = self._settings, self._consumer.name
+        resolvers, namespace = settings.resolvers, settings.namespace
+        if name is None:
+            return define(cursor, settings.watchers, resolvers, namespace, durable=True)
+        return define_for(cursor, name, settings.watchers, resolvers, namespace)
+
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
         """See that the schema and the triggers are there, as far as the settings allow."""
         settings = self._settings
-        triggers = [definition.trigger for definition in definitions]
+        fitting = [each for each in definitions if not isinstance(each, Remains)]
+        triggers = [definition.trigger for definition in fitting]
         if settings.install == "auto":
             schema.install_schema(cursor, settings.limits)
         elif settings.install == "check":
@@ -243,37 +263,40 @@ class DurableRun:
             return
         if settings.install == "auto":
             install(cursor, settings.namespace, triggers, settings.limits)
+            self._moved = read_moved(cursor, settings.namespace, fitting)
+            note_moved(cursor, self._moved)
             if not self._pruned:
                 prune(cursor, settings.namespace, triggers, limits=settings.limits)
                 self._pruned = True
         elif settings.install == "check":
             check(cursor, settings.namespace, triggers)
+            self._moved = read_moved(cursor, settings.namespace, fitting)
 
     def decoders(
         self, channels: Sequence[tuple[int, int, str]], cast: Cast
     ) -> Mapping[int, ChannelDecoder]:
-        """How to read each channel of a watcher, those of its former definitions too.
-
-        While the triggers of two definitions are there, each change comes through both: of the
-        other one's rows, only those from before our own trigger was installed are ours to deliver.
-        """
-        layouts = {channel: (since, Layout.decode(text)) for channel, since, text in channels}
+        """How to read each channel of a watcher, those of its former definitions too."""
+        known = {
+            key: Channel(key, since, moved(Layout.decode(text), self._moved.get(key)))
+            for key, since, text in channels
+        }
         found: dict[int, ChannelDecoder] = {}
         for definition in self._definitions:
             own = names.channel_key(definition.trigger.hash)
-            if own not in layouts:
+            if own not in known:
                 raise DriftError(
                     f"The schema {schema.NAME!r} does not know the trigger for {definition}: it "
                     "was installed before the schema was made anew. Run `pgsignals uninstall` and "
                     "then `pgsignals install --delivery outbox`."
                 )
-            began, layout = layouts[own]
-            found[own] = ChannelDecoder(definition.decoder(cast))
-            for channel, (_, former) in layouts.items():
-                if channel != own and former.identity == layout.identity:
-                    topic = _former_topic(definition.topic, former)
+            for key, until in wanted(own, known).items():
+                if key == own:
+                    decoder = definition.decoder(cast)
+                else:
+                    former = known[key].layout
+                    topic = former_topic(definition.topic, former)
                     decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
-                    found[channel] = ChannelDecoder(decoder, began)
+                found[key] = ChannelDecoder(decoder, until)
         for each in self._snapshots:
             found[each.channel] = ChannelDecoder(each.decoder(cast))
         return found
@@ -342,6 +365,17 @@ class DurableRun:
             f"{near(model_name(target), known)} Watched are {', '.join(known)}."
         )
 
+    def _remove_former_triggers(self, cursor: Cursor) -> None:
+        """What only former definitions of our consumer needed goes when this process reads for it.
+
+        The start comes too early for that: until the claim, the consumer may be another's.
+        """
+        settings = self._settings
+        was_active, self._was_active = self._was_active, self.source.is_active
+        if self._was_active and not was_active and settings.install == "auto" and settings.prune:
+            fitting = [each.trigger for each in self._definitions if not isinstance(each, Remains)]
+            prune(cursor, settings.namespace, fitting, limits=settings.limits)
+
     @property
     def full(self) -> bool:
         """See DurableSink."""
@@ -404,13 +438,3 @@ class DurableRun:
             payload = message.letter(event._number)
             letter = replace(letter, number=0, id=None, payload=payload)
         self.source.bury(letter, kept)
-
-
-def _former_topic(topic: Topic, layout: Layout) -> Topic:
-    return replace(
-        topic,
-        key=layout.key,
-        values=layout.values,
-        compared=layout.compared,
-        name=layout.name,
-    )

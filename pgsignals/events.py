@@ -99,6 +99,11 @@ class Topic:
         return {"table": f"{self.schema}.{self.table}", "op": self.op}
 
 
+def event_uid(name: str, txid: int, sequence: int, number: int) -> str:
+    """An event's uid: ``name`` is its topic's, ``number`` counts the rows of its message."""
+    return f"{name}-{txid:x}-{sequence:x}-{number:x}"
+
+
 class Message(msgspec.Struct, eq=False):
     """A decoded message: rows of one statement that belong to one topic.
 
@@ -132,7 +137,7 @@ class Message(msgspec.Struct, eq=False):
 
     def uid(self, number: int) -> str:
         """What names the event of one row, here and wherever it travels."""
-        return f"{self.topic.name}-{self.txid:x}-{self.sequence:x}-{number:x}"
+        return event_uid(self.topic.name, self.txid, self.sequence, number)
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):

@@ -61,7 +61,17 @@ def test_consumers(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None
     [found] = json.loads(text(run("consumers", "list", "--json", "--dsn", dsn).out))["consumers"]
     assert (found["name"], found["active"], found["lag"]) == ("mailer", False, 10)
     status = run("status", "--dsn", dsn)
-    assert "1 consumer" in text(status.out)
+    assert "in 1 partition and 1 consumer" in text(status.out)
+    assert found["oldest"] in text(status.out)
+    assert text(status.out).count("nobody reads") == 1
+    outbox = json.loads(text(run("status", "--json", "--dsn", dsn).out))["outbox"]
+    [again] = outbox["consumers"]
+    assert outbox["partitions"] == 1
+    assert outbox["bytes"] > 0
+    assert (again["lag"], again["oldest"]) == (10, found["oldest"])
+    assert again["lag_seconds"] >= found["lag_seconds"] > 0
+    assert datetime.fromisoformat(again["oldest_at"]) > recorder.items[0].at
+    assert (again["dead_letters"], again["lost_until"]) == (0, None)
     assert run("consumers", "reset", "mailer", "--to", "now", "--dsn", dsn).code == 0
     hub.start(dsn, ["orders"], delivery="outbox", name="mailer")
     db("INSERT INTO orders VALUES (12)")
@@ -262,6 +272,7 @@ def test_a_reset_forgets_no_loss(dsn: str, db: Database, hub: Hub, recorder: Rec
     hub.start(dsn, ["orders"], delivery="outbox", name="mailer")
     assert hub.stop()
     db("UPDATE pgsignals.consumers SET lost_until = now()")
+    assert "mailer will get a Gap" in text(run("status", "--dsn", dsn).out)
     db("SELECT nextval('pgsignals.outbox_shed')")
     assert run("consumers", "reset", "mailer", "--to", "earliest", "--dsn", dsn).code == 0
     hub.on_gap(recorder)

@@ -38,7 +38,17 @@ def print_outbox(outbox: OutboxState) -> None:
     )
     if outbox.consumers:
         print_table(
-            ("CONSUMER", "PART", "STATE", "LAG", "SECONDS", "ACKNOWLEDGED", "DEAD LETTERS"),
+            (
+                "CONSUMER",
+                "PART",
+                "STATE",
+                "LAG",
+                "SECONDS",
+                "OLDEST",
+                "EVENT",
+                "ACKNOWLEDGED",
+                "DEAD LETTERS",
+            ),
             [
                 (
                     each.name,
@@ -46,12 +56,19 @@ def print_outbox(outbox: OutboxState) -> None:
                     "active" if each.active else "nobody reads",
                     str(each.lag),
                     f"{each.lag_seconds:.1f}",
+                    "" if each.oldest_at is None else f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
+                    each.oldest or "",
                     str(each.acknowledged),
                     str(each.dead_letters),
                 )
                 for each in outbox.consumers
             ],
         )
+    for each in outbox.consumers:
+        if each.lost_until is not None:
+            click.echo(
+                f"{each.name} will get a Gap: events of before {each.lost_until} were dropped."
+            )
 
 
 def _run(dsn: str, act: Callable[[Cursor], Any]) -> Any:

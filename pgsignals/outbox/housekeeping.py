@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from ..connection import connect, redact
-from ..errors import ConnectError
+from ..errors import PgSignalsError
 from ..triggers import names
 from .cursors import Snapshot
 from .schema import SLOTS
@@ -57,12 +57,16 @@ class _Reader:
 class Housekeeper:
     """Tidies up every few seconds, in a thread and connections of its own.
 
-    Of all the processes that have one, one at a time does it.
+    Of all the processes that have one, one at a time does it. ``chore`` is what each process has to
+    do for itself, with the same connection.
     """
 
-    def __init__(self, dsn: str, timeout: float) -> None:
+    def __init__(
+        self, dsn: str, timeout: float, chore: Callable[[Cursor], object] = lambda cursor: None
+    ) -> None:
         self._dsn = dsn
         self._timeout = timeout
+        self._chore = chore
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgsignals-housekeeper", daemon=True)
 
@@ -86,9 +90,10 @@ class Housekeeper:
                 try:
                     with connection.cursor() as cursor:
                         tidy(cursor)
+                        self._chore(cursor)
                 finally:
                     connection.close()
-            except (ConnectError, psycopg2.Error) as error:
+            except (PgSignalsError, psycopg2.Error) as error:
                 log.warning("the outbox could not be tidied up: %s", redact(str(error)).strip())
 
 
