@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import nats
 import pytest
 
+import pgsignals
 from pgsignals import BrokerError, Hub
 from pgsignals.testing.conformance import (
     DEADLINE,
@@ -19,6 +20,7 @@ from pgsignals.testing.conformance import (
 )
 from pgsignals_nats import NatsBroadcaster, NatsSource
 from tests.brokers import Nats, free_port
+from tests.conftest import Database, Recorder
 
 
 def read_all(server: Nats, prefix: str, count: int) -> list[tuple[Mapping[str, str], bytes]]:
@@ -90,3 +92,37 @@ def test_a_stream_that_is_missing(nats_server: Nats, prefix: str) -> None:
     broadcaster.close()
     with pytest.raises(BrokerError, match=rf"no stream {prefix}\."):
         Hub().start(url, ["orders"])
+
+
+def test_a_backfill(nats_server: Nats, prefix: str, dsn: str, db: Database, hub: Hub) -> None:
+    """Snapshots go through the broker to receivers elsewhere, with the values of all watchers."""
+    db("CREATE TABLE users (id int PRIMARY KEY, name text, age int)")
+    db("INSERT INTO users SELECT n, 'user ' || n, n FROM generate_series(1, 300) AS n")
+    watchers = [
+        pgsignals.watch("public.users", "updated", columns=["name"]),
+        pgsignals.watch("public.users", "inserted", extra=["age"]),
+    ]
+    url = f"{nats_server.url}?prefix={prefix}"
+    maker = NatsBroadcaster.from_url(f"{url}&create=true")
+    maker.publish([make_event(1)])
+    assert maker.flush(DEADLINE)
+    maker.close()
+    far = Hub()
+    everything, snapshots, updates = Recorder(), Recorder(), Recorder()
+    far.on("users")(everything)
+    far.on("users", "snapshot", age=7)(snapshots)
+    far.on("users", "updated")(updates)
+    hub.start(dsn, watchers, delivery="outbox", name="mailer", backends=[url])
+    try:
+        far.start(url, watchers)
+        assert hub.backfill("public.users", name="mailer/nats").wait(30)
+        events = everything.wait(300)
+        assert [event.id for event in events] == list(range(1, 301))
+        assert {event.op for event in events} == {"snapshot"}
+        [event] = snapshots.wait(1)
+        assert (event.id, event.values) == (7, {"name": "user 7", "age": 7})
+        db("UPDATE users SET name = 'last' WHERE id = 1")
+        [event] = updates.wait(1)
+        assert event.id == 1
+    finally:
+        far.stop()

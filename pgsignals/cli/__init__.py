@@ -7,6 +7,7 @@ import click
 from pgsignals import __version__
 from pgsignals.plugins import load_plugins
 
+from .backfill import backfill, backfills
 from .demo import demo
 from .doctor import doctor
 from .groups import ErrorsAsMessages, log_to_stderr
@@ -61,6 +62,8 @@ def main(ctx: click.Context, verbose: bool) -> None:
 
 
 for command in (
+    backfill,
+    backfills,
     consumers,
     dead_letters,
     demo,

@@ -107,7 +107,11 @@ def cancel(cursor: Cursor, number: int) -> bool:
 def check_delivered(
     cursor: Cursor, consumer: str, schema: str, table: str, label: str | None
 ) -> None:
-    """Raise ConfigurationError unless the consumer's watchers deliver this table or label."""
+    """Raise ConfigurationError unless the consumer's watchers deliver this table or label.
+
+    Raises DatabaseError for a consumer that is not there.
+    """
+    _parts(cursor, consumer)
     cursor.execute(
         "SELECT DISTINCT d.definition FROM pgsignals.consumers AS c"
         " JOIN pgsignals.channels AS d ON d.channel = ANY (c.channels) WHERE c.name = %s",
