@@ -14,6 +14,7 @@ from .install import install, uninstall
 from .outbox import consumers, dead_letters
 from .output import examples
 from .plugins import plugins
+from .retention import retention
 from .sql import sql
 from .status import status
 from .watch import watch
@@ -66,6 +67,7 @@ for command in (
     doctor,
     install,
     plugins,
+    retention,
     sql,
     status,
     uninstall,
