@@ -16,6 +16,7 @@ from .outbox import consumers, dead_letters
 from .output import examples
 from .plugins import plugins
 from .relay import relay
+from .retention import retention
 from .sql import sql
 from .status import status
 from .watch import watch
@@ -71,6 +72,7 @@ for command in (
     install,
     plugins,
     relay,
+    retention,
     sql,
     status,
     uninstall,
