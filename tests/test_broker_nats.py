@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -106,3 +108,29 @@ def test_a_stream_that_is_missing(nats_server: Nats, prefix: str) -> None:
     broadcaster.close()
     with pytest.raises(BrokerError, match=rf"no stream {prefix}\."):
         Hub().start(url, ["orders"])
+
+
+def test_a_server_without_tls_is_told_nothing(prefix: str) -> None:
+    """With tls=true the password does not go to a server that offers no TLS."""
+    heard = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def listen() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(b'INFO {"server_id":"a","max_payload":1048576}\r\n')
+                    while piece := connection.recv(1024):
+                        heard.extend(piece)
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        url = f"nats://ann:s3cret@127.0.0.1:{port}/?prefix={prefix}&tls=true"
+        broadcaster = NatsBroadcaster.from_url(url)
+        with pytest.raises(BrokerError, match=r"TLS failed.*the server offers none"):
+            broadcaster.flush(5.0)
+        broadcaster.close()
+        thread.join(DEADLINE)
+    assert not thread.is_alive()
+    assert bytes(heard) == b""

@@ -70,6 +70,8 @@ class Command(BaseCommand):
             given += ["--namespace", chosen["namespace"]]
         if subcommand != "uninstall":
             given += ["--app", "pgsignals.contrib.django:watchers"]
+        if subcommand == "relay" and "install" in chosen:
+            given += ["--install", chosen["install"]]
         try:
             code = main.main(
                 [subcommand, *given, *arguments],
