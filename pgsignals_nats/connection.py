@@ -72,6 +72,8 @@ class _Client(Client):
         """The first that is sent, with the credentials; TLS, if there is any, has begun."""
         self.is_encrypted = bool(self._server_info.get("tls_required"))
         if "tls" in self.options and not self.is_encrypted:
+            if self._transport is not None:
+                self._transport.close()
             raise ssl.SSLError(_NO_TLS)
         return super()._connect_command()
 
