@@ -23,7 +23,7 @@ import yaml
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
-from pgsignals import ConfigurationError
+from pgsignals import ConfigurationError, Hub
 from pgsignals.cli import main
 from pgsignals.cli.relay_config import look_up_secret, read_config
 from pgsignals.plugins import load_plugins
@@ -740,6 +740,30 @@ def test_what_counts_where_both_say_something(
     assert "inserted on public.orders is MISSING" in both
 
 
+def test_beside_an_application(
+    nats_broker: NatsBroker,
+    prefix: str,
+    db: Database,
+    hub: Hub,
+    start: Callable[..., Program],
+) -> None:
+    """The triggers of an application of the same namespace stay, though nobody listens now."""
+    hub.start(db.dsn, ["orders"])
+    hub.stop()
+    relay = start(
+        *("--watch", "orders", "--name", "shop"),
+        *("--to", f"{nats_broker.url}?prefix={prefix}&create=true"),
+    )
+    says(relay, "nats: active")
+    hub.start(db.dsn, ["orders"], install="check")
+    with hub.stream("orders") as events:
+        db("INSERT INTO orders DEFAULT VALUES")
+        event = events.get(DEADLINE)
+    assert event is not None
+    assert event.id == 1
+    eventually(lambda: nats_broker.ids(prefix), lambda ids: ids == [1])
+
+
 def test_of_a_flask_application(nats_broker: NatsBroker, prefix: str, db: Database) -> None:
     """``flask pgsignals relay`` has the application's database and watchers."""
     db("CREATE TABLE items (id bigserial PRIMARY KEY, tenant integer NOT NULL DEFAULT 1)")
@@ -780,12 +804,10 @@ def test_without_the_extra_of_metrics(dsn: str) -> None:
     assert "pip install 'pgsignals[metrics]'" in result.err[-1]
 
 
-def test_on_a_terminal(
-    nats_broker: NatsBroker, prefix: str, dsn: str, db: Database, tmp_path: Path
-) -> None:
+def test_on_a_terminal(nats_broker: NatsBroker, prefix: str, dsn: str, db: Database) -> None:
     """Each target has a line that is drawn again in its place, below whatever is printed."""
     shown = Terminal(
-        *("-v", "relay", "--watch", "orders", "--name", "shop"),
+        *("relay", "--watch", "orders", "--name", "shop"),
         *("--to", f"main={nats_broker.url}?prefix={prefix}&create=true"),
         *("--to", f"away=nats://127.0.0.1:{free_port()}/?prefix={prefix}"),
         dsn=dsn,
@@ -895,5 +917,5 @@ def test_of_a_django_project(
     assert checked.code == 1
     failed = [line for line in checked.out if line.startswith("fail")]
     assert [line.split()[1] for line in failed] == ["outbox:", "triggers:"]
-    assert "updated on public.shop_order is MISSING" in failed[1]
+    assert "updated on public.shop_order is OUTDATED" in failed[1]
     project.run(*arguments, *target, "--install", "auto")
