@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import nats
 import nats.errors
 import nats.js.errors
 from nats.aio.client import Client
@@ -56,6 +55,27 @@ _SETTINGS: dict[str, Callable[[str], Any]] = {
     "tls_handshake_first": lambda text: text.lower() in ("true", "yes", "1"),
     "inbox_prefix": str,
 }
+
+
+_NO_TLS = "the server offers none"
+
+
+class _Client(Client):
+    """Says nothing to a server without TLS, where that is asked for.
+
+    nats-py would go on unencrypted then, and show the password to whoever listens.
+    """
+
+    is_encrypted = False
+
+    def _connect_command(self) -> bytes:
+        """The first that is sent, with the credentials; TLS, if there is any, has begun."""
+        self.is_encrypted = bool(self._server_info.get("tls_required"))
+        if "tls" in self.options and not self.is_encrypted:
+            if self._transport is not None:
+                self._transport.close()
+            raise ssl.SSLError(_NO_TLS)
+        return super()._connect_command()
 
 
 @dataclass(frozen=True)
@@ -165,8 +185,13 @@ class Server:
                 # In the loop, since the files may be wrong.
                 if self.tls:
                     options["tls"] = self._tls()
-                connecting = nats.connect(f"nats://{host}", **options | dict(self.config))
-                return await asyncio.wait_for(connecting, 8)
+                client = _Client()
+                connecting = client.connect(f"nats://{host}", **options | dict(self.config))
+                await asyncio.wait_for(connecting, 8)
+                if self.tls and not client.is_encrypted:
+                    await client.close()
+                    raise ssl.SSLError(_NO_TLS)
+                return client
             except (OSError, nats.errors.Error, asyncio.TimeoutError, ValueError) as error:
                 failure = met[-1] if met else error
                 log.debug("%s: %r", host, error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -126,3 +128,28 @@ def test_a_backfill(nats_server: Nats, prefix: str, dsn: str, db: Database, hub:
         assert event.id == 1
     finally:
         far.stop()
+
+
+def test_a_server_without_tls_is_told_nothing(prefix: str) -> None:
+    """With tls=true the password does not go to a server that offers no TLS."""
+    heard = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def listen() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b'INFO {"server_id":"a","max_payload":1048576}\r\n')
+                while piece := connection.recv(1024):
+                    heard.extend(piece)
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        url = f"nats://ann:s3cret@127.0.0.1:{port}/?prefix={prefix}&tls=true"
+        broadcaster = NatsBroadcaster.from_url(url)
+        with pytest.raises(BrokerError, match=r"TLS failed.*the server offers none"):
+            broadcaster.flush(5.0)
+        broadcaster.close()
+        thread.join(DEADLINE)
+    assert not thread.is_alive()
+    assert bytes(heard) == b""

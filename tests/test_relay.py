@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import json
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import nats
 import pytest
+import yaml
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
-from pgsignals import ConfigurationError
+from pgsignals import ConfigurationError, Hub
+from pgsignals.cli import main
 from pgsignals.cli.relay_config import look_up_secret, read_config
+from pgsignals.plugins import load_plugins
 from pgsignals.testing import find_installations
 from tests.brokers import Kafka, Nats, free_port
 from tests.commands import Command, Program, Result, run
 from tests.conftest import DEADLINE, Database
+from tests.test_cli_terminal import Terminal
+from tests.test_django import Project
 from tests.waiting import eventually
 
 PASSWORD = "s3cret/of:ann@"
 ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "relay"
 
 # The same columns on both sides; each side has its own receivers.
 FAR = {
@@ -70,10 +81,12 @@ def everything(event):
 def inserted(event):
     say(event)
 
-@pgsignals.on_batch(Order, "updated", "deleted", every=0.0, max_size=1)
-def changed(batch):
-    for event in batch:
-        say(event)
+def changed(sender, event):
+    assert sender is Order
+    say(event)
+
+for op in ("updated", "deleted"):
+    pgsignals.signal(Order, op).connect(changed)
 """,
 }
 FAR_MAIN = """
@@ -333,7 +346,7 @@ def test_from_psql_to_far_processes(
         ("deleted", 2, {"status": "paid", "total": "5.00"}),
         ("inserted", 3, {"status": "new", "total": "3.50"}),
     ]
-    assert heard[0][2]["old"] == {"id": 2, "status": "new", "total": "2.50"}
+    assert heard[0][2]["old"] == {"status": "new", "total": "2.50"}
     for each in far:
         result = terminate(each)
         assert (result.code, result.out) == (0, [])
@@ -425,6 +438,7 @@ def test_what_is_missing_at_the_broker(
     assert f"{broker.missing} {prefix}" in line
     assert "create=true" in line
     relay = start(*arguments, "--json", "--every", "0.1")
+    assert "Relaying" in relay.err()
     db("INSERT INTO orders SELECT FROM generate_series(1, 10)")
     assert "create=true" in says(relay, broker.missing)
     broker.create(prefix)
@@ -519,7 +533,7 @@ def test_a_database_that_is_away(nats_broker: NatsBroker, prefix: str) -> None:
     )
     started = run("relay", *arguments, dsn=dsn)
     assert started.code == 1
-    assert "nothing listens there" in started.err[-1]
+    assert "nothing listens there" in started.err[0]
     checked = run("relay", *arguments, "--check", dsn=dsn)
     assert checked.code == 1
     assert [line.split()[0] for line in checked.out] == ["fail", "fail"]
@@ -726,6 +740,30 @@ def test_what_counts_where_both_say_something(
     assert "inserted on public.orders is MISSING" in both
 
 
+def test_beside_an_application(
+    nats_broker: NatsBroker,
+    prefix: str,
+    db: Database,
+    hub: Hub,
+    start: Callable[..., Program],
+) -> None:
+    """The triggers of an application of the same namespace stay, though nobody listens now."""
+    hub.start(db.dsn, ["orders"])
+    hub.stop()
+    relay = start(
+        *("--watch", "orders", "--name", "shop"),
+        *("--to", f"{nats_broker.url}?prefix={prefix}&create=true"),
+    )
+    says(relay, "nats: active")
+    hub.start(db.dsn, ["orders"], install="check")
+    with hub.stream("orders") as events:
+        db("INSERT INTO orders DEFAULT VALUES")
+        event = events.get(DEADLINE)
+    assert event is not None
+    assert event.id == 1
+    eventually(lambda: nats_broker.ids(prefix), lambda ids: ids == [1])
+
+
 def test_of_a_flask_application(nats_broker: NatsBroker, prefix: str, db: Database) -> None:
     """``flask pgsignals relay`` has the application's database and watchers."""
     db("CREATE TABLE items (id bigserial PRIMARY KEY, tenant integer NOT NULL DEFAULT 1)")
@@ -764,3 +802,120 @@ def test_without_the_extra_of_metrics(dsn: str) -> None:
     ).end()
     assert result.code == 1
     assert "pip install 'pgsignals[metrics]'" in result.err[-1]
+
+
+def test_on_a_terminal(nats_broker: NatsBroker, prefix: str, dsn: str, db: Database) -> None:
+    """Each target has a line that is drawn again in its place, below whatever is printed."""
+    shown = Terminal(
+        *("relay", "--watch", "orders", "--name", "shop"),
+        *("--to", f"main={nats_broker.url}?prefix={prefix}&create=true"),
+        *("--to", f"away=nats://127.0.0.1:{free_port()}/?prefix={prefix}"),
+        dsn=dsn,
+    )
+    try:
+        shown.wait_for(r"main  \x1b\[32mactive\x1b\[0m +0 events  0/s  lag 0\.0 s\r\n")
+        shown.wait_for(r"away  \x1b\[31mtrying again\x1b\[0m  0 waiting, lag 0\.0 s  not conn")
+        db("INSERT INTO orders SELECT FROM generate_series(1, 1234)")
+        shown.wait_for(r"\x1b\[2F\x1b\[Jmain  \x1b\[32mactive\x1b\[0m +1,234 events")
+        shown.press(b"\x03")
+        shown.wait_for("Ending")
+        shown.press(b"\x03")
+        assert shown.end() != 0
+        assert "Traceback" not in shown.text
+    finally:
+        shown.close()
+
+
+def test_the_example(
+    kafka_broker: KafkaBroker,
+    nats_broker: NatsBroker,
+    prefix: str,
+    db: Database,
+    start: Callable[..., Program],
+) -> None:
+    """Its file passes events on to both brokers, where its README's program reads them."""
+    db("DROP TABLE orders")
+    db((EXAMPLE.parent / "schema.sql").read_text())
+    variables = {
+        "DATABASE_URL": db.dsn,
+        "KAFKA_URL": f"{kafka_broker.url}?prefix={prefix}&create=true",
+        "NATS_URL": f"{nats_broker.url}?prefix={prefix}&create=true",
+    }
+    path = str(EXAMPLE / "pgsignals.toml")
+    checked = start("--config", path, "--check", **variables).end()
+    assert checked.code == 0, checked
+    relay = start("--config", path, **variables)
+    says(relay, "nats: active")
+    readme = (EXAMPLE / "README.md").read_text()
+    [program] = re.findall(r"python -c '\n(.*?)'\n", readme, re.DOTALL)
+    url = f"{nats_broker.url}?prefix={prefix}"
+    assert "nats://localhost:4222/?prefix=shop" in program
+    program = program.replace("nats://localhost:4222/?prefix=shop", url)
+    connected = "pgsignals.connected.connect(lambda hub: print('reading', flush=True), weak=False)"
+    far = start(
+        "-c", program.replace("import pgsignals", f"import pgsignals; {connected}"), relay=False
+    )
+    assert far.out() == "reading"
+    [change] = re.findall(r"^psql \"\$DATABASE_URL\" -c \"(.*)\"$", readme, re.MULTILINE)
+    psql(db.dsn, change)
+    assert far.out() == "inserted 1 {'customer': 'Ann', 'status': 'new', 'total': Decimal('12.50')}"
+    assert terminate(relay).code == 0
+    assert kafka_broker.ids(prefix) == [1]
+
+
+def test_the_compose_file_of_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It mounts what is there, waits for what there is, and sets what the file asks for."""
+    services = yaml.safe_load((EXAMPLE / "compose.yaml").read_text())["services"]
+    assert set(services) == {"postgres", "kafka", "nats", "relay"}
+    relay = services["relay"]
+    assert set(relay["depends_on"]) <= set(services)
+    assert "healthcheck" in services["postgres"]
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            assert (EXAMPLE / volume.split(":")[0]).is_file()
+    assert (EXAMPLE / relay["build"]["context"] / relay["build"]["dockerfile"]).is_file()
+    for name, value in relay["environment"].items():
+        monkeypatch.setenv(name, value)
+    config = read_config(EXAMPLE / "pgsignals.toml")
+    hosts = {config.dsn, *(target.url for target in config.targets)}
+    assert {urlsplit(str(url)).hostname for url in hosts} == {"postgres", "kafka", "nats"}
+    for target in config.targets:
+        load_plugins().broadcaster(target.url)
+    for name in re.findall(r"^COPY (.*) \S+$", (EXAMPLE / "Dockerfile").read_text(), re.MULTILINE):
+        assert all((ROOT / each).exists() for each in name.split())
+
+
+def test_the_unit_of_the_example(tmp_path: Path) -> None:
+    """systemd takes it, and waits longer than a relay needs to end."""
+    text = (EXAMPLE / "pgsignals-relay.service").read_text()
+    unit = configparser.RawConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(text)
+    service = unit["Service"]
+    _, *arguments = service["ExecStart"].split()
+    assert arguments[0] in main.commands
+    context = main.commands["relay"].make_context("relay", arguments[1:])
+    assert int(service["TimeoutStopSec"]) > context.params["timeout"]
+    assert (service["DynamicUser"], service["Restart"]) == ("yes", "always")
+    if (tool := shutil.which("systemd-analyze")) is not None:
+        copy = tmp_path / "pgsignals-relay.service"
+        copy.write_text(text.replace("/opt/pgsignals/bin/pgsignals", sys.executable))
+        done = subprocess.run([tool, "verify", copy], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_of_a_django_project(
+    nats_broker: NatsBroker, prefix: str, dsn: str, db: Database, tmp_path: Path
+) -> None:
+    """``manage.py pgsignals relay`` has the project's database, watchers and INSTALL."""
+    db("DROP TABLE orders")
+    project = Project(tmp_path / "shop", dsn)
+    project.run("migrate")
+    arguments = ("pgsignals", "relay", "--name", "shop", "--check")
+    target = ("--to", f"{nats_broker.url}?prefix={prefix}&create=true")
+    checked = project.start(*arguments, *target).end()
+    assert checked.code == 1
+    failed = [line for line in checked.out if line.startswith("fail")]
+    assert [line.split()[1] for line in failed] == ["outbox:", "triggers:"]
+    assert "updated on public.shop_order is OUTDATED" in failed[1]
+    project.run(*arguments, *target, "--install", "auto")

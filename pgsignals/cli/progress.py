@@ -101,7 +101,8 @@ class Progress:
             text += f"  {backend.depth:,} waiting, lag {backend.lag:.1f} s  {_reason(backend)}"
         elif state == "active":
             text += f"  {backend.delivered:,} events  {rate:,.0f}/s  lag {backend.lag:.1f} s"
-        room = os.get_terminal_size(sys.stderr.fileno()).columns
+        # Some terminals say that they have no columns.
+        room = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         text = printable(text)[: max(1, room - 1)]
         return text.replace(state, coloured(state, _COLOURS.get(state, "yellow")), 1)
 

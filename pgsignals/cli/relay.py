@@ -186,8 +186,7 @@ def _configured(
         raise click.UsageError("Give what to watch: --watch orders, --app, or [[watch]] in a file.")
     if not found.targets:
         raise click.UsageError(
-            "Give where events go: --to kafka://localhost:9092/?prefix=shop, or [[target]] in a "
-            "file."
+            "Give where events go: --to with the URL of a broker, or [[target]] in a file."
         )
     if not found.name:
         raise click.UsageError(
