@@ -201,12 +201,15 @@ def broker_error(cluster: Cluster, what: str, errors: Errors, error: object = No
 
 def _cause(cluster: Cluster, error: KafkaError) -> str:
     code, text = error.code(), error.str()
+    # librdkafka takes that for a failed authentication too.
+    if code == KafkaError.UNSUPPORTED_SASL_MECHANISM or "Unsupported SASL mechanism" in text:
+        return f"the brokers do not take this sasl= ({text})"
     if code in (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):
         return f"the user or the password is wrong ({text})"
-    if code == KafkaError.UNSUPPORTED_SASL_MECHANISM:
-        return f"the brokers do not take this sasl= ({text})"
     if code == KafkaError._SSL:
-        hint = "see ca=, cert=, key=" if cluster.tls else "is this a port without TLS?"
+        hint = "see ca=, cert=, key="
+        if "PLAINTEXT" in text:
+            hint = "since this seems to be a port without TLS: leave out tls=true, or correct it"
         return f"TLS failed, {hint} ({text})"
     if code == KafkaError._RESOLVE:
         return f"the host name is not known ({text})"

@@ -224,15 +224,16 @@ class Kafka(Process):
 
 
 class Nats(Process):
-    """A nats-server with JetStream."""
+    """A nats-server, with JetStream unless told otherwise."""
 
-    def __init__(self, configuration: str = "") -> None:
+    def __init__(self, configuration: str = "", *, jetstream: bool = True) -> None:
         super().__init__("nats")
         self.port = free_port()
         self._configuration = self.folder / "nats.conf"
         self._configuration.write_text(
             f'listen: "127.0.0.1:{self.port}"\n'
-            f'jetstream {{ store_dir: "{self.folder}/data", max_mem: 64M, max_file: 1G }}\n'
+            + f'jetstream {{ store_dir: "{self.folder}/data", max_mem: 64M, max_file: 1G }}\n'
+            * jetstream
             + configuration
         )
         self.url = f"nats://127.0.0.1:{self.port}/"
