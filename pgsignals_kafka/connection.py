@@ -207,15 +207,14 @@ def _cause(cluster: Cluster, error: KafkaError) -> str:
     if code in (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):
         return f"the user or the password is wrong ({text})"
     if code == KafkaError._SSL:
-        hint = "see ca=, cert=, key="
-        if "PLAINTEXT" in text:
-            hint = "since this seems to be a port without TLS: leave out tls=true, or correct it"
+        hint = "see ca=, cert=, key=" if cluster.tls else "is this a port without TLS?"
         return f"TLS failed, {hint} ({text})"
     if code == KafkaError._RESOLVE:
         return f"the host name is not known ({text})"
     if code in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
-        tls = "" if cluster.tls else ", or the port wants TLS: tls=true"
-        return f"nothing answers there: start the broker, or correct the address{tls} ({text})"
+        # What a port without TLS does when it is spoken to by TLS, and the other way round.
+        tls = "it is a port without TLS" if cluster.tls else "the port wants TLS: tls=true"
+        return f"nothing answers there: start the broker, or correct the address, or {tls} ({text})"
     return text
 
 
