@@ -95,6 +95,8 @@ class NatsSource:
         self._consumer = ""
         # The last message of the stream that has been read, or was none of ours.
         self._floor = 0
+        # Where it was skipped to a later one, and it is not known yet whether any between was ours.
+        self._skipped: int | None = None
         self._heard: datetime | None = None
         self._arrived: list[Msg] = []
         self._unsettled: dict[int, Msg] = {}
@@ -337,6 +339,8 @@ class NatsSource:
             return  # Not acknowledged: whoever comes next gets it.
         metadata = message.metadata
         sequence = metadata.sequence.stream
+        if sequence > self._floor + 1 and self._skipped is None:
+            self._skipped = self._floor + 1
         self._floor = max(self._floor, sequence)
         self._heard = metadata.timestamp
         self._unsettled[sequence] = message
@@ -394,16 +398,14 @@ class NatsSource:
         self._floor = max(self._floor, state.last_seq if not info.num_pending else delivered)
 
     def _announce_loss(self, first: int) -> None:
-        if first <= self._floor + 1:
+        expected, self._skipped = self._skipped or self._floor + 1, None
+        if first <= expected:
             return
-        detail = (
-            f"the stream {self._server.stream_name} begins at {first}, and {self._floor + 1} was "
-            "next"
-        )
+        detail = f"the stream {self._server.stream_name} begins at {first}, and {expected} was next"
         log.error("%s: events were deleted before they were read: %s", self, detail)
         now = datetime.now(timezone.utc)
         self._sink.gap(Gap(self._heard or now, now, "retention", detail))
-        self._floor = first - 1
+        self._floor = max(self._floor, first - 1)
 
     async def _leave(self) -> None:
         """Send the acknowledgements that are due, and close the connection."""

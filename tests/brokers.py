@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
 _POM = Path(__file__).parent / "kafka" / "pom.xml"
 START_SECONDS = 90.0
@@ -223,16 +224,48 @@ class Kafka(Process):
         )
 
 
-class Nats(Process):
-    """A nats-server with JetStream."""
+def read_all(kafka: Kafka, prefix: str, count: int) -> list[Any]:
+    """The first messages of all topics of the prefix, by confluent-kafka alone."""
+    consumer = Consumer({"bootstrap.servers": f"127.0.0.1:{kafka.port}", "group.id": "foreign"})
+    try:
+        topics = consumer.list_topics(timeout=30.0).topics
+        consumer.assign(
+            [
+                TopicPartition(name, number, OFFSET_BEGINNING)
+                for name, topic in topics.items()
+                if name.startswith(f"{prefix}.")
+                for number in topic.partitions
+            ]
+        )
+        found: list[Any] = []
+        while len(found) < count:
+            arrived = consumer.consume(count - len(found), timeout=30.0)
+            assert arrived, f"{len(found)} of {count}"
+            found += arrived
+        found += consumer.consume(1000, timeout=0.2)
+        return found
+    finally:
+        consumer.close()
 
-    def __init__(self, configuration: str = "") -> None:
+
+def as_written(message: Any) -> tuple[Mapping[str, str], bytes]:
+    """Attributes and data, by the Kafka binding of CloudEvents."""
+    headers = {name: value.decode() for name, value in message.headers()}
+    assert headers.pop("content-type") == "application/json"
+    return {name.removeprefix("ce_"): text for name, text in headers.items()}, message.value()
+
+
+class Nats(Process):
+    """A nats-server, with JetStream unless told otherwise."""
+
+    def __init__(self, configuration: str = "", *, jetstream: bool = True) -> None:
         super().__init__("nats")
         self.port = free_port()
         self._configuration = self.folder / "nats.conf"
         self._configuration.write_text(
             f'listen: "127.0.0.1:{self.port}"\n'
-            f'jetstream {{ store_dir: "{self.folder}/data", max_mem: 64M, max_file: 1G }}\n'
+            + f'jetstream {{ store_dir: "{self.folder}/data", max_mem: 64M, max_file: 1G }}\n'
+            * jetstream
             + configuration
         )
         self.url = f"nats://127.0.0.1:{self.port}/"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
@@ -28,39 +28,8 @@ from pgsignals.testing.conformance import (
     make_event,
 )
 from pgsignals_kafka import KafkaBroadcaster, KafkaSource
-from tests.brokers import PASSWORD, Kafka, free_port
+from tests.brokers import PASSWORD, Kafka, as_written, free_port, read_all
 from tests.conftest import Database, Recorder
-
-
-def read_all(kafka: Kafka, prefix: str, count: int) -> list[Any]:
-    """The first messages of all topics of the prefix, by confluent-kafka alone."""
-    consumer = Consumer({"bootstrap.servers": f"127.0.0.1:{kafka.port}", "group.id": "foreign"})
-    try:
-        topics = consumer.list_topics(timeout=DEADLINE).topics
-        consumer.assign(
-            [
-                TopicPartition(name, number, OFFSET_BEGINNING)
-                for name, topic in topics.items()
-                if name.startswith(f"{prefix}.")
-                for number in topic.partitions
-            ]
-        )
-        found: list[Any] = []
-        while len(found) < count:
-            arrived = consumer.consume(count - len(found), timeout=DEADLINE)
-            assert arrived, f"{len(found)} of {count}"
-            found += arrived
-        found += consumer.consume(1000, timeout=0.2)
-        return found
-    finally:
-        consumer.close()
-
-
-def as_written(message: Any) -> tuple[Mapping[str, str], bytes]:
-    """Attributes and data, by the Kafka binding of CloudEvents."""
-    headers = {name: value.decode() for name, value in message.headers()}
-    assert headers.pop("content-type") == "application/json"
-    return {name.removeprefix("ce_"): text for name, text in headers.items()}, message.value()
 
 
 class TestConformance(BroadcasterConformance):
