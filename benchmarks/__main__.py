@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def _chosen(names: list[str]) -> list[str]:
 
 def _measure(name: str, bench: Bench) -> Row:
     began = time.monotonic()
-    row = Row(now(), 0.0, bench.rounds, bench.quick)
+    row = Row(now(), os.getloadavg()[0], 0.0, bench.rounds, bench.quick)
     try:
         row.figures = ROWS[name](bench)
     except Unavailable as reason:

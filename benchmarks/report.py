@@ -24,9 +24,13 @@ _PAGE = "results.md"
 
 
 class Row(msgspec.Struct):
-    """What one row of the suite gave: its figures, or in ``problem`` why there are none."""
+    """What one row of the suite gave: its figures, or in ``problem`` why there are none.
+
+    ``load`` is how many processes wanted to run in the minute before, earlier rows' included.
+    """
 
     at: str
+    load: float
     seconds: float
     rounds: int
     quick: bool
@@ -145,7 +149,7 @@ def _page(results: Results) -> Iterator[str]:
             yield ""
             yield f"### {name}"
             yield ""
-            yield f"{row.at}, {row.rounds} rounds, {row.seconds:.0f} s."
+            yield f"{row.at}, {row.rounds} rounds, {row.seconds:.0f} s; load {row.load:.1f} before."
             yield ""
             yield from _lines(row.figures)
 

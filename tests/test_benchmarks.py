@@ -255,7 +255,7 @@ def test_a_plot_is_wellformed() -> None:
 
 
 def _row(**given: Any) -> Row:
-    return Row(at="2026-01-01 00:00 UTC", seconds=1.0, rounds=5, quick=False, **given)
+    return Row(at="2026-01-01 00:00 UTC", load=0.5, seconds=1.0, rounds=5, quick=False, **given)
 
 
 def test_results_of_several_runs(tmp_path: Path) -> None:
