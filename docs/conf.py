@@ -5,7 +5,8 @@ author = "pgsignals contributors"
 copyright = author  # noqa: A001
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+# Included by pages.
+exclude_patterns = ["_build", "benchmarks/*.md"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 
