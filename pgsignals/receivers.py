@@ -35,7 +35,8 @@ class Retrying:
     """What becomes of an event in outbox delivery when its receiver raises.
 
     The receiver is called again up to ``retries`` times, the first time after ``backoff`` seconds,
-    then after twice as long each time, a minute at most; then the event is kept as a dead letter.
+    then after twice as long each time, a minute at most; then the event is kept as a dead letter,
+    or logged and passed over where it came from a broker.
     ``later`` events of the same record ``"wait"`` until then, or ``"follow"`` at once.
     """
 
@@ -510,14 +511,16 @@ def _topic_text(topic: Topic) -> str:
 
 
 def _nearest(target: object, topics: Sequence[Topic]) -> str:
-    texts = {
-        topic.label if topic.label is not None else model_name(topic.model): topic
-        for topic in topics
-    }
     same_model = [t for t in topics if t.model is target]
     if same_model:
         return ", ".join(_topic_text(topic) for topic in same_model)
-    if not texts:
+    named: dict[str, list[Topic]] = {}
+    for topic in topics:
+        name = topic.label if topic.label is not None else model_name(topic.model)
+        named.setdefault(name, []).append(topic)
+    if not named:
         return ""
-    best = difflib.get_close_matches(model_name(target), list(texts), n=1, cutoff=0.0)
-    return _topic_text(texts[best[0]] if best else next(iter(texts.values())))
+    best = difflib.get_close_matches(model_name(target), list(named), n=1, cutoff=0.0)
+    found = named[best[0]] if best else next(iter(named.values()))
+    first = found[0].label if found[0].label is not None else found[0].model
+    return _described(first, tuple(topic.op for topic in found))

@@ -15,6 +15,8 @@ from .install import install, uninstall
 from .outbox import consumers, dead_letters
 from .output import examples
 from .plugins import plugins
+from .relay import relay
+from .retention import retention
 from .sql import sql
 from .status import status
 from .watch import watch
@@ -69,6 +71,8 @@ for command in (
     doctor,
     install,
     plugins,
+    relay,
+    retention,
     sql,
     status,
     uninstall,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime, timezone
 from typing import Any
 
 import click
@@ -37,7 +39,17 @@ def print_outbox(outbox: OutboxState) -> None:
     )
     if outbox.consumers:
         print_table(
-            ("CONSUMER", "PART", "STATE", "LAG", "SECONDS", "ACKNOWLEDGED", "DEAD LETTERS"),
+            (
+                "CONSUMER",
+                "PART",
+                "STATE",
+                "LAG",
+                "SECONDS",
+                "OLDEST",
+                "EVENT",
+                "ACKNOWLEDGED",
+                "DEAD LETTERS",
+            ),
             [
                 (
                     each.name,
@@ -45,12 +57,19 @@ def print_outbox(outbox: OutboxState) -> None:
                     "active" if each.active else "nobody reads",
                     str(each.lag),
                     f"{each.lag_seconds:.1f}",
+                    "" if each.oldest_at is None else f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
+                    each.oldest or "",
                     str(each.acknowledged),
                     str(each.dead_letters),
                 )
                 for each in outbox.consumers
             ],
         )
+    for each in outbox.consumers:
+        if each.lost_until is not None:
+            click.echo(
+                f"{each.name} will get a Gap: events of before {each.lost_until} were dropped."
+            )
     for backfill in outbox.backfills:
         click.echo(
             f"Backfill {backfill.id} of {backfill.target} for {backfill.consumer}: "
@@ -113,23 +132,52 @@ def drop_consumer(name: str, dsn: str) -> None:
     click.echo(f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it.")
 
 
-@consumers.command("reset", epilog=examples("pgsignals consumers reset mailer --to earliest"))
+def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:
+    if value in ("now", "earliest"):
+        return value
+    try:
+        # Python 3.10 does not know the Z.
+        found = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", value))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is neither 'now' nor 'earliest' nor a time such as "
+            "'2026-03-31 14:00+02:00' or, in UTC, '2026-03-31T12:00'."
+        ) from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
+
+
+@consumers.command(
+    "reset",
+    epilog=examples(
+        "pgsignals consumers reset mailer --to earliest",
+        "pgsignals consumers reset mailer --to '2026-03-31 14:00+02:00'",
+    ),
+)
 @click.argument("name")
 @click.option(
     "--to",
     "target",
     required=True,
-    type=click.Choice(("now", "earliest")),
-    help="now: skip what is there. earliest: deliver again all that the outbox still holds.",
+    metavar="now|earliest|TIME",
+    callback=_target,
+    help="now: skip what is there. earliest: deliver again all that the outbox still holds. TIME: "
+    "deliver again what happened from then on; in ISO 8601, and in UTC unless it has a zone.",
 )
 @dsn_option
-def reset_consumer(name: str, target: str, dsn: str) -> None:
+def reset_consumer(name: str, target: str | datetime, dsn: str) -> None:
     """Have a consumer go on from somewhere else.
 
-    One that a process reads for is left alone: stop that first.
+    One that a process reads for is left alone: stop that first. Where the outbox does not go back
+    to TIME, the consumer gets a Gap.
     """
-    _run(dsn, lambda cursor: administration.reset_consumer(cursor, name, target))
+    lost_until = _run(dsn, lambda cursor: administration.reset_consumer(cursor, name, target))
     click.echo(f"The consumer {name!r} goes on from {target}.")
+    if lost_until is not None:
+        click.echo(
+            f"The outbox has nothing from before {lost_until} any more: the consumer will get a "
+            "Gap up to then.",
+            err=True,
+        )
 
 
 @click.group(

@@ -525,12 +525,17 @@ def _register(spec: Specification, hashed: str) -> sql.Composable:
         value_fields=fields(spec.tracked),
         compared=spec.compared,
     )
+    return registration(hashed, layout.encode())
+
+
+def registration(hashed: str, definition: str) -> sql.Composable:
+    """The statement by which readers of the outbox come to know a trigger's rows."""
     return sql.SQL(
         "INSERT INTO pgsignals.channels (channel, since, definition)\n"
         "  VALUES ({}, pg_catalog.nextval('pgsignals.outbox_id'), {})\n"
         "  ON CONFLICT (channel) DO UPDATE\n"
         "    SET since = excluded.since, definition = excluded.definition"
-    ).format(sql.Literal(names.channel_key(hashed)), sql.Literal(layout.encode()))
+    ).format(sql.Literal(names.channel_key(hashed)), sql.Literal(definition))
 
 
 def fields(columns: Sequence[Column]) -> tuple[Field, ...]:
