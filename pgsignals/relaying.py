@@ -89,7 +89,16 @@ class Relay:
             delivered=self._delivered,
             failures=self._failures,
             error=self._error,
+            active=self.source.is_active,
+            lag=self._lag,
         )
+
+    @property
+    def _lag(self) -> float:
+        """How old, in seconds, the oldest event is that has yet to be acknowledged."""
+        with self._condition:
+            first = next((item.events[0] for item in self._waiting if item.events), None)
+        return 0.0 if first is None else max(0.0, (self.source.now() - first.at).total_seconds())
 
     def start(self) -> None:
         """Connect to the database, raising what is wrong, and to the broker in the background."""
@@ -112,7 +121,8 @@ class Relay:
         if self._thread.ident is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
         self.source.stop(max(1.0, deadline - time.monotonic()))
-        self._broadcaster.close()
+        if self._thread.ident is None:
+            self._broadcaster.close()
         return drained
 
     def abandon(self) -> None:
@@ -143,9 +153,20 @@ class Relay:
         """See DurableSink."""
 
     def _run(self) -> None:
+        try:
+            self._pass_on()
+        finally:
+            # By this thread: what is closed while it flushes might seem to have arrived.
+            try:
+                self._broadcaster.close()
+            except Exception:
+                log.exception("%s could not be closed", self.name)
+
+    def _pass_on(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._waiting or self._ending)
+                # Once without events, so that a broker which is away shows before there are some.
+                self._condition.wait_for(lambda: self._waiting or self._ending or not self._reached)
                 if self._ending:
                     return
                 taken = self._take()
@@ -210,14 +231,19 @@ class Relay:
             self._condition.wait_for(lambda: self._ending, self._backoff.next())
 
 
-def relay_consumers(consumer: Consumer, broadcasters: Sequence[Broadcaster]) -> list[Consumer]:
-    """A consumer for each broadcaster, named for what it is: its address may change."""
+def relay_consumers(
+    consumer: Consumer, broadcasters: Sequence[Broadcaster], given: Sequence[str] = ()
+) -> list[Consumer]:
+    """A consumer for each broadcaster, by its given name, or for what it is.
+
+    Its address is no part of that, since it may change.
+    """
     found: list[Consumer] = []
     kinds: dict[str, int] = {}
-    for broadcaster in broadcasters:
+    for index, broadcaster in enumerate(broadcasters):
         kind = re.split(r"[^a-z0-9+-]", str(broadcaster).lower(), maxsplit=1)[0] or "backend"
         number = kinds[kind] = kinds.get(kind, 0) + 1
-        suffix = kind if number == 1 else f"{kind}-{number}"
+        suffix = given[index] if given else kind if number == 1 else f"{kind}-{number}"
         name = None if consumer.name is None else f"{consumer.name}/{suffix}"
         found.append(replace(consumer, name=name, parts=1))
     return found

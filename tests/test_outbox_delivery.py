@@ -692,3 +692,23 @@ def test_options_that_cannot_be(
     """An option that does not fit is refused, with what would."""
     with pytest.raises(pgsignals.ConfigurationError, match=message):
         hub.start(dsn, ["items"], **options)
+
+
+def test_an_unreadable_row_is_a_gap(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+    """A message that was damaged is announced, and those around it are delivered."""
+    start(hub, shop)
+    assert hub.stop()
+    for number in (1, 2, 3):
+        shop("INSERT INTO items VALUES (%s)", (number,))
+    shop(
+        "UPDATE pgsignals.outbox SET payload = left(payload, -3)"
+        " WHERE id = (SELECT min(id) + 1 FROM pgsignals.outbox)"
+    )
+    hub.on("items")(recorder)
+    hub.on_gap(recorder)
+    start(hub, shop)
+    found = recorder.wait(3)
+    assert [event.id for event in found if isinstance(event, pgsignals.Event)] == [1, 3]
+    [gap] = [each for each in found if isinstance(each, pgsignals.Gap)]
+    assert gap.reason == "watcher_broken"
+    assert "cannot be read" in gap.detail

@@ -80,9 +80,16 @@ class DurableInProcess:
     """Calls each receiver of each event; the event's page is held while one has yet to take it."""
 
     def __init__(
-        self, registry: Registry, failed: FailureHandler, bury: Bury, tracer: Tracer | None = None
+        self,
+        registry: Registry,
+        failed: FailureHandler,
+        bury: Bury,
+        tracer: Tracer | None = None,
+        *,
+        fate: str = "kept as a dead letter",
     ) -> None:
         self._registry = registry
+        self._fate = fate
         self._failed = failed
         self._bury = bury
         self._tracer = tracer
@@ -197,10 +204,11 @@ class DurableInProcess:
         name = receiver_name(attempt.receiver)
         for event in attempt.given:
             log.error(
-                "the receiver %s has failed %d times with event %s, which is kept as a dead letter",
+                "the receiver %s has failed %d times with event %s, which is %s",
                 name,
                 attempt.tries,
                 event.uid,
+                self._fate,
                 extra={"receiver": name, "event_uid": event.uid, **event._message.topic.fields},
             )
             self._bury(Failed(name, event, error, attempt.tries), buried)

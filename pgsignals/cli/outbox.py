@@ -14,20 +14,21 @@ from psycopg2.extensions import cursor as Cursor
 from pgsignals.errors import DatabaseError
 from pgsignals.jsontext import to_json
 from pgsignals.outbox import administration
+from pgsignals.outbox.backfill import BackfillState
 from pgsignals.outbox.inspection import OutboxState, read_outbox
 from pgsignals.outbox.schema import read_version
 
 from .options import opened
 from .output import amount, examples, print_table
 
-_dsn_option = click.option(
+dsn_option = click.option(
     "--dsn",
     default="",
     envvar="PGSIGNALS_DSN",
     show_envvar=True,
     help="A connection string; what it leaves out comes from libpq's PG… variables.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def print_outbox(outbox: OutboxState) -> None:
@@ -69,15 +70,31 @@ def print_outbox(outbox: OutboxState) -> None:
             click.echo(
                 f"{each.name} will get a Gap: events of before {each.lost_until} were dropped."
             )
+    for backfill in outbox.backfills:
+        click.echo(
+            f"Backfill {backfill.id} of {backfill.target} for {backfill.consumer}: "
+            f"{progress_text(backfill)}."
+        )
+
+
+def progress_text(status: BackfillState) -> str:
+    """``1,200 of about 5,000 rows (24%)``."""
+    share = status.done / status.total if status.total else 1.0
+    return f"{status.done:,} of about {amount(status.total, 'row')} ({share:.0%})"
+
+
+def require_outbox(cursor: Cursor) -> None:
+    """Raise DatabaseError when the database has no outbox."""
+    if not read_version(cursor):
+        raise DatabaseError(
+            "There is no outbox in this database: no schema 'pgsignals'. Give the database "
+            "with --dsn, or run `pgsignals install --delivery outbox` first."
+        )
 
 
 def _run(dsn: str, act: Callable[[Cursor], Any]) -> Any:
     with opened(dsn) as cursor:
-        if not read_version(cursor):
-            raise DatabaseError(
-                "There is no outbox in this database: no schema 'pgsignals'. Give the database "
-                "with --dsn, or run `pgsignals install --delivery outbox` first."
-            )
+        require_outbox(cursor)
         return act(cursor)
 
 
@@ -92,8 +109,8 @@ def consumers() -> None:
 
 
 @consumers.command("list", epilog=examples("pgsignals consumers list --json"))
-@_dsn_option
-@_json_option
+@dsn_option
+@json_option
 def list_consumers(dsn: str, as_json: bool) -> None:
     """List the consumers, and how far each is behind."""
     outbox: OutboxState = _run(dsn, read_outbox)
@@ -105,7 +122,7 @@ def list_consumers(dsn: str, as_json: bool) -> None:
 
 @consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
 @click.argument("name")
-@_dsn_option
+@dsn_option
 def drop_consumer(name: str, dsn: str) -> None:
     """Forget a consumer, so that the outbox keeps nothing for it any more.
 
@@ -146,7 +163,7 @@ def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | dat
     help="now: skip what is there. earliest: deliver again all that the outbox still holds. TIME: "
     "deliver again what happened from then on; in ISO 8601, and in UTC unless it has a zone.",
 )
-@_dsn_option
+@dsn_option
 def reset_consumer(name: str, target: str | datetime, dsn: str) -> None:
     """Have a consumer go on from somewhere else.
 
@@ -175,8 +192,8 @@ def dead_letters() -> None:
 
 
 @dead_letters.command("list", epilog=examples("pgsignals dead-letters list --json"))
-@_dsn_option
-@_json_option
+@dsn_option
+@json_option
 def list_letters(dsn: str, as_json: bool) -> None:
     """List them, the latest last."""
     found = _run(dsn, administration.dead_letters)
@@ -193,8 +210,8 @@ def list_letters(dsn: str, as_json: bool) -> None:
 
 @dead_letters.command("show", epilog=examples("pgsignals dead-letters show 1"))
 @click.argument("id", type=int)
-@_dsn_option
-@_json_option
+@dsn_option
+@json_option
 def show_letter(id: int, dsn: str, as_json: bool) -> None:  # noqa: A002
     """Show one, with its message and the traceback."""
     found = _run(dsn, lambda cursor: administration.dead_letter(cursor, id))
@@ -216,7 +233,7 @@ def _chosen(ids: tuple[int, ...], everything: bool) -> list[int] | None:
 @dead_letters.command("retry", epilog=examples("pgsignals dead-letters retry 1 2"))
 @click.argument("ids", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that there are.")
-@_dsn_option
+@dsn_option
 def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
     """Have them delivered again, each to the receiver that could not take it.
 
@@ -231,7 +248,7 @@ def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
 @dead_letters.command("drop", epilog=examples("pgsignals dead-letters drop --all"))
 @click.argument("ids", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that there are.")
-@_dsn_option
+@dsn_option
 def drop_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
     """Forget them."""
     chosen = _chosen(ids, everything)

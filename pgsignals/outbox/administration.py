@@ -83,6 +83,7 @@ def drop_consumer(cursor: Cursor, name: str) -> int:
     """
     _check_idle(cursor, name)
     cursor.execute("DELETE FROM pgsignals.consumers WHERE name = %s", (name,))
+    cursor.execute("DELETE FROM pgsignals.backfills WHERE consumer = %s", (name,))
     cursor.execute("DELETE FROM pgsignals.dead_letters WHERE consumer = %s", (name,))
     return cursor.rowcount
 

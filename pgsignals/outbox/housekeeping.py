@@ -1,4 +1,7 @@
-"""Keeps the outbox small: empties partitions that all have read, or that are too old or many."""
+"""Keeps the outbox small: empties partitions that all have read, or that are too old or many.
+
+What all have read is kept for a while where somebody wants to come back to it without a cursor.
+"""
 
 from __future__ import annotations
 
@@ -109,12 +112,12 @@ def tidy(
     try:
         _forget(cursor)
         cursor.execute(
-            "SELECT retention_seconds, retention_bytes, s.last_value"
+            "SELECT retention_seconds, retention_bytes, coalesce(keep_seconds, 0), s.last_value"
             " FROM pgsignals.settings, pgsignals.outbox_slot AS s"
         )
-        [(seconds, size, current)] = cursor.fetchall()
+        [(seconds, size, keep, current)] = cursor.fetchall()
         slots = _slots(cursor, current)
-        emptied = _empty_read(cursor, slots)
+        emptied = _empty_read(cursor, slots, keep)
         left = [slot for slot in slots if slot.number not in emptied]
         emptied += _enforce(cursor, left, seconds, size)
         _turn(cursor, slots, emptied, slot_bytes, slot_seconds, size)
@@ -150,6 +153,14 @@ def _forget(cursor: Cursor) -> None:
     cursor.execute(
         "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
         " WHERE p.at < pg_catalog.now() - retention_seconds * interval '1 s'"
+    )
+    cursor.execute(
+        "DELETE FROM pgsignals.backfills AS b USING pgsignals.settings"
+        " WHERE greatest(b.changed_at, (SELECT pg_catalog.max(p.changed_at)"
+        "   FROM pgsignals.backfill_parts AS p WHERE p.backfill = b.id))"
+        "   < pg_catalog.now() - retention_seconds * interval '1 s'"
+        " AND (b.state <> 'running' OR NOT EXISTS (SELECT FROM pgsignals.backfill_parts AS p"
+        "   WHERE p.backfill = b.id AND NOT p.finished))"
     )
 
 
@@ -205,11 +216,11 @@ def _late(cursor: Cursor, slot: _Slot, readers: Sequence[_Reader]) -> list[_Read
     return found
 
 
-def _empty_read(cursor: Cursor, slots: Sequence[_Slot]) -> list[int]:
+def _empty_read(cursor: Cursor, slots: Sequence[_Slot], keep: float) -> list[int]:
     readers = _readers(cursor)
     emptied = []
     for slot in slots[1:]:
-        if slot.last_id is None or _late(cursor, slot, readers):
+        if slot.last_id is None or slot.age < keep or _late(cursor, slot, readers):
             continue
         if _empty(cursor, slot):
             emptied.append(slot.number)
@@ -254,6 +265,12 @@ def _empty(cursor: Cursor, slot: _Slot, dropping: bool = False) -> bool:
             cursor.execute("ROLLBACK")
             return False
         cursor.execute(sql.SQL("TRUNCATE {}").format(slot.table))
+        # With the lock, so that it sees everybody who had written there.
+        cursor.execute(
+            "UPDATE pgsignals.slots SET emptied_id = %s,"
+            " emptied_snapshot = pg_catalog.pg_current_snapshot()::text WHERE slot = %s",
+            (slot.last_id, slot.number),
+        )
         for reader in late:
             log.error(
                 "the consumer %s is so late that %d bytes of its events are dropped: see the "

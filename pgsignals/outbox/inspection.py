@@ -10,6 +10,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from ..events import event_uid
 from ..triggers import names
+from .backfill import BackfillState, backfills
 from .channels import Channel, read_channels, wanted
 from .cursors import Snapshot
 from .schema import SLOTS
@@ -51,13 +52,15 @@ class ConsumerState:
 class OutboxState:
     """The outbox at one moment: its size, its partitions in use, and who reads it.
 
-    ``shed`` counts statements that found it full while no consumer lived.
+    ``shed`` counts statements that found it full while no consumer lived. ``backfills`` are those
+    that are running.
     """
 
     bytes: int
     partitions: int
     shed: int
     consumers: tuple[ConsumerState, ...]
+    backfills: tuple[BackfillState, ...] = ()
 
 
 _CONSUMERS = """
@@ -165,7 +168,11 @@ def read_outbox(cursor: Cursor) -> OutboxState:
             )
         )
     return OutboxState(
-        sum(size for size, _ in sizes), sum(used for _, used in sizes), shed, tuple(consumers)
+        sum(size for size, _ in sizes),
+        sum(used for _, used in sizes),
+        shed,
+        tuple(consumers),
+        tuple(each for each in backfills(cursor) if each.state == "running"),
     )
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .backfill import Progress
 from .cursors import BEGINNING, Floors, Snapshot, Window
 from .pages import Page, Reign
 from .store import PAGE_BYTES, PAGE_ROWS, Claim, Cursor, Look, Row, Told
@@ -27,6 +28,8 @@ class Part:
         self.telling = self.claim.told
         self.pages: deque[Page] = deque()
         self.outstanding = 0
+        # How far backfills have come with what is acknowledged, and not yet saved.
+        self.progress: list[Progress] = []
         self.since = cursor.snapshot
         self.last_id = cursor.last_id
         self.floors = Floors(self.since.xmin, cursor.floor)
@@ -51,19 +54,27 @@ class Part:
     def tell(self, told: Told) -> Page:
         """A page for a Gap, behind what has been read: done when receivers have been told."""
         self.telling = told
-        page = Page(self.reign, self._position, 0, told)
+        page = Page(self.reign, self.position, 0, told)
         self.pages.append(page)
         return page
+
+    def start_at(self, look: Look, first: int, given_out: int) -> None:
+        """Leave out what ``look`` sees; transactions from ``first`` on have ids above given_out."""
+        began_before = look.snapshot.xmin < first
+        floor = self.acknowledged.floor if began_before else given_out
+        self.acknowledged = Cursor(look.snapshot, floor)
+        self._begin(self.acknowledged, None)
+        self.floors.note(first, given_out)
 
     def _window_to(self, target: Snapshot) -> Window:
         window = Window.between(self.since, target, 0)
         after = min(self.floors.below(x) for x in (self.since.xmax, *window.ended))
         return replace(window, after=after)
 
-    def advance(self, look: Look) -> None:
-        """Where no window is being read, have one up to a look."""
+    def advance(self, snapshot: Snapshot) -> None:
+        """Where no window is being read, have one up to a snapshot."""
         if self.window is None:
-            window = self._window_to(look.snapshot)
+            window = self._window_to(snapshot)
             if not window.empty:
                 self.window = window
 
@@ -74,24 +85,24 @@ class Part:
         size = sum(len(row.payload) for row in rows)
         if rows and (len(rows) >= PAGE_ROWS or 4 * size >= PAGE_BYTES):
             self.last_id = rows[-1].id
-            return self._position
+            return self.position
         self.since, self.window, self.last_id = self.window.target, None, 0
         self.floors.forget(self.since.xmin)
         if self.doubtful is not None and self.since.xmin >= self.doubtful.xmax:
             self.doubtful = None
-        return self._position
+        return self.position
 
     def add(self, page: Page) -> None:
         """Put a page behind those that are under way."""
         # Of windows without a row, one page is enough.
         last = self.pages[-1] if self.pages else None
-        if last is not None and last.done and not (page.count or last.count or last.told):
+        if last is not None and last.done and last.bare and not page.count:
             self.pages.pop()
         self.pages.append(page)
         self.outstanding += page.count
 
     @property
-    def _position(self) -> Cursor:
+    def position(self) -> Cursor:
         """Where reading stands."""
         floor = self.floors.below(self.since.xmin)
         if self.window is None or not self.last_id:
@@ -118,6 +129,8 @@ class Part:
             self.outstanding -= page.count
             if page.told is not None:
                 self.claim = replace(self.claim, told=page.told)
+            if page.progress is not None:
+                self.progress.append(replace(page.progress, delivered=page.count))
         if self.current:
-            self.acknowledged = self._position
-        return (self.unsaved, self.claim.told) != before
+            self.acknowledged = self.position
+        return bool(self.progress) or (self.unsaved, self.claim.told) != before

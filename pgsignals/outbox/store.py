@@ -114,19 +114,26 @@ PREPARE pgsignals_look (boolean) AS
 SELECT pg_catalog.pg_current_snapshot()::text, i.last_value, s.last_value,
        CASE WHEN $1 THEN true
             ELSE pg_catalog.pg_try_advisory_lock({names.LOCK_CLASS}, {names.AWAKE_LOCK}) END
-FROM pgsignals.outbox_id AS i, pgsignals.outbox_shed AS s;
-PREPARE pgsignals_read (bigint, bigint, bigint[], bigint, bigint[]) AS
+FROM pgsignals.outbox_id AS i, pgsignals.outbox_shed AS s
+"""
+
+
+def read_statement(name: str, rows: int, size: int) -> str:
+    """Prepares what reads a page: so many ``rows`` and bytes in ``size``, or one that is longer."""
+    return f"""
+PREPARE {name} (bigint, bigint, bigint[], bigint, bigint[]) AS
 SELECT id, channel, payload FROM (
   SELECT id, channel, payload,
          pg_catalog.sum(pg_catalog.octet_length(payload)) OVER (ROWS UNBOUNDED PRECEDING) AS size
   FROM (
     SELECT id, channel, payload FROM pgsignals.outbox
     WHERE id > $1 AND txid < $4 AND (txid >= $2 OR txid = ANY ($3)) AND txid <> ALL ($5)
-    ORDER BY id LIMIT {PAGE_ROWS}
+    ORDER BY id LIMIT {rows}
   ) AS page
 ) AS sized
-WHERE size - pg_catalog.octet_length(payload) < {PAGE_BYTES}
+WHERE size - pg_catalog.octet_length(payload) < {size}
 """
+
 
 # While its session lives, a holder has the lock of its claim, whose key counts up with the token.
 # A claim, unlike an acknowledgement, must outlive a crash of the server: where a former holder had
@@ -215,6 +222,7 @@ class Store:
         self._execute("SET enable_seqscan TO off; SET enable_bitmapscan TO off")
         self._execute("SET plan_cache_mode TO force_generic_plan; SET jit TO off")
         self._execute(_PREPARE)
+        self._execute(read_statement("pgsignals_read", PAGE_ROWS, PAGE_BYTES))
         self._execute(f"LISTEN {WAKE_CHANNEL}")
         self._execute(
             "SELECT pg_catalog.pg_advisory_lock_shared(%s, %s)",

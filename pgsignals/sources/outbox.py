@@ -25,10 +25,12 @@ from ..connection import Backoff, Session, Waiter, connect, display, make_cast, 
 from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError
 from ..events import Event, Gap, Message
 from ..metrics import Meter
+from ..outbox.backfill import NOTICE, BackfillStore, Progress
 from ..outbox.cursors import Snapshot
 from ..outbox.pages import Page
 from ..outbox.parts import Part
 from ..outbox.store import (
+    Cursor,
     DeadLetter,
     Letter,
     Look,
@@ -39,6 +41,7 @@ from ..outbox.wakefulness import SLEEP_SECONDS, Wakefulness
 from ..payload import Broken, Cast, Decoder
 from ..triggers import names
 from ..triggers.definitions import Definition
+from .backfilling import Backfilling
 from .notify import HEALTHY_SECONDS, Timing
 from .opening import (
     IN_RECOVERY,
@@ -172,6 +175,7 @@ class OutboxSource:
         self._turned_at = time.monotonic()
         self._own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
         self._state = Wakefulness()
+        self._backfilling = Backfilling()
         self.invalid = 0
         self.reconnects = 0
         self.received = 0
@@ -350,6 +354,11 @@ class OutboxSource:
         self._epoch = store.epoch()
         self._decoders = self._preparer.decoders(store.channels(), self._cast)
         self._enrol(store)
+        self._backfilling.begin(
+            BackfillStore(session, self.name, self._holder, self._timing.timeout),
+            [each.decoder for each in self._decoders.values()],
+            self._consumer.lease,
+        )
         self._state = Wakefulness()
         self._given_out = store.look(awake=True).given_out
         self._claim(store)
@@ -445,6 +454,8 @@ class OutboxSource:
                     self._sink.gap(Gap(now, now, "watcher_broken", notify.payload))
                 elif notify.payload == "redeliver":
                     self._redeliver.set()
+                elif notify.payload == NOTICE:
+                    self._backfilling.look_again()
         if self._redeliver.is_set():
             self._redeliver.clear()
             self._redeliver_letters(self._store)
@@ -467,22 +478,33 @@ class OutboxSource:
             for part in self._parts.values():
                 part.floors.note(first, given_out)
         self._awaited += [(look.snapshot, call) for call in asked]
-        found = more = stirred = False
+        found = more = stirred = filling = False
         for part in self._parts.values():
             self._note_shed(part, look)
-            part.advance(look)
-            if part.window is None:
-                continue
-            stirred = True
-            if self._paused or part.leaving or self._sink.full or part.outstanding >= self._most:
-                continue
-            any_rows = self._read_page(store, part)
-            found = found or any_rows
-            more = more or part.window is not None
+            ready = not (
+                self._paused or part.leaving or self._sink.full or part.outstanding >= self._most
+            )
+            # A chunk of a backfill belongs between what its snapshot sees and what it does not.
+            if ready and part.window is None:
+                self._backfilling.take(part)
+            if not self._backfilling.holds(part):
+                part.advance(look.snapshot)
+            filling = filling or self._backfilling.under_way(part)
+            if part.window is not None:
+                stirred = True
+                if ready:
+                    any_rows = self._read_page(store, part)
+                    found = found or any_rows
+                    more = more or part.window is not None
+            if ready and part.window is None and self._backfilling.holds(part):
+                message, progress = self._backfilling.give(part)
+                messages = [] if message is None else [message]
+                self._submit(part, messages, part.position, progress)
+                more = True
         if found or (stirred and self._sink.full):
             state.stirred = True
         self._call_awaited()
-        return found, more
+        return found or filling, more
 
     def _call_awaited(self) -> None:
         due = [
@@ -500,20 +522,33 @@ class OutboxSource:
     def _read_page(self, store: Store, part: Part) -> bool:
         assert part.window is not None
         rows = store.read(part.window, part.last_id)
-        events: list[Event] = []
         doubtful = part.doubtful
         messages: list[Message] = []
         broken = False
         for row in rows:
-            found = self._decode(row)
+            found = self._decode(row, part.claim.acknowledged_at)
             if isinstance(found, Gap):
                 self._sink.gap(found)
                 broken = True
             elif found is not None:
                 found.redelivered = doubtful is not None and doubtful.sees(found.txid)
                 messages.append(found)
-        cursor = part.turn(rows)
-        page = Page(part.reign, cursor, 0)
+        return self._submit(part, messages, part.turn(rows), broken=broken) or bool(rows)
+
+    def _submit(
+        self,
+        part: Part,
+        messages: Sequence[Message],
+        cursor: Cursor,
+        progress: Progress | None = None,
+        broken: bool = False,
+    ) -> bool:
+        """Hand a page over to the sink; whether any of its events are the part's.
+
+        ``broken``: a Gap, which is in the sink by now, belongs before the page's end.
+        """
+        events: list[Event] = []
+        page = Page(part.reign, cursor, 0, progress=progress)
         for message in messages:
             message.page = page
             if self._consumer.parts == 1:
@@ -529,12 +564,12 @@ class OutboxSource:
         part.add(page)
         if not events and not broken:
             page.finish()
-            return bool(rows)
+            return False
         self.received += len(events)
         self._sink.submit_page(events, page)
         return True
 
-    def _decode(self, row: Row) -> Message | Gap | None:
+    def _decode(self, row: Row, since: datetime) -> Message | Gap | None:
         found = self._decoders.get(row.channel)
         if found is None or (found.until is not None and row.id >= found.until):
             return None
@@ -544,8 +579,10 @@ class OutboxSource:
         except PayloadError as error:
             self.invalid += 1
             self._meter.count("invalid_payloads")
-            log.warning("ignored row %d of the outbox: %s", row.id, error, extra=topic.fields)
-            return None
+            detail = f"row {row.id} of the outbox cannot be read: {error}"
+            log.error("%s", detail, extra=topic.fields)
+            # Unlike a channel, which anybody may notify, it holds only what triggers wrote.
+            return Gap(since, self.now(), "watcher_broken", detail)
         if isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
             log.error("a watcher is broken: %s", message.error, extra=topic.fields)
@@ -643,15 +680,16 @@ class OutboxSource:
     def _save(self, store: Store, number: int, part: Part, release: bool = False) -> None:
         asked_at = time.monotonic()
         lease = self._consumer.lease
-        ours, lost_until = store.acknowledge(
-            part.claim,
-            part.acknowledged,
-            part.unsaved,
-            lease,
-            current=part.current,
-            release=release,
-            clean=not part.pages and part.doubtful is None,
-        )
+        with self._backfilling.saving(part):
+            ours, lost_until = store.acknowledge(
+                part.claim,
+                part.acknowledged,
+                part.unsaved,
+                lease,
+                current=part.current,
+                release=release,
+                clean=not part.pages and part.doubtful is None,
+            )
         part.unsaved = 0
         if not ours:
             log.warning("another process has taken over part %d of %s", number, self.name)
@@ -718,4 +756,6 @@ class OutboxSource:
 
 def _part_of(key: tuple[object, ...], parts: int) -> int:
     """Which part a record belongs to: the same in every process."""
-    return zlib.crc32(repr(key).encode()) % parts
+    # What represents a memoryview is its address.
+    values = tuple(bytes(each) if isinstance(each, memoryview) else each for each in key)
+    return zlib.crc32(repr(values).encode()) % parts
