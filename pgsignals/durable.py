@@ -317,8 +317,7 @@ class DurableRun:
             )
         found = self._snapshot(target)
         topic = found.topic
-        registry = self._audience.registry
-        if name in (None, own) and not (any(registry.receivers(topic)) or registry.observers):
+        if name in (None, own) and not self.hears(topic):
             raise ConfigurationError(
                 f"backfill({model_name(target)}): no receiver listens to its snapshots. Add "
                 f"'snapshot' to one: @pgsignals.on({model_name(target)}, 'snapshot')."
@@ -417,6 +416,11 @@ class DurableRun:
         return self._receivers.redeliver(
             event, letter.receiver, letter.attempts, lambda: self.source.unbury(letter.key)
         )
+
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        registry = self._audience.registry
+        return any(registry.receivers(topic)) or bool(registry.observers)
 
     def _bury(self, failed: Failed, kept: Callable[[], None]) -> None:
         event = failed.event

@@ -14,7 +14,7 @@ from .backoff import Backoff
 from .broadcasters import Broadcaster
 from .broadcasters.outlet import BATCH, FLUSH_SECONDS, BackendStatus
 from .connection import redact
-from .events import Event, Gap
+from .events import Event, Gap, Topic
 from .metrics import Meter
 from .outbox.pages import Page
 from .outbox.store import DeadLetter
@@ -145,6 +145,10 @@ class Relay:
     def redeliver(self, event: Event, letter: DeadLetter) -> bool:
         """See DurableSink: a broadcaster has no dead letters."""
         return False
+
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
 
     def connected(self) -> None:
         """See DurableSink."""
