@@ -9,7 +9,7 @@ from pgsignals.jsontext import to_json
 from pgsignals.outbox.inspection import OutboxState, read_outbox
 from pgsignals.outbox.retention import Retention, read_retention, set_retention
 
-from .outbox import _dsn_option, _json_option, _run
+from .outbox import _run, dsn_option, json_option
 from .output import examples, notice
 from .units import parse_size, parse_time, size_text, time_text
 
@@ -22,8 +22,8 @@ from .units import parse_size, parse_time, size_text, time_text
 )
 @click.option("--time", "seconds", metavar="TIME", type=parse_time, help="At least 60s: 12h, 7d.")
 @click.option("--size", "size", metavar="SIZE", type=parse_size, help="At least 8MiB: 20GiB.")
-@_dsn_option
-@_json_option
+@dsn_option
+@json_option
 def retention(seconds: float | None, size: int | None, dsn: str, as_json: bool) -> None:
     """Show or set how much of the outbox is kept for consumers that are late.
 

@@ -38,7 +38,7 @@ from .options import (
     parse_names,
     watcher_options,
 )
-from .output import abandon_stdout, amount, event_line, examples, notice, value_text
+from .output import abandon_stdout, amount, event_line, examples, listed, notice, value_text
 
 log = logging.getLogger("pgsignals")
 
@@ -166,7 +166,7 @@ def watch(
             hub.subscribe(printer.receiver(shown), target, *watcher.ops)
         try:
             hub.start(dsn, watchers, delivery=delivery, name=name, namespace=namespace, prune=False)
-            notice(f"Watching {_listed(watchers)}. Press Ctrl-C to stop.")
+            notice(f"Watching {listed(watchers)}. Press Ctrl-C to stop.")
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             reason = end.wait(left)
             if name is None:
@@ -309,14 +309,6 @@ def _watchers(
         if "truncated" in each.ops:
             found.append(make_watcher(each.table, "truncated"))
     return found
-
-
-def _listed(watchers: Sequence[Watcher]) -> str:
-    """``orders (inserted, updated), users (deleted)``."""
-    ops: dict[str, list[str]] = {}
-    for watcher in watchers:
-        ops.setdefault(str(watcher), []).extend(watcher.ops)
-    return ", ".join(f"{name} ({', '.join(each)})" for name, each in ops.items())
 
 
 class _Listeners:
