@@ -311,10 +311,11 @@ def test_the_documented_grants_of_a_consumer(
 def test_once_and_backfills_of_a_consumer(consumer: Database) -> None:
     """It may record that an event is taken care of, and how far a backfill has come."""
     consumer("INSERT INTO pgsignals.processed (scope, uid) VALUES ('a', 'b')")
-    for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
-        assert consumer("SELECT has_table_privilege('pgsignals.backfills', %s)", [privilege]) == [
-            (True,)
-        ]
+    for table in ("backfills", "backfill_parts"):
+        for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+            assert consumer(
+                "SELECT has_table_privilege(%s, %s)", [f"pgsignals.{table}", privilege]
+            ) == [(True,)]
 
 
 def test_what_a_consumer_may_not(consumer: Database) -> None:
