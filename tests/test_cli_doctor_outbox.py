@@ -54,6 +54,15 @@ def test_nothing_to_mend(dsn: str, db: Database) -> None:
     assert {"outbox", "outbox privileges", "consumers", "dead letters", "partitions"} <= set(checks)
 
 
+def test_the_triggers_of_each_delivery(dsn: str) -> None:
+    """Watchers are judged by the triggers of the delivery that is given."""
+    levels = {
+        delivery: examined("orders", "--delivery", delivery, dsn=dsn)[1]["triggers"]["level"]
+        for delivery in ("notify", "outbox")
+    }
+    assert levels == {"notify": "fail", "outbox": "ok"}
+
+
 def test_without_an_outbox_nothing_is_said(db: Database) -> None:
     """Where there is no outbox there is no check of it."""
     db("DROP SCHEMA pgsignals CASCADE")
