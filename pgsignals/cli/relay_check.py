@@ -28,13 +28,14 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
     dsn = config.dsn or ""
     # What it says of triggers is about those that notify; rights matter where some are missing.
     rights = []
-    reached = True
+    reached, outbox = True, False
     for finding in examine(dsn, config.watchers, resolvers, config.namespace):
         if finding.check == "privileges":
             rights.append(finding)
         elif finding.check != "triggers":
             yield finding
             reached = reached and (finding.check, finding.level) != ("connection", FAIL)
+            outbox = outbox or finding.check == "outbox"
     tables: set[tuple[str, str]] = set()
     if reached:
         with opened(dsn) as cursor:
@@ -44,9 +45,9 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
                 yield Finding("watchers", FAIL, str(error), "Mend the watcher or the table.")
             else:
                 tables = {(each.topic.schema, each.topic.table) for each in definitions}
-                schema = _schema(cursor, config)
                 triggers = _triggers(cursor, config)
-                yield schema
+                if not outbox:
+                    yield _schema(cursor, config)
                 yield triggers
                 if config.install == "auto" and triggers.level != OK:
                     yield from rights
