@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, overload
 
 from blinker import Signal
 
+from .backfills import Backfill
 from .backoff import Backoff
 from .batches import Batcher, BatchTimer
 from .broadcasters import Broadcaster
@@ -36,6 +37,7 @@ from .sources.notify import Timing
 from .sources.outbox import Consumer
 from .streams import Ending, Stream
 from .tables import Resolver
+from .tailing import Tail
 from .termination import termination
 from .triggers.installer import Limits
 from .urls import scheme_of
@@ -472,6 +474,31 @@ class Hub:
             raise WaitTimeout(f"No event ({wanted}) {until}.")
         return event
 
+    def backfill(
+        self, target: Any, *, where: str | None = None, chunk: int = 1000, name: str | None = None
+    ) -> Backfill:
+        """Have the rows that a watched table has now delivered too, as ``snapshot`` events.
+
+        In outbox delivery, for a consumer with a name. ``target`` is a model or label. ``where`` is
+        an SQL condition over a row's columns; it is run as it is written. Rows come in the order
+        of the primary key, ``chunk`` at a time at most, between the other events, so that what
+        comes last of a record is its newest state. The consumer's active process does it, and who
+        takes over goes on with it. ``name`` is the consumer, by default the Hub's own; that of a
+        broker, such as ``"mailer/kafka"``, passes the rows on to the broker alone.
+
+        Returns a handle at once. Raises StateError when the Hub is not running,
+        ConfigurationError when it cannot be, TableError without a primary key, PrivilegeError when
+        the role may not read the table.
+        """
+        run = self._run
+        if run is None:
+            raise StateError("The Hub is not running: there is nobody to deliver. Call start().")
+        if not isinstance(run, DurableRun):
+            raise ConfigurationError(
+                'backfill() is of outbox delivery: start(delivery="outbox", name=…).'
+            )
+        return run.backfill(target, where, chunk, name)
+
     def status(self) -> Status:
         """How the Hub and its database stand now. Raises StateError when it is not running."""
         run = self._run
@@ -560,6 +587,11 @@ class Hub:
         meter.gauge("oldest_seconds", lambda: self.health().oldest)
         meter.gauge("lag_seconds", lambda: self.health().lag)
 
+    def _tail(self) -> Tail | None:
+        """What reads the outbox for browsers; None in another delivery. Raises DatabaseError."""
+        run = self._run
+        return run.tail() if isinstance(run, DurableRun) else None
+
     def _settle(self, timeout: float) -> bool:
         """Wait until receivers have handled all that is committed by now; whether they have."""
         run = self._run
@@ -625,7 +657,9 @@ class Hub:
             except BaseException:
                 log.exception("a receiver of %r raised", signal)
 
-    def _send_gap(self, gap: Gap) -> None:
+    def _send_gap(self, gap: Gap) -> bool:
+        """Tell all who want to know; whether none of them was left behind by a stop."""
+        told = True
         self._meter.count("gaps", reason=gap.reason)
         log.warning(
             "events from %s to %s may be missing: %s",
@@ -637,6 +671,8 @@ class Hub:
         for fn in list(self._gap_receivers.values()):
             try:
                 fn(gap)
+            except LeftBehind:
+                told = False
             except BaseException:
                 name = receiver_name(fn)
                 log.exception(
@@ -645,6 +681,7 @@ class Hub:
                     extra={"receiver": name, "gap_reason": gap.reason},
                 )
         self._send(self.gap, gap=gap)
+        return told
 
 
 def _consumer(delivery: str, name: object, partitions: object, lease: object) -> Consumer | None:

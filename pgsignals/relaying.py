@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .backoff import Backoff
 from .broadcasters import Broadcaster
@@ -22,6 +22,15 @@ from .runs import Settings
 from .sources.outbox import Consumer, OutboxPreparer, OutboxSource
 
 log = logging.getLogger("pgsignals")
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What waits for the broker, events or a Gap, and the page that is done once it has it."""
+
+    page: Page | None
+    events: Sequence[Event]
+    gap: Gap | None = None
 
 
 class Relay:
@@ -54,7 +63,7 @@ class Relay:
             2 * settings.queue_size,
         )
         self._condition = threading.Condition()
-        self._waiting: deque[tuple[Sequence[Event], Page] | Gap] = deque()
+        self._waiting: deque[_Item] = deque()
         self._depth = 0
         self._ending = False
         self._backoff = Backoff()
@@ -88,8 +97,7 @@ class Relay:
     def _lag(self) -> float:
         """How old, in seconds, the oldest event is that has yet to be acknowledged."""
         with self._condition:
-            pages = (item[0] for item in self._waiting if not isinstance(item, Gap))
-            first = next((events[0] for events in pages if events), None)
+            first = next((item.events[0] for item in self._waiting if item.events), None)
         return 0.0 if first is None else max(0.0, (self.source.now() - first.at).total_seconds())
 
     def start(self) -> None:
@@ -124,14 +132,14 @@ class Relay:
     def submit_page(self, events: Sequence[Event], page: Page) -> None:
         """See DurableSink."""
         with self._condition:
-            self._waiting.append((events, page))
+            self._waiting.append(_Item(page, events))
             self._depth += len(events)
             self._condition.notify_all()
 
-    def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap, page: Page | None = None) -> None:
         """See DurableSink."""
         with self._condition:
-            self._waiting.append(gap)
+            self._waiting.append(_Item(page, (), gap))
             self._condition.notify_all()
 
     def redeliver(self, event: Event, letter: DeadLetter) -> bool:
@@ -173,27 +181,28 @@ class Relay:
             else:
                 self._failed(reason)
 
-    def _take(self) -> list[tuple[Sequence[Event], Page] | Gap]:
+    def _take(self) -> list[_Item]:
         """The first pages, which stay in the queue until they are acknowledged."""
-        taken: list[tuple[Sequence[Event], Page] | Gap] = []
+        taken: list[_Item] = []
         count = 0
         for item in self._waiting:
             if count >= BATCH:
                 break
             taken.append(item)
-            if not isinstance(item, Gap):
-                count += len(item[0])
+            count += len(item.events)
         return taken
 
-    def _deliver(self, items: Sequence[tuple[Sequence[Event], Page] | Gap]) -> bool:
+    def _deliver(self, items: Sequence[_Item]) -> bool:
         for item in items:
-            if isinstance(item, Gap):
-                self._broadcaster.announce(item)
-            elif item[1].reign.holds():
-                self._broadcaster.publish(item[0])
+            if item.page is not None and not item.page.reign.holds():
+                continue
+            if item.gap is not None:
+                self._broadcaster.announce(item.gap)
+            elif item.events:
+                self._broadcaster.publish(item.events)
         return self._broadcaster.flush(FLUSH_SECONDS)
 
-    def _done(self, count: int, items: Sequence[tuple[Sequence[Event], Page] | Gap]) -> None:
+    def _done(self, count: int, items: Sequence[_Item]) -> None:
         if self._error:
             log.info("%s takes events again", self.name)
         self._error = ""
@@ -201,9 +210,9 @@ class Relay:
         self._backoff.reset()
         delivered = 0
         for item in items:
-            if not isinstance(item, Gap):
-                item[1].finish()
-                delivered += len(item[0])
+            if item.page is not None:
+                item.page.finish()
+            delivered += len(item.events)
         self._delivered += delivered
         self._meter.count("backend_events", delivered, backend=self.name)
         with self._condition:

@@ -86,7 +86,7 @@ class Audience:
     registry: Registry
     timer: BatchTimer
     failed: FailureHandler
-    gap: Callable[[Gap], None]
+    gap: Callable[[Gap], bool]
     connected: Callable[[], None]
     disconnected: Callable[[BaseException], None]
 

@@ -148,3 +148,25 @@ def test_a_wrong_name_of_a_backend(hub: pgsignals.Hub, shop: Database) -> None:
     """It is refused, with what is allowed."""
     with pytest.raises(pgsignals.ConfigurationError, match=r"name 'a/b'.*letters, digits"):
         hub.start(shop.dsn, ["items"], delivery="outbox", backends={"a/b": Broker()})
+
+
+def test_a_backfill_for_the_broker(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+    """By the broker's consumer, rows go to the broker alone, and wait for it while it is away."""
+    shop("INSERT INTO items SELECT generate_series(1, 1000)")
+    broker = Broker()
+    broker.away.set()
+    hub.on("items")(recorder)
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
+    backfill = hub.backfill("items", name="mailer/broker", chunk=100)
+    assert broker.refused.wait(15)
+    assert backfill.done == 0
+    broker.away.clear()
+    assert backfill.wait(15)
+    events = broker.acknowledged.wait(1000)
+    assert [(event.op, event.id) for event in events] == [
+        ("snapshot", number) for number in range(1, 1001)
+    ]
+    assert not recorder.items
+    assert hub.backfill("items", where="id = 7").wait(15)
+    assert [event.id for event in recorder.items] == [7]
+    assert len(broker.acknowledged.items) == 1000

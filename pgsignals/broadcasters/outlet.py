@@ -62,7 +62,7 @@ class Outlet:
         broadcaster: Broadcaster,
         size: int,
         meter: Meter,
-        lost: Callable[[Gap], None],
+        lost: Callable[[Gap], object],
         *,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:

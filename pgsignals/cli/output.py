@@ -12,7 +12,13 @@ import click
 from pgsignals.events import Event
 from pgsignals.watchers import Watcher
 
-_COLOURS = {"inserted": "green", "updated": "yellow", "deleted": "red", "truncated": "magenta"}
+_COLOURS = {
+    "inserted": "green",
+    "updated": "yellow",
+    "deleted": "red",
+    "truncated": "magenta",
+    "snapshot": "cyan",
+}
 _LONGEST_VALUE = 120
 
 
