@@ -25,7 +25,7 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 
 from pgsignals import ConfigurationError, Hub
 from pgsignals.cli import main
-from pgsignals.cli.relay_config import look_up_secret, read_config
+from pgsignals.cli.relay_config import RelayConfig, look_up_secret, read_config
 from pgsignals.plugins import load_plugins
 from pgsignals.testing import find_installations
 from tests.brokers import Kafka, Nats, free_port
@@ -619,7 +619,7 @@ def test_a_wrong_file(
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
     path = write(tmp_path, text)
     with pytest.raises(ConfigurationError, match=says) as caught:
-        read_config(path)
+        read_config(path, RelayConfig())
     assert str(caught.value).startswith(str(path))
     assert "s3cret" not in str(caught.value)
 
@@ -663,7 +663,7 @@ def test_a_file_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         """,
     )
     monkeypatch.setenv("PASSWORD", PASSWORD)
-    found = read_config(path)
+    found = read_config(path, RelayConfig())
     assert (found.name, found.dsn, found.listen_dsn) == ("shop", "service=shop", "host=direct")
     assert (found.namespace, found.install, found.prune) == ("relays", "check", True)
     assert (found.lease, found.queue_size, found.metrics_port) == (10.0, 500, "9187")
@@ -876,7 +876,7 @@ def test_the_compose_file_of_the_example(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (EXAMPLE / relay["build"]["context"] / relay["build"]["dockerfile"]).is_file()
     for name, value in relay["environment"].items():
         monkeypatch.setenv(name, value)
-    config = read_config(EXAMPLE / "pgsignals.toml")
+    config = read_config(EXAMPLE / "pgsignals.toml", RelayConfig())
     hosts = {config.dsn, *(target.url for target in config.targets)}
     assert {urlsplit(str(url)).hostname for url in hosts} == {"postgres", "kafka", "nats"}
     for target in config.targets:
@@ -918,4 +918,12 @@ def test_of_a_django_project(
     failed = [line for line in checked.out if line.startswith("fail")]
     assert [line.split()[1] for line in failed] == ["outbox:", "triggers:"]
     assert "updated on public.shop_order is OUTDATED" in failed[1]
-    project.run(*arguments, *target, "--install", "auto")
+    path = write(
+        tmp_path,
+        f"""
+        name = "shop"
+        install = "auto"
+        target = [{{url = "{nats_broker.url}?prefix={prefix}&create=true"}}]
+        """,
+    )
+    project.run("pgsignals", "relay", "--config", str(path), "--check")
