@@ -122,6 +122,9 @@ class DurableRun:
             return max(0.0, deadline - time.monotonic())
 
         self.source.pause()
+        # All of them now: while one is waited for, the others would read on.
+        for relay in self._relays:
+            relay.pause()
         self._audience.timer.drain()
         drained = self.dispatcher.stop(left())
         self._audience.timer.stop(left())

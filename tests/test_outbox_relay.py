@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -199,3 +201,26 @@ def test_backfill_of_a_relay(hub: pgsignals.Hub, shop: Database) -> None:
     events = second.acknowledged.wait(50)
     assert [(event.op, event.id) for event in events] == [("snapshot", n) for n in range(1, 51)]
     assert first.acknowledged.items == []
+
+
+def test_at_the_end_no_backend_reads_on(hub: pgsignals.Hub, shop: Database) -> None:
+    """While one that is away is waited for, the others drain, and take nothing new."""
+    away, there = Broker(), Broker()
+    away.away.set()
+    backends = {"away": away, "there": there}
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="shop", backends=backends, workers=0)
+    shop("INSERT INTO items VALUES (0)")
+    assert away.refused.wait(15)
+    there.acknowledged.wait(1)
+    stopping = threading.Thread(target=hub.stop, args=(3.0,))
+    stopping.start()
+    began, late = time.monotonic(), []
+    for number in itertools.count(1):
+        if not stopping.is_alive():
+            break
+        if time.monotonic() - began > 1.5:
+            late.append(number)
+        shop("INSERT INTO items VALUES (%s)", (number,))
+        stopping.join(0.05)
+    assert late
+    assert not {event.id for event in there.acknowledged.items} & set(late)

@@ -23,11 +23,12 @@ import yaml
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
-from pgsignals import ConfigurationError, Hub
+from pgsignals import ConfigurationError, Hub, MissingExtraError
 from pgsignals.cli import main
 from pgsignals.cli.relay_config import RelayConfig, look_up_secret, read_config
 from pgsignals.plugins import load_plugins
 from pgsignals.testing import find_installations
+from pgsignals.testing.proxy import Proxy
 from tests.brokers import Kafka, Nats, free_port
 from tests.commands import Command, Program, Result, run
 from tests.conftest import DEADLINE, Database
@@ -540,6 +541,28 @@ def test_a_database_that_is_away(nats_broker: NatsBroker, prefix: str) -> None:
     assert "wr0ng-one" not in "\n".join(started.err + checked.out)
 
 
+def test_a_database_that_goes_away(
+    nats_broker: NatsBroker, prefix: str, db: Database, start: Callable[..., Program]
+) -> None:
+    """Once started, the relay waits for it to come back, says so, and loses nothing."""
+    address, _, name = db.dsn.rpartition("/")
+    host, _, port = address.rpartition(":")
+    with Proxy("127.0.0.1", int(port)) as proxy:
+        relay = start(
+            *("--watch", "orders", "--name", "shop", "--json", "--every", "0.1"),
+            *("--to", f"{nats_broker.url}?prefix={prefix}&create=true"),
+            *("--dsn", f"{host}:{proxy.port}/{name}"),
+        )
+        state_of(relay, "active")
+        proxy.refuse()
+        proxy.cut()
+        state_of(relay, "no database")
+        db("INSERT INTO orders SELECT FROM generate_series(1, 10)")
+        proxy.accept()
+        delivers(relay, 10)
+        assert terminate(relay).code == 0
+
+
 def test_install_check(nats_broker: NatsBroker, prefix: str, db: Database) -> None:
     """Where the relay may not create triggers, missing ones are an error, with the fix."""
     arguments = (
@@ -622,6 +645,14 @@ def test_a_wrong_file(
         read_config(path, RelayConfig())
     assert str(caught.value).startswith(str(path))
     assert "s3cret" not in str(caught.value)
+
+
+def test_without_a_parser_of_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named, with the extra to install."""
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setitem(sys.modules, "tomli", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pgsignals\[cli\]'"):
+        read_config(write(tmp_path, ""), RelayConfig())
 
 
 def test_a_file_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
