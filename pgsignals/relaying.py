@@ -108,10 +108,14 @@ class Relay:
         self.source.start()
         self._thread.start()
 
+    def pause(self) -> None:
+        """Read no further."""
+        self.source.pause()
+
     def stop(self, timeout: float) -> bool:
         """Have what was read acknowledged, for at most ``timeout`` seconds; whether it all was."""
         deadline = time.monotonic() + timeout
-        self.source.pause()
+        self.pause()
         with self._condition:
             if self._thread.is_alive():
                 self._condition.wait_for(lambda: not self._waiting, timeout)
@@ -174,14 +178,16 @@ class Relay:
                 if self._ending:
                     return
                 taken = self._take()
+            # What another process has taken over is not ours to deliver, nor to count.
+            ours = [item for item in taken if item.page is None or item.page.reign.holds()]
             try:
-                delivered = self._deliver(taken)
+                delivered = self._deliver(ours)
                 reason = f"no acknowledgement within {FLUSH_SECONDS:g} s"
             # Whatever a broadcaster raises, it is tried again.
             except Exception as error:
                 delivered, reason = False, redact(str(error)).strip() or type(error).__name__
             if delivered:
-                self._done(len(taken), taken)
+                self._done(taken, ours)
             else:
                 self._failed(reason)
 
@@ -198,31 +204,28 @@ class Relay:
 
     def _deliver(self, items: Sequence[_Item]) -> bool:
         for item in items:
-            if item.page is not None and not item.page.reign.holds():
-                continue
             if item.gap is not None:
                 self._broadcaster.announce(item.gap)
             elif item.events:
                 self._broadcaster.publish(item.events)
         return self._broadcaster.flush(FLUSH_SECONDS)
 
-    def _done(self, count: int, items: Sequence[_Item]) -> None:
+    def _done(self, taken: Sequence[_Item], ours: Sequence[_Item]) -> None:
         if self._error:
             log.info("%s takes events again", self.name)
         self._error = ""
         self._reached = True
         self._backoff.reset()
-        delivered = 0
-        for item in items:
+        for item in ours:
             if item.page is not None:
                 item.page.finish()
-            delivered += len(item.events)
+        delivered = sum(len(item.events) for item in ours)
         self._delivered += delivered
         self._meter.count("backend_events", delivered, backend=self.name)
         with self._condition:
-            for _ in range(count):
+            for item in taken:
                 self._waiting.popleft()
-            self._depth -= delivered
+                self._depth -= len(item.events)
             self._condition.notify_all()
 
     def _failed(self, reason: str) -> None:
