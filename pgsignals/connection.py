@@ -101,9 +101,10 @@ def dsn_of(given: str | Engine) -> str:
     dialect, url = getattr(given, "dialect", None), getattr(given, "url", None)
     name = getattr(dialect, "name", None)
     if dialect is None or url is None or name is None:
+        hint = " Watchers come after it: start(watchers=[…])." if isinstance(given, list) else ""
         raise ConfigurationError(
             f"dsn={redact(repr(given))}: give a connection string, '' for libpq's defaults, or an "
-            "SQLAlchemy Engine or AsyncEngine."
+            f"SQLAlchemy Engine or AsyncEngine.{hint}"
         )
     if name != "postgresql":
         raise ConfigurationError(f"The engine is of {name}: give one of PostgreSQL.")

@@ -16,7 +16,7 @@ from .broadcasters.durable import DurableInProcess, Failed
 from .cloudevents import Received, read
 from .dispatch import Dispatcher
 from .errors import ConfigurationError, PayloadError
-from .events import Gap, Topic, model_name
+from .events import Gap, Topic, model_identity, model_name
 from .inspection import Health, Status
 from .metrics import Meter, Tracer
 from .plugins import load_plugins
@@ -60,6 +60,7 @@ class FarRun:
         self._was_connected = False
         resolvers = all_resolvers(settings.resolvers)
         self._tables = [_FarWatcher(each, resolvers) for each in settings.watchers]
+        _share_snapshots(self._tables)
         self._found: dict[tuple[str, str, str, str | None], _FarWatcher | None] = {}
         self._arrivals: Arrivals | None = None
         receivers: Broadcaster = in_process(audience, settings.tracer)
@@ -84,7 +85,7 @@ class FarRun:
         for each in self._tables:
             for topic in each.topics:
                 self._meter.count("events", 0, **topic.fields)
-        wanted = [Wanted(each.ref.name, each.ref.schema, each.watcher.ops) for each in self._tables]
+        wanted = [Wanted(each.ref.name, each.ref.schema, each.ops) for each in self._tables]
         self._dispatcher.start()
         if self._retries is not None:
             self._retries.start()
@@ -248,6 +249,22 @@ class FarRun:
         return True
 
 
+def _share_snapshots(tables: Sequence[_FarWatcher]) -> None:
+    """Of the watchers of a model, as of a label, the first gets snapshots, with all that is asked.
+
+    A row of a backfill comes once, however many watchers a model has.
+    """
+    groups: dict[tuple[str | None, int | str], list[_FarWatcher]] = {}
+    for each in tables:
+        if each.watcher.ops != ("truncated",):
+            identity = "" if each.watcher.label is not None else model_identity(each.watcher.model)
+            groups.setdefault((each.watcher.label, identity), []).append(each)
+    for first, *others in groups.values():
+        first.ops = (*first.watcher.ops, "snapshot")
+        for other in others:
+            first.in_snapshots = tuple(dict.fromkeys((*first.in_snapshots, *other.in_snapshots)))
+
+
 class _FarWatcher:
     """A watcher, and the topics of the events that have come for it."""
 
@@ -259,6 +276,8 @@ class _FarWatcher:
         for attribute, column in self.ref.attributes.items():
             self._attributes.setdefault(column, attribute)
         self._asked = tuple(dict.fromkeys((*watcher.columns, *watcher.extra)))
+        self.ops = watcher.ops
+        self.in_snapshots = self._asked
         self._seen: dict[tuple[Any, ...], Topic] = {}
 
     @property
@@ -272,18 +291,23 @@ class _FarWatcher:
                 tuple(self._attributes.get(c, c) for c in self.ref.key or ("id",))
                 if op != "truncated"
                 else (),
-                self._asked if op != "truncated" else (),
+                self._asked_of(op),
                 op == "updated" and bool(self._asked),
             )
-            for op in self.watcher.ops
+            for op in self.ops
         ]
+
+    def _asked_of(self, op: str) -> tuple[str, ...]:
+        if op == "snapshot":
+            return self.in_snapshots
+        return self._asked if op != "truncated" else ()
 
     def matches(self, schema: str, table: str, op: str, label: str | None) -> bool:
         """Whether events of this table, operation and label are its."""
         return (
             table == self.ref.name
             and self.ref.schema in (None, schema)
-            and op in self.watcher.ops
+            and op in self.ops
             and label == self.watcher.label
         )
 
@@ -301,8 +325,9 @@ class _FarWatcher:
         if signature not in self._seen:
             key = tuple(map(self._name, received.key))
             values = tuple(map(self._name, received.values))
-            missing = [name for name in self._asked if name not in (*key, *values)]
-            if missing and not received.truncated and received.op != "truncated":
+            asked = self._asked_of(received.op)
+            missing = [name for name in asked if name not in (*key, *values)]
+            if missing and not received.truncated:
                 raise PayloadError(
                     f"events ({self.watcher}, {received.op!r}) come without {missing[0]!r}, which "
                     f"the watcher here asks for: add extra=[{missing[0]!r}] to the watcher that "
@@ -312,7 +337,7 @@ class _FarWatcher:
                 received.op,
                 received.schema,
                 key,
-                self._asked if received.truncated else values,
+                asked if received.truncated else values,
                 received.compared,
             )
         return self._seen[signature]

@@ -209,6 +209,8 @@ def _cause(cluster: Cluster, error: KafkaError) -> str:
     if code == KafkaError._SSL:
         hint = "see ca=, cert=, key=" if cluster.tls else "is this a port without TLS?"
         return f"TLS failed, {hint} ({text})"
+    if "in state SSL_HANDSHAKE" in text:
+        return f"TLS failed: the port may have none, see tls= ({text})"
     if code == KafkaError._RESOLVE:
         return f"the host name is not known ({text})"
     if code in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):

@@ -6,18 +6,26 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import psycopg2
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg2.extensions import connection as Connection
 
 import pgsignals
+from pgsignals.hub import Delivery
 from pgsignals.testing import Server, find_installations
 from tests.brokers import PASSWORD, Kafka, Nats, tls_files
 
 DEADLINE = 15.0
 OLDEST, NEWEST = 15, 18
+
+# How long an example takes is the machine's affair: a busy one failed tests at random.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def _started(version: int | None) -> Server:
@@ -105,6 +113,13 @@ def db(dsn: str, connect: Callable[[str], Database]) -> Database:
 def each_db(each_dsn: str, connect: Callable[[str], Database]) -> Database:
     """The fresh database on each tested version, ready to run SQL."""
     return connect(each_dsn)
+
+
+@pytest.fixture(params=get_args(Delivery))
+def delivery(request: pytest.FixtureRequest) -> Delivery:
+    """Each delivery in turn: what is proved for one is proved for all."""
+    chosen: Delivery = request.param
+    return chosen
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from pgsignals.testing.conformance import (
 )
 from pgsignals_nats import NatsBroadcaster, NatsSource
 from tests.brokers import Nats, free_port
-from tests.conftest import Recorder
+from tests.conftest import Database, Recorder
 
 
 def read_all(server: Nats, prefix: str, count: int) -> list[tuple[Mapping[str, str], bytes]]:
@@ -93,6 +94,65 @@ def test_a_stream_that_is_missing(nats_server: Nats, prefix: str) -> None:
     broadcaster.close()
     with pytest.raises(BrokerError, match=rf"no stream {prefix}\."):
         Hub().start(url, ["orders"])
+
+
+def test_a_backfill(nats_server: Nats, prefix: str, dsn: str, db: Database, hub: Hub) -> None:
+    """Snapshots go through the broker to receivers elsewhere, with the values of all watchers."""
+    db("CREATE TABLE users (id int PRIMARY KEY, name text, age int)")
+    db("INSERT INTO users SELECT n, 'user ' || n, n FROM generate_series(1, 300) AS n")
+    watchers = [
+        pgsignals.watch("public.users", "updated", columns=["name"]),
+        pgsignals.watch("public.users", "inserted", extra=["age"]),
+    ]
+    url = f"{nats_server.url}?prefix={prefix}"
+    maker = NatsBroadcaster.from_url(f"{url}&create=true")
+    maker.publish([make_event(1)])
+    assert maker.flush(DEADLINE)
+    maker.close()
+    far = Hub()
+    everything, snapshots, updates = Recorder(), Recorder(), Recorder()
+    far.on("users")(everything)
+    far.on("users", "snapshot", age=7)(snapshots)
+    far.on("users", "updated")(updates)
+    hub.start(dsn, watchers, delivery="outbox", name="mailer", backends=[url])
+    try:
+        far.start(url, watchers)
+        assert hub.backfill("public.users", name="mailer/nats").wait(30)
+        events = everything.wait(300)
+        assert [event.id for event in events] == list(range(1, 301))
+        assert {event.op for event in events} == {"snapshot"}
+        [event] = snapshots.wait(1)
+        assert (event.id, event.values) == (7, {"name": "user 7", "age": 7})
+        db("UPDATE users SET name = 'last' WHERE id = 1")
+        [event] = updates.wait(1)
+        assert event.id == 1
+    finally:
+        far.stop()
+
+
+def test_a_server_without_tls_is_told_nothing(prefix: str) -> None:
+    """With tls=true the password does not go to a server that offers no TLS."""
+    heard = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def listen() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b'INFO {"server_id":"a","max_payload":1048576}\r\n')
+                while piece := connection.recv(1024):
+                    heard.extend(piece)
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        url = f"nats://ann:s3cret@127.0.0.1:{port}/?prefix={prefix}&tls=true"
+        broadcaster = NatsBroadcaster.from_url(url)
+        with pytest.raises(BrokerError, match="the server has no TLS"):
+            broadcaster.flush(5.0)
+        broadcaster.close()
+        thread.join(DEADLINE)
+    assert not thread.is_alive()
+    assert bytes(heard) == b""
 
 
 def on_stream(server: Nats, work: Callable[[Any], Any]) -> None:
