@@ -26,6 +26,8 @@ from .payload import Cast
 
 # Up to the last @, because a password may hold an @ that should have been written as %40.
 _URL_SECRET = re.compile(r"(://[^/?#@:\s]*):\S*@")
+# A user alone is a token there.
+_URL_TOKEN = re.compile(r"(\bnats://)[^/?#@:\s]+@", re.IGNORECASE)
 _URL_PARAMETER = re.compile(r"([?&](?:ssl)?password=)[^&#\s]*", re.IGNORECASE)
 # In a connection string, and in the repr of a mapping.
 _SECRETS = re.compile(
@@ -36,6 +38,7 @@ _SECRETS = re.compile(
 def redact(text: str) -> str:
     """``text`` without the passwords of any connection string in it."""
     text = _URL_SECRET.sub(r"\1:***@", text)
+    text = _URL_TOKEN.sub(r"\1***@", text)
     text = _URL_PARAMETER.sub(r"\1***", text)
     return _SECRETS.sub(r"\1=***", text)
 

@@ -99,6 +99,11 @@ class Topic:
         return {"table": f"{self.schema}.{self.table}", "op": self.op}
 
 
+def event_uid(name: str, txid: int, sequence: int, number: int) -> str:
+    """An event's uid: ``name`` is its topic's, ``number`` counts the rows of its message."""
+    return f"{name}-{txid:x}-{sequence:x}-{number:x}"
+
+
 class Message(msgspec.Struct, eq=False):
     """A decoded message: rows of one statement that belong to one topic.
 
@@ -132,7 +137,7 @@ class Message(msgspec.Struct, eq=False):
 
     def uid(self, number: int) -> str:
         """What names the event of one row, here and wherever it travels."""
-        return f"{self.topic.name}-{self.txid:x}-{self.sequence:x}-{number:x}"
+        return event_uid(self.topic.name, self.txid, self.sequence, number)
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):
@@ -144,7 +149,7 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def op(self) -> str:
-        """``inserted``, ``updated``, ``deleted`` or ``truncated``."""
+        """``inserted``, ``updated``, ``deleted``, ``truncated``, or ``snapshot`` of a backfill."""
         return self._message.topic.op
 
     @property
@@ -229,12 +234,18 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def txid(self) -> int:
-        """The writing transaction's id (``pg_current_xact_id``)."""
+        """The writing transaction's id (``pg_current_xact_id``).
+
+        Of a snapshot: the first one whose changes it cannot hold.
+        """
         return self._message.txid
 
     @property
     def at(self) -> datetime:
-        """When the statement ran: an aware datetime, by the server's clock."""
+        """When the statement ran: an aware datetime, by the server's clock.
+
+        Of a snapshot: when the row was read.
+        """
         return self._message.at
 
     @property

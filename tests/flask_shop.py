@@ -59,6 +59,7 @@ def create_app() -> Flask:
     )
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": 2, "max_overflow": 0}
     app.config["PGSIGNALS_WORKERS"] = 1
+    app.config["PGSIGNALS_DELIVERY"] = os.environ.get("SHOP_DELIVERY", "notify")
     if limit := os.environ.get("SSE_CLIENTS"):
         app.config["PGSIGNALS_SSE_CLIENTS"] = int(limit)
     db.init_app(app)

@@ -183,8 +183,12 @@ def test_a_burst_costs_few_requests(pages: list[Page], db: Database) -> None:
     assert len(fetched) < 100
 
 
-def test_nothing_is_fetched_from_elsewhere(browser: Browser, site: Site) -> None:
-    """The page needs no other host, and fits a telephone's width."""
+def test_nothing_is_fetched_from_elsewhere(browser: Browser, site: Site, db: Database) -> None:
+    """The page needs no other host, and fits a telephone's width, whatever it shows."""
+    db(
+        "INSERT INTO orders (customer, total)"
+        " SELECT repeat('Long name ', 8), 99999999.99 FROM generate_series(1, 200)"
+    )
     context = browser.new_context(viewport={"width": 360, "height": 740})
     page = context.new_page()
     asked: list[str] = []
@@ -194,4 +198,7 @@ def test_nothing_is_fetched_from_elsewhere(browser: Browser, site: Site) -> None
     assert asked
     assert [url for url in asked if not url.startswith((site.url, "data:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    expect(page.locator(".more")).to_have_text("The newest 50 of 202 orders")
+    db("DELETE FROM orders WHERE id > 50")
+    expect(page.locator(".more")).to_be_hidden()
     context.close()

@@ -105,7 +105,7 @@ def test_lines_of_a_text() -> None:
         ("a", "b", "a"),
         (None, "b", "b"),
         ("a\nb", "c", "c"),
-        ("x" * 201, None, None),
+        ("x" * 4097, None, None),
     ],
 )
 def test_last_event_id(header: str | None, query: str | None, expected: str | None) -> None:

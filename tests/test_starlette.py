@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg2
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -194,6 +195,51 @@ def test_resuming(serve: Callable[..., Site], db: Database) -> None:
         gap = browser.message()
         assert (gap["event"], json.loads(gap["data"])) == ("gap", {"reason": "unknown_id"})
         assert gap["id"]
+
+
+def test_a_server_that_is_killed(dsn: str, db: Database) -> None:
+    """In outbox delivery what was missed comes once, late commits too, and the filter holds."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/events/7"
+
+    def started() -> Program:
+        server = Program("-m", "uvicorn", "tests.starlette_shop:app", "--port", str(port), dsn=dsn)
+        while "running on" not in server.err():
+            pass
+        return server
+
+    def number(browser: Browser) -> int:
+        while "data" not in (message := browser.message()):
+            pass
+        assert "event" not in message, message
+        last_ids.append(message["id"])
+        return int(json.loads(message["data"])["id"])
+
+    last_ids: list[str] = []
+    slow = psycopg2.connect(dsn)
+    server = started()
+    try:
+        with Browser(url) as browser:
+            slow.cursor().execute("INSERT INTO items VALUES (1, 7), (2, 8)")
+            db("INSERT INTO items VALUES (3, 7)")
+            assert number(browser) == 3
+            server.process.kill()
+        server.end()
+        slow.commit()
+        db("INSERT INTO items VALUES (4, 8), (5, 7)")
+        server = started()
+        with Browser(url, last_ids[-1]) as browser:
+            assert [number(browser), number(browser)] == [1, 5]
+            db("INSERT INTO items VALUES (6, 7)")
+            assert number(browser) == 6
+        with Browser(url, f"A{last_ids[-1]}") as browser:
+            gap = browser.message()
+            assert (gap["event"], json.loads(gap["data"])) == ("gap", {"reason": "unknown_id"})
+    finally:
+        slow.close()
+        server.process.kill()
+        server.process.wait(DEADLINE)
 
 
 def test_a_browser_that_goes_is_noticed(serve: Callable[..., Site]) -> None:

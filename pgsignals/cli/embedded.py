@@ -21,6 +21,7 @@ class Application:
     dsn: str
     namespace: str
     delivery: str
+    install: str
     watchers: tuple[Watcher, ...]
 
 
@@ -28,6 +29,7 @@ _FROM_APPLICATION: dict[str, Callable[[Application, dict[str, Any]], object]] = 
     "dsn": lambda application, _: application.dsn,
     "namespace": lambda application, _: application.namespace,
     "delivery": lambda application, _: application.delivery,
+    "install": lambda application, _: application.install,
     # Without WATCH arguments, all that the application watches.
     "app": lambda application, given: () if given.get("watched") else application.watchers,
 }

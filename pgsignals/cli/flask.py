@@ -38,7 +38,13 @@ def group(ctx: click.Context, verbose: bool) -> None:
 
 def _application() -> Application:
     settings = process_of(None).settings()
-    return Application(settings.dsn, settings.namespace, settings.delivery, settings.watchers)
+    return Application(
+        settings.dsn,
+        settings.namespace,
+        settings.delivery,
+        str(settings.options.get("install", "auto")),
+        settings.watchers,
+    )
 
 
 def _in_context(command: click.Command) -> None:

@@ -15,14 +15,14 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import ConfigurationError
 from ..events import Event, Gap, model_identity, model_name
 from ..hub import Hub
 from ..jsontext import to_json
 from ..receivers import Subscription
-from ..watchers import OPERATIONS, Watcher
+from ..watchers import EVENT_OPERATIONS, Watcher
 
 log = logging.getLogger("pgsignals")
 
@@ -35,8 +35,8 @@ HEADERS: Mapping[str, str] = {
 KEEPALIVE = b":\n\n"
 
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
-_LONGEST_ID = 200
-_LONGEST_READ = 100
+_LONGEST_ID = 4096
+LONGEST_READ = 100
 # JavaScript's numbers are exact up to here.
 _SAFE_INTEGER = 2**53 - 1
 
@@ -128,6 +128,14 @@ class View:
 EVERYTHING = View()
 
 
+class Waking(Protocol):
+    """Who waits for something to read."""
+
+    @property
+    def wake(self) -> Callable[[], None]:
+        """To be called, from any thread, when there is."""
+
+
 class _Entry:
     """An event or a gap of the feed, encoded once for all who see it by the same View."""
 
@@ -140,31 +148,40 @@ class _Entry:
 
     def frame(self, view: View) -> bytes:
         """The message for one client; empty when it may not know of the event."""
-        if isinstance(self.item, Gap):
-            gap = self.item
-            return _gap(gap.reason, self.id, {"since": gap.since, "until": gap.until})
-        try:
-            if view.visible is not None and not view.visible(self.item):
-                return b""
-            if view.data is None and view.name is None:
-                if self._frame is None:
-                    self._frame = encode(to_json(brief(self.item)), id=self.id)
-                return self._frame
-            data = (view.data or brief)(self.item)
-            return encode(
-                data if isinstance(data, str) else to_json(data),
-                id=self.id,
-                event=None if view.name is None else view.name(self.item),
-            )
-        except Exception:
-            log.exception(
-                "what a browser may see could not be told",
-                extra={"event_uid": self.item.uid, **self.item._message.topic.fields},
-            )
-            return _gap("failed", self.id)
+        if view != EVERYTHING:
+            return render(self.item, view, self.id)
+        if self._frame is None:
+            self._frame = render(self.item, view, self.id)
+        return self._frame
 
 
-def _gap(reason: str, id: str, times: Mapping[str, Any] | None = None) -> bytes:  # noqa: A002
+def render(item: Event | Gap, view: View, id: str) -> bytes:  # noqa: A002
+    """The message that tells of an event or a gap; empty when it may not be known of."""
+    if isinstance(item, Gap):
+        return gap_message(item.reason, id, {"since": item.since, "until": item.until})
+    try:
+        if view.visible is not None and not view.visible(item):
+            return b""
+        data = (view.data or brief)(item)
+        return encode(
+            data if isinstance(data, str) else to_json(data),
+            id=id,
+            event=None if view.name is None else view.name(item),
+        )
+    except Exception:
+        log.exception(
+            "what a browser may see could not be told",
+            extra={"event_uid": item.uid, **item._message.topic.fields},
+        )
+        return gap_message("failed", id)
+
+
+def gap_message(
+    reason: str,
+    id: str,  # noqa: A002
+    times: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The message that says that something may be missing."""
     # Without the detail: what PostgreSQL says is not for everybody.
     return encode(to_json({"reason": reason, **(times or {})}), id=id, event="gap")
 
@@ -202,7 +219,7 @@ class Feed:
         if not targets:
             raise ConfigurationError("Give what to send: models, names of tables, or labels.")
         try:
-            for target, ops in map(_wanted, targets):
+            for target, ops in map(wanted_of, targets):
                 self._subscriptions.append(
                     hub._registry.subscribe(
                         self.put, target, ops, {}, f"feed of {model_name(target)}", collects=True
@@ -266,7 +283,7 @@ class Feed:
             self._ring[at] = entry
             self._next = number + 1
             sleeping, self._sleeping = self._sleeping, {}
-        _wake(sleeping)
+        wake_all(sleeping)
 
     def close(self) -> None:
         """End it: clients read what is there, and then are ``ended``. Safe to call twice."""
@@ -276,7 +293,7 @@ class Feed:
             self.closed = True
             sleeping, self._sleeping = self._sleeping, {}
         self._cancel()
-        _wake(sleeping)
+        wake_all(sleeping)
 
     def forked(self) -> None:
         """In the child of a fork: the clients are the parent's, and the lock may be held."""
@@ -318,7 +335,7 @@ class Feed:
         """
         with self._lock:
             start = max(number, self._oldest)
-            stop = min(self._next, start + _LONGEST_READ)
+            stop = min(self._next, start + LONGEST_READ)
             found = [self._ring[each % self._size] for each in range(start, stop)]
             if not found and not self.closed:
                 self._sleeping[client] = None
@@ -373,7 +390,7 @@ class Client:
             if lapped:
                 self._lost = "slow"
             if self._lost is not None:
-                frames.append(_gap(self._lost, self._feed._position(start)))
+                frames.append(gap_message(self._lost, self._feed._position(start)))
                 self._lost = None
                 self._told = start
             self._number = start + len(entries)
@@ -402,7 +419,7 @@ class Client:
         self._feed._remove(self)
 
 
-def _wake(clients: Mapping[Client, None]) -> None:
+def wake_all(clients: Iterable[Waking]) -> None:
     for client in clients:
         try:
             client.wake()
@@ -413,10 +430,10 @@ def _wake(clients: Mapping[Client, None]) -> None:
 
 def feed_key(targets: Iterable[Any]) -> Hashable:
     """What makes two feeds have the same events, to share one. Raises what Feed raises."""
-    return tuple((model_identity(target), *ops) for target, ops in map(_wanted, targets))
+    return tuple((model_identity(target), *ops) for target, ops in map(wanted_of, targets))
 
 
-def _wanted(target: Any) -> tuple[Any, tuple[str, ...]]:
+def wanted_of(target: Any) -> tuple[Any, tuple[str, ...]]:
     """What to listen to, and which operations of it; none stands for all that are delivered.
 
     Raises ConfigurationError where an operation stands for a target.
@@ -424,7 +441,7 @@ def _wanted(target: Any) -> tuple[Any, tuple[str, ...]]:
     if isinstance(target, Watcher):
         return (target.model if target.label is None else target.label), target.ops
     what, ops = (target[0], target[1:]) if isinstance(target, tuple) and target else (target, ())
-    if not what or (isinstance(what, str) and what in OPERATIONS):
+    if not what or (isinstance(what, str) and what in EVENT_OPERATIONS):
         raise ConfigurationError(
             f"{target!r} is nothing to send events of: give a model, a table's name, a label, or a "
             "tuple such as ('orders', 'inserted')."

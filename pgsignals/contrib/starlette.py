@@ -17,7 +17,8 @@ import pgsignals
 from ..errors import ConfigurationError, MissingExtraError, StateError
 from ..events import Event, model_identity
 from ..hub import Hub
-from .sse import EVERYTHING, HEADERS, Client, Feed, View, _wanted, encode, last_event_id
+from .exact import ExactClient, ExactFeed, open_feed
+from .sse import EVERYTHING, HEADERS, Client, Feed, View, encode, last_event_id, wanted_of
 
 try:
     from starlette.concurrency import run_in_threadpool
@@ -83,7 +84,7 @@ def sse(
         log.warning("a browser was told to come back later: %s", error)
         return Response(encode(retry=max(retry, _LATER)), headers=dict(HEADERS))
     view = View(visible, data, name)
-    waits = view != EVERYTHING
+    waits = view != EVERYTHING or isinstance(feed, ExactFeed)
     last_id = last_event_id(
         request.headers.get("Last-Event-ID"), request.query_params.get(_PARAMETER)
     )
@@ -101,20 +102,20 @@ def position(*targets: Any, hub: Hub | None = None, size: int = 1000) -> str:
     return _feed(hub or pgsignals.default_hub, targets, size).position
 
 
-_feeds: weakref.WeakKeyDictionary[Hub, dict[Any, Feed]] = weakref.WeakKeyDictionary()
+_feeds: weakref.WeakKeyDictionary[Hub, dict[Any, Feed | ExactFeed]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def _feed(hub: Hub, targets: tuple[Any, ...], size: int) -> Feed:
+def _feed(hub: Hub, targets: tuple[Any, ...], size: int) -> Feed | ExactFeed:
     """The feed that all streams of these targets share."""
-    key = (size, *((model_identity(what), *ops) for what, ops in map(_wanted, targets)))
+    key = (size, *((model_identity(what), *ops) for what, ops in map(wanted_of, targets)))
     with _lock:
         of_hub = _feeds.setdefault(hub, {})
         feed = of_hub.get(key)
         if feed is None or feed.closed:
             if not hub.running:
                 raise StateError("The Hub is not running: there is nothing to stream.")
-            feed = of_hub[key] = Feed(hub, *targets, size=size, ordered=hub._workers == 1)
+            feed = of_hub[key] = open_feed(hub, *targets, size=size, ordered=hub._workers == 1)
     return feed
 
 
@@ -123,7 +124,7 @@ class _Stream(Response):
 
     def __init__(
         self,
-        client: Client,
+        client: Client | ExactClient,
         waits: bool,
         retry: int,
         keepalive: float,

@@ -1,11 +1,15 @@
-"""Keeps the outbox small: empties partitions that all have read, or that are too old or many."""
+"""Keeps the outbox small: empties partitions that all have read, or that are too old or many.
+
+What all have read is kept for a while where somebody wants to come back to it without a cursor.
+"""
 
 from __future__ import annotations
 
 import logging
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psycopg2
@@ -14,7 +18,7 @@ from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from ..connection import connect, redact
-from ..errors import ConnectError
+from ..errors import PgSignalsError
 from ..triggers import names
 from .cursors import Snapshot
 from .schema import SLOTS
@@ -53,12 +57,16 @@ class _Reader:
 class Housekeeper:
     """Tidies up every few seconds, in a thread and connections of its own.
 
-    Of all the processes that have one, one at a time does it.
+    Of all the processes that have one, one at a time does it. ``chore`` is what each process has to
+    do for itself, with the same connection.
     """
 
-    def __init__(self, dsn: str, timeout: float) -> None:
+    def __init__(
+        self, dsn: str, timeout: float, chore: Callable[[Cursor], object] = lambda cursor: None
+    ) -> None:
         self._dsn = dsn
         self._timeout = timeout
+        self._chore = chore
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgsignals-housekeeper", daemon=True)
 
@@ -82,9 +90,10 @@ class Housekeeper:
                 try:
                     with connection.cursor() as cursor:
                         tidy(cursor)
+                        self._chore(cursor)
                 finally:
                     connection.close()
-            except (ConnectError, psycopg2.Error) as error:
+            except (PgSignalsError, psycopg2.Error) as error:
                 log.warning("the outbox could not be tidied up: %s", redact(str(error)).strip())
 
 
@@ -103,18 +112,30 @@ def tidy(
     try:
         _forget(cursor)
         cursor.execute(
-            "SELECT retention_seconds, retention_bytes, s.last_value"
+            "SELECT retention_seconds, retention_bytes, coalesce(keep_seconds, 0), s.last_value"
             " FROM pgsignals.settings, pgsignals.outbox_slot AS s"
         )
-        [(seconds, size, current)] = cursor.fetchall()
+        [(seconds, size, keep, current)] = cursor.fetchall()
         slots = _slots(cursor, current)
-        emptied = _empty_read(cursor, slots)
+        emptied = _empty_read(cursor, slots, keep)
         left = [slot for slot in slots if slot.number not in emptied]
         emptied += _enforce(cursor, left, seconds, size)
         _turn(cursor, slots, emptied, slot_bytes, slot_seconds, size)
         return emptied
     finally:
         cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
+
+
+@contextmanager
+def housekeeping_lock(cursor: Cursor) -> Iterator[None]:
+    """Wait until nobody tidies up, and have nobody begin to."""
+    key = (names.LOCK_CLASS, names.HOUSEKEEPING_LOCK)
+    cursor.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", key)
+    try:
+        yield
+    finally:
+        if not cursor.connection.closed:
+            cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
 
 
 def _forget(cursor: Cursor) -> None:
@@ -132,6 +153,14 @@ def _forget(cursor: Cursor) -> None:
     cursor.execute(
         "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
         " WHERE p.at < pg_catalog.now() - retention_seconds * interval '1 s'"
+    )
+    cursor.execute(
+        "DELETE FROM pgsignals.backfills AS b USING pgsignals.settings"
+        " WHERE greatest(b.changed_at, (SELECT pg_catalog.max(p.changed_at)"
+        "   FROM pgsignals.backfill_parts AS p WHERE p.backfill = b.id))"
+        "   < pg_catalog.now() - retention_seconds * interval '1 s'"
+        " AND (b.state <> 'running' OR NOT EXISTS (SELECT FROM pgsignals.backfill_parts AS p"
+        "   WHERE p.backfill = b.id AND NOT p.finished))"
     )
 
 
@@ -187,11 +216,11 @@ def _late(cursor: Cursor, slot: _Slot, readers: Sequence[_Reader]) -> list[_Read
     return found
 
 
-def _empty_read(cursor: Cursor, slots: Sequence[_Slot]) -> list[int]:
+def _empty_read(cursor: Cursor, slots: Sequence[_Slot], keep: float) -> list[int]:
     readers = _readers(cursor)
     emptied = []
     for slot in slots[1:]:
-        if slot.last_id is None or _late(cursor, slot, readers):
+        if slot.last_id is None or slot.age < keep or _late(cursor, slot, readers):
             continue
         if _empty(cursor, slot):
             emptied.append(slot.number)
@@ -236,6 +265,12 @@ def _empty(cursor: Cursor, slot: _Slot, dropping: bool = False) -> bool:
             cursor.execute("ROLLBACK")
             return False
         cursor.execute(sql.SQL("TRUNCATE {}").format(slot.table))
+        # With the lock, so that it sees everybody who had written there.
+        cursor.execute(
+            "UPDATE pgsignals.slots SET emptied_id = %s,"
+            " emptied_snapshot = pg_catalog.pg_current_snapshot()::text WHERE slot = %s",
+            (slot.last_id, slot.number),
+        )
         for reader in late:
             log.error(
                 "the consumer %s is so late that %d bytes of its events are dropped: see the "

@@ -55,12 +55,16 @@ _VERSION_1 = (
     """CREATE TABLE pgsignals.settings (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   retention_seconds double precision NOT NULL,
-  retention_bytes bigint NOT NULL
+  retention_bytes bigint NOT NULL,
+  keep_seconds double precision,
+  place_key uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid()
 )""",
     f"INSERT INTO pgsignals.settings VALUES (true, {RETENTION_SECONDS}, {RETENTION_BYTES})",
     """CREATE TABLE pgsignals.slots (
   slot smallint PRIMARY KEY,
-  opened_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
+  opened_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+  emptied_id bigint,
+  emptied_snapshot text
 )""",
     "INSERT INTO pgsignals.slots VALUES (0)",
     """CREATE TABLE pgsignals.channels (
@@ -122,16 +126,27 @@ _VERSION_1 = (
   schema_name text NOT NULL,
   table_name text NOT NULL,
   label text,
+  model text,
   condition text,
+  search_path text NOT NULL,
   chunk int NOT NULL,
-  last_key text[],
   total bigint NOT NULL,
-  done bigint NOT NULL DEFAULT 0,
   state text NOT NULL DEFAULT 'running',
   error text,
   started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
   changed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 )""",
+    # Each part of the consumer goes through the whole table, and delivers what is its own.
+    """CREATE TABLE pgsignals.backfill_parts (
+  backfill bigint NOT NULL REFERENCES pgsignals.backfills ON DELETE CASCADE,
+  part int NOT NULL,
+  last_key text[],
+  done bigint NOT NULL DEFAULT 0,
+  delivered bigint NOT NULL DEFAULT 0,
+  finished boolean NOT NULL DEFAULT false,
+  changed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+  PRIMARY KEY (backfill, part)
+) WITH (fillfactor = 50)""",
     # Asked by writers while no consumer lives, so that nobody else keeps the outbox within bounds.
     """CREATE FUNCTION pgsignals.has_room() RETURNS boolean LANGUAGE sql STABLE
   SET search_path TO pg_catalog, pg_temp

@@ -56,6 +56,7 @@ function show(next) {
       mark(old, "changed");
     }
   }
+  shown.querySelector(".more").replaceWith(next.querySelector(".more"));
   const body = shown.querySelector("tbody");
   const rows = [...next.querySelectorAll("tbody tr")];
   const wanted = new Set(rows.map((row) => row.dataset.key));

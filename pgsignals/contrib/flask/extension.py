@@ -27,6 +27,7 @@ from ...inspection import Health
 from ...metrics import Tracer, span
 from ...receivers import Subscription
 from ...watchers import Watcher, normalize
+from ..exact import ExactFeed, open_feed
 from ..sse import Feed, feed_key
 from .ending import Ending
 
@@ -220,7 +221,7 @@ class Process:
         self._tried = False
         self._error: PgSignalsError | None = None
         self._lock = threading.Lock()
-        self._feeds: dict[Any, Feed] = {}
+        self._feeds: dict[Any, Feed | ExactFeed] = {}
         self._ended = False
         self._ending = Ending(self.end_streams)
         _processes.add(self)
@@ -329,7 +330,7 @@ class Process:
             return self.hub.health()
         return Health(alive=True, ready=False, connected=False, reason=reason)
 
-    def feed(self, targets: Sequence[Any]) -> Feed:
+    def feed(self, targets: Sequence[Any]) -> Feed | ExactFeed:
         """The feed of these targets, which all their streams share.
 
         Raises StateError when the Hub is not running.
@@ -343,7 +344,7 @@ class Process:
             if feed is None or feed.closed:
                 if not self.hub.running or self._ended:
                     raise StateError("The Hub is not running: there is nothing to stream.")
-                feed = Feed(
+                feed = open_feed(
                     self.hub,
                     *targets,
                     size=self.app.config.get("PGSIGNALS_SSE_SIZE", 1000),

@@ -14,6 +14,7 @@ from flask import Flask, Response, current_app, request
 
 from ...errors import ConfigurationError, StateError
 from ...events import Event
+from ..exact import ExactClient
 from ..sse import HEADERS, Client, View, encode, last_event_id
 from .extension import process_of
 
@@ -111,7 +112,7 @@ class _Stream:
     def __init__(
         self,
         app: Flask,
-        client: Client,
+        client: Client | ExactClient,
         woken: threading.Event,
         retry: int,
         keepalive: float,

@@ -23,7 +23,11 @@ from pgsignals.errors import PgSignalsError
 def _application() -> Application:
     chosen = options()
     return Application(
-        dsn_of(chosen["dsn"]), chosen.get("namespace", "default"), default_delivery(), watchers()
+        dsn_of(chosen["dsn"]),
+        chosen.get("namespace", "default"),
+        default_delivery(),
+        chosen.get("install", "auto"),
+        watchers(),
     )
 
 

@@ -1,0 +1,484 @@
+"""Streams in outbox delivery: a browser that comes back gets exactly what it has missed."""
+
+from __future__ import annotations
+
+import base64
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+
+import pgsignals
+from pgsignals import Hub
+from pgsignals.contrib.exact import ExactClient, ExactFeed, open_feed
+from pgsignals.contrib.sse import EVERYTHING, View
+from pgsignals.outbox.housekeeping import tidy
+from tests.conftest import DEADLINE, Database
+from tests.test_sse import Browser
+
+ITEMS = pgsignals.watch("items", "inserted", "updated", extra=["tenant", "n"])
+
+
+class Tab:
+    """A browser that reads a feed from a thread of its own server."""
+
+    def __init__(self, feed: ExactFeed, browser: Browser, view: View = EVERYTHING) -> None:
+        self._woken = threading.Event()
+        self.browser = browser
+        self.client: ExactClient = feed.connect(browser.last_id or None, self._woken.set, view)
+        browser.receive(self.client.opening())
+
+    def more(self) -> bytes:
+        """The next piece, as soon as there is one; empty at the end."""
+        while True:
+            self._woken.clear()
+            if (piece := self.client.read()) or self.client.ended:
+                return piece
+            assert self._woken.wait(DEADLINE), f"only {self.browser.messages}"
+
+    def wait(self, count: int) -> list[Any]:
+        """The ids, or reasons of gaps, of all messages so far, which are so many at least."""
+        while len(self.browser.messages) < count:
+            self.browser.receive(self.more())
+        return told(self.browser)
+
+    def stay(self) -> None:
+        """Have what is not for this browser, or for nobody, move its id on."""
+        before = self.browser.last_id
+        deadline = time.monotonic() + DEADLINE
+        while self.browser.last_id == before:
+            assert time.monotonic() < deadline
+            self.browser.receive(self.client.read() + self.client.keepalive())
+            time.sleep(0.001)
+
+
+def told(browser: Browser) -> list[Any]:
+    """The ids, or reasons of gaps, of the messages."""
+    return [data["reason"] if kind == "gap" else data["id"] for kind, data in browser.messages]
+
+
+@pytest.fixture
+def shop(db: Database) -> Database:
+    """A database with a table."""
+    db("CREATE TABLE items (id bigint, tenant int NOT NULL DEFAULT 1, n int, PRIMARY KEY (id))")
+    return db
+
+
+@pytest.fixture
+def process(shop: Database) -> Iterator[Callable[..., ExactFeed]]:
+    """Starts Hubs, each as another process would, and gives a feed of each."""
+    hubs: list[Hub] = []
+
+    def start(size: int = 1000, **options: Any) -> ExactFeed:
+        hub = Hub()
+        hubs.append(hub)
+        hub.start(shop.dsn, [ITEMS], delivery="outbox", **options)
+        feed = open_feed(hub, "items", size=size, ordered=True)
+        assert isinstance(feed, ExactFeed)
+        return feed
+
+    yield start
+    for hub in hubs:
+        hub.stop()
+
+
+Process = Callable[..., ExactFeed]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_it_goes_on_where_it_was(process: Process, shop: Database, elsewhere: bool) -> None:
+    """What happened while it was away comes once, then what happens next, in any process."""
+    first = process()
+    tab = Tab(first, Browser())
+    shop("INSERT INTO items SELECT generate_series(1, 5)")
+    tab.wait(5)
+    tab.client.close()
+    tab.browser.messages.pop()
+    # As if the last of one statement's messages had not arrived.
+    again = Tab(first, Browser())
+    again.browser.last_id = tab.browser.last_id
+    shop("INSERT INTO items SELECT generate_series(6, 8)")
+    other = Tab(process() if elsewhere else first, Browser(last_id=tab.browser.last_id))
+    assert other.wait(3) == [6, 7, 8]
+    shop("INSERT INTO items VALUES (9)")
+    assert other.wait(4) == [6, 7, 8, 9]
+
+
+def test_within_a_statement(process: Process, shop: Database) -> None:
+    """A connection may break between two messages of one statement, and in a window's midst."""
+    whole = Browser()
+    shop("INSERT INTO items VALUES (0)")
+    tab = Tab(process(), whole)
+    shop("INSERT INTO items SELECT generate_series(1, 2000)")
+    pieces = b""
+    while len(whole.messages) < 2000:
+        piece = tab.more()
+        whole.receive(piece)
+        pieces += piece
+    frames = [frame + b"\n\n" for frame in pieces.split(b"\n\n") if frame]
+    other = process()
+    for cut in (1, 2, 999, 1999):
+        browser = Browser()
+        browser.receive(b"".join(frames[:cut]))
+        assert Tab(other, browser).wait(2000) == list(range(1, 2001))
+
+
+def test_a_late_commit(process: Process, shop: Database) -> None:
+    """A transaction whose ids are lower than what the browser got last, and that commits later."""
+    tab = Tab(process(), Browser())
+    slow = psycopg2.connect(shop.dsn)
+    try:
+        slow.cursor().execute("INSERT INTO items VALUES (1)")
+        shop("INSERT INTO items VALUES (2)")
+        assert tab.wait(1) == [2]
+        tab.client.close()
+        slow.commit()
+    finally:
+        slow.close()
+    again = Tab(process(), tab.browser)
+    assert again.wait(2) == [2, 1]
+    again.client.close()
+    shop("INSERT INTO items VALUES (3)")
+    assert Tab(process(), tab.browser).wait(3) == [2, 1, 3]
+
+
+def test_one_that_is_ahead_of_this_process(
+    process: Process, shop: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets nothing twice from a process that has not read so far as the one it comes from."""
+    feed, behind = process(), process()
+    tab = Tab(feed, Browser())
+    with monkeypatch.context() as patch:
+        patch.setattr(behind, "turned", lambda place: None)
+        shop("INSERT INTO items VALUES (1)")
+        assert tab.wait(1) == [1]
+        tab.stay()
+        tab.client.close()
+        again = Tab(behind, tab.browser)
+        assert again.client.read() == b""
+        assert list(behind._impatient) == [again.client]
+    shop("INSERT INTO items VALUES (2)")
+    assert again.wait(2) == [1, 2]
+
+
+def test_who_reads_slowly_misses_nothing(process: Process, shop: Database) -> None:
+    """A client that falls further behind than the feed holds reads the outbox instead."""
+    feed = process(size=10)
+    tab = Tab(feed, Browser())
+    quick = Tab(feed, Browser())
+    for number in range(1, 101):
+        shop("INSERT INTO items SELECT generate_series(%s, %s)", (10 * number - 9, 10 * number))
+    assert quick.wait(1000) == list(range(1, 1001))
+    assert tab.wait(1000) == list(range(1, 1001))
+    assert len(feed._ring) == 10
+
+
+def test_a_row_that_is_long(process: Process, shop: Database) -> None:
+    """One row that is longer than a page is read, and what follows it too."""
+    shop("ALTER TABLE items ADD COLUMN text text")
+    watcher = pgsignals.watch("items", "inserted", extra=["text"])
+    hubs = [Hub(), Hub()]
+    try:
+        for hub in hubs:
+            hub.start(shop.dsn, [watcher], delivery="outbox")
+        feeds = [open_feed(hub, "items", size=10, ordered=True) for hub in hubs]
+        browser = Browser()
+        tab = Tab(feeds[0], browser)  # type: ignore[arg-type]
+        shop("INSERT INTO items VALUES (1)")
+        tab.wait(1)
+        shop("INSERT INTO items (id, text) VALUES (2, repeat('x', 100000)), (3, repeat('y', 9000))")
+        shop("INSERT INTO items VALUES (4)")
+        assert Tab(feeds[1], browser).wait(4) == [1, 2, 3, 4]  # type: ignore[arg-type]
+    finally:
+        for hub in hubs:
+            hub.stop()
+
+
+def test_the_filter_holds_for_what_was_missed(process: Process, shop: Database) -> None:
+    """What it may not see stays unseen when it comes back, and moves its id all the same."""
+    mine = View(visible=lambda event: event.values["tenant"] == 1)
+    tab = Tab(process(), Browser(), mine)
+    shop("INSERT INTO items VALUES (1, 1), (2, 2), (3, 1)")
+    assert tab.wait(2) == [1, 3]
+    tab.client.close()
+    shop("INSERT INTO items VALUES (4, 2), (5, 1), (6, 2)")
+    again = Tab(process(), tab.browser, mine)
+    assert again.wait(3) == [1, 3, 5]
+    shop("INSERT INTO items VALUES (7, 2)")
+    before = again.browser.last_id
+    again.stay()
+    assert again.browser.last_id != before
+
+
+def test_a_named_consumer(process: Process, shop: Database) -> None:
+    """Browsers of every process hear of everything, though one alone reads for the receivers."""
+    tabs = [Tab(process(name="mailer"), Browser()) for _ in range(2)]
+    shop("INSERT INTO items VALUES (1)")
+    assert [tab.wait(1) for tab in tabs] == [[1], [1]]
+
+
+def test_an_id_that_is_not_ours(process: Process, shop: Database) -> None:
+    """What is forged, cut, or of no such kind is a gap, and the stream goes on from there."""
+    feed = process()
+    good = feed.position
+    data = bytearray(base64.urlsafe_b64decode(good + "=" * (-len(good) % 4)))
+    forged = []
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        forged.append(base64.urlsafe_b64encode(changed).rstrip(b"=").decode())
+    for text in [
+        *forged,
+        good[:-1],
+        good + "A",
+        "gone",
+        "-",
+        "é",
+        "1; DROP TABLE items",
+        "A" * 4096,
+    ]:
+        tab = Tab(feed, Browser(last_id=text))
+        assert tab.wait(1) == ["unknown_id"], text
+        tab.client.close()
+    # Whatever was told, the gap has an id that is good.
+    tab = Tab(feed, tab.browser)
+    shop("INSERT INTO items VALUES (1)")
+    assert tab.wait(2) == ["unknown_id", 1]
+
+
+def test_an_id_of_another_database(
+    process: Process, shop: Database, server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id means nothing in another database, nor in another history of the same one."""
+    theirs = process().position
+    monkeypatch.setattr("pgsignals.outbox.store.Store.epoch", lambda store: "1-2/3")
+    assert Tab(process(), Browser(last_id=theirs)).wait(1) == ["unknown_id"]
+
+
+def test_one_from_the_future(process: Process, shop: Database) -> None:
+    """A place that the database has not reached, since it has gone back in time, is a gap."""
+    feed = process()
+    place = feed._latest_mark().place
+    since = type(place.since)(place.since.xmin + 1000, place.since.xmax + 1000)
+    ahead = type(place)(since, place.floor, place.high, place.shed)
+    assert Tab(feed, Browser(last_id=feed.sign(ahead))).wait(1) == ["unknown_id"]
+
+
+def turn(shop: Database) -> None:
+    """Begin another partition."""
+    with shop.connection.cursor() as cursor:
+        tidy(cursor, slot_bytes=0)
+
+
+def emptied(shop: Database) -> list[int]:
+    """The partitions that can be emptied now, and are."""
+    with shop.connection.cursor() as cursor:
+        return tidy(cursor)
+
+
+def wait_until_emptied(shop: Database) -> None:
+    """Empty the first partition, as soon as everybody has read it."""
+    deadline = time.monotonic() + DEADLINE
+    while emptied(shop) != [0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_is_no_longer_kept_is_a_gap(process: Process, shop: Database) -> None:
+    """Who was away for longer than the outbox keeps what all have read is told so."""
+    feed = process()
+    assert shop("SELECT keep_seconds FROM pgsignals.settings") == [(60,)]
+    tab = Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    tab.client.close()
+    shop("INSERT INTO items VALUES (2)")
+    here = Tab(feed, Browser(last_id=tab.browser.last_id))
+    assert here.wait(1) == [2]
+    turn(shop)
+    here.stay()
+    time.sleep(0.3)  # Only now and then is noted from which id on transactions write.
+    assert emptied(shop) == []  # It is kept for a minute.
+    other = process()
+    assert Tab(other, Browser(last_id=tab.browser.last_id)).wait(1) == [2]
+    shop("INSERT INTO items VALUES (3)")
+    here.wait(2)
+    here.stay()
+    here.client.close()
+    shop("UPDATE pgsignals.settings SET keep_seconds = 0")
+    wait_until_emptied(shop)
+    shop("INSERT INTO items VALUES (4)")
+    assert Tab(other, tab.browser).wait(2) == [1, "retention"]
+    # Who knows all that is gone misses nothing of it.
+    assert Tab(process(), here.browser).wait(3) == [2, 3, 4]
+
+
+def test_a_long_transaction_is_no_gap(process: Process, shop: Database) -> None:
+    """A transaction that lasts has left nothing in what is emptied meanwhile."""
+    feed = process()
+    long = psycopg2.connect(shop.dsn)
+    try:
+        long.cursor().execute("SELECT pg_current_xact_id()")
+        tab = Tab(feed, Browser())
+        shop("INSERT INTO items VALUES (1)")
+        tab.wait(1)
+        turn(shop)
+        time.sleep(0.3)
+        shop("INSERT INTO items VALUES (2)")
+        tab.wait(2)
+        tab.stay()
+        tab.client.close()
+        assert tab.client._place.since.running
+        shop("UPDATE pgsignals.settings SET keep_seconds = 0")
+        wait_until_emptied(shop)
+        shop("INSERT INTO items VALUES (3)")
+        assert Tab(process(), tab.browser).wait(3) == [1, 2, 3]
+    finally:
+        long.close()
+
+
+def test_a_trigger_that_was_made_anew(process: Process, shop: Database) -> None:
+    """What was written while there was no trigger is nowhere: a gap."""
+    feed = process()
+    tab = Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    feed._hub.stop()
+    for name, table in shop("SELECT tgname, tgrelid::regclass::text FROM pg_trigger"):
+        shop(f'DROP TRIGGER "{name}" ON {table}')
+    shop("INSERT INTO items VALUES (2)")
+    again = Tab(process(), tab.browser)
+    assert again.wait(2) == [1, "reinstalled"]
+    shop("INSERT INTO items VALUES (3)")
+    assert again.wait(3) == [1, "reinstalled", 3]
+
+
+def test_statements_that_found_the_outbox_full(process: Process, shop: Database) -> None:
+    """What writers left out while nobody lived is a gap."""
+    feed = process()
+    tab = Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    feed._hub.stop()
+    shop("SELECT setval('pgsignals.outbox_full', 1)")
+    shop("INSERT INTO items VALUES (2)")
+    shop("SELECT setval('pgsignals.outbox_full', 0)")
+    assert Tab(process(), tab.browser).wait(2) == [1, "retention"]
+
+
+def test_a_broken_watcher(process: Process, shop: Database) -> None:
+    """A change that the trigger could not describe is a gap, now and for who comes back."""
+    feed = process()
+    tab, away = Tab(feed, Browser()), Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    assert tab.wait(1) == away.wait(1)
+    away.client.close()
+    shop("ALTER TABLE items RENAME COLUMN n TO m")
+    shop("INSERT INTO items VALUES (2)")
+    assert tab.wait(2) == [1, "watcher_broken"]
+    shop("ALTER TABLE items RENAME COLUMN m TO n")
+    shop("INSERT INTO items VALUES (3)")
+    assert tab.wait(3) == [1, "watcher_broken", 3]
+    assert Tab(feed, Browser(last_id=away.browser.last_id)).wait(2) == ["watcher_broken", 3]
+    assert Tab(process(), away.browser).wait(3) == [1, "watcher_broken", 3]
+
+
+def test_the_connection_is_lost(process: Process, shop: Database) -> None:
+    """Those who are connected get all that happened meanwhile, once, and no gap."""
+    feed = process()
+    tab = Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    source = feed.tail.source
+    shop(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE pid <> pg_backend_pid() AND datname = current_database()"
+    )
+    shop("INSERT INTO items SELECT generate_series(2, 500)")
+    assert tab.wait(500) == list(range(1, 501))
+    assert source.reconnects >= 1
+
+
+def test_a_server_that_does_not_answer(
+    process: Process, shop: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser that cannot catch up now is sent away with its place, and comes back."""
+    tab = Tab(process(), Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    tab.client.close()
+    shop("INSERT INTO items VALUES (2)")
+    feed = process()
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise psycopg2.OperationalError("gone")
+
+        patch.setattr(feed.tail, "read", fail)
+        again = Tab(feed, tab.browser)
+        assert again.more() == b""
+        assert again.client.ended
+    assert Tab(feed, tab.browser).wait(2) == [1, 2]
+
+
+def test_wandering_browsers(process: Process, shop: Database) -> None:
+    """Whatever commits how late, and wherever a browser breaks off: all once, in order."""
+    rounds, records = 60, 6
+    shop("INSERT INTO items SELECT generate_series(1, %s), 1, 0", (records,))
+    feeds = [process(size=20), process(size=20)]
+    starts = [Browser() for _ in range(2)]
+    for browser in starts:
+        Tab(feeds[0], browser).client.close()
+    seed = random.randrange(1 << 30)
+    view = View(data=lambda event: [event.id, event.values["n"]])
+
+    def write(number: int) -> None:
+        chance = random.Random(seed + number)
+        connection = psycopg2.connect(shop.dsn)
+        try:
+            for _ in range(rounds):
+                record = 1 + number + 3 * chance.randrange(records // 3)
+                with connection, connection.cursor() as cursor:
+                    for _ in range(chance.randrange(1, 4)):
+                        cursor.execute("UPDATE items SET n = n + 1 WHERE id = %s", (record,))
+                        time.sleep(chance.choice((0, 0, 0.002, 0.01)))
+        finally:
+            connection.close()
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for writer in writers:
+        writer.start()
+
+    def wander(browser: Browser, chance: random.Random) -> None:
+        expected: dict[int, int] | None = None
+        while True:
+            tab = Tab(chance.choice(feeds), browser, view)
+            for _ in range(chance.randrange(1, 6)):
+                if expected is None and not any(each.is_alive() for each in writers):
+                    expected = dict(shop("SELECT id, n FROM items"))
+                if expected is not None and len(browser.messages) >= sum(expected.values()):
+                    return
+                frames = [f"{frame}\n\n".encode() for frame in tab.more().decode().split("\n\n")]
+                cut = chance.randrange(len(frames) + 1)
+                browser.receive(b"".join(frames[:cut]))
+                if cut < len(frames) - 1:
+                    break
+            tab.client.close()
+
+    try:
+        for number, browser in enumerate(starts):
+            wander(browser, random.Random(seed - number))
+    finally:
+        for writer in writers:
+            writer.join()
+    for browser in starts:
+        seen: dict[int, list[int]] = {}
+        for kind, data in browser.messages:
+            assert kind == "message", (seed, data)
+            seen.setdefault(data[0], []).append(data[1])
+        expected = dict(shop("SELECT id, n FROM items"))
+        assert seen == {record: list(range(1, n + 1)) for record, n in expected.items() if n}, seed
