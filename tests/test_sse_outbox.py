@@ -482,3 +482,59 @@ def test_wandering_browsers(process: Process, shop: Database) -> None:
             seen.setdefault(data[0], []).append(data[1])
         expected = dict(shop("SELECT id, n FROM items"))
         assert seen == {record: list(range(1, n + 1)) for record, n in expected.items() if n}, seed
+
+
+def test_the_child_of_a_fork(process: Process, shop: Database) -> None:
+    """It gives up what it has inherited, may have streams of its own, and the parent's go on."""
+    feed = process()
+    tab = Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    shop("INSERT INTO items VALUES (2)")
+    Tab(feed, Browser(last_id=tab.browser.last_id)).wait(1)
+    with feed._lock, feed.tail._condition:
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            hub = feed._hub
+            assert feed.closed
+            assert not tab.client.read() or tab.client.ended
+            hub.start(shop.dsn, [ITEMS], delivery="outbox")
+            own = open_feed(hub, "items", size=10, ordered=True)
+            assert isinstance(own, ExactFeed)
+            assert Tab(own, Browser(last_id=tab.browser.last_id)).wait(1) == [2]
+            hub.stop()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    shop("INSERT INTO items VALUES (3)")
+    assert tab.wait(3) == [1, 2, 3]
+
+
+def test_postgresql_restarts(own_server: Server) -> None:
+    """Who is connected, and who was not, misses nothing of what was committed before or after."""
+    dsn = own_server.create_database()
+    before = Database(dsn)
+    before("CREATE TABLE items (id bigint, tenant int NOT NULL DEFAULT 1, n int, PRIMARY KEY (id))")
+    hub = Hub()
+    hub.start(dsn, [ITEMS], delivery="outbox", heartbeat=1.0)
+    try:
+        feed = open_feed(hub, "items", size=100, ordered=True)
+        assert isinstance(feed, ExactFeed)
+        tab, away = Tab(feed, Browser()), Tab(feed, Browser())
+        before("INSERT INTO items VALUES (1)")
+        tab.wait(1)
+        away.wait(1)
+        away.client.close()
+        before("INSERT INTO items VALUES (2)")
+        before.connection.close()
+        own_server.restart("immediate")
+        after = Database(dsn)
+        after("INSERT INTO items VALUES (3)")
+        assert tab.wait(3) == [1, 2, 3]
+        assert Tab(feed, away.browser).wait(3) == [1, 2, 3]
+        after.connection.close()
+    finally:
+        hub.stop()

@@ -162,10 +162,10 @@ def _unpack(data: bytes) -> Place:
             at += 1
             number |= (byte & 0x7F) << shift
             shift += 7
+            if number >> 63:
+                raise ValueError(number)
             if byte < 0x80:
                 return number
-            if shift > 63:
-                raise ValueError(number)
 
     def take_snapshot() -> Snapshot:
         xmin = take()
@@ -176,6 +176,8 @@ def _unpack(data: bytes) -> Place:
         running: list[int] = []
         for _ in range(count):
             running.append((running[-1] if running else xmin) + take())
+        if xmin == 0 or (running and running[-1] >= xmax):
+            raise ValueError(xmin)
         return Snapshot(xmin, xmax, tuple(running))
 
     if take() != _FORM:
