@@ -43,6 +43,6 @@ $(BIN)/pip:
 
 $(VENV)/installed-%: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
-	$(if $(findstring test,$*),$(BIN)/pip install --quiet --disable-pip-version-check \
+	$(if $(findstring test,$*)$(findstring bench,$*),$(BIN)/pip install --quiet --disable-pip-version-check \
 		--editable ./pgsignals_kafka --editable ./pgsignals_nats)
 	@touch $@

@@ -3,89 +3,121 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterable
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from . import bulk, growth, latency, memory, single, subscriptions, writers
-from .harness import Figure, Options, table, throwaway_server, versions
-from .plots import line_plot
+from . import (
+    bulk,
+    catchup,
+    growth,
+    latency,
+    memory,
+    outbox_latency,
+    relay,
+    single,
+    subscriptions,
+    writers,
+)
+from .harness import Bench, Figure, Unavailable
+from .report import Results, Row, machine, now, publish, table
 
-# A row is one line here and one module: it takes the options and gives its figures.
-ROWS: dict[str, Callable[[Options], list[Figure]]] = {
+# A row is one line here and one function: it takes the run and gives its figures.
+ROWS: dict[str, Callable[[Bench], list[Figure]]] = {
     "bulk": bulk.measure,
     "single": single.measure,
     "writers": writers.measure,
     "latency": latency.measure,
+    "outbox-latency": outbox_latency.measure,
     "subscriptions": subscriptions.measure,
     "memory": memory.measure,
+    "catch-up": catchup.measure,
+    "relay-kafka": relay.kafka,
+    "relay-nats": relay.nats,
     "growth-rows": growth.by_rows,
     "growth-watchers": growth.by_watchers,
+    "growth-writers": growth.by_writers,
+    "growth-subscriptions": growth.by_subscriptions,
+    "growth-processes": growth.by_processes,
 }
 
 
-def _record(figure: Figure) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "figure": figure.what.strip(),
-        "median": figure.median,
-        "rounds": list(figure.values),
-        "unit": figure.unit,
-    }
-    if figure.target is not None:
-        found |= {"target": figure.target, "at_most": figure.at_most, "met": figure.met}
-    if figure.plot is not None:
-        found["plot"] = {name: list(points) for name, points in figure.plot.series.items()}
+def _chosen(names: list[str]) -> list[str]:
+    """The rows of these names; of ``growth``, those that begin so. Raises KeyError."""
+    found: list[str] = []
+    for name in names:
+        matching = [row for row in ROWS if row == name or row.startswith(f"{name}-")]
+        if not matching:
+            raise KeyError(name)
+        found += [row for row in matching if row not in found]
     return found
 
 
-def save(folder: Path, what: str, results: dict[str, Iterable[Figure]]) -> None:
-    """Write ``results.json`` and the plots into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "versions": what,
-        "rows": {name: [_record(figure) for figure in each] for name, each in results.items()},
-    }
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-    for figures in results.values():
-        for figure in figures:
-            if (plot := figure.plot) is not None:
-                svg = line_plot(plot.title, plot.x_label, plot.y_label, plot.series)
-                (folder / f"{plot.name}.svg").write_text(svg, encoding="utf-8")
+def _measure(name: str, bench: Bench) -> Row:
+    began = time.monotonic()
+    row = Row(now(), os.getloadavg()[0], 0.0, bench.rounds, bench.quick)
+    try:
+        row.figures = ROWS[name](bench)
+    except Unavailable as reason:
+        row.problem = f"skipped: {reason}"
+    # One row that fails must not cost the others their results.
+    except Exception as error:
+        row.problem = f"failed: {type(error).__name__}: {error}"
+    bench.tidy()
+    row.seconds = time.monotonic() - began
+    return row
 
 
 def main() -> int:
-    """Measure what was asked for. A target that is missed is printed, and fails nothing."""
+    """Measure what was asked for.
+
+    A target that is missed is printed, and fails nothing; the status is 1 when a row could not be
+    measured, or other events came than were written.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ROWS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"growth, {', '.join(ROWS)}")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="the same")
     parser.add_argument("--rounds", type=int, default=5, help="of each side (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the load, in 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the load, in 2 rounds")
     parser.add_argument(
-        "--output", type=Path, default=Path("build/bench"), help="folder for JSON and plots"
+        "--output", type=Path, default=Path("build/bench"), help="folder for the results"
+    )
+    parser.add_argument(
+        "--publish", type=Path, metavar="FOLDER", help="copy the results there; measure nothing"
     )
     arguments = parser.parse_args()
-    names = [*arguments.names, *arguments.only] or list(ROWS)
-    if unknown := set(names) - set(ROWS):
-        parser.error(f"no benchmark {sorted(unknown)}; there are {', '.join(ROWS)}")
+    if arguments.publish is not None:
+        try:
+            for path in publish(arguments.output, arguments.publish):
+                print(path)
+        except FileNotFoundError as error:
+            parser.error(f"there are no results: {error}")
+        return 0
+    try:
+        names = _chosen([*arguments.names, *arguments.only]) or list(ROWS)
+    except KeyError as error:
+        parser.error(f"no benchmark {error}; there are growth, {', '.join(ROWS)}")
     if arguments.rounds < 1:
         parser.error("--rounds is a whole number from 1")
-    options = Options(3 if arguments.quick else arguments.rounds, arguments.quick)
-    with throwaway_server() as server:
-        what = versions(server)
-    print(what, flush=True)
-    results: dict[str, Iterable[Figure]] = {}
-    missed = 0
-    for name in names:
-        figures = ROWS[name](options)
-        print(f"\n{table(figures)}", flush=True)
-        missed += sum(not figure.met for figure in figures)
-        results[name] = figures
-        save(arguments.output, what, results)
-    print(f"\n{missed} targets missed" if missed else "\nall targets met")
-    print(f"results and plots: {arguments.output}")
-    return 0
+    began = time.monotonic()
+    measured: list[Row] = []
+    with Bench(2 if arguments.quick else arguments.rounds, arguments.quick) as bench:
+        results = Results.load(arguments.output, machine(bench.server))
+        print(results.machine, flush=True)
+        for name in names:
+            row = _measure(name, bench)
+            print(f"\n{name}, {row.seconds:.0f} s", flush=True)
+            print(row.problem or table(row.figures), flush=True)
+            measured.append(row)
+            # In the order of the suite, whatever was measured first.
+            rows = {**results.rows, name: row}
+            results.rows = {each: rows[each] for each in ROWS if each in rows}
+            results.save(arguments.output)
+    missed = sum(not figure.met for row in measured for figure in row.figures)
+    print(f"\n{missed} targets missed" if missed else "\nall targets met", end="")
+    print(f", {time.monotonic() - began:.0f} s; results and plots: {arguments.output}")
+    return int(any(row.problem.startswith("failed") for row in measured))
 
 
 if __name__ == "__main__":

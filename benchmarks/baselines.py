@@ -1,9 +1,10 @@
-"""What we compare with: a row trigger that notifies, and a bare loop that listens to it."""
+"""What we compare with: what one would write by hand, and the listeners of other libraries."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import select
 import socket
 import threading
@@ -28,6 +29,21 @@ ROW_TRIGGER = """
       FOR EACH ROW EXECUTE FUNCTION notify_row()
 """
 
+# An outbox written by hand: the events in a table, in the order of a sequence.
+OUTBOX = """
+    CREATE TABLE events (id bigserial PRIMARY KEY, payload jsonb NOT NULL);
+    CREATE FUNCTION keep_row() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+      INSERT INTO events (payload) VALUES (jsonb_build_object(
+        'type', 'inserted', 'values', jsonb_build_object('id', NEW.id)));
+      RETURN NEW;
+    END $$;
+    CREATE TRIGGER keep_row AFTER INSERT ON orders
+      FOR EACH ROW EXECUTE FUNCTION keep_row()
+"""
+_POLL_SECONDS = 0.01
+_POLL_ROWS = 1_000
+
 
 @contextmanager
 def select_loop(dsn: str, receiver: Callable[[Any], object]) -> Iterator[None]:
@@ -51,6 +67,57 @@ def select_loop(dsn: str, receiver: Callable[[Any], object]) -> Iterator[None]:
         end.close()
         thread.join()
         ended.close()
+        connection.close()
+
+
+@contextmanager
+def select_loop_with_worker(dsn: str, receiver: Callable[[Any], object]) -> Iterator[None]:
+    """The same loop, which hands what it has decoded to a second thread, as ours does."""
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work() -> None:
+        while (item := waiting.get()) is not None:
+            receiver(item)
+
+    worker = threading.Thread(target=work, name="select-loop-worker")
+    worker.start()
+    try:
+        with select_loop(dsn, waiting.put):
+            yield
+    finally:
+        waiting.put(None)
+        worker.join()
+
+
+@contextmanager
+def polled_outbox(dsn: str, receiver: Callable[[Any], object]) -> Iterator[None]:
+    """Reads the outbox written by hand from the last id on: it misses whoever commits late."""
+    connection = connect(dsn)
+    ended = threading.Event()
+
+    def poll() -> None:
+        last = 0
+        with connection.cursor() as cursor:
+            while True:
+                # What is committed by then is read before it ends.
+                ending = ended.is_set()
+                cursor.execute(
+                    "SELECT id, payload FROM events WHERE id > %s ORDER BY id LIMIT %s",
+                    (last, _POLL_ROWS),
+                )
+                rows = cursor.fetchall()
+                for last, payload in rows:  # noqa: B007
+                    receiver(payload)
+                if not rows and (ending or ended.wait(_POLL_SECONDS)) and ending:
+                    return
+
+    thread = threading.Thread(target=poll, name="polled-outbox")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
         connection.close()
 
 

@@ -3,101 +3,110 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 
+from . import pubsub
 from .baselines import ROW_TRIGGER, select_loop
 from .harness import (
+    INSERT_MANY,
+    Bench,
     Counter,
     Figure,
-    Options,
     connect,
+    consuming,
     execute,
     interleave,
     ratios,
-    shop,
-    throwaway_server,
     watching,
 )
 
-INSERT = """
-    INSERT INTO orders (customer_id, status, total)
-    SELECT n %% 1000, 'new', n / 100.0 FROM generate_series(1, %s) AS n
-"""
 
-
-class _Side:
+class Side:
     """Inserts into one database, and keeps what each round took (in seconds)."""
 
-    def __init__(self, dsn: str, rows: int) -> None:
+    def __init__(self, dsn: str, rows: int, counter: Counter | None = None) -> None:
         self._connection = connect(dsn)
-        self._rows = rows
-        self.delivered: list[float] = []
-        self.counter: Counter | None = None
+        self.rows = rows
+        self._delivered: list[float] = []
+        self._counter = counter
 
     def run(self) -> float:
+        """How long the statement took."""
         execute(self._connection, "TRUNCATE orders")
-        if self.counter is not None:
-            self.counter.expect(self._rows)
+        if self._counter is not None:
+            self._counter.expect(self.rows)
         began = time.perf_counter()
-        execute(self._connection, INSERT, (self._rows,))
+        execute(self._connection, INSERT_MANY, (self.rows,))
         statement = time.perf_counter() - began
-        if self.counter is not None:
-            self.delivered.append(self.counter.wait() - began)
+        if self._counter is not None:
+            self._delivered.append(self._counter.wait() - began)
         return statement
 
+    @property
+    def delivered(self) -> list[float]:
+        """From the start of each statement to the last receiver's call, but of the warm-up."""
+        return self._delivered[1:]
+
+    @property
+    def rates(self) -> list[float]:
+        """The same in events per second."""
+        return [self.rows / seconds for seconds in self.delivered]
+
     def close(self) -> None:
+        """Close the connection."""
         self._connection.close()
 
 
-@contextmanager
-def _sides(rows: int) -> Iterator[dict[str, _Side]]:
+def measure(bench: Bench) -> list[Figure]:
+    """What the statement costs, and the events per second up to the last receiver's call."""
+    rows = bench.scaled(100_000)
+    # django-pgpubsub asks the database something for each event.
+    fewer = rows // 50
     with ExitStack() as stack:
-        server = stack.enter_context(throwaway_server())
-        dsns = {
-            "unwatched": shop(server),
-            "watched": shop(server),
-            "row trigger": shop(server, ROW_TRIGGER),
-        }
-        sides = {name: _Side(dsn, rows) for name, dsn in dsns.items()}
+        sides = {"unwatched": Side(bench.shop(), rows)}
+        for name, listen, size, *statements in (
+            ("notify", watching, rows),
+            ("outbox", consuming, rows),
+            ("row trigger", select_loop, rows, ROW_TRIGGER),
+            ("pubsub", pubsub.listening, fewer),
+        ):
+            dsn, counter = bench.shop(*statements), Counter()
+            stack.enter_context(listen(dsn, counter))
+            sides[name] = Side(dsn, size, counter)
         for side in sides.values():
             stack.callback(side.close)
-        for name, listen in (("watched", watching), ("row trigger", select_loop)):
-            counter = sides[name].counter = Counter()
-            stack.enter_context(listen(dsns[name], counter))
-        yield sides
-
-
-def measure(options: Options) -> list[Figure]:
-    """What the statement costs, and the events per second up to the last receiver's call."""
-    rows = options.scaled(100_000)
-    with _sides(rows) as sides:
-        runs: dict[str, Callable[[], float]] = {name: side.run for name, side in sides.items()}
-        took = interleave(options.rounds, runs)
-        # The warm-up round was delivered too.
-        ours, theirs = (sides[name].delivered[1:] for name in ("watched", "row trigger"))
+        runs: dict[str, Callable[[], float]] = {
+            name: partial(side.run) for name, side in sides.items()
+        }
+        took = interleave(bench.rounds, runs)
+    ours, theirs = sides["notify"], sides["row trigger"]
     return [
         Figure(
             f"INSERT of {rows:,} rows, watched ÷ unwatched",
-            ratios(took["watched"], took["unwatched"]),
+            ratios(took["notify"], took["unwatched"]),
             "",
             1.25,
         ),
-        Figure(
-            "  the same with a row trigger",
-            ratios(took["row trigger"], took["unwatched"]),
-            "",
-        ),
+        Figure("  the same in outbox delivery", ratios(took["outbox"], took["unwatched"]), ""),
+        Figure("  the same with a row trigger", ratios(took["row trigger"], took["unwatched"]), ""),
         Figure("  unwatched", [1000 * seconds for seconds in took["unwatched"]], "ms"),
         Figure(
             f"INSERT of {rows:,} rows to last receiver called",
-            [rows / seconds for seconds in ours],
+            ours.rates,
             "events/s",
             150_000,
             at_most=False,
         ),
+        Figure("  in outbox delivery", sides["outbox"].rates, "events/s"),
+        Figure("  row trigger and select() loop", theirs.rates, "events/s"),
+        Figure(f"  django-pgpubsub, {fewer:,} rows", sides["pubsub"].rates, "events/s"),
         Figure(
-            "  row trigger and select() loop", [rows / seconds for seconds in theirs], "events/s"
+            "  ours ÷ row trigger and select() loop",
+            ratios(theirs.delivered, ours.delivered),
+            "",
+            2.5,
+            at_most=False,
         ),
-        Figure("  ours ÷ that", ratios(theirs, ours), "", 2.5, at_most=False),
     ]

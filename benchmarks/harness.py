@@ -1,33 +1,32 @@
-"""What every figure needs: servers, interleaved rounds, medians, the table."""
+"""What every figure needs: a server, sides that take turns, checked counts, medians."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cached_property
 from typing import Any
 
 import psycopg2
+from psycopg2 import sql
 from psycopg2.extensions import connection as Connection
 
 import pgsignals
 from pgsignals.testing import Server
 
 DEADLINE = 120.0
-_WIDTHS = (47, 16, 17, 9, 6)
 
-# Checkpoints and vacuum come when they like and hit one side only: neither comes while we measure.
+# fsync is on and the rest as PostgreSQL has it, but for what would come when it likes and hit one
+# side only: neither checkpoints nor vacuum come while we measure.
 _SETTINGS = {
     "autovacuum": "off",
     "checkpoint_timeout": "1h",
     "max_wal_size": "8GB",
-    "shared_buffers": "256MB",
-    "max_connections": "100",
+    "max_connections": "200",
 }
 
 ORDERS = """
@@ -40,18 +39,67 @@ ORDERS = """
     )
 """
 INSERT_ONE = "INSERT INTO orders (customer_id, total) VALUES (7, 19.90)"
+INSERT_MANY = """
+    INSERT INTO orders (customer_id, status, total)
+    SELECT n %% 1000, 'new', n / 100.0 FROM generate_series(1, %s) AS n
+"""
 
 
-@dataclass(frozen=True)
-class Options:
-    """``rounds`` that every side of a comparison runs; ``quick`` takes smaller loads."""
+class Bench:
+    """One run: ``rounds`` of every side, and the server that all rows share.
 
-    rounds: int
-    quick: bool
+    ``quick`` takes smaller loads.
+    """
+
+    def __init__(self, rounds: int, quick: bool) -> None:
+        self.rounds = rounds
+        self.quick = quick
+        self._stack = ExitStack()
+        self._databases: list[str] = []
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def scaled(self, size: int) -> int:
         """A load of ``size``, or a tenth of it where quickness counts more than truth."""
         return size // 10 if self.quick else size
+
+    @cached_property
+    def server(self) -> Server:
+        """A server of our own, set so that nothing but us is at work in it."""
+        return self._stack.enter_context(Server(settings=_SETTINGS, fsync=True))
+
+    def shop(self, *statements: str) -> str:
+        """A database with the empty table ``orders``, and its URL.
+
+        Each side has its own: a listener is woken by every notification of its database.
+        """
+        dsn = shop(self.server, *statements)
+        self._databases.append(dsn)
+        return dsn
+
+    def settle(self) -> None:
+        """Have what was written so far cost nobody anything later."""
+        connection = connect(self.server.dsn())
+        execute(connection, "CHECKPOINT")
+        connection.close()
+
+    def tidy(self) -> None:
+        """Drop the databases that were made so far."""
+        connection = connect(self.server.dsn())
+        for dsn in self._databases:
+            name = sql.Identifier(dsn.rpartition("/")[2])
+            execute(connection, sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+        self._databases.clear()
+        execute(connection, "CHECKPOINT")
+        connection.close()
+
+
+class Unavailable(Exception):
+    """What a row needs is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -92,41 +140,15 @@ class Figure:
             return True
         return self.median <= self.target if self.at_most else self.median >= self.target
 
-    def cells(self) -> tuple[str, str, str, str, str]:
-        """The line's texts: what, median, the range of the rounds, target, verdict."""
-        bound = verdict = ""
-        if self.target is not None:
-            bound = f"{'≤' if self.at_most else '≥'} {_number(self.target)}"
-            verdict = "ok" if self.met else "MISSED"
-        spread = ""
-        if len(self.values) > 1:
-            spread = f"{_number(min(self.values))} … {_number(max(self.values))}"
-        return self.what, f"{_number(self.median)} {self.unit}".strip(), spread, bound, verdict
-
-
-def _number(value: float) -> str:
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def table(figures: Iterable[Figure]) -> str:
-    """The figures as text in columns."""
-    lines = [("figure", "median", "rounds", "target", ""), *(f.cells() for f in figures)]
-    # Wide enough for all tables of a run to align.
-    widths = [
-        max(least, *map(len, column))
-        for least, column in zip(_WIDTHS, zip(*lines, strict=True), strict=True)
-    ]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """Round by round, so that what slows the whole machine for a while cancels out."""
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """What so many percent of the values are not above."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def interleave(
@@ -145,18 +167,8 @@ def interleave(
     return found
 
 
-@contextmanager
-def throwaway_server(fsync: bool = False) -> Iterator[Server]:
-    """A server of our own, set so that nothing but us is at work in it."""
-    with Server(settings=_SETTINGS, fsync=fsync) as server:
-        yield server
-
-
 def shop(server: Server, *statements: str) -> str:
-    """A database with the empty table ``orders``, and its URL.
-
-    Each side has its own: a listener is woken by every notification of its database.
-    """
+    """A new database with the empty table ``orders``, and its URL."""
     dsn = server.create_database()
     connection = connect(dsn)
     for statement in (ORDERS, *statements):
@@ -172,7 +184,7 @@ def connect(dsn: str) -> Connection:
     return connection
 
 
-def execute(connection: Connection, statement: str, parameters: Any = None) -> None:
+def execute(connection: Connection, statement: Any, parameters: Any = None) -> None:
     """Run a statement whose result does not matter."""
     with connection.cursor() as cursor:
         cursor.execute(statement, parameters)
@@ -180,24 +192,44 @@ def execute(connection: Connection, statement: str, parameters: Any = None) -> N
 
 @contextmanager
 def watching(dsn: str, receiver: Callable[[Any], object], **options: Any) -> Iterator[None]:
-    """A Hub that calls ``receiver`` with each inserted order."""
+    """A Hub, started with ``options``, that calls ``receiver`` with each inserted order."""
     with pgsignals.Hub() as hub:
         hub.subscribe(receiver, "orders", "inserted")
-        hub.start(dsn, [pgsignals.watch("orders", "inserted", **options)])
+        hub.start(dsn, [pgsignals.watch("orders", "inserted")], **options)
         yield
 
 
+@contextmanager
+def consuming(dsn: str, receiver: Callable[[Any], object], name: str = "bench") -> Iterator[None]:
+    """The same in outbox delivery."""
+    with watching(dsn, receiver, delivery="outbox", name=name):
+        yield
+
+
+class Miscounted(Exception):
+    """Other events have come than were written."""
+
+
 class Counter:
-    """The least that a receiver can do: it counts, and knows when the last event came."""
+    """The least that a receiver can do: it counts, and knows when the last event came.
+
+    Whoever writes says how much; that neither less nor more has come is checked after each wait,
+    which lasts ``patience`` seconds at most, and before the next count begins.
+    """
+
+    patience = DEADLINE
 
     def __init__(self) -> None:
         self.received = 0
+        self.written = 0
         self._left = 0
         self._finished = threading.Event()
         self._finished_at = 0.0
 
     def expect(self, count: int) -> None:
         """Begin to count down."""
+        self.check()
+        self.written += count
         self._left = count
         self._finished.clear()
 
@@ -208,25 +240,21 @@ class Counter:
             self._finished_at = time.perf_counter()
             self._finished.set()
 
-    def wait_for_all(self, count: int) -> None:
-        """Wait until ``count`` events have come in all; raise RuntimeError if others come."""
-        deadline = time.monotonic() + DEADLINE
-        while self.received < count and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if self.received != count:
-            raise RuntimeError(f"{self.received} events have come of {count} rows")
-
     def wait(self) -> float:
-        """When the last expected event came, by ``time.perf_counter``."""
-        if not self._finished.wait(DEADLINE):
-            raise RuntimeError(f"{self._left} events have not come within {DEADLINE:g} s")
+        """When the last expected event came, by ``time.perf_counter``. Raises Miscounted."""
+        self._finished.wait(self.patience)
+        self.check()
         return self._finished_at
 
+    def wait_for_all(self, count: int) -> None:
+        """Wait until ``count`` more events than were known of have come; raises Miscounted."""
+        self.written += count
+        deadline = time.monotonic() + self.patience
+        while self.received < self.written and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self.check()
 
-def versions(server: Server) -> str:
-    """What the figures were measured with."""
-    return (
-        f"pgsignals {pgsignals.__version__}, PostgreSQL {server.version}, "
-        f"Python {platform.python_version()}, psycopg2 {version('psycopg2-binary')}, "
-        f"{platform.machine()}"
-    )
+    def check(self) -> None:
+        """Raise Miscounted unless all have come that were written, and nothing else."""
+        if self.received != self.written:
+            raise Miscounted(f"{self.received:,} events have come of {self.written:,} rows")

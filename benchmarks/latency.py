@@ -4,57 +4,48 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import random
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from .baselines import ROW_TRIGGER, asyncpg_listener, psycopg_notifies, select_loop
-from .harness import (
-    DEADLINE,
-    INSERT_ONE,
-    Figure,
-    Options,
-    connect,
-    interleave,
-    shop,
-    throwaway_server,
-    watching,
+from . import pubsub
+from .baselines import (
+    ROW_TRIGGER,
+    asyncpg_listener,
+    psycopg_notifies,
+    select_loop,
+    select_loop_with_worker,
 )
+from .harness import Bench, Counter, Figure, connect, execute, interleave, percentile, watching
 
-PAUSE = 0.002  # between two INSERTs, in seconds, so that none waits for the one before
+# Between two INSERTs, in milliseconds, so that none waits for the one before.
+PAUSE = 2.0
 
 
-class _Clock:
+class Clock(Counter):
     """A receiver that notes when it was called; the clock is the same in all processes."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._times: list[float] = []
-        self._count = 0
-        self._finished = threading.Event()
-
-    def expect(self, count: int) -> None:
-        self._times.clear()
-        self._count = count
-        self._finished.clear()
 
     def __call__(self, event: object) -> None:
         self._times.append(time.monotonic())
-        if len(self._times) == self._count:
-            self._finished.set()
+        super().__call__(event)
 
-    def wait(self) -> list[float]:
-        if not self._finished.wait(DEADLINE):
-            raise RuntimeError(f"{len(self._times)} of {self._count} events have come")
-        return self._times
+    def take(self) -> list[float]:
+        """The times of all calls that were expected, which are then forgotten."""
+        self.wait()
+        times, self._times = self._times, []
+        return times
 
 
 @dataclass
-class _Side:
+class Side:
     """Listens in this process to what another one inserts; keeps all it saw, in milliseconds."""
 
     dsn: str
@@ -64,45 +55,54 @@ class _Side:
     after_sending: list[float] = field(default_factory=list)
 
     def run(self) -> float:
-        clock = _Clock()
+        """The median of this round."""
+        clock = Clock()
         clock.expect(self.inserts)
         with self.listening(self.dsn, clock):
-            writer = [sys.executable, "-m", __name__, self.dsn, str(self.inserts)]
-            done = subprocess.run(writer, stdout=subprocess.PIPE, text=True, check=True)
-            called = clock.wait()
-        for at, (sent, returned) in zip(called, json.loads(done.stdout), strict=True):
+            written = insert_elsewhere(self.dsn, "orders", self.inserts, PAUSE)
+            called = clock.take()
+        for at, (sent, returned) in zip(called, written, strict=True):
             self.after_return.append(1000 * (at - returned))
             self.after_sending.append(1000 * (at - sent))
-        return statistics.median(self.after_return[-self.inserts :])
+        return percentile(self.after_return[-self.inserts :], 50)
 
 
-def _percentile(values: Sequence[float], percent: int) -> float:
-    return statistics.quantiles(values, n=100)[percent - 1]
+def insert_elsewhere(dsn: str, table: str, inserts: int, pause: float) -> list[tuple[float, float]]:
+    """Have another process insert rows; when each INSERT was sent, and when it had returned.
+
+    ``pause`` milliseconds, half as many or half more, are between two.
+    """
+    writer = [sys.executable, "-m", __name__, dsn, table, str(inserts), str(pause)]
+    done = subprocess.run(writer, stdout=subprocess.PIPE, text=True, check=True)
+    return [(sent, returned) for sent, returned in json.loads(done.stdout)]
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(bench: Bench) -> list[Figure]:
     """Median and 99th percentile, ours and those of a row trigger with a bare select() loop.
 
     They are taken over the INSERTs of all rounds: in a whole round the scheduler may choose to run
     the listener before the writer, so that receivers are called before INSERT returns.
     """
-    inserts = options.scaled(1_000)
-    with throwaway_server() as server:
-        ours = _Side(shop(server), inserts, watching)
-        bare = _Side(shop(server, ROW_TRIGGER), inserts, select_loop)
-        peers = {
-            "psycopg 3's notifies()": _Side(shop(server, ROW_TRIGGER), inserts, psycopg_notifies),
-            "asyncpg's listener": _Side(shop(server, ROW_TRIGGER), inserts, asyncpg_listener),
-        }
-        sides = {"ours": ours, "bare": bare, **peers}
-        interleave(options.rounds, {name: side.run for name, side in sides.items()}, warm_up=False)
+    inserts = bench.scaled(1_000)
+    ours = Side(bench.shop(), inserts, watching)
+    bare = Side(bench.shop(ROW_TRIGGER), inserts, select_loop)
+    peers = {
+        "the loop and a worker thread": Side(
+            bench.shop(ROW_TRIGGER), inserts, select_loop_with_worker
+        ),
+        "psycopg 3's notifies()": Side(bench.shop(ROW_TRIGGER), inserts, psycopg_notifies),
+        "asyncpg's listener": Side(bench.shop(ROW_TRIGGER), inserts, asyncpg_listener),
+        "django-pgpubsub": Side(bench.shop(), inserts, pubsub.listening),
+    }
+    sides = {"ours": ours, "bare": bare, **peers}
+    interleave(bench.rounds, {name: side.run for name, side in sides.items()}, warm_up=False)
     figures = []
     for since, mine, theirs, target in (
         ("INSERT returned", ours.after_return, bare.after_return, 1.3),
         ("INSERT sent", ours.after_sending, bare.after_sending, None),
     ):
         for percent in (50, 99):
-            p_mine, p_theirs = _percentile(mine, percent), _percentile(theirs, percent)
+            p_mine, p_theirs = percentile(mine, percent), percentile(theirs, percent)
             figures += [
                 Figure(
                     f"{since} to receiver, p{percent}, ours ÷ bare", [p_mine / p_theirs], "", target
@@ -112,19 +112,22 @@ def measure(options: Options) -> list[Figure]:
             ]
             for name, side in peers.items():
                 values = side.after_return if since == "INSERT returned" else side.after_sending
-                figures.append(Figure(f"  {name}", [_percentile(values, percent)], "ms"))
+                figures.append(Figure(f"  {name}", [percentile(values, percent)], "ms"))
     return figures
 
 
-def _write(dsn: str, inserts: int) -> None:
+def _write(dsn: str, table: str, inserts: int, pause: float) -> None:
     connection = connect(dsn)
+    # Notifications are sent when the commit is on disk, or here at once: what follows is the same.
+    execute(connection, "SET synchronous_commit = off")
     times = []
     with connection.cursor() as cursor:
         for _ in range(inserts):
             sent = time.monotonic()
-            cursor.execute(INSERT_ONE)
+            cursor.execute(f"INSERT INTO {table} (customer_id, total) VALUES (7, 19.90)")
             times.append((sent, time.monotonic()))
-            time.sleep(PAUSE)
+            # Not in step with anything that polls.
+            time.sleep(pause / 1000 * random.uniform(0.5, 1.5))
     connection.close()
     json.dump(times, sys.stdout)
 
@@ -132,6 +135,8 @@ def _write(dsn: str, inserts: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("dsn")
+    parser.add_argument("table")
     parser.add_argument("inserts", type=int)
+    parser.add_argument("pause", type=float)
     arguments = parser.parse_args()
-    _write(arguments.dsn, arguments.inserts)
+    _write(arguments.dsn, arguments.table, arguments.inserts, arguments.pause)

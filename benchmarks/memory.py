@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
-from .bulk import INSERT
-from .harness import Counter, Figure, Options, connect, execute, shop, throwaway_server, watching
+from .harness import INSERT_MANY, Bench, Counter, Figure, connect, execute, watching
+from .processes import Child, megabytes, say
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(bench: Bench) -> list[Figure]:
     """The process's highest resident size less that before the transaction."""
-    rows = options.scaled(1_000_000)
-    growth = []
-    with throwaway_server() as server:
-        for _ in range(options.rounds):
-            growth.append(_growth(shop(server), rows))
+    rows = bench.scaled(1_000_000)
+    growth = [growth_over(bench.shop(), rows) for _ in range(bench.rounds)]
     return [Figure(f"memory growth, a transaction of {rows:,} rows", growth, "MB", 100)]
 
 
-def _growth(dsn: str, rows: int) -> float:
-    listener = subprocess.Popen(
-        [sys.executable, "-m", __name__, dsn, str(rows)], stdout=subprocess.PIPE, text=True
-    )
-    with listener:
-        assert listener.stdout is not None
-        before = float(listener.stdout.readline())
+def growth_over(dsn: str, rows: int) -> float:
+    """Megabytes, of a process that has just begun to listen."""
+    with Child(__name__, dsn, rows) as listener:
+        before: float = listener.hear()
         connection = connect(dsn)
-        execute(connection, INSERT, (rows,))
+        execute(connection, INSERT_MANY, (rows,))
         connection.close()
-        return float(listener.stdout.readline()) - before
+        after: float = listener.hear()
+    return after - before
 
 
 def _listen(dsn: str, rows: int) -> None:
     counter = Counter()
     counter.expect(rows)
     with watching(dsn, counter):
-        print(_megabytes("VmRSS"), flush=True)
+        say(megabytes("VmRSS"))
         counter.wait()
-        print(_megabytes("VmHWM"), flush=True)
-
-
-def _megabytes(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = next(line for line in lines if line.startswith(f"{field}:"))
-    return int(found.split()[1]) / 1024
+        say(megabytes("VmHWM"))
+    counter.check()
 
 
 if __name__ == "__main__":

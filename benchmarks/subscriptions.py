@@ -6,19 +6,8 @@ import time
 from contextlib import ExitStack
 
 import pgsignals
-from pgsignals.testing import Server
 
-from .harness import (
-    Counter,
-    Figure,
-    Options,
-    connect,
-    execute,
-    interleave,
-    ratios,
-    shop,
-    throwaway_server,
-)
+from .harness import Bench, Counter, Figure, connect, execute, interleave, ratios
 
 INSERT = """
     INSERT INTO orders (customer_id, total)
@@ -26,14 +15,13 @@ INSERT = """
 """
 
 
-class _Side:
+class Side:
     """A Hub with one subscription for each customer; each event is for exactly one of them."""
 
-    def __init__(self, server: Server, customers: int, rows: int) -> None:
+    def __init__(self, dsn: str, customers: int, rows: int) -> None:
         self._customers = customers
         self._rows = rows
         self._counter = Counter()
-        dsn = shop(server)
         self._connection = connect(dsn)
         self._hub = pgsignals.Hub()
         for customer in range(customers):
@@ -50,19 +38,19 @@ class _Side:
         return 1e6 * (time.process_time() - began) / self._rows
 
     def close(self) -> None:
+        """Stop the Hub."""
         self._hub.stop()
         self._connection.close()
 
 
-def measure(options: Options) -> list[Figure]:
+def measure(bench: Bench) -> list[Figure]:
     """The cost of an event for which one receiver is called, found among few and among many."""
-    many, rows = options.scaled(100_000), options.scaled(100_000)
+    many, rows = bench.scaled(100_000), bench.scaled(100_000)
     with ExitStack() as stack:
-        server = stack.enter_context(throwaway_server())
-        sides = {number: _Side(server, number, rows) for number in (10, many)}
+        sides = {number: Side(bench.shop(), number, rows) for number in (10, many)}
         for side in sides.values():
             stack.callback(side.close)
-        cost = interleave(options.rounds, {str(n): side.run for n, side in sides.items()})
+        cost = interleave(bench.rounds, {str(n): side.run for n, side in sides.items()})
     return [
         Figure(
             f"{many:,} per-record subscriptions ÷ ten",

@@ -5,7 +5,9 @@ author = "pgsignals contributors"
 copyright = author  # noqa: A001
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_build"]
+myst_heading_anchors = 2
+# Included by pages.
+exclude_patterns = ["_build", "benchmarks/*.md"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 

@@ -5,6 +5,7 @@ The functions here act on one default Hub; ``Hub()`` makes further ones, for a s
 
 from __future__ import annotations
 
+from .backfills import Backfill
 from .errors import (
     BrokerError,
     ConfigurationError,
@@ -54,12 +55,14 @@ subscribe = default_hub.subscribe
 signal = default_hub.signal
 stream = default_hub.stream
 wait_for = default_hub.wait_for
+backfill = default_hub.backfill
 connected = default_hub.connected
 disconnected = default_hub.disconnected
 gap = default_hub.gap
 receiver_failed = default_hub.receiver_failed
 
 __all__ = [
+    "Backfill",
     "Batch",
     "BrokerError",
     "Column",
@@ -91,6 +94,7 @@ __all__ = [
     "Watcher",
     "WatcherError",
     "astop",
+    "backfill",
     "connected",
     "context",
     "default_hub",

@@ -22,7 +22,7 @@ from psycopg2.extras import DateRange, DateTimeRange, DateTimeTZRange, NumericRa
 
 from .errors import PayloadError
 from .events import Event, Gap, Message, Topic
-from .watchers import OPERATIONS
+from .watchers import EVENT_OPERATIONS
 
 SPEC_VERSION = "1.0"
 SCHEMA = "urn:pgsignals:event:1"
@@ -42,12 +42,23 @@ class Writer:
 
     def __init__(self, source: str) -> None:
         self._source = source
+        self._latest: tuple[Message | None, dict[str, str]] = None, {}
 
     def attributes(self, event: Event) -> dict[str, str]:
         """The attributes, without the prefix that a protocol puts before their names."""
+        message, common = self._latest
+        if message is not event._message:
+            # All but the id are the same for the events of a message, which come together.
+            common = self._common(event)
+            self._latest = event._message, common
+        found = common.copy()
+        found["id"] = event.uid
+        return found
+
+    def _common(self, event: Event) -> dict[str, str]:
         found = {
             "specversion": SPEC_VERSION,
-            "id": event.uid,
+            "id": "",
             "source": self._source,
             "type": TYPE_PREFIX + event.op,
             "subject": f"{event.schema}.{event.table}",
@@ -65,16 +76,17 @@ class Writer:
     def data(self, event: Event, *, key_only: bool = False) -> bytes:
         """The data; with ``key_only`` without values and context, flagged as truncated."""
         truncated = key_only or event.truncated
-        old = event.old
+        op = event.op
+        old = event.old if op == "updated" else {}
         key, types = _portable(event.key)
         found: dict[str, Any] = {
-            "op": event.op,
+            "op": op,
             "schema": event.schema,
             "table": event.table,
             "key": key,
         }
-        if event.label is not None:
-            found["label"] = event.label
+        if (label := event.label) is not None:
+            found["label"] = label
         if truncated:
             # Of a key that changed, the former one belongs to the key.
             old = {name: value for name, value in old.items() if name in key}
@@ -86,7 +98,7 @@ class Writer:
             found["old"], of_old = _portable(old)
             if of_old != {name: tag for name, tag in types.items() if name in old}:
                 found["old_types"] = of_old
-        if event.op == "updated":
+        if op == "updated":
             found["changed"] = sorted(n for n in event.changed if not truncated or n in key)
         if types:
             found["types"] = types
@@ -241,7 +253,7 @@ def read(attributes: Mapping[str, str], data: bytes | None) -> Received | Gap:
             gap = msgspec.convert(_decode(data), _GapData)
             return Gap(_read_time(gap.since), _read_time(gap.until), gap.reason, gap.detail)
         found = msgspec.convert(_decode(data), _Data)
-        if found.op not in OPERATIONS or attributes["type"] != TYPE_PREFIX + found.op:
+        if found.op not in EVENT_OPERATIONS or attributes["type"] != TYPE_PREFIX + found.op:
             raise PayloadError(f"the type {attributes['type']} with the operation {found.op}")
         at_us = (_read_time(attributes["time"]) - _EPOCH) // _MICROSECOND
     except KeyError as error:

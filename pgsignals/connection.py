@@ -26,6 +26,8 @@ from .payload import Cast
 
 # Up to the last @, because a password may hold an @ that should have been written as %40.
 _URL_SECRET = re.compile(r"(://[^/?#@:\s]*):\S*@")
+# A user alone is a token there.
+_URL_TOKEN = re.compile(r"(\bnats://)[^/?#@:\s]+@", re.IGNORECASE)
 _URL_PARAMETER = re.compile(r"([?&](?:ssl)?password=)[^&#\s]*", re.IGNORECASE)
 # In a connection string, and in the repr of a mapping.
 _SECRETS = re.compile(
@@ -36,6 +38,7 @@ _SECRETS = re.compile(
 def redact(text: str) -> str:
     """``text`` without the passwords of any connection string in it."""
     text = _URL_SECRET.sub(r"\1:***@", text)
+    text = _URL_TOKEN.sub(r"\1***@", text)
     text = _URL_PARAMETER.sub(r"\1***", text)
     return _SECRETS.sub(r"\1=***", text)
 
@@ -98,9 +101,10 @@ def dsn_of(given: str | Engine) -> str:
     dialect, url = getattr(given, "dialect", None), getattr(given, "url", None)
     name = getattr(dialect, "name", None)
     if dialect is None or url is None or name is None:
+        hint = " Watchers come after it: start(watchers=[…])." if isinstance(given, list) else ""
         raise ConfigurationError(
             f"dsn={redact(repr(given))}: give a connection string, '' for libpq's defaults, or an "
-            "SQLAlchemy Engine or AsyncEngine."
+            f"SQLAlchemy Engine or AsyncEngine.{hint}"
         )
     if name != "postgresql":
         raise ConfigurationError(f"The engine is of {name}: give one of PostgreSQL.")

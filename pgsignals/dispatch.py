@@ -44,7 +44,7 @@ class Dispatcher:
         broadcasters: Sequence[Broadcaster],
         workers: int,
         queue_size: int,
-        announce_loss: Callable[[Gap], None] = lambda gap: None,
+        announce_loss: Callable[[Gap], object] = lambda gap: None,
         count_shed: Callable[[int], None] = lambda count: None,
     ) -> None:
         self._broadcasters = tuple(broadcasters)
@@ -181,7 +181,11 @@ class Dispatcher:
             lane.put(len(events), events)
 
     def _put_moved(self, event: Event) -> None:
-        """A record that changes its key has two; the new one's worker waits for the old one's."""
+        """A record that changes its key has two, whose workers wait for one another.
+
+        The old one's, which handles the event, comes to it when the new one's has handled what is
+        of a record that had the new key before. Each waits for what was queued earlier alone.
+        """
         width = len(event._message.topic.key)
         new = self._lane_of(event._row[:width])
         old = self._lane_of(event._row[width : 2 * width])
@@ -190,8 +194,11 @@ class Dispatcher:
         elif new.given_up:
             self._drop(new, [event])
         else:
-            handled = self._barrier()
+            reached, handled = self._barrier(), self._barrier()
+            before: dict[Aside, threading.Event] = {}
             ahead: dict[Aside, threading.Event] = {}
+            new.items.put((0, functools.partial(self._leave_lane, new, before, reached)))
+            old.items.put((0, functools.partial(self._enter_lane, old, before, reached)))
             self._put(old, [event])
             old.items.put((0, functools.partial(self._leave_lane, old, ahead, handled)))
             # It counts as an event, since a record's moves may fill a queue too.

@@ -9,13 +9,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 T = TypeVar("T")
+
+
+class _Columns(dict[str, Any]):
+    """Values by their columns; for one that did not travel, the error says how to have it."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(
+            f"{name!r} does not come with this event, which has "
+            f"{', '.join(map(repr, self)) or 'no values'}: give the watcher extra=[{name!r}], or "
+            "load the record"
+        )
+
+
+class _Cut(_Columns):
+    """What is left of a row that is too long for a notification."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(
+            f"{name!r} is of a row too long to travel (event.truncated): load the record"
+        )
 
 
 class Loader(Protocol):
@@ -79,6 +99,11 @@ class Topic:
         return {"table": f"{self.schema}.{self.table}", "op": self.op}
 
 
+def event_uid(name: str, txid: int, sequence: int, number: int) -> str:
+    """An event's uid: ``name`` is its topic's, ``number`` counts the rows of its message."""
+    return f"{name}-{txid:x}-{sequence:x}-{number:x}"
+
+
 class Message(msgspec.Struct, eq=False):
     """A decoded message: rows of one statement that belong to one topic.
 
@@ -112,7 +137,7 @@ class Message(msgspec.Struct, eq=False):
 
     def uid(self, number: int) -> str:
         """What names the event of one row, here and wherever it travels."""
-        return f"{self.topic.name}-{self.txid:x}-{self.sequence:x}-{number:x}"
+        return event_uid(self.topic.name, self.txid, self.sequence, number)
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):
@@ -124,7 +149,7 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def op(self) -> str:
-        """``inserted``, ``updated``, ``deleted`` or ``truncated``."""
+        """``inserted``, ``updated``, ``deleted``, ``truncated``, or ``snapshot`` of a backfill."""
         return self._message.topic.op
 
     @property
@@ -165,15 +190,15 @@ class Event(msgspec.Struct, frozen=True, eq=False):
         """The columns that the watcher asked for: new values; of a deleted record, the last."""
         message = self._message
         if message.truncated:
-            return {}
-        return dict(zip(message.topic.values, self._row[message.values_start :], strict=False))
+            return _Cut()
+        return _Columns(zip(message.topic.values, self._row[message.values_start :], strict=False))
 
     @property
     def old(self) -> dict[str, Any]:
         """Of an update: the former values of ``values``, and of the key where it changed."""
         message = self._message
         topic = message.topic
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = _Cut() if message.truncated else _Columns()
         if message.moved:
             found.update(zip(topic.key, self._row[len(topic.key) :], strict=False))
         if topic.compared and not message.truncated:
@@ -209,12 +234,18 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def txid(self) -> int:
-        """The writing transaction's id (``pg_current_xact_id``)."""
+        """The writing transaction's id (``pg_current_xact_id``).
+
+        Of a snapshot: the first one whose changes it cannot hold.
+        """
         return self._message.txid
 
     @property
     def at(self) -> datetime:
-        """When the statement ran: an aware datetime, by the server's clock."""
+        """When the statement ran: an aware datetime, by the server's clock.
+
+        Of a snapshot: when the row was read.
+        """
         return self._message.at
 
     @property

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
+from .arrivals import Arrivals
+from .broadcasters import Broadcaster
+from .broadcasters.durable import DurableInProcess, Failed
 from .cloudevents import Received, read
 from .dispatch import Dispatcher
 from .errors import ConfigurationError, PayloadError
-from .events import Gap, Topic, model_name
+from .events import Gap, Topic, model_identity, model_name
 from .inspection import Health, Status
 from .metrics import Meter, Tracer
 from .plugins import load_plugins
@@ -26,6 +29,7 @@ log = logging.getLogger("pgsignals")
 
 # Of the Gaps that came lately: a broker may have one in each of its partitions.
 _KNOWN_GAPS = 1000
+_FATE = "acknowledged all the same"
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,25 @@ class FarRun:
         self._audience = audience
         self._meter = meter
         self._gaps: OrderedDict[str, None] = OrderedDict()
+        # What receivers that are tried again may be behind with.
+        self._most = 10 * settings.queue_size
         self._lag = 0.0
         self._received = self._invalid = self._reconnects = 0
         self._was_connected = False
         resolvers = all_resolvers(settings.resolvers)
         self._tables = [_FarWatcher(each, resolvers) for each in settings.watchers]
+        _share_snapshots(self._tables)
         self._found: dict[tuple[str, str, str, str | None], _FarWatcher | None] = {}
+        self._arrivals: Arrivals | None = None
+        receivers: Broadcaster = in_process(audience, settings.tracer)
+        self._retries: DurableInProcess | None = None
+        if settings.name is not None:
+            self._arrivals = Arrivals()
+            receivers = self._retries = DurableInProcess(
+                audience.registry, audience.failed, self._give_up, settings.tracer, fate=_FATE
+            )
         self._dispatcher = Dispatcher(
-            [in_process(audience, settings.tracer)],
+            [receivers],
             settings.workers,
             settings.queue_size,
             audience.gap,
@@ -70,8 +85,10 @@ class FarRun:
         for each in self._tables:
             for topic in each.topics:
                 self._meter.count("events", 0, **topic.fields)
-        wanted = [Wanted(each.ref.name, each.ref.schema, each.watcher.ops) for each in self._tables]
+        wanted = [Wanted(each.ref.name, each.ref.schema, each.ops) for each in self._tables]
         self._dispatcher.start()
+        if self._retries is not None:
+            self._retries.start()
         self._audience.timer.start()
         self._source.start(wanted, settings.name, self)
 
@@ -79,6 +96,7 @@ class FarRun:
         """See Run."""
         deadline = time.monotonic() + timeout
         self._source.stop(timeout)
+        self._audience.timer.drain()
         drained = self._dispatcher.stop(max(0.0, deadline - time.monotonic()))
         self._audience.timer.stop(max(0.0, deadline - time.monotonic()))
         self._source.close(max(1.0, deadline - time.monotonic()))
@@ -90,6 +108,8 @@ class FarRun:
 
     def settle(self, call: Callable[[], None]) -> None:
         """See Run, and RemoteSink: what has been read has been handled."""
+        if self._arrivals is not None:
+            call = self._arrivals.close(call)
         self._dispatcher.settle(call)
 
     def status(self) -> Status:
@@ -106,6 +126,10 @@ class FarRun:
             invalid=self._invalid,
             shed=self._dispatcher.shed,
             reconnects=self._reconnects,
+            name=self._settings.name,
+            active=self._source.is_connected,
+            retrying=0 if self._retries is None else self._retries.retrying,
+            unacknowledged=0 if self._arrivals is None else self._arrivals.count,
         )
 
     def health(self) -> Health:
@@ -130,11 +154,17 @@ class FarRun:
     @property
     def full(self) -> bool:
         """See RemoteSink."""
-        return self._dispatcher.full
+        arrivals = self._arrivals
+        return self._dispatcher.full or (arrivals is not None and arrivals.count >= self._most)
 
     def wait_for_room(self, timeout: float) -> bool:
         """See RemoteSink."""
-        return self._dispatcher.wait_for_room(timeout)
+        deadline = time.monotonic() + timeout
+        if self._arrivals is not None and not self._arrivals.wait_for_less_than(
+            self._most, timeout
+        ):
+            return False
+        return self._dispatcher.wait_for_room(max(0.0, deadline - time.monotonic()))
 
     def receive(
         self,
@@ -173,6 +203,8 @@ class FarRun:
         self._received += 1
         self._lag = max(0.0, (datetime.now(timezone.utc) - message.at).total_seconds())
         self._meter.count("events", **topic.fields)
+        if self._arrivals is not None:
+            self._arrivals.add(message)
         self._dispatcher.submit(message)
 
     def gap(self, gap: Gap) -> None:
@@ -190,6 +222,14 @@ class FarRun:
     def disconnected(self, error: BaseException) -> None:
         """See RemoteSink."""
         self._dispatcher.announce(lambda: self._audience.disconnected(error))
+
+    def _give_up(self, failed: Failed, given_up: Callable[[], None]) -> None:
+        event = failed.event
+        self._meter.count("given_up", receiver=failed.receiver)
+        if (position := event.position) is not None:
+            error = type(failed.error).__name__
+            self._source.refuse(position, f"{failed.receiver} raised {error}")
+        given_up()
 
     def _watcher_of(self, received: Received) -> _FarWatcher | None:
         """The one watcher that the event is for: it was one watcher's where it comes from, too."""
@@ -209,6 +249,22 @@ class FarRun:
         return True
 
 
+def _share_snapshots(tables: Sequence[_FarWatcher]) -> None:
+    """Of the watchers of a model, as of a label, the first gets snapshots, with all that is asked.
+
+    A row of a backfill comes once, however many watchers a model has.
+    """
+    groups: dict[tuple[str | None, int | str], list[_FarWatcher]] = {}
+    for each in tables:
+        if each.watcher.ops != ("truncated",):
+            identity = "" if each.watcher.label is not None else model_identity(each.watcher.model)
+            groups.setdefault((each.watcher.label, identity), []).append(each)
+    for first, *others in groups.values():
+        first.ops = (*first.watcher.ops, "snapshot")
+        for other in others:
+            first.in_snapshots = tuple(dict.fromkeys((*first.in_snapshots, *other.in_snapshots)))
+
+
 class _FarWatcher:
     """A watcher, and the topics of the events that have come for it."""
 
@@ -220,6 +276,8 @@ class _FarWatcher:
         for attribute, column in self.ref.attributes.items():
             self._attributes.setdefault(column, attribute)
         self._asked = tuple(dict.fromkeys((*watcher.columns, *watcher.extra)))
+        self.ops = watcher.ops
+        self.in_snapshots = self._asked
         self._seen: dict[tuple[Any, ...], Topic] = {}
 
     @property
@@ -233,18 +291,23 @@ class _FarWatcher:
                 tuple(self._attributes.get(c, c) for c in self.ref.key or ("id",))
                 if op != "truncated"
                 else (),
-                self._asked if op != "truncated" else (),
+                self._asked_of(op),
                 op == "updated" and bool(self._asked),
             )
-            for op in self.watcher.ops
+            for op in self.ops
         ]
+
+    def _asked_of(self, op: str) -> tuple[str, ...]:
+        if op == "snapshot":
+            return self.in_snapshots
+        return self._asked if op != "truncated" else ()
 
     def matches(self, schema: str, table: str, op: str, label: str | None) -> bool:
         """Whether events of this table, operation and label are its."""
         return (
             table == self.ref.name
             and self.ref.schema in (None, schema)
-            and op in self.watcher.ops
+            and op in self.ops
             and label == self.watcher.label
         )
 
@@ -262,8 +325,9 @@ class _FarWatcher:
         if signature not in self._seen:
             key = tuple(map(self._name, received.key))
             values = tuple(map(self._name, received.values))
-            missing = [name for name in self._asked if name not in (*key, *values)]
-            if missing and not received.truncated and received.op != "truncated":
+            asked = self._asked_of(received.op)
+            missing = [name for name in asked if name not in (*key, *values)]
+            if missing and not received.truncated:
                 raise PayloadError(
                     f"events ({self.watcher}, {received.op!r}) come without {missing[0]!r}, which "
                     f"the watcher here asks for: add extra=[{missing[0]!r}] to the watcher that "
@@ -273,7 +337,7 @@ class _FarWatcher:
                 received.op,
                 received.schema,
                 key,
-                self._asked if received.truncated else values,
+                asked if received.truncated else values,
                 received.compared,
             )
         return self._seen[signature]

@@ -7,23 +7,25 @@ import atexit
 import functools
 import logging
 import os
+import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args, overload
 
 from blinker import Signal
 
+from .backfills import Backfill
 from .backoff import Backoff
 from .batches import Batcher, BatchTimer
 from .broadcasters import Broadcaster
 from .connection import Engine, dsn_of, redact
 from .coroutines import CoroutineReceiver, LeftBehind
 from .durable import DurableRun
-from .errors import ConfigurationError, PgSignalsError, StateError, WaitTimeout
+from .errors import ConfigurationError, PgSignalsError, ReceiverError, StateError, WaitTimeout
 from .events import Batch, Event, Gap, model_name
 from .far import FarRun, FarSettings
 from .inspection import Health, Status
@@ -51,6 +53,7 @@ B = TypeVar("B", bound=BatchReceiver)
 G = TypeVar("G", bound=GapReceiver)
 
 Delivery = Literal["notify", "outbox"]
+Backends = Iterable[str | Broadcaster] | Mapping[str, str | Broadcaster]
 
 _EXIT_SECONDS = 5.0
 _GAP_REASONS = ("reconnected", "overflow", "watcher_broken", "retention", "restored")
@@ -105,7 +108,7 @@ class Hub:
         name: str | None = None,
         partitions: int = 1,
         lease: float = 5.0,
-        backends: Iterable[str | Broadcaster] = (),
+        backends: Backends = (),
         install: Install = "auto",
         workers: int = 1,
         queue_size: int = 10_000,
@@ -130,13 +133,17 @@ class Hub:
         about it mean nothing. Processes that read with one ``name`` share the events, which are
         acknowledged when receivers have returned; without, each gets all from now on.
         ``backends`` are brokers to pass events on to: URLs of installed plugins, or broadcasters.
+        A mapping gives each a name, by which it finds its cursor again in outbox delivery, whatever
+        becomes of the others.
         ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a consumer
         with a ``name`` goes on where it has acknowledged; of several processes with one name, one
         reads, and another takes over when it ends, or has not renewed its claim for
         ``lease`` seconds. ``partitions`` share the records of a name among as many processes.
         ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one is
         missing, ``"off"`` does not look. ``workers`` threads call the receivers, in order for each
-        record; ``queue_size`` events wait for them at most before reading pauses. Watchers of
+        record; ``queue_size`` events wait for them at most before reading pauses. In outbox
+        delivery ``workers=0`` has no receivers, and keeps no cursor for them: events only go on to
+        ``backends``. Watchers of
         one ``namespace`` share triggers; applications that are not versions of each other take
         different ones, since starting removes triggers of the namespace that nobody listens to
         (``prune=False`` leaves them). ``lock_timeout`` bounds, in seconds, how long a table's
@@ -167,9 +174,20 @@ class Hub:
             )
         if name is not None and (not isinstance(name, str) or not name):
             raise ConfigurationError(f"name={name!r}: give a text that is not empty, or None.")
-        for option, number in (("workers", workers), ("queue_size", queue_size)):
-            if not isinstance(number, int) or number < 1:
-                raise ConfigurationError(f"{option}={number!r}: give a whole number from 1.")
+        makers, backend_names = _makers(backends)
+        if workers == 0 and delivery == "outbox" and makers:
+            if self._registry.subscriptions:
+                raise ReceiverError(
+                    "workers=0 only passes events on to backends, and this Hub has receivers: "
+                    "start those in another Hub, or give it workers."
+                )
+        elif not isinstance(workers, int) or workers < 1:
+            raise ConfigurationError(
+                f"workers={workers!r}: give a whole number from 1 (or 0, in outbox delivery to "
+                "backends alone)."
+            )
+        if not isinstance(queue_size, int) or queue_size < 1:
+            raise ConfigurationError(f"queue_size={queue_size!r}: give a whole number from 1.")
         if not isinstance(namespace, str) or not namespace:
             raise ConfigurationError(f"namespace={namespace!r}: give a text that is not empty.")
         plan = normalize(watchers)
@@ -180,7 +198,7 @@ class Hub:
         if scheme is not None and not scheme.startswith("postgres"):
             return self._start_far(
                 FarSettings(dsn, plan, resolvers, name, workers, queue_size, tracer),
-                backends,
+                makers,
                 meter,
                 restart_after_fork,
             )
@@ -198,7 +216,8 @@ class Hub:
             workers=workers,
             queue_size=queue_size,
             tracer=tracer,
-            backends=_makers(backends),
+            backends=makers,
+            backend_names=backend_names,
         )
 
         loop_given = loop
@@ -221,11 +240,11 @@ class Hub:
     def _start_far(
         self,
         settings: FarSettings,
-        backends: Iterable[str | Broadcaster],
+        backends: Sequence[Callable[[], Broadcaster]],
         meter: Meter,
         restart_after_fork: bool,
     ) -> Hub:
-        if tuple(backends):
+        if backends:
             raise ConfigurationError(
                 "backends= with the URL of a broker: only what comes from a database is passed on."
             )
@@ -269,7 +288,8 @@ class Hub:
         self._registry.unbind()
         self._stopped.set()
         if not drained:
-            log.warning("stopped after %.1f s with receivers still at work", timeout)
+            busy = "receivers" if self._workers else "backends"
+            log.warning("stopped after %.1f s with %s still at work", timeout, busy)
         log.debug("stopped")
         if (ends := self._ends) is not None:
             ends.put(drained)
@@ -454,6 +474,31 @@ class Hub:
             raise WaitTimeout(f"No event ({wanted}) {until}.")
         return event
 
+    def backfill(
+        self, target: Any, *, where: str | None = None, chunk: int = 1000, name: str | None = None
+    ) -> Backfill:
+        """Have the rows that a watched table has now delivered too, as ``snapshot`` events.
+
+        In outbox delivery, for a consumer with a name. ``target`` is a model or label. ``where`` is
+        an SQL condition over a row's columns; it is run as it is written. Rows come in the order
+        of the primary key, ``chunk`` at a time at most, between the other events, so that what
+        comes last of a record is its newest state. The consumer's active process does it, and who
+        takes over goes on with it. ``name`` is the consumer, by default the Hub's own; that of a
+        broker, such as ``"mailer/kafka"``, passes the rows on to the broker alone.
+
+        Returns a handle at once. Raises StateError when the Hub is not running,
+        ConfigurationError when it cannot be, TableError without a primary key, PrivilegeError when
+        the role may not read the table.
+        """
+        run = self._run
+        if run is None:
+            raise StateError("The Hub is not running: there is nobody to deliver. Call start().")
+        if not isinstance(run, DurableRun):
+            raise ConfigurationError(
+                'backfill() is of outbox delivery: start(delivery="outbox", name=…).'
+            )
+        return run.backfill(target, where, chunk, name)
+
     def status(self) -> Status:
         """How the Hub and its database stand now. Raises StateError when it is not running."""
         run = self._run
@@ -612,7 +657,9 @@ class Hub:
             except BaseException:
                 log.exception("a receiver of %r raised", signal)
 
-    def _send_gap(self, gap: Gap) -> None:
+    def _send_gap(self, gap: Gap) -> bool:
+        """Tell all who want to know; whether none of them was left behind by a stop."""
+        told = True
         self._meter.count("gaps", reason=gap.reason)
         log.warning(
             "events from %s to %s may be missing: %s",
@@ -624,6 +671,8 @@ class Hub:
         for fn in list(self._gap_receivers.values()):
             try:
                 fn(gap)
+            except LeftBehind:
+                told = False
             except BaseException:
                 name = receiver_name(fn)
                 log.exception(
@@ -632,6 +681,7 @@ class Hub:
                     extra={"receiver": name, "gap_reason": gap.reason},
                 )
         self._send(self.gap, gap=gap)
+        return told
 
 
 def _consumer(delivery: str, name: object, partitions: object, lease: object) -> Consumer | None:
@@ -655,13 +705,23 @@ def _consumer(delivery: str, name: object, partitions: object, lease: object) ->
     return Consumer(name, partitions, float(lease))
 
 
-def _makers(backends: Iterable[str | Broadcaster]) -> list[Callable[[], Broadcaster]]:
-    """What makes the broadcasters, in the child of a fork once more."""
+def _makers(backends: Backends) -> tuple[list[Callable[[], Broadcaster]], tuple[str, ...]]:
+    """What makes the broadcasters, in the child of a fork once more, and their names if any."""
     if isinstance(backends, str) or not isinstance(backends, Iterable):
         raise ConfigurationError(
             f"backends={redact(repr(backends))}: give a list of URLs or broadcasters."
         )
-    given = list(backends)
+    given: list[str | Broadcaster]
+    names: tuple[str, ...] = ()
+    if isinstance(backends, Mapping):
+        names, given = tuple(backends), list(backends.values())
+    else:
+        given = list(backends)
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ConfigurationError(
+                f"backends has the name {name!r}: give letters, digits, '_', '-' and '.'."
+            )
     plugins = load_plugins() if any(isinstance(each, str) for each in given) else None
     found: list[Callable[[], Broadcaster]] = []
     for each in given:
@@ -675,7 +735,7 @@ def _makers(backends: Iterable[str | Broadcaster]) -> list[Callable[[], Broadcas
                 f"backends has {each!r:.80}: give a URL such as 'kafka://localhost:9092/?prefix="
                 "shop', or an object with publish, flush, announce and close."
             )
-    return found
+    return found, names
 
 
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

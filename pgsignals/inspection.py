@@ -31,10 +31,10 @@ class Status:
     ``aside`` names the receivers that have queues of their own because they are slow, where an
     event counts once more.
 
-    In outbox delivery, ``name`` is the consumer's, ``active`` whether this process reads for it
-    rather than standing by, ``unacknowledged`` counts events that have been read and not been
-    acknowledged, ``retrying`` calls that wait to be made again, and ``outbox`` is what is in the
-    database.
+    In outbox delivery and with a name at a broker, ``name`` is the consumer's, ``active`` whether
+    this process reads for it rather than standing by, ``unacknowledged`` counts events that have
+    been read and not been acknowledged, ``retrying`` calls that wait to be made again, and
+    ``outbox`` is what is in the database.
     ``backends`` are the brokers that events are passed on to.
     """
 

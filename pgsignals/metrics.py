@@ -65,6 +65,7 @@ COUNTERS = {
     "gaps": Measure("Gaps announced.", ("reason",)),
     "shed_events": Measure("Events dropped since receivers were too slow."),
     "dead_letters": Measure("Events kept since a receiver could not take them.", ("receiver",)),
+    "given_up": Measure("Events from a broker that a receiver could not take.", ("receiver",)),
     "invalid_payloads": Measure("Payloads on our channels that pgsignals did not write."),
     "backend_events": Measure("Events that a broker has acknowledged.", ("backend",)),
     "backend_failures": Measure("Tries to pass events on to a broker that failed.", ("backend",)),

@@ -12,6 +12,7 @@ import pluggy
 
 from . import hookspecs
 from .broadcasters import Broadcaster
+from .connection import redact
 from .errors import ConfigurationError, MissingExtraError, PgSignalsError, PluginError
 from .sources import RemoteSource
 from .tables import Resolver
@@ -146,7 +147,8 @@ class Plugins:
         point = self._points.get(name)
         origin = name if point is None else _origin(point)
         where = f" in {hook}" if hook else ""
-        self.failed[name] = f"{origin}: {type(error).__name__}{where}: {error}"
+        # A plugin's error may tell the URL that it was given.
+        self.failed[name] = f"{origin}: {type(error).__name__}{where}: {redact(str(error))}"
         log.error("the plugin %s of %s cannot be used", name, self.failed[name])
 
 

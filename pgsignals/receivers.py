@@ -17,7 +17,7 @@ from blinker import Signal
 from .coroutines import CoroutineReceiver, Coroutines, is_coroutine_function
 from .errors import ReceiverError, near
 from .events import Event, Topic, model_identity, model_name
-from .watchers import OPERATIONS
+from .watchers import EVENT_OPERATIONS
 
 log = logging.getLogger("pgsignals")
 
@@ -35,7 +35,8 @@ class Retrying:
     """What becomes of an event in outbox delivery when its receiver raises.
 
     The receiver is called again up to ``retries`` times, the first time after ``backoff`` seconds,
-    then after twice as long each time, a minute at most; then the event is kept as a dead letter.
+    then after twice as long each time, a minute at most; then the event is kept as a dead letter,
+    or logged and passed over where it came from a broker.
     ``later`` events of the same record ``"wait"`` until then, or ``"follow"`` at once.
     """
 
@@ -334,7 +335,10 @@ class Registry:
         if named and not missing:
             return [topic for topic in named if not ops or topic.op in ops]
         wanted = _described(target, tuple(missing) or ops)
-        if named:
+        if named and missing == ["snapshot"]:
+            nearest = ", ".join(_topic_text(topic) for topic in named)
+            fix = 'start with delivery="outbox" and name=, whose backfill() delivers snapshots'
+        elif named:
             nearest = ", ".join(_topic_text(topic) for topic in named)
             fix = f"add {missing[0]!r} to that watcher"
         else:
@@ -443,7 +447,7 @@ def _filter_key(subscription: Subscription) -> tuple[tuple[str, ...], tuple[Any,
 
 def _keys(subscription: Subscription) -> list[Key]:
     identity = model_identity(subscription.target)
-    return [(identity, op) for op in subscription.ops or OPERATIONS]
+    return [(identity, op) for op in subscription.ops or EVENT_OPERATIONS]
 
 
 def _key(topic: Topic) -> Key:
@@ -467,10 +471,10 @@ def _names(topic: Topic, topics: Sequence[Topic]) -> tuple[int | str, ...]:
 
 
 def _check_operation(op: object) -> None:
-    if op not in OPERATIONS:
+    if op not in EVENT_OPERATIONS:
         raise ReceiverError(
-            f"{op!r} is not an operation{near(str(op), OPERATIONS)} "
-            f"Operations are {', '.join(map(repr, OPERATIONS))}."
+            f"{op!r} is not an operation{near(str(op), EVENT_OPERATIONS)} "
+            f"Operations are {', '.join(map(repr, EVENT_OPERATIONS))}."
         )
 
 
@@ -507,14 +511,16 @@ def _topic_text(topic: Topic) -> str:
 
 
 def _nearest(target: object, topics: Sequence[Topic]) -> str:
-    texts = {
-        topic.label if topic.label is not None else model_name(topic.model): topic
-        for topic in topics
-    }
     same_model = [t for t in topics if t.model is target]
     if same_model:
         return ", ".join(_topic_text(topic) for topic in same_model)
-    if not texts:
+    named: dict[str, list[Topic]] = {}
+    for topic in topics:
+        name = topic.label if topic.label is not None else model_name(topic.model)
+        named.setdefault(name, []).append(topic)
+    if not named:
         return ""
-    best = difflib.get_close_matches(model_name(target), list(texts), n=1, cutoff=0.0)
-    return _topic_text(texts[best[0]] if best else next(iter(texts.values())))
+    best = difflib.get_close_matches(model_name(target), list(named), n=1, cutoff=0.0)
+    found = named[best[0]] if best else next(iter(named.values()))
+    first = found[0].label if found[0].label is not None else found[0].model
+    return _described(first, tuple(topic.op for topic in found))

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from .backoff import Backoff
 from .broadcasters import Broadcaster
@@ -22,6 +22,15 @@ from .runs import Settings
 from .sources.outbox import Consumer, OutboxPreparer, OutboxSource
 
 log = logging.getLogger("pgsignals")
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What waits for the broker, events or a Gap, and the page that is done once it has it."""
+
+    page: Page | None
+    events: Sequence[Event]
+    gap: Gap | None = None
 
 
 class Relay:
@@ -54,7 +63,7 @@ class Relay:
             2 * settings.queue_size,
         )
         self._condition = threading.Condition()
-        self._waiting: deque[tuple[Sequence[Event], Page] | Gap] = deque()
+        self._waiting: deque[_Item] = deque()
         self._depth = 0
         self._ending = False
         self._backoff = Backoff()
@@ -80,7 +89,16 @@ class Relay:
             delivered=self._delivered,
             failures=self._failures,
             error=self._error,
+            active=self.source.is_active,
+            lag=self._lag,
         )
+
+    @property
+    def _lag(self) -> float:
+        """How old, in seconds, the oldest event is that has yet to be acknowledged."""
+        with self._condition:
+            first = next((item.events[0] for item in self._waiting if item.events), None)
+        return 0.0 if first is None else max(0.0, (self.source.now() - first.at).total_seconds())
 
     def start(self) -> None:
         """Connect to the database, raising what is wrong, and to the broker in the background."""
@@ -103,7 +121,8 @@ class Relay:
         if self._thread.ident is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
         self.source.stop(max(1.0, deadline - time.monotonic()))
-        self._broadcaster.close()
+        if self._thread.ident is None:
+            self._broadcaster.close()
         return drained
 
     def abandon(self) -> None:
@@ -113,14 +132,14 @@ class Relay:
     def submit_page(self, events: Sequence[Event], page: Page) -> None:
         """See DurableSink."""
         with self._condition:
-            self._waiting.append((events, page))
+            self._waiting.append(_Item(page, events))
             self._depth += len(events)
             self._condition.notify_all()
 
-    def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap, page: Page | None = None) -> None:
         """See DurableSink."""
         with self._condition:
-            self._waiting.append(gap)
+            self._waiting.append(_Item(page, (), gap))
             self._condition.notify_all()
 
     def redeliver(self, event: Event, letter: DeadLetter) -> bool:
@@ -134,9 +153,20 @@ class Relay:
         """See DurableSink."""
 
     def _run(self) -> None:
+        try:
+            self._pass_on()
+        finally:
+            # By this thread: what is closed while it flushes might seem to have arrived.
+            try:
+                self._broadcaster.close()
+            except Exception:
+                log.exception("%s could not be closed", self.name)
+
+    def _pass_on(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._waiting or self._ending)
+                # Once without events, so that a broker which is away shows before there are some.
+                self._condition.wait_for(lambda: self._waiting or self._ending or not self._reached)
                 if self._ending:
                     return
                 taken = self._take()
@@ -151,27 +181,28 @@ class Relay:
             else:
                 self._failed(reason)
 
-    def _take(self) -> list[tuple[Sequence[Event], Page] | Gap]:
+    def _take(self) -> list[_Item]:
         """The first pages, which stay in the queue until they are acknowledged."""
-        taken: list[tuple[Sequence[Event], Page] | Gap] = []
+        taken: list[_Item] = []
         count = 0
         for item in self._waiting:
             if count >= BATCH:
                 break
             taken.append(item)
-            if not isinstance(item, Gap):
-                count += len(item[0])
+            count += len(item.events)
         return taken
 
-    def _deliver(self, items: Sequence[tuple[Sequence[Event], Page] | Gap]) -> bool:
+    def _deliver(self, items: Sequence[_Item]) -> bool:
         for item in items:
-            if isinstance(item, Gap):
-                self._broadcaster.announce(item)
-            elif item[1].reign.holds():
-                self._broadcaster.publish(item[0])
+            if item.page is not None and not item.page.reign.holds():
+                continue
+            if item.gap is not None:
+                self._broadcaster.announce(item.gap)
+            elif item.events:
+                self._broadcaster.publish(item.events)
         return self._broadcaster.flush(FLUSH_SECONDS)
 
-    def _done(self, count: int, items: Sequence[tuple[Sequence[Event], Page] | Gap]) -> None:
+    def _done(self, count: int, items: Sequence[_Item]) -> None:
         if self._error:
             log.info("%s takes events again", self.name)
         self._error = ""
@@ -179,9 +210,9 @@ class Relay:
         self._backoff.reset()
         delivered = 0
         for item in items:
-            if not isinstance(item, Gap):
-                item[1].finish()
-                delivered += len(item[0])
+            if item.page is not None:
+                item.page.finish()
+            delivered += len(item.events)
         self._delivered += delivered
         self._meter.count("backend_events", delivered, backend=self.name)
         with self._condition:
@@ -200,14 +231,19 @@ class Relay:
             self._condition.wait_for(lambda: self._ending, self._backoff.next())
 
 
-def relay_consumers(consumer: Consumer, broadcasters: Sequence[Broadcaster]) -> list[Consumer]:
-    """A consumer for each broadcaster, named for what it is: its address may change."""
+def relay_consumers(
+    consumer: Consumer, broadcasters: Sequence[Broadcaster], given: Sequence[str] = ()
+) -> list[Consumer]:
+    """A consumer for each broadcaster, by its given name, or for what it is.
+
+    Its address is no part of that, since it may change.
+    """
     found: list[Consumer] = []
     kinds: dict[str, int] = {}
-    for broadcaster in broadcasters:
+    for index, broadcaster in enumerate(broadcasters):
         kind = re.split(r"[^a-z0-9+-]", str(broadcaster).lower(), maxsplit=1)[0] or "backend"
         number = kinds[kind] = kinds.get(kind, 0) + 1
-        suffix = kind if number == 1 else f"{kind}-{number}"
+        suffix = given[index] if given else kind if number == 1 else f"{kind}-{number}"
         name = None if consumer.name is None else f"{consumer.name}/{suffix}"
         found.append(replace(consumer, name=name, parts=1))
     return found

@@ -75,6 +75,8 @@ class Settings:
     queue_size: int
     tracer: Tracer | None = None
     backends: Sequence[Callable[[], Broadcaster]] = ()
+    # Of each of them, or of none.
+    backend_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Audience:
     registry: Registry
     timer: BatchTimer
     failed: FailureHandler
-    gap: Callable[[Gap], None]
+    gap: Callable[[Gap], bool]
     connected: Callable[[], None]
     disconnected: Callable[[BaseException], None]
 

@@ -241,7 +241,10 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
         cursor.execute(_NAMES, {"schema": ref.schema})
         known = [name for (name,) in cursor.fetchall()]
         where = "" if ref.schema is not None else " on the search_path"
-        raise TableError(f"There is no table {wanted!r}{where}{near(wanted, known)}")
+        raise TableError(
+            f"There is no table {wanted!r}{where}{near(wanted, known)} Create it first, by a "
+            "migration for instance, or say which schema has it: 'schema.table'."
+        )
     oid, schema, name, kind, inherits = row
     if kind not in ("r", "p"):
         raise TableError(f"{wanted!r} is {_KINDS.get(kind, 'not a table')}.")

@@ -179,12 +179,14 @@ class Tail:
                     reader.take(wanted, window)
         page.finish()
 
-    def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap, page: Page | None = None) -> None:
         """See DurableSink."""
         with self._condition:
             self._gaps.append(gap)
             if not self._holding:
                 self._tell_gaps()
+        if page is not None:
+            page.finish()
 
     def redeliver(self, event: Event, letter: DeadLetter) -> bool:
         """See DurableSink: there are no dead letters."""
@@ -354,6 +356,6 @@ def _place(part: Part, since: Snapshot, target: Snapshot | None = None) -> Place
         since,
         floors.below(since.xmin),
         floors.below(since.xmax),
-        part.claim.shed,
+        part.telling.shed,
         target,
     )

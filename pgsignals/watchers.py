@@ -11,6 +11,8 @@ from .events import model_identity, model_name
 
 DEFAULT_OPERATIONS = ("inserted", "updated", "deleted")
 OPERATIONS = (*DEFAULT_OPERATIONS, "truncated")
+# What an event may be: a snapshot is of a row as a backfill finds it, and is watched by nobody.
+EVENT_OPERATIONS = (*OPERATIONS, "snapshot")
 
 
 @dataclass(frozen=True)

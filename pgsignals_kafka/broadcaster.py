@@ -29,6 +29,8 @@ log = logging.getLogger("pgsignals.kafka")
 # Of a batch with one record, beyond what is counted below; generous, since sizes are varints.
 _OVERHEAD = 128
 _HEADER_OVERHEAD = 9
+# Of all attributes that there may be, the names and their overhead.
+_MOST_NAMES = 1_000
 # What a topic takes that does not tell: Kafka's default, max.message.bytes.
 _DEFAULT_LIMIT = 1_048_588
 _ROOM_SECONDS = 10.0
@@ -143,7 +145,7 @@ class KafkaBroadcaster:
             key = record_key(event)
             about = attributes(event)
             value = data(event, key_only=uid in self._too_long)
-            if _size(key, value, about) > self._limits[topic]:
+            if _exceeds(self._limits[topic], key, value, about):
                 value = data(event, key_only=True)
             self._produce(topic, key, value, _headers(about), uid)
             if self._tombstones:
@@ -171,6 +173,12 @@ class KafkaBroadcaster:
         self._sent.clear()
         self._too_long.clear()
         return True
+
+    def check(self, tables: Sequence[tuple[str, str]]) -> None:
+        """See Checkable. Raises BrokerError."""
+        self._begin()
+        self._reach(self._timeout)
+        self._missing(self._admin(), {self._cluster.topic_of(*table) for table in tables})
 
     def announce(self, gap: Gap) -> None:
         """See Broadcaster: to every partition of every topic, since each has readers of its own."""
@@ -329,6 +337,23 @@ class KafkaBroadcaster:
         if not topics:
             return
         admin = self._admin()
+        missing = self._missing(admin, topics)
+        if missing:
+            self._create_topics(admin, missing)
+        self._limits.update(dict.fromkeys(topics, self._max_bytes or _DEFAULT_LIMIT))
+        resources = [ConfigResource(ResourceType.TOPIC, name) for name in topics]
+        for resource, answer in admin.describe_configs(
+            resources, request_timeout=self._timeout
+        ).items():
+            try:
+                limit = int(answer.result()["max.message.bytes"].value)
+            except (KafkaException, KeyError, ValueError) as error:
+                log.debug("%s does not tell how long records may be: %s", resource.name, error)
+                continue
+            self._limits[resource.name] = min(limit, self._max_bytes or limit)
+
+    def _missing(self, admin: AdminClient, topics: Collection[str]) -> list[str]:
+        """The topics that are to be created. Raises BrokerError where they must be there."""
         missing = []
         described = admin.describe_topics(
             TopicCollection(sorted(topics)), request_timeout=self._timeout
@@ -347,19 +372,7 @@ class KafkaBroadcaster:
                 f"{self._cluster}: there is no topic {', '.join(missing)}. Create it, or have it "
                 "created with create=true (and partitions=, replication=)."
             )
-        if missing:
-            self._create_topics(admin, missing)
-        self._limits.update(dict.fromkeys(topics, self._max_bytes or _DEFAULT_LIMIT))
-        resources = [ConfigResource(ResourceType.TOPIC, name) for name in topics]
-        for resource, answer in admin.describe_configs(
-            resources, request_timeout=self._timeout
-        ).items():
-            try:
-                limit = int(answer.result()["max.message.bytes"].value)
-            except (KafkaException, KeyError, ValueError) as error:
-                log.debug("%s does not tell how long records may be: %s", resource.name, error)
-                continue
-            self._limits[resource.name] = min(limit, self._max_bytes or limit)
+        return missing
 
     def _create_topics(self, admin: AdminClient, names: Sequence[str]) -> None:
         wanted = [
@@ -378,16 +391,21 @@ class KafkaBroadcaster:
 
 
 def _headers(attributes: Mapping[str, str]) -> list[tuple[str, str | bytes | None]]:
-    return [
-        (_CONTENT_TYPE if name == "datacontenttype" else f"ce_{name}", text)
-        for name, text in attributes.items()
-    ]
+    return [(_header_name(name), text) for name, text in attributes.items()]
 
 
-def _size(key: bytes | None, value: bytes, attributes: Mapping[str, str]) -> int:
-    """What the record takes at most of what its topic allows."""
+@functools.cache
+def _header_name(attribute: str) -> str:
+    return _CONTENT_TYPE if attribute == "datacontenttype" else f"ce_{attribute}"
+
+
+def _exceeds(limit: int, key: bytes | None, value: bytes, attributes: Mapping[str, str]) -> bool:
+    """Whether the record may take more than its topic allows."""
     size = len(value) + len(key or b"") + _OVERHEAD
+    # Nearly all are so far from it that a look at each attribute would be a waste.
+    if size + 4 * sum(map(len, attributes.values())) + _MOST_NAMES <= limit:
+        return False
     for name, text in attributes.items():
         # A character outside ASCII has four bytes at most.
         size += len(name) + len(text) * (1 if text.isascii() else 4) + _HEADER_OVERHEAD
-    return size
+    return size > limit

@@ -201,18 +201,22 @@ def broker_error(cluster: Cluster, what: str, errors: Errors, error: object = No
 
 def _cause(cluster: Cluster, error: KafkaError) -> str:
     code, text = error.code(), error.str()
+    # librdkafka takes that for a failed authentication too.
+    if code == KafkaError.UNSUPPORTED_SASL_MECHANISM or "Unsupported SASL mechanism" in text:
+        return f"the brokers do not take this sasl= ({text})"
     if code in (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):
         return f"the user or the password is wrong ({text})"
-    if code == KafkaError.UNSUPPORTED_SASL_MECHANISM:
-        return f"the brokers do not take this sasl= ({text})"
     if code == KafkaError._SSL:
         hint = "see ca=, cert=, key=" if cluster.tls else "is this a port without TLS?"
         return f"TLS failed, {hint} ({text})"
+    if "in state SSL_HANDSHAKE" in text:
+        return f"TLS failed: the port may have none, see tls= ({text})"
     if code == KafkaError._RESOLVE:
         return f"the host name is not known ({text})"
     if code in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
-        tls = "" if cluster.tls else ", or the port wants TLS: tls=true"
-        return f"nothing answers there: start the broker, or correct the address{tls} ({text})"
+        # What a port without TLS does when it is spoken to by TLS, and the other way round.
+        tls = "it is a port without TLS" if cluster.tls else "the port wants TLS: tls=true"
+        return f"nothing answers there: start the broker, or correct the address, or {tls} ({text})"
     return text
 
 

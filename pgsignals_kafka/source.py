@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime, timezone
 from typing import Any
 
@@ -32,6 +32,10 @@ _COMMIT_SECONDS = 1.0
 # How soon new topics and partitions are found, and whether a broker that was away is back.
 _LOOK_SECONDS = 5.0
 _EPOCH = datetime.fromtimestamp(0, timezone.utc)
+
+# What is committed beside an offset by a member that has nothing more under way: nothing from there
+# on has been delivered.
+_CLEAN = "clean"
 
 _Place = tuple[str, int]
 
@@ -88,6 +92,8 @@ class KafkaSource:
         self._committed: dict[_Place, int] = {}
         # How far each partition has been read; also which ones are ours.
         self._read: dict[_Place, int] = {}
+        # Up to where a former member of the group may have delivered each.
+        self._known: dict[_Place, int] = {}
         self._heard: dict[_Place, datetime] = {}
         self._stopping = threading.Event()
         self._assigned = threading.Event()
@@ -157,6 +163,10 @@ class KafkaSource:
         self._errors.clear()
         self._thread.start()
 
+    def refuse(self, position: str, reason: str) -> None:
+        """See RemoteSource: Kafka knows offsets only, and that is committed past the record."""
+        log.debug("%s: %s is passed over: %s", self, position, reason)
+
     def stop(self, timeout: float) -> None:
         """See RemoteSource."""
         self._stopping.set()
@@ -170,7 +180,7 @@ class KafkaSource:
             return
         # All of it once more: what was committed in the background may not have arrived.
         self._committed.clear()
-        self._commit(asynchronous=False)
+        self._commit(asynchronous=False, leaving=set(self._read))
         consumer.close()
 
     def abandon(self) -> None:
@@ -212,25 +222,29 @@ class KafkaSource:
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Begin where the group is; where it has never been, now or at the beginning.
 
-        The latter is committed at once: whoever gets the partition next must begin there too.
+        That is committed at once: whoever gets the partition next must begin there too.
         """
         if partitions:
-            committed = consumer.committed(partitions, timeout=self._timeout)
-            first = []
-            for each in committed:
-                if each.offset < 0:
-                    low, high = consumer.get_watermark_offsets(each, timeout=self._timeout)
-                    known = (each.topic, each.partition) in self._at_start
-                    each.offset = high if known else low
-                    first.append(each)
-            if first:
-                consumer.commit(offsets=first, asynchronous=False)
-            for each in committed:
-                place = each.topic, each.partition
-                self._read[place] = self._committed[place] = each.offset
-            consumer.incremental_assign(committed)
+            begin = []
+            for each in consumer.committed(partitions, timeout=self._timeout):
+                place, offset = (each.topic, each.partition), each.offset
+                low, high = consumer.get_watermark_offsets(each, timeout=self._timeout)
+                self._known[place] = 0
+                if offset < 0:
+                    offset = high if place in self._at_start else low
+                elif each.metadata != _CLEAN:
+                    # Whoever had it may have delivered, and not committed, whatever is there now.
+                    self._known[place] = high
+                begin.append(TopicPartition(*place, offset))
+                self._read[place] = offset
+                self._committed.pop(place, None)
+                with self._lock:
+                    self._settled[place] = offset
+            # Before anything is delivered: should this process die, the offsets are not clean.
+            self._commit(asynchronous=False)
+            consumer.incremental_assign(begin)
             if self._paused:
-                consumer.pause(committed)
+                consumer.pause(begin)
         self._assigned.set()
         log.debug("%s: reading %s", self, sorted(self._read))
 
@@ -240,7 +254,7 @@ class KafkaSource:
             done = threading.Event()
             self._sink.settle(done.set)
             done.wait(5.0)
-            self._commit(asynchronous=False)
+            self._commit(asynchronous=False, leaving={(p.topic, p.partition) for p in partitions})
         for each in partitions:
             place = each.topic, each.partition
             self._read.pop(place, None)
@@ -264,7 +278,9 @@ class KafkaSource:
         first = self._consumer.poll(0.2)
         if first is not None:
             read: dict[_Place, int] = {}
-            for message in [first, *self._consumer.consume(_AT_ONCE - 1, timeout=0)]:
+            # Handled before more is asked for, which may take a partition away.
+            self._handle(first, read)
+            for message in self._consumer.consume(_AT_ONCE - 1, timeout=0):
                 self._handle(message, read)
             if read:
                 self._sink.settle(functools.partial(self._settle, read))
@@ -308,8 +324,12 @@ class KafkaSource:
         value = message.value()
         if value is None:
             return  # A tombstone: the event of the deletion came before it.
-        position = f"{topic}/{number}/{offset}"
-        self._sink.receive(_attributes(message), value, position=position)
+        self._sink.receive(
+            _attributes(message),
+            value,
+            position=f"{topic}/{number}/{offset}",
+            redelivered=offset < self._known.get((topic, number), 0),
+        )
 
     def _lose(self, message: Message) -> None:
         """What was to be read next is not there any more: announce that, and read on."""
@@ -334,15 +354,22 @@ class KafkaSource:
             for place, offset in read.items():
                 self._settled[place] = offset
 
-    def _commit(self, *, asynchronous: bool) -> None:
+    def _commit(self, *, asynchronous: bool, leaving: Set[_Place] = frozenset()) -> None:
         if self._name is None:
             return
         with self._lock:
-            due = {p: o for p, o in self._settled.items() if o != self._committed.get(p)}
-        due = {place: offset for place, offset in due.items() if place in self._read}
+            due = {
+                place: offset
+                for place, offset in self._settled.items()
+                if place in self._read
+                and (place in leaving or offset != self._committed.get(place))
+            }
         if not due:
             return
-        offsets = [TopicPartition(*place, offset) for place, offset in due.items()]
+        offsets = []
+        for place, offset in due.items():
+            clean = place in leaving and offset == self._read[place]
+            offsets.append(TopicPartition(*place, offset, _CLEAN if clean else ""))
         try:
             if asynchronous:
                 self._consumer.commit(offsets=offsets, asynchronous=True)

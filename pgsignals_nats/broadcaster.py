@@ -179,6 +179,35 @@ class NatsBroadcaster:
         self._check()
         return False
 
+    def check(self, tables: Sequence[tuple[str, str]]) -> None:
+        """See Checkable. Raises BrokerError."""
+        loop = Loop()
+        try:
+            loop.run(self._look(tables), 20.0)
+        except TimeoutError as error:
+            raise BrokerError(f"{self}: not connected: {error}") from error
+        finally:
+            loop.close()
+
+    async def _look(self, tables: Sequence[tuple[str, str]]) -> None:
+        client = await self._server.connect(_ignore)
+        try:
+            info = await client.jetstream(timeout=5).stream_info(self._server.stream_name)
+        except (nats.errors.Error, asyncio.TimeoutError) as error:
+            if not (self._create and isinstance(error, nats.js.errors.NotFoundError)):
+                raise stream_error(self._server, error) from error
+            return
+        finally:
+            await client.close()
+        patterns = info.config.subjects or []
+        for schema, table in tables:
+            subject = self._server.subject_of(schema, table, "inserted")
+            if not any(_covers(pattern, subject) for pattern in patterns):
+                raise BrokerError(
+                    f"{self}: the stream {self._server.stream_name} takes {', '.join(patterns)}, "
+                    f"but not {subject}. Add {self._server.prefix}.> to its subjects."
+                )
+
     def announce(self, gap: Gap) -> None:
         """See Broadcaster."""
         loop = self._begin()
@@ -391,6 +420,23 @@ def _headers(attributes: Mapping[str, str], stream: str) -> dict[str, str]:
         safe = text if text.isascii() and text.isprintable() and "%" not in text else quote(text)
         found["content-type" if name == "datacontenttype" else f"ce-{name}"] = safe
     return found
+
+
+def _covers(pattern: str, subject: str) -> bool:
+    """Whether a stream's subject, which may have wildcards, takes a message's."""
+    wanted = subject.split(".")
+    tokens = pattern.split(".")
+    if tokens[-1] == ">":
+        return len(wanted) >= len(tokens) and _same(tokens[:-1], wanted)
+    return len(wanted) == len(tokens) and _same(tokens, wanted)
+
+
+def _same(tokens: Sequence[str], wanted: Sequence[str]) -> bool:
+    return all(token in ("*", each) for token, each in zip(tokens, wanted, strict=False))
+
+
+async def _ignore() -> None:
+    """The end of a connection that was opened to look."""
 
 
 def _size(headers: Mapping[str, str]) -> int:

@@ -46,6 +46,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "nkey": str,
 }
 _PLAIN = re.compile(r"[A-Za-z0-9_-]")
+_NO_TLS = "the server does not offer TLS"
 # Settings of nats-py that a URL may pass on, since its text can be read as their type.
 _SETTINGS: dict[str, Callable[[str], Any]] = {
     "name": str,
@@ -132,11 +133,17 @@ class Server:
         known to be in order. Raises BrokerError.
         """
         failure: Exception | None = None
-        met: list[Exception] = []
+        connected = False
 
         async def note(error: Exception) -> None:
-            met.append(error)
             log.debug("%r", error)
+            if not connected:
+                # One try for each host: nats-py would try the same one for ever.
+                raise error
+
+        async def lost() -> None:
+            if connected:
+                await closed()
 
         options: dict[str, Any] = {
             "name": "pgsignals",
@@ -144,10 +151,8 @@ class Server:
             "connect_timeout": 5,
             "ping_interval": 10,
             "max_outstanding_pings": 2,
-            # One try for each host; what it met is told to error_cb alone.
-            "max_reconnect_attempts": 0,
             "error_cb": note,
-            "closed_cb": closed,
+            "closed_cb": lost,
             "pending_size": 64 * 1024 * 1024,
         }
         if self.user is not None and self.password is not None:
@@ -159,15 +164,21 @@ class Server:
         if self.nkey is not None:
             options["nkeys_seed"] = self.nkey
         for host in self.hosts:
+            client = _Client(self.tls)
             try:
                 # In the loop, since the files may be wrong.
                 if self.tls:
                     options["tls"] = self._tls()
-                connecting = nats.connect(f"nats://{host}", **options | dict(self.config))
-                return await asyncio.wait_for(connecting, 8)
+                connecting = client.connect(f"nats://{host}", **options | dict(self.config))
+                await asyncio.wait_for(connecting, 8)
+                if self.tls and not client.looked:
+                    raise nats.errors.Error(
+                        "this version of nats-py does not let TLS be insisted on"
+                    )
+                connected = True
+                return client
             except (OSError, nats.errors.Error, asyncio.TimeoutError, ValueError) as error:
-                failure = met[-1] if met else error
-                log.debug("%s: %r", host, error)
+                failure = error
             except Exception as error:
                 # What a malformed key or credentials file makes nats-py and nkeys raise, of many
                 # kinds; its text might show a part of it.
@@ -176,6 +187,9 @@ class Server:
                 raise BrokerError(
                     f"{self}: the file of creds= or nkey= cannot be used ({type(error).__name__})."
                 ) from None
+            finally:
+                if not connected:
+                    client.drop()
         assert failure is not None
         raise BrokerError(f"{self}: not connected: {_cause(self, failure)}") from failure
 
@@ -184,6 +198,30 @@ class Server:
         if self.cert is not None:
             context.load_cert_chain(self.cert, self.key)
         return context
+
+
+class _Client(Client):
+    """nats-py's client, which can be dropped in the middle of connecting, and insists on TLS."""
+
+    def __init__(self, tls: bool) -> None:
+        super().__init__()
+        self._insists = tls
+        self.looked = False
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # What comes next is the password, in plain text where the server does not say that it has
+        # TLS, or somebody in between has struck that out.
+        if self._insists and not (
+            info.get("tls_required") or self.options.get("tls_handshake_first")
+        ):
+            raise nats.errors.Error(_NO_TLS)
+        self.looked = True
+        await super()._process_info(info, initial_connection)
+
+    def drop(self) -> None:
+        """Close the connection, which nats-py leaves open when connecting fails."""
+        if self._transport is not None:
+            self._transport.close()
 
 
 def read_url(url: str) -> tuple[Server, dict[str, Any]]:
@@ -229,6 +267,8 @@ def _cause(server: Server, error: Exception) -> str:
         return f"the user, the password or the key is wrong ({text})"
     if isinstance(error, FileNotFoundError):
         return f"the file {error.filename} is not there"
+    if text == _NO_TLS:
+        return "the server has no TLS, or not on this port: leave out tls=true, or correct it"
     if isinstance(error, ssl.SSLError) or "SSL" in text or "ecure connection" in text:
         hint = "see ca=, cert=, key=" if server.tls else "the server wants TLS: tls=true"
         return f"TLS failed, {hint} ({text})"

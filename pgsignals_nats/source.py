@@ -95,9 +95,13 @@ class NatsSource:
         self._consumer = ""
         # The last message of the stream that has been read, or was none of ours.
         self._floor = 0
+        # Where it was skipped to a later one, and it is not known yet whether any between was ours.
+        self._skipped: int | None = None
         self._heard: datetime | None = None
         self._arrived: list[Msg] = []
         self._unsettled: dict[int, Msg] = {}
+        # What is not to come again though nobody could take it, and why.
+        self._refused: dict[int, str] = {}
         self._pending = 0
         self._settled = threading.Condition()
 
@@ -138,6 +142,10 @@ class NatsSource:
             raise
         self._loop = loop
         self._reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop.loop)
+
+    def refuse(self, position: str, reason: str) -> None:
+        """See RemoteSource: it is terminated, which the server publishes an advisory of."""
+        self._refused[int(position.rpartition("/")[2])] = reason
 
     def stop(self, timeout: float) -> None:
         """See RemoteSource."""
@@ -331,6 +339,8 @@ class NatsSource:
             return  # Not acknowledged: whoever comes next gets it.
         metadata = message.metadata
         sequence = metadata.sequence.stream
+        if sequence > self._floor + 1 and self._skipped is None:
+            self._skipped = self._floor + 1
         self._floor = max(self._floor, sequence)
         self._heard = metadata.timestamp
         self._unsettled[sequence] = message
@@ -361,11 +371,14 @@ class NatsSource:
     async def _acknowledge(self, messages: Sequence[Msg]) -> None:
         try:
             for message in messages:
-                self._unsettled.pop(message.metadata.sequence.stream, None)
+                sequence = message.metadata.sequence.stream
+                self._unsettled.pop(sequence, None)
+                reason = self._refused.pop(sequence, None)
                 client = self._client
                 if client is None or not client.is_connected:
                     continue  # It comes again.
-                await client.publish(message.reply)
+                answer = b"" if reason is None else b"+TERM " + reason.encode()
+                await client.publish(message.reply, answer)
         except (nats.errors.Error, OSError) as error:
             log.debug("%s: could not acknowledge: %r", self, error)
         finally:
@@ -385,16 +398,14 @@ class NatsSource:
         self._floor = max(self._floor, state.last_seq if not info.num_pending else delivered)
 
     def _announce_loss(self, first: int) -> None:
-        if first <= self._floor + 1:
+        expected, self._skipped = self._skipped or self._floor + 1, None
+        if first <= expected:
             return
-        detail = (
-            f"the stream {self._server.stream_name} begins at {first}, and {self._floor + 1} was "
-            "next"
-        )
+        detail = f"the stream {self._server.stream_name} begins at {first}, and {expected} was next"
         log.error("%s: events were deleted before they were read: %s", self, detail)
         now = datetime.now(timezone.utc)
         self._sink.gap(Gap(self._heard or now, now, "retention", detail))
-        self._floor = first - 1
+        self._floor = max(self._floor, first - 1)
 
     async def _leave(self) -> None:
         """Send the acknowledgements that are due, and close the connection."""
@@ -408,6 +419,8 @@ class NatsSource:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._awake.wait(), 0.1)
         if client.is_connected:
+            # What is not acknowledged is not refused either: the server would bring what is refused
+            # in any order, and brings in the right one what it takes for lost.
             await client.flush(2)
             if self._durable is None and self._consumer:
                 with contextlib.suppress(nats.js.errors.APIError):  # It is gone already.

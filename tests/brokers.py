@@ -11,13 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
 _POM = Path(__file__).parent / "kafka" / "pom.xml"
 START_SECONDS = 90.0
+PASSWORD = "s3cret-of-ann"
 
 
 def missing(what: str) -> None:
@@ -33,6 +36,25 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def tls_files(folder: Path) -> Mapping[str, str]:
+    """Broker settings for TLS with a certificate of its own, and ``ca.pem`` to trust it by."""
+    if shutil.which("openssl") is None:
+        missing("openssl is not installed")
+    key, certificate = folder / "key.pem", folder / "ca.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    store = folder / "store.pem"
+    store.write_text(key.read_text() + certificate.read_text())
+    return {"ssl.keystore.location": str(store), "ssl.keystore.type": "PEM"}
 
 
 class Process:
@@ -202,16 +224,48 @@ class Kafka(Process):
         )
 
 
-class Nats(Process):
-    """A nats-server with JetStream."""
+def read_all(kafka: Kafka, prefix: str, count: int) -> list[Any]:
+    """The first messages of all topics of the prefix, by confluent-kafka alone."""
+    consumer = Consumer({"bootstrap.servers": f"127.0.0.1:{kafka.port}", "group.id": "foreign"})
+    try:
+        topics = consumer.list_topics(timeout=30.0).topics
+        consumer.assign(
+            [
+                TopicPartition(name, number, OFFSET_BEGINNING)
+                for name, topic in topics.items()
+                if name.startswith(f"{prefix}.")
+                for number in topic.partitions
+            ]
+        )
+        found: list[Any] = []
+        while len(found) < count:
+            arrived = consumer.consume(count - len(found), timeout=30.0)
+            assert arrived, f"{len(found)} of {count}"
+            found += arrived
+        found += consumer.consume(1000, timeout=0.2)
+        return found
+    finally:
+        consumer.close()
 
-    def __init__(self, configuration: str = "") -> None:
+
+def as_written(message: Any) -> tuple[Mapping[str, str], bytes]:
+    """Attributes and data, by the Kafka binding of CloudEvents."""
+    headers = {name: value.decode() for name, value in message.headers()}
+    assert headers.pop("content-type") == "application/json"
+    return {name.removeprefix("ce_"): text for name, text in headers.items()}, message.value()
+
+
+class Nats(Process):
+    """A nats-server, with JetStream unless told otherwise."""
+
+    def __init__(self, configuration: str = "", *, jetstream: bool = True) -> None:
         super().__init__("nats")
         self.port = free_port()
         self._configuration = self.folder / "nats.conf"
         self._configuration.write_text(
             f'listen: "127.0.0.1:{self.port}"\n'
-            f'jetstream {{ store_dir: "{self.folder}/data", max_mem: 64M, max_file: 1G }}\n'
+            + f'jetstream {{ store_dir: "{self.folder}/data", max_mem: 64M, max_file: 1G }}\n'
+            * jetstream
             + configuration
         )
         self.url = f"nats://127.0.0.1:{self.port}/"

@@ -47,6 +47,10 @@ class _Lines:
         except Empty:
             pytest.fail("the command printed nothing more")
 
+    def next_or_end(self) -> str | None:
+        """The next line, however long it takes, or None when there is none any more."""
+        return self._lines.get()
+
     def rest(self) -> list[str]:
         found = []
         while (line := self.next()) is not None:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import psycopg2
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg2.extensions import connection as Connection
 
 import pgsignals
+from pgsignals.hub import Delivery
 from pgsignals.testing import Server, find_installations
+from tests.brokers import PASSWORD, Kafka, Nats, tls_files
 
 DEADLINE = 15.0
 OLDEST, NEWEST = 15, 18
+
+# How long an example takes is the machine's affair: a busy one failed tests at random.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def _started(version: int | None) -> Server:
@@ -105,6 +115,13 @@ def each_db(each_dsn: str, connect: Callable[[str], Database]) -> Database:
     return connect(each_dsn)
 
 
+@pytest.fixture(params=get_args(Delivery))
+def delivery(request: pytest.FixtureRequest) -> Delivery:
+    """Each delivery in turn: what is proved for one is proved for all."""
+    chosen: Delivery = request.param
+    return chosen
+
+
 @pytest.fixture
 def hub() -> Iterator[pgsignals.Hub]:
     """A Hub that is stopped at the end."""
@@ -145,3 +162,38 @@ class Recorder:
 def recorder() -> Recorder:
     """A receiver that keeps what it gets."""
     return Recorder()
+
+
+@pytest.fixture(scope="session")
+def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    """A running Apache Kafka, with a port for TLS and one for passwords."""
+    folder = tmp_path_factory.mktemp("tls")
+    running = Kafka(
+        **tls_files(folder),
+        **{
+            "sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
+                "org.apache.kafka.common.security.plain.PlainLoginModule required "
+                f'user_ann="{PASSWORD}";'
+            ),
+        },
+    )
+    running.ca = str(folder / "ca.pem")
+    running.start()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def nats_server() -> Iterator[Nats]:
+    """A running nats-server with JetStream."""
+    running = Nats()
+    running.start()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A prefix of topics and subjects that no other test uses."""
+    return f"t{uuid.uuid4().hex[:8]}"

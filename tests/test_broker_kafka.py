@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
@@ -31,86 +28,8 @@ from pgsignals.testing.conformance import (
     make_event,
 )
 from pgsignals_kafka import KafkaBroadcaster, KafkaSource
-from tests.brokers import Kafka, free_port, missing
+from tests.brokers import PASSWORD, Kafka, as_written, free_port, read_all
 from tests.conftest import Database, Recorder
-
-PASSWORD = "s3cret-of-ann"
-
-
-def tls_files(folder: Path) -> Mapping[str, str]:
-    """Broker settings for TLS with a certificate of its own, and ``ca.pem`` to trust it by."""
-    if shutil.which("openssl") is None:
-        missing("openssl is not installed")
-    key, certificate = folder / "key.pem", folder / "ca.pem"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    store = folder / "store.pem"
-    store.write_text(key.read_text() + certificate.read_text())
-    return {"ssl.keystore.location": str(store), "ssl.keystore.type": "PEM"}
-
-
-@pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    """A running Apache Kafka, with a port for TLS and one for passwords."""
-    folder = tmp_path_factory.mktemp("tls")
-    running = Kafka(
-        **tls_files(folder),
-        **{
-            "sasl.enabled.mechanisms": "PLAIN",
-            "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
-                "org.apache.kafka.common.security.plain.PlainLoginModule required "
-                f'user_ann="{PASSWORD}";'
-            ),
-        },
-    )
-    running.ca = str(folder / "ca.pem")
-    running.start()
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def prefix() -> str:
-    """A prefix that no other test uses."""
-    return f"t{uuid.uuid4().hex[:8]}"
-
-
-def read_all(kafka: Kafka, prefix: str, count: int) -> list[Any]:
-    """The first messages of all topics of the prefix, by confluent-kafka alone."""
-    consumer = Consumer({"bootstrap.servers": f"127.0.0.1:{kafka.port}", "group.id": "foreign"})
-    try:
-        topics = consumer.list_topics(timeout=DEADLINE).topics
-        consumer.assign(
-            [
-                TopicPartition(name, number, OFFSET_BEGINNING)
-                for name, topic in topics.items()
-                if name.startswith(f"{prefix}.")
-                for number in topic.partitions
-            ]
-        )
-        found: list[Any] = []
-        while len(found) < count:
-            arrived = consumer.consume(count - len(found), timeout=DEADLINE)
-            assert arrived, f"{len(found)} of {count}"
-            found += arrived
-        found += consumer.consume(1000, timeout=0.2)
-        return found
-    finally:
-        consumer.close()
-
-
-def as_written(message: Any) -> tuple[Mapping[str, str], bytes]:
-    """Attributes and data, by the Kafka binding of CloudEvents."""
-    headers = {name: value.decode() for name, value in message.headers()}
-    assert headers.pop("content-type") == "application/json"
-    return {name.removeprefix("ce_"): text for name, text in headers.items()}, message.value()
 
 
 class TestConformance(BroadcasterConformance):

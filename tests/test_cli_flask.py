@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from flask import Flask
 
+from pgsignals import Hub
 from pgsignals.cli.flask import group
 from pgsignals.contrib.flask import PgSignals
 from tests.commands import Program, Result
@@ -69,6 +70,32 @@ def test_run(dsn: str, db: Database) -> None:
     program.process.send_signal(signal.SIGTERM)
     assert program.process.wait(DEADLINE) == 0
     program.end()
+
+
+def test_the_outbox(dsn: str) -> None:
+    """The commands go by the application's delivery, and administer its outbox."""
+    app = Flask("shop")
+    app.config |= {"PGSIGNALS_DSN": dsn, "PGSIGNALS_DELIVERY": "outbox", "PGSIGNALS_NAME": "mailer"}
+    signals = PgSignals(app, watchers=["items"], hub=Hub())
+
+    def invoke(*arguments: str) -> str:
+        result = CliRunner().invoke(group, arguments, obj=_info(app))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "CREATE SCHEMA pgsignals" in invoke("sql")
+    assert "3 triggers installed" in invoke("install")
+    assert json.loads(invoke("status", "--json"))["ok"]
+    app.config["PGSIGNALS_INSTALL"] = "check"
+    signals.start(app)
+    assert signals.stop(app)
+    [consumer] = json.loads(invoke("consumers", "list", "--json"))["consumers"]
+    assert consumer["name"] == "mailer"
+    assert invoke("dead-letters", "list") == "There are no dead letters.\n"
+    assert "Forgot the consumer 'mailer'" in invoke("consumers", "drop", "mailer")
+    help_ = CliRunner().invoke(group, ["watch", "--help"], obj=_info(app)).output
+    assert "flask pgsignals watch orders:inserted" in help_
+    assert "--dsn" not in help_
 
 
 def test_errors_are_messages() -> None:

@@ -98,6 +98,25 @@ def test_order_when_the_key_changes(dispatcher: Dispatcher, collector: Collector
         assert len(own) == 9
 
 
+def test_order_when_a_key_is_taken_over(dispatcher: Dispatcher, collector: Collector) -> None:
+    """A record that takes the key of another comes after all that is known of the other."""
+    collector.gate.clear()
+    sequence = 0
+    for key in range(50):
+        # Both ways, which must not make two workers wait for one another.
+        for new, old in ((key, 1000 + key), (1000 + key, key)):
+            for _ in range(3):
+                dispatcher.submit(message(sequence, (new,)))
+                sequence += 1
+            dispatcher.submit(message(sequence, (new, old), moved=True))
+            sequence += 1
+    collector.gate.set()
+    assert dispatcher.stop(DEADLINE)
+    for found in collector.by_id.values():
+        assert found == sorted(found)
+        assert len(found) == 4
+
+
 def test_unhashable_keys(dispatcher: Dispatcher, collector: Collector) -> None:
     """A key of an array type is no obstacle."""
     dispatcher.submit(message(1, ([1, 2],)))

@@ -190,7 +190,11 @@ def test_a_table_that_is_locked(
     other("INSERT INTO shop_order (customer) VALUES ('Bob')")
     result = migrated.start("migrate", "shop").end()
     assert result.code == 1
-    assert "lock timeout" in "\n".join(result.err)
+    error = result.err[-1]
+    assert "InstallLockError: The table public.shop_order is locked" in error
+    pid = other.connection.get_backend_pid()
+    assert f"held by pid {pid} (" in error
+    assert "run the migration again" in error
     other.connection.rollback()
     migrated.run("migrate", "shop")
     assert triggers(db) == ["billing_payment", *["shop_order"] * 3]
@@ -232,6 +236,69 @@ def test_the_check_warns_of_drift(migrated: Project, db: Database) -> None:
     failed = migrated.start(*check).end()
     assert failed.code == 1
     assert "unknown key 'INSTAL' (did you mean 'INSTALL'?)" in "\n".join(failed.err)
+
+
+def test_the_outbox(migrated: Project, db: Database) -> None:
+    """The setting DELIVERY goes for migrations, the check, the commands and the listener."""
+    check = ("check", "--database", "default")
+    migrated.write(
+        "project/settings.py",
+        '{"INSTALL": "check"}',
+        '{"INSTALL": "check", "DELIVERY": "outbox", "NAME": "shop"}',
+    )
+    warning = "\n".join(migrated.run(*check).err)
+    assert warning.count("pgsignals.W001") == 5
+    assert "The schema pgsignals, which the outbox needs, is missing" in warning
+    assert migrated.start("pgsignals", "status").end().code == 1
+    migrated.write(
+        "shop/migrations/0002_watchers.py",
+        "InstallWatchers(",
+        "InstallWatchers(delivery=None, watchers=",
+    )
+    migrated.run("migrate", "shop", "0001")
+    migrated.run("migrate", "billing", "zero")
+    assert triggers(db) == []
+    assert "CREATE SCHEMA pgsignals" in "\n".join(migrated.run("sqlmigrate", "shop", "0002").out)
+    assert db("SELECT 1 FROM pg_namespace WHERE nspname = 'pgsignals'") == []
+    migrated.run("migrate")
+    assert "no issues" in migrated.run(*check).out[0]
+    assert migrated.run("pgsignals", "status").out[1].startswith("INSTALLED")
+    assert migrated.run("pgsignals", "sql").out == [
+        "-- Nothing to do: the database is as it should be."
+    ]
+
+    listener = migrated.start("pgsignals", "listen")
+    listener.err()
+    db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+    assert listener.out() == "order 1 of Ann: nothing yet"
+    listener.process.send_signal(signal.SIGTERM)
+    assert listener.end().code == 0
+    db("INSERT INTO shop_order (customer) VALUES ('Bob')")
+    assert '"name":"shop"' in migrated.run("pgsignals", "consumers", "list", "--json").out[0]
+    # The consumer is down, and its triggers stay; once it is given up they go, the schema not.
+    migrated.run("migrate", "shop", "0001")
+    assert triggers(db).count("shop_order") == 3
+    migrated.run("migrate", "shop")
+    listener = migrated.start("pgsignals", "listen")
+    assert listener.out() == "order 2 of Bob: nothing yet"
+    listener.process.send_signal(signal.SIGTERM)
+    listener.end()
+    migrated.run("pgsignals", "consumers", "drop", "shop")
+    migrated.run("migrate", "shop", "0001")
+    assert triggers(db) == ["billing_payment"]
+    assert db("SELECT 1 FROM pg_namespace WHERE nspname = 'pgsignals'") == [(1,)]
+
+
+def test_the_check_finds_a_field_that_there_is_not(project: Project) -> None:
+    """A misspelt column is a mistake before the tables are there, and after."""
+    project.write("shop/signals.py", 'columns=["status"]', 'columns=["statuss"]')
+    for command in ("migrate", "check"):
+        failed = project.start(command, "--database", "default").end()
+        assert failed.code == 1
+        error = "\n".join(failed.err)
+        assert "'statuss', which is no field of Order (did you mean 'status'?)" in error
+        assert "pgsignals.E001" in error
+        project.run("migrate", "--skip-checks")
 
 
 def test_the_check_leaves_tables_to_the_migrations(project: Project) -> None:

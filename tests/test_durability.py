@@ -31,6 +31,30 @@ def test_nothing_is_lost_invented_or_turned(tmp_path: Path) -> None:
     assert sum(outcome.injected.values()) >= 10, report(outcome)
 
 
+@pytest.mark.parametrize("kind", ["kafka", "nats"])
+def test_a_broker_gets_all_in_order(tmp_path: Path, kind: str) -> None:
+    """What a foreign client reads back at a broker that suffers too is what was committed."""
+    campaign = Campaign(tmp_path, seed=11, to=kind)
+    with campaign.open():
+        for _ in range(3):
+            if campaign.run_round():
+                break
+    outcome = campaign.outcome
+    assert not outcome.problems, report(outcome)
+    assert outcome.committed > 500, report(outcome)
+    assert any(fault.startswith("broker") for fault in outcome.injected), report(outcome)
+
+
+def test_the_checker_finds_a_trusting_relay_out(tmp_path: Path) -> None:
+    """A relay that acknowledges what its broker has not acknowledged does not pass."""
+    campaign = Campaign(tmp_path, seed=3, mutant="trusting", drain=5.0, to="nats")
+    with campaign.open():
+        found = next((found for _ in range(8) if (found := campaign.run_round())), [])
+    assert any("relay/nats" in each and "not delivered" in each for each in found), report(
+        campaign.outcome
+    )
+
+
 @pytest.mark.parametrize(
     ("mutant", "symptom"),
     [

@@ -268,6 +268,7 @@ def test_status_needs_a_running_hub(hub: Hub) -> None:
     [
         ({"install": "maybe"}, "install='maybe'.*'auto', 'check', 'off'"),
         ({"workers": 0}, "workers=0.*from 1"),
+        ({"workers": 0, "delivery": "outbox"}, "workers=0.*backends alone"),
         ({"queue_size": "many"}, "queue_size='many'"),
         ({"namespace": ""}, "namespace=''"),
         ({"delivery": "magic"}, "delivery='magic'.*'notify'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from psycopg2 import sql
 
 from pgsignals import Hub, watch
+from pgsignals.hub import Delivery
 from pgsignals.testing import Server
 from tests.conftest import Database, Recorder
 
@@ -52,11 +54,11 @@ NAMES = (
 TEXTS = st.text(CHARACTERS, min_size=1, max_size=80)
 
 
-@pytest.fixture(scope="module")
-def database(server: Server) -> Iterator[Database]:
-    """One database for all examples."""
+@pytest.fixture(scope="module", params=get_args(Delivery))
+def place(server: Server, request: pytest.FixtureRequest) -> Iterator[tuple[Database, Delivery]]:
+    """One database for all examples of each delivery."""
     made = Database(server.create_database())
-    yield made
+    yield made, request.param
     made.connection.close()
 
 
@@ -72,7 +74,7 @@ def database(server: Server) -> Iterator[Database]:
 @example("x" * 63, "y" * 63, ["a" * 63, "b" * 63, "c" * 63], "l" * 200, "n" * 200)
 @example("new", "old", ["new", "old", "NEW"], "deleted", "default")
 def test_any_identifiers(
-    database: Database,
+    place: tuple[Database, Delivery],
     schema: str,
     table: str,
     columns: list[str],
@@ -80,14 +82,14 @@ def test_any_identifiers(
     namespace: str,
 ) -> None:
     """Schema, table, key, column, label and namespace of any characters give exact events."""
-    db, (key, watched, other) = database, columns
-    place = sql.Identifier(schema, table)
+    (db, delivery), (key, watched, other) = place, columns
+    name = sql.Identifier(schema, table)
     k, w, o = map(sql.Identifier, columns)
     model = ".".join('"' + name.replace('"', '""') + '"' for name in (schema, table))
     db(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema)))
     db(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
     try:
-        db(sql.SQL("CREATE TABLE {} ({} int PRIMARY KEY, {} text, {} text)").format(place, k, w, o))
+        db(sql.SQL("CREATE TABLE {} ({} int PRIMARY KEY, {} text, {} text)").format(name, k, w, o))
         recorder = Recorder()
         watchers = [
             watch(
@@ -100,16 +102,18 @@ def test_any_identifiers(
             ),
             watch(model, extra=[watched]),
         ]
-        with Hub().start(db.dsn, watchers, namespace=namespace) as hub:
+        with Hub().start(db.dsn, watchers, namespace=namespace, delivery=delivery) as hub:
             hub.subscribe(recorder, label)
             hub.subscribe(recorder, model)
             hub.subscribe(recorder, model, "updated", **{key: 2})
-            db(sql.SQL("INSERT INTO {} VALUES (1, 'a', 'b')").format(place))
-            db(sql.SQL("UPDATE {} SET {} = 2, {} = 'c'").format(place, k, w))
-            db(sql.SQL("DELETE FROM {}").format(place))
+            db(sql.SQL("INSERT INTO {} VALUES (1, 'a', 'b')").format(name))
+            db(sql.SQL("UPDATE {} SET {} = 2, {} = 'c'").format(name, k, w))
+            db(sql.SQL("DELETE FROM {}").format(name))
             events = recorder.wait(5)
             states = hub.status().watchers
-        Hub().start(db.dsn, watchers, namespace=namespace, install="check").stop()
+        Hub().start(
+            db.dsn, watchers, namespace=namespace, delivery=delivery, install="check"
+        ).stop()
         inserted, *updates, deleted = events
         labelled = [event for event in updates if event.label is not None]
         assert {(e.schema, e.table, e.model) for e in events} == {(schema, table, model)}
@@ -135,7 +139,9 @@ def test_any_identifiers(
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_partitioned_tables_of_any_name(hub: Hub, db: Database, name: str) -> None:
+def test_partitioned_tables_of_any_name(
+    hub: Hub, db: Database, name: str, delivery: Delivery
+) -> None:
     """Row triggers quote like statement triggers."""
     place = sql.Identifier(name)
     db(sql.SQL("CREATE TABLE {0} ({0} int PRIMARY KEY) PARTITION BY HASH ({0})").format(place))
@@ -146,7 +152,7 @@ def test_partitioned_tables_of_any_name(hub: Hub, db: Database, name: str) -> No
     )
     model = '"' + name.replace('"', '""') + '"'
     recorder = Recorder()
-    hub.start(db.dsn, [watch(model, extra=[name], replicated=True)])
+    hub.start(db.dsn, [watch(model, extra=[name], replicated=True)], delivery=delivery)
     hub.subscribe(recorder, model)
     db(sql.SQL("INSERT INTO {} VALUES (1)").format(place))
     db(sql.SQL("UPDATE {0} SET {0} = 2").format(place))

@@ -12,6 +12,8 @@ from psycopg2.extensions import cursor as Cursor
 
 import pgsignals
 from pgsignals import Hub, watch
+from pgsignals.hub import Delivery
+from pgsignals.outbox.schema import install_schema
 from pgsignals.resolvers import BUILTIN
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.definitions import define
@@ -60,33 +62,36 @@ def everything(db: Database) -> set[tuple[Any, ...]]:
     return set(found)
 
 
-def install_in(dsn: str, namespace: str) -> None:
+def install_in(dsn: str, namespace: str, delivery: Delivery) -> None:
     """Install the watchers without listening."""
+    durable = delivery == "outbox"
     with session(dsn) as cursor:
-        definitions = define(cursor, normalize(WATCHERS), BUILTIN, namespace)
+        if durable:
+            install_schema(cursor)
+        definitions = define(cursor, normalize(WATCHERS), BUILTIN, namespace, durable)
         install(cursor, namespace, [definition.trigger for definition in definitions])
 
 
-def test_both_get_every_event(dsn: str, db: Database, orders: str) -> None:
+def test_both_get_every_event(dsn: str, db: Database, orders: str, delivery: Delivery) -> None:
     """The same watchers in two namespaces deliver to both, each once."""
     seen = Recorder(), Recorder()
     with Hub() as one, Hub() as two:
         for hub, namespace, recorder in ((one, "one", seen[0]), (two, "two", seen[1])):
             hub.subscribe(recorder, orders)
-            hub.start(dsn, WATCHERS, namespace=namespace)
+            hub.start(dsn, WATCHERS, namespace=namespace, delivery=delivery)
         db("INSERT INTO orders (status) VALUES ('a'); DELETE FROM orders")
         for recorder in seen:
             assert [event.op for event in recorder.wait(2)] == ["inserted", "deleted"]
 
 
 def test_uninstalling_one_leaves_the_other_and_all_foreign_triggers(
-    dsn: str, db: Database, orders: str
+    dsn: str, db: Database, orders: str, delivery: Delivery
 ) -> None:
     """``uninstall`` takes exactly what its own namespace has installed, even when forced."""
     foreign = everything(db)
-    install_in(dsn, "one")
+    install_in(dsn, "one", delivery)
     with_one = everything(db)
-    install_in(dsn, "two")
+    install_in(dsn, "two", delivery)
     assert len(everything(db) - with_one) == len(with_one - foreign) == 8
     with session(dsn) as cursor:
         assert len(uninstall(cursor, "two", force=True)) == 4
@@ -97,17 +102,17 @@ def test_uninstalling_one_leaves_the_other_and_all_foreign_triggers(
 
 
 def test_pruning_one_leaves_the_other_and_all_foreign_triggers(
-    dsn: str, db: Database, orders: str
+    dsn: str, db: Database, orders: str, delivery: Delivery
 ) -> None:
     """``prune``, and a start that prunes, take only stale triggers of the own namespace."""
     foreign = everything(db)
-    install_in(dsn, "one")
+    install_in(dsn, "one", delivery)
     with_one = everything(db)
-    install_in(dsn, "two")
+    install_in(dsn, "two", delivery)
     with session(dsn) as cursor:
         assert len(prune(cursor, "two")) == 4
     assert everything(db) == with_one
-    with Hub().start(dsn, [("orders", "deleted")], namespace="two"):
+    with Hub().start(dsn, [("orders", "deleted")], namespace="two", delivery=delivery):
         pass
     assert with_one < everything(db)
     with session(dsn) as cursor:
@@ -117,11 +122,11 @@ def test_pruning_one_leaves_the_other_and_all_foreign_triggers(
 
 
 def test_status_tells_of_the_own_namespace_only(
-    hub: Hub, dsn: str, db: Database, orders: str
+    hub: Hub, dsn: str, db: Database, orders: str, delivery: Delivery
 ) -> None:
     """What another namespace has installed is neither listed nor STALE."""
-    install_in(dsn, "one")
-    hub.start(dsn, WATCHERS, namespace="two")
+    install_in(dsn, "one", delivery)
+    hub.start(dsn, WATCHERS, namespace="two", delivery=delivery)
     status = hub.status()
     assert status.namespace == "two"
     assert [state.status for state in status.watchers] == ["INSTALLED"] * 4
@@ -131,11 +136,11 @@ def test_status_tells_of_the_own_namespace_only(
 
 
 def test_a_listener_of_one_namespace_does_not_keep_the_other(
-    hub: Hub, dsn: str, db: Database, orders: str
+    hub: Hub, dsn: str, db: Database, orders: str, delivery: Delivery
 ) -> None:
     """Somebody who listens in one namespace is no reason to keep the triggers of another."""
-    install_in(dsn, "one")
-    hub.start(dsn, WATCHERS, namespace="two")
+    install_in(dsn, "one", delivery)
+    hub.start(dsn, WATCHERS, namespace="two", delivery=delivery)
     with session(dsn) as cursor:
         assert len(uninstall(cursor, "one")) == 4
         with pytest.raises(pgsignals.DatabaseError, match="in the namespace 'two'"):
@@ -144,11 +149,17 @@ def test_a_listener_of_one_namespace_does_not_keep_the_other(
 
 @pytest.mark.parametrize("namespace", ['"; DROP TABLE orders; --', "ns %s $pgsignals$ '", "ü" * 63])
 def test_any_text_is_a_namespace(
-    hub: Hub, dsn: str, db: Database, orders: str, recorder: Recorder, namespace: str
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    orders: str,
+    recorder: Recorder,
+    namespace: str,
+    delivery: Delivery,
 ) -> None:
     """A namespace is only hashed and quoted: whatever it is, it works."""
     hub.subscribe(recorder, orders)
-    hub.start(dsn, WATCHERS, namespace=namespace)
+    hub.start(dsn, WATCHERS, namespace=namespace, delivery=delivery)
     db("INSERT INTO orders DEFAULT VALUES")
     assert recorder.wait(1)[0].id == 1
     assert {state.status for state in hub.status().watchers} == {"INSTALLED"}

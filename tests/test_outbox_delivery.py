@@ -12,9 +12,11 @@ from conftest import DEADLINE, Database, Recorder
 import pgsignals
 from pgsignals.outbox import housekeeping
 from pgsignals.outbox.housekeeping import tidy
+from pgsignals.outbox.inspection import read_outbox
 from pgsignals.triggers import names
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import prune
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -214,6 +216,65 @@ def test_later_events_of_the_record(
     shop("UPDATE items SET n = 2")
     expected = [0, 1, 2] if later == "wait" else [1, 2, 0]
     assert [event.values["n"] for event in recorder.wait(3)] == expected
+
+
+# What fails at first, and what its receiver gets of these, in turn.
+KEY_CHANGES = {
+    "behind the former key": (
+        "inserted 1",
+        "INSERT INTO items VALUES (1); UPDATE items SET id = 2; UPDATE items SET n = 1;"
+        " INSERT INTO items VALUES (3)",
+        ["inserted 3", "inserted 1", "updated 2", "updated 2"],
+    ),
+    "behind the new key": (
+        "deleted 2",
+        "INSERT INTO items VALUES (1), (2); DELETE FROM items WHERE id = 2;"
+        " UPDATE items SET id = 2; INSERT INTO items VALUES (3)",
+        ["inserted 1", "inserted 2", "inserted 3", "deleted 2", "updated 2"],
+    ),
+    "before either key": (
+        "updated 2",
+        "INSERT INTO items VALUES (1); UPDATE items SET id = 2; INSERT INTO items VALUES (1);"
+        " DELETE FROM items WHERE id = 2; INSERT INTO items VALUES (3)",
+        ["inserted 1", "inserted 3", "updated 2", "deleted 2", "inserted 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("parked", [False, True], ids=["taken at last", "parked"])
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("case", KEY_CHANGES)
+def test_later_events_of_a_record_that_changes_its_key(
+    hub: pgsignals.Hub, db: Database, recorder: Recorder, case: str, workers: int, parked: bool
+) -> None:
+    """An update that changes a key waits for both keys, and what comes later for it."""
+    failing, statements, expected = KEY_CHANGES[case]
+    db("CREATE TABLE items (id bigint PRIMARY KEY, name text, n int NOT NULL DEFAULT 0)")
+    broken = threading.Event()
+
+    @hub.on("items", retries=3 if not parked else 1, backoff=0.3)
+    def receive(event: pgsignals.Event) -> None:
+        what = f"{event.op} {event.id}"
+        if what == failing and (parked or not broken.is_set()):
+            broken.set()
+            raise ValueError
+        recorder(what)
+
+    start(hub, db, workers=workers)
+    for statement in statements.split(";"):
+        db(statement)
+    expected = [each for each in expected if each != failing or not parked]
+    found = recorder.wait(len(expected))
+    # Of different records, several workers keep no order.
+    for key in "12":
+        own = [each for each in found if each in (f"{each[:-1]}{key}", "updated 2")]
+        assert own == [each for each in expected if each in (f"{each[:-1]}{key}", "updated 2")]
+    if workers == 1:
+        assert found == expected
+    acknowledged(hub, len(expected) + parked)
+    assert hub.status().retrying == 0
+    letters = db("SELECT count(*) FROM pgsignals.dead_letters")
+    assert letters == [(int(parked),)]
 
 
 def test_what_was_not_acknowledged(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
@@ -548,6 +609,66 @@ def test_a_former_definition_goes(hub: pgsignals.Hub, shop: Database, recorder: 
     assert shop("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pgsignals%'") == [(1,)]
 
 
+def triggers(shop: Database) -> int:
+    [(count,)] = shop("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pgsignals%'")
+    assert isinstance(count, int)
+    return count
+
+
+def test_a_former_definition_goes_at_once(
+    hub: pgsignals.Hub, shop: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its triggers are removed as soon as no process and no consumer needs them any more."""
+    monkeypatch.setattr(housekeeping, "EVERY_SECONDS", 0.05)
+    former = pgsignals.Hub()
+    start(former, shop)
+    assert triggers(shop) == 3
+    watcher = pgsignals.watch("items", "inserted", extra=["name"])
+    try:
+        hub.start(shop.dsn, [watcher], delivery="outbox", name="mailer")
+        assert not hub.status().active
+        assert triggers(shop) == 4
+    finally:
+        former.stop()
+    eventually(lambda: triggers(shop), lambda count: count == 1)
+
+
+def test_the_lag_of_a_former_definition(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """What a former definition's trigger wrote counts until it is acknowledged, and once."""
+    start(hub, shop)
+    assert hub.stop()
+    shop("INSERT INTO items SELECT generate_series(1, 5)")
+    going, held = threading.Event(), threading.Event()
+
+    @hub.on("items", "inserted")
+    def receive(event: pgsignals.Event) -> None:
+        recorder(event)
+        going.set()
+        held.wait(DEADLINE)
+
+    watcher = pgsignals.watch("items", "inserted", extra=["name"])
+    hub.start(shop.dsn, [watcher], delivery="outbox", name="mailer", prune=False)
+    try:
+        assert going.wait(DEADLINE)
+        shop("INSERT INTO items VALUES (6), (7)")
+        # Three operations, of which one is watched still.
+        shop("DELETE FROM items WHERE id = 6")
+        with shop.connection.cursor() as cursor:
+            [consumer] = read_outbox(cursor).consumers
+    finally:
+        held.set()
+    assert consumer.lag == 7
+    first = recorder.wait(7)[0]
+    assert (consumer.oldest, consumer.oldest_at) == (first.uid, first.at)
+    assert consumer.lag_seconds > 0
+    acknowledged(hub, 7)
+    with shop.connection.cursor() as cursor:
+        [consumer] = read_outbox(cursor).consumers
+    assert (consumer.lag, consumer.lag_seconds, consumer.oldest) == (0, 0.0, None)
+
+
 def test_a_schema_of_somebody_else(hub: pgsignals.Hub, shop: Database) -> None:
     """A schema of that name that we did not make is left alone, and the error says so."""
     shop("CREATE SCHEMA pgsignals")
@@ -571,3 +692,23 @@ def test_options_that_cannot_be(
     """An option that does not fit is refused, with what would."""
     with pytest.raises(pgsignals.ConfigurationError, match=message):
         hub.start(dsn, ["items"], **options)
+
+
+def test_an_unreadable_row_is_a_gap(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+    """A message that was damaged is announced, and those around it are delivered."""
+    start(hub, shop)
+    assert hub.stop()
+    for number in (1, 2, 3):
+        shop("INSERT INTO items VALUES (%s)", (number,))
+    shop(
+        "UPDATE pgsignals.outbox SET payload = left(payload, -3)"
+        " WHERE id = (SELECT min(id) + 1 FROM pgsignals.outbox)"
+    )
+    hub.on("items")(recorder)
+    hub.on_gap(recorder)
+    start(hub, shop)
+    found = recorder.wait(3)
+    assert [event.id for event in found if isinstance(event, pgsignals.Event)] == [1, 3]
+    [gap] = [each for each in found if isinstance(each, pgsignals.Gap)]
+    assert gap.reason == "watcher_broken"
+    assert "cannot be read" in gap.detail

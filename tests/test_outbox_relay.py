@@ -9,6 +9,7 @@ import pytest
 from conftest import Database, Recorder
 
 import pgsignals
+from tests.waiting import eventually
 
 
 class Broker:
@@ -29,7 +30,8 @@ class Broker:
     def flush(self, timeout: float) -> bool:
         published, self._published = self._published, []
         if self.away.is_set():
-            self.refused.set()
+            if published:
+                self.refused.set()
             return False
         for event in published:
             self.acknowledged(event)
@@ -58,9 +60,10 @@ def test_a_broker_that_is_away(hub: pgsignals.Hub, shop: Database, recorder: Rec
     shop("INSERT INTO items SELECT generate_series(1, 1000)")
     assert len(recorder.wait(1000)) == 1000
     assert broker.refused.wait(15)
-    [backend] = hub.status().backends
+    [backend] = eventually(lambda: hub.status().backends, lambda found: found[0].depth == 1000)
     assert not backend.ready
-    assert backend.depth == 1000
+    assert backend.active
+    assert 0 < backend.lag < 15
     broker.away.clear()
     assert [event.id for event in broker.acknowledged.wait(1000)] == list(range(1, 1001))
 
@@ -80,3 +83,90 @@ def test_it_goes_on_where_the_broker_was(hub: pgsignals.Hub, shop: Database) -> 
     [event] = back.acknowledged.wait(1)
     assert event.id == 1
     assert event.redelivered
+
+
+def test_a_broker_that_is_away_shows_before_there_are_events(
+    hub: pgsignals.Hub, shop: Database
+) -> None:
+    """It is tried at once, and again until it is there."""
+    broker = Broker()
+    broker.away.set()
+    hub.start(shop.dsn, ["items"], delivery="outbox", backends=[broker])
+    eventually(lambda: hub.health().backends, lambda found: found[0].failures > 1)
+    broker.away.clear()
+    eventually(lambda: hub.health().backends, lambda found: found[0].ready)
+
+
+def test_a_relay_alone_keeps_no_cursor_for_receivers(hub: pgsignals.Hub, shop: Database) -> None:
+    """With workers=0 there are the consumers of the backends, by their names, and no other."""
+    first, second = Broker(), Broker()
+    hub.start(
+        shop.dsn,
+        ["items"],
+        delivery="outbox",
+        name="shop",
+        backends={"first": first, "second": second},
+        workers=0,
+    )
+    shop("INSERT INTO items VALUES (1)")
+    for broker in (first, second):
+        assert [event.id for event in broker.acknowledged.wait(1)] == [1]
+    health = hub.health()
+    assert (health.ready, [each.active for each in health.backends]) == (True, [True, True])
+    with pytest.raises(pgsignals.ReceiverError):
+        hub.on("items")(first.acknowledged)
+    assert hub.stop()
+    names = shop("SELECT name, acknowledged FROM pgsignals.consumers ORDER BY name")
+    assert names == [("shop/first", 1), ("shop/second", 1)]
+
+
+def test_a_relay_alone_has_no_receivers(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """With workers=0 a receiver, which nobody would call, is an error."""
+    hub.on("items")(recorder)
+    with pytest.raises(pgsignals.ReceiverError, match="workers=0 only passes events on"):
+        hub.start(shop.dsn, ["items"], delivery="outbox", backends=[Broker()], workers=0)
+
+
+def test_a_backend_keeps_its_cursor_by_its_name(hub: pgsignals.Hub, shop: Database) -> None:
+    """One that is taken away leaves the places of the others as they were."""
+    gone, kept = Broker(), Broker()
+    kept.away.set()
+    start = {"delivery": "outbox", "name": "shop", "workers": 0}
+    hub.start(shop.dsn, ["items"], backends={"gone": gone, "kept": kept}, **start)
+    shop("INSERT INTO items VALUES (1)")
+    gone.acknowledged.wait(1)
+    assert kept.refused.wait(15)
+    assert not hub.stop(0.1)
+    back = Broker()
+    hub.start(shop.dsn, ["items"], backends={"kept": back}, **start)
+    assert [event.id for event in back.acknowledged.wait(1)] == [1]
+
+
+def test_a_wrong_name_of_a_backend(hub: pgsignals.Hub, shop: Database) -> None:
+    """It is refused, with what is allowed."""
+    with pytest.raises(pgsignals.ConfigurationError, match=r"name 'a/b'.*letters, digits"):
+        hub.start(shop.dsn, ["items"], delivery="outbox", backends={"a/b": Broker()})
+
+
+def test_a_backfill_for_the_broker(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+    """By the broker's consumer, rows go to the broker alone, and wait for it while it is away."""
+    shop("INSERT INTO items SELECT generate_series(1, 1000)")
+    broker = Broker()
+    broker.away.set()
+    hub.on("items")(recorder)
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
+    backfill = hub.backfill("items", name="mailer/broker", chunk=100)
+    assert broker.refused.wait(15)
+    assert backfill.done == 0
+    broker.away.clear()
+    assert backfill.wait(15)
+    events = broker.acknowledged.wait(1000)
+    assert [(event.op, event.id) for event in events] == [
+        ("snapshot", number) for number in range(1, 1001)
+    ]
+    assert not recorder.items
+    assert hub.backfill("items", where="id = 7").wait(15)
+    assert [event.id for event in recorder.items] == [7]
+    assert len(broker.acknowledged.items) == 1000

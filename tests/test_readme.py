@@ -20,10 +20,7 @@ README = (ROOT / "README.md").read_text()
 WRAPPER = """
 import sys, pgsignals
 pgsignals.connected.connect(lambda hub: print("connected", flush=True), weak=False)
-try:
-    exec(compile(sys.argv[1], "README.md", "exec"))
-except KeyboardInterrupt:
-    pass
+exec(compile(sys.argv[1], "README.md", "exec"))
 """
 
 

@@ -202,3 +202,27 @@ def test_truncate_is_opt_in(hub: Hub, dsn: str, db: Database, recorder: Recorder
     db("TRUNCATE users")
     db("INSERT INTO users (name) VALUES ('c')")
     assert [(e.op, e.id) for e in recorder.wait(2)] == [("truncated", None), ("inserted", 3)]
+
+
+def test_a_value_that_was_not_asked_for(hub: Hub, dsn: str, db: Database) -> None:
+    """The error names the column, what there is, and the option that brings it."""
+    hub.on("users")(lambda event: event.values["name"])
+    failed = Recorder()
+    hub.receiver_failed.connect(lambda *_, **details: failed(details["error"]), weak=False)
+    hub.start(dsn, ["users"])
+    db("INSERT INTO users (name) VALUES ('a')")
+    [error] = failed.wait(1)
+    assert isinstance(error, KeyError)
+    assert "'name' does not come with this event, which has no values" in error.args[0]
+    assert "extra=['name']" in error.args[0]
+
+
+def test_a_value_that_was_too_long(hub: Hub, dsn: str, db: Database, recorder: Recorder) -> None:
+    """The error says that the row did not travel, though the watcher asks for the column."""
+    db("CREATE TABLE notes (id int PRIMARY KEY, body text)")
+    hub.subscribe(recorder, "notes")
+    hub.start(dsn, [watch("notes", extra=["body"])])
+    db("INSERT INTO notes VALUES (1, repeat('x', 9000))")
+    [event] = recorder.wait(1)
+    with pytest.raises(KeyError, match="too long to travel"):
+        event.values["body"]

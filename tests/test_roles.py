@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import psycopg2
 import pytest
 
 import pgsignals
 from pgsignals import Hub, watch
+from pgsignals.hub import Delivery
+from pgsignals.outbox.schema import install_schema
 from pgsignals.resolvers import BUILTIN
 from pgsignals.testing import Server
 from pgsignals.triggers.definitions import define
@@ -61,6 +65,16 @@ def shop(db: Database) -> str:
     return "shop"
 
 
+@pytest.fixture
+def listening(delivery: Delivery, db: Database) -> tuple[str, ...]:
+    """What a role needs to receive: nothing, or the outbox, which is made, and a grant on it."""
+    if delivery == "notify":
+        return ()
+    with db.connection.cursor() as cursor:
+        install_schema(cursor)
+    return documented_grants("consumer")
+
+
 DML = (
     "USAGE ON SCHEMA shop",
     "SELECT, INSERT, UPDATE, DELETE ON shop.orders",
@@ -68,16 +82,27 @@ DML = (
 )
 
 
+def documented_grants(role: str) -> tuple[str, ...]:
+    """What docs/outbox.md has a role granted that it calls ``role``, as ``make_role`` takes it."""
+    page = (Path(__file__).parent.parent / "docs/outbox.md").read_text()
+    found = re.findall(rf"^GRANT ([^;]*) TO {role};$", page, re.MULTILINE)
+    assert found, role
+    return tuple(found)
+
+
 def with_path(dsn: str, path: str) -> str:
     """The same address with a search path."""
     return f"{dsn}?options=-csearch_path%3D{path}"
 
 
-def install_as(dsn: str) -> int:
+def install_as(dsn: str, delivery: Delivery) -> int:
     """What ``pgsignals install`` does; how many triggers it created."""
+    durable = delivery == "outbox"
     with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
         connection.autocommit = True
-        definitions = define(cursor, normalize(WATCHERS), BUILTIN, "default")
+        if durable:
+            install_schema(cursor)
+        definitions = define(cursor, normalize(WATCHERS), BUILTIN, "default", durable)
         return len(install(cursor, "default", [each.trigger for each in definitions]))
 
 
@@ -90,13 +115,15 @@ def test_an_application_that_may_only_write_starts_after_an_owner_installed(
     connect: Callable[[str], Database],
     recorder: Recorder,
     path: str,
+    delivery: Delivery,
+    listening: tuple[str, ...],
 ) -> None:
     """``install="check"`` passes under any search path, and events arrive, values and all."""
-    assert install_as(with_path(dsn, "shop,public")) == 4
-    app = make_role(*DML)
+    assert install_as(with_path(dsn, "shop,public"), delivery) == 4
+    app = make_role(*DML, *listening)
     hub.subscribe(recorder, "changed")
-    hub.start(with_path(app, path), WATCHERS, install="check")
-    writer = connect(app)
+    hub.start(with_path(app, path), WATCHERS, install="check", delivery=delivery)
+    writer = connect(make_role(*DML, name="writer"))
     writer("SET search_path TO public")
     writer("INSERT INTO shop.orders (status) VALUES ('new')")
     writer("UPDATE shop.orders SET status = 'sent'")
@@ -108,21 +135,32 @@ def test_an_application_that_may_only_write_starts_after_an_owner_installed(
 
 
 def test_the_automatic_install_finds_nothing_to_do_either(
-    hub: Hub, dsn: str, shop: str, make_role: Callable[..., str]
+    hub: Hub,
+    dsn: str,
+    shop: str,
+    make_role: Callable[..., str],
+    delivery: Delivery,
+    listening: tuple[str, ...],
 ) -> None:
     """The default ``install="auto"`` needs no privilege while nothing differs."""
-    install_as(with_path(dsn, "shop"))
-    hub.start(with_path(make_role(*DML), "shop"), WATCHERS)
+    install_as(with_path(dsn, "shop"), delivery)
+    hub.start(with_path(make_role(*DML, *listening), "shop"), WATCHERS, delivery=delivery)
     assert hub.running
 
 
 def test_check_says_what_to_run_before_an_owner_has_installed(
-    hub: Hub, dsn: str, shop: str, make_role: Callable[..., str]
+    hub: Hub,
+    dsn: str,
+    shop: str,
+    make_role: Callable[..., str],
+    delivery: Delivery,
+    listening: tuple[str, ...],
 ) -> None:
     """Without its triggers an application that checks does not start."""
     expected = r"MISSING inserted on shop\.orders(?s:.*)run `pgsignals install`"
+    app = with_path(make_role(*DML, *listening), "shop")
     with pytest.raises(pgsignals.DriftError, match=expected):
-        hub.start(with_path(make_role(*DML), "shop"), WATCHERS, install="check")
+        hub.start(app, WATCHERS, install="check", delivery=delivery)
 
 
 @pytest.mark.parametrize(
@@ -154,14 +192,16 @@ def test_a_role_that_may_not_install_is_told_what_it_lacks(
     grants: tuple[str, ...],
     lacks: str,
     fix: str,
+    delivery: Delivery,
+    listening: tuple[str, ...],
 ) -> None:
     """The error names the role, the privileges, both fixes; nothing has been installed."""
-    app = make_role(*grants)
+    app = make_role(*grants, *listening)
     role = psycopg2.extensions.parse_dsn(app)["user"]
     db("CREATE TABLE public.a (id int PRIMARY KEY)")
     db(f"GRANT TRIGGER ON public.a TO {role}; GRANT CREATE ON SCHEMA public TO {role}")
     with pytest.raises(pgsignals.PrivilegeError) as caught:
-        hub.start(with_path(app, "shop"), ["public.a", *WATCHERS])
+        hub.start(with_path(app, "shop"), ["public.a", *WATCHERS], delivery=delivery)
     message = str(caught.value)
     assert f"The role '{role}' lacks {lacks}, which installing takes." in message
     assert "Run `pgsignals install` as the tables' owner" in message
@@ -175,18 +215,22 @@ def test_trigger_and_create_are_all_that_installing_takes(
     shop: str,
     make_role: Callable[..., str],
     recorder: Recorder,
+    delivery: Delivery,
 ) -> None:
     """A role that owns no table, and may not even read it, installs, repairs, prunes, removes."""
-    app = with_path(make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders"), "shop")
+    grants = ["USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders"]
+    if delivery == "outbox":
+        grants.append(f"CREATE ON DATABASE {db.connection.info.dbname}")
+    app = with_path(make_role(*grants), "shop")
     hub.subscribe(recorder, "changed")
-    hub.start(app, WATCHERS)
+    hub.start(app, WATCHERS, delivery=delivery)
     db("INSERT INTO shop.orders (status) VALUES ('new'); UPDATE shop.orders SET status = 'sent'")
     assert recorder.wait(1)[0].values["status"] == "sent"
     hub.stop()
 
     db("ALTER TABLE shop.orders DISABLE TRIGGER USER")
-    assert install_as(app) == 4
-    with Hub().start(app, [("shop.orders", "deleted")], namespace="other"):
+    assert install_as(app, delivery) == 4
+    with Hub().start(app, [("shop.orders", "deleted")], namespace="other", delivery=delivery):
         pass
     with closing(psycopg2.connect(app)) as connection, connection.cursor() as cursor:
         connection.autocommit = True
@@ -196,14 +240,20 @@ def test_trigger_and_create_are_all_that_installing_takes(
 
 
 def test_what_another_role_installed_is_not_ours_to_repair(
-    hub: Hub, dsn: str, db: Database, shop: str, make_role: Callable[..., str]
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    shop: str,
+    make_role: Callable[..., str],
+    delivery: Delivery,
+    listening: tuple[str, ...],
 ) -> None:
     """An outdated trigger of another role's gives PrivilegeError that says who must act."""
-    install_as(with_path(dsn, "shop"))
+    install_as(with_path(dsn, "shop"), delivery)
     db("ALTER TABLE shop.orders DISABLE TRIGGER USER")
-    app = make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders")
+    app = make_role("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders", *listening)
     with pytest.raises(pgsignals.PrivilegeError, match=r"must be owner of func.*that owner"):
-        hub.start(with_path(app, "shop"), WATCHERS)
+        hub.start(with_path(app, "shop"), WATCHERS, delivery=delivery)
 
 
 def test_a_replicated_watcher_takes_owning_the_table(
@@ -216,9 +266,16 @@ def test_a_replicated_watcher_takes_owning_the_table(
 
 
 def test_a_schema_that_the_role_may_not_use_is_like_a_missing_table(
-    hub: Hub, dsn: str, shop: str, make_role: Callable[..., str]
+    hub: Hub,
+    dsn: str,
+    shop: str,
+    make_role: Callable[..., str],
+    delivery: Delivery,
+    listening: tuple[str, ...],
 ) -> None:
     """A role without USAGE on the schema can still listen, since only writers touch the table."""
-    install_as(with_path(dsn, "shop"))
-    hub.start(make_role(), [("shop.orders", "inserted")], install="off")
+    install_as(with_path(dsn, "shop"), delivery)
+    hub.start(
+        make_role(*listening), [("shop.orders", "inserted")], install="off", delivery=delivery
+    )
     assert hub.running

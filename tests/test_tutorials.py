@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,21 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 import pgsignals
 from pgsignals import Hub
+from tests.browser import chromium
 from tests.conftest import DEADLINE, Database, Recorder
 
 DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"^```(sh|python|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# A block; or what a reader is asked to do otherwise.
+STEP = re.compile(
+    r"^```(?P<kind>sh|python|text|html)\n(?P<block>.*?)^```$"
+    r"|^Open <(?P<url>\S+)>|(?P<interrupt>Press Ctrl-C|Stop the server with Ctrl-C)",
+    re.DOTALL | re.MULTILINE,
+)
+# What a block of code begins with: where it belongs.
+PLACE = re.compile(r"(?:# |<!-- )(\S+\.(?:py|html))(?:, (at the end|one line))?(?: -->)?")
 # What a reader has to do once, and this machine has done.
 PREPARATION = re.compile(r"(python3 -m venv|\. venv/bin/activate|pip install|export PG)")
-SERVERS = re.compile(r"(python manage.py pgsignals listen|uvicorn|python listen.py)")
+SERVERS = re.compile(r"(python manage.py pgsignals listen|uvicorn|flask run|python mailer.py)")
 
 
 class Reader:
@@ -45,25 +54,34 @@ class Reader:
         self._environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("PG", "DJANGO_"))},
             **{variable: given[name] for name, variable in names.items()},
-            # Where the pages say 8000, which somebody may have on this machine.
+            # Where the pages say 8000 or 5000, which somebody may have on this machine.
             "UVICORN_PORT": str(self.port),
+            "FLASK_RUN_PORT": str(self.port),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         self._database = Database(dsn)
         self._servers: list[subprocess.Popen[str]] = []
+        self._codes: list[int] = []
 
     def follow(self, page: str, section: str) -> None:
         """Do all that a section says, and see what it shows."""
         text = (DOCS / page).read_text()
         [part] = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-        for kind, block in BLOCK.findall(part):
-            if kind == "python":
-                self._write(block)
-            elif kind == "sh":
-                for line in block.splitlines():
+        for step in STEP.finditer(part):
+            if step["url"]:
+                self.visit()
+            elif step["interrupt"]:
+                self._interrupt(self._servers[-1])
+            elif step["kind"] in ("python", "html"):
+                self._write(step["block"])
+            elif step["kind"] == "sh":
+                for line in step["block"].splitlines():
                     self._type(line)
             else:
-                self._see(block.splitlines())
+                self._see(step["block"].splitlines())
+
+    def visit(self) -> None:
+        """Look at the page; a test that has a browser does."""
 
     def _see(self, expected: list[str]) -> None:
         seen = self.lines.wait_until(lambda line: line == expected[-1])
@@ -71,10 +89,21 @@ class Reader:
 
     def _write(self, block: str) -> None:
         head, _, code = block.partition("\n")
-        [(name, at_the_end)] = re.findall(r"^# (\S+\.py)(, at the end)?$", head)
+        place = PLACE.fullmatch(head)
+        assert place is not None, head
+        name, how = place.groups()
         path = self.directory / name
-        with path.open("a" if at_the_end else "w") as file:
-            file.write(f"{code}\n")
+        path.parent.mkdir(exist_ok=True)
+        if how == "one line":
+            # The line that it replaces begins as it does.
+            start = code[:20]
+            lines = path.read_text().splitlines(keepends=True)
+            [number] = [n for n, line in enumerate(lines) if line.startswith(start)]
+            lines[number] = code
+            path.write_text("".join(lines))
+        else:
+            with path.open("a" if how else "w") as file:
+                file.write(f"{code}\n")
 
     def _type(self, line: str) -> None:
         if PREPARATION.match(line):
@@ -104,22 +133,34 @@ class Reader:
             text=True,
         )
         self._servers.append(process)
-        pump(process, self.lines)
+        started = Recorder()
+
+        def record(line: str) -> None:
+            self.lines(line)
+            started(line)
+
+        pump(process, record)
         # What tells a reader that it is time for the other terminal.
-        self.lines.wait_until(lambda line: "Listening." in line or "running on" in line)
+        ready = re.compile("Listening\\.|running on", re.IGNORECASE)
+        started.wait_until(lambda line: ready.search(line) is not None)
+
+    def _interrupt(self, process: subprocess.Popen[str]) -> None:
+        process.send_signal(signal.SIGINT)
+        self._codes.append(process.wait(DEADLINE))
 
     def close(self) -> None:
         """Press Ctrl-C where something runs; it ends well."""
-        codes = []
         for process in self._servers:
-            process.send_signal(signal.SIGINT)
-            codes.append(process.wait(DEADLINE))
+            if process.poll() is None:
+                self._interrupt(process)
         self._database.connection.close()
-        assert all(code in (0, -signal.SIGINT, 130) for code in codes), self.lines.items
-        assert not [line for line in self.lines.items if "Traceback" in line]
+        assert all(code in (0, -signal.SIGINT, 130) for code in self._codes), self.lines.items
+        # Ctrl-C may come before a program that says that it listens has come to wait for it.
+        told = [line for line in self.lines.items if line.startswith("Traceback")]
+        assert len(told) == self.lines.items.count("KeyboardInterrupt"), self.lines.items
 
 
-def pump(process: subprocess.Popen[str], lines: Recorder) -> None:
+def pump(process: subprocess.Popen[str], lines: Callable[[str], object]) -> None:
     """Record what a process prints, until it ends."""
 
     def read() -> None:
@@ -161,6 +202,58 @@ def test_fastapi(reader: Reader) -> None:
 
         reader._type = type_  # type: ignore[method-assign]
         reader.follow("asyncio.md", "FastAPI, from an empty directory")
+
+
+# What the page shows after each statement of the section; it is not loaded again.
+SHOWN = {
+    "UPDATE orders SET status = 'paid' WHERE customer = 'Ann'": ["1 Ann paid", "2 Bob new"],
+    "INSERT INTO orders (customer) VALUES ('Cleo'), ('Dan')": [
+        "1 Ann paid", "2 Bob new", "3 Cleo new", "4 Dan new",
+    ],
+    "DELETE FROM orders WHERE customer = 'Bob'": ["1 Ann paid", "3 Cleo new", "4 Dan new"],
+}  # fmt: skip
+
+
+def test_the_tutorial(reader: Reader) -> None:
+    """From an empty directory to a page that changes by itself, in a browser, and an outbox."""
+    with chromium() as browser:
+        page = browser.new_page()
+        errors: list[object] = []
+        page.on("pageerror", lambda error: errors.append(error))
+
+        def shows(rows: list[str]) -> None:
+            page.wait_for_function(
+                "rows => [...document.querySelectorAll('#orders tr')].map(row =>"
+                " [...row.cells].map(cell => cell.textContent).join(' ')).join() === rows.join()",
+                arg=rows,
+                timeout=DEADLINE * 1000,
+            )
+
+        def visit() -> None:
+            with (
+                page.expect_event("response", lambda response: "/events" in response.url)
+                if ("EventSource" in (reader.directory / "templates/orders.html").read_text())
+                else contextlib.nullcontext()
+            ):
+                page.goto(f"http://127.0.0.1:{reader.port}")
+
+        original = reader._type
+
+        def type_(line: str) -> None:
+            original(line)
+            statement = line.removeprefix('psql -c "').removesuffix('"')
+            if statement in SHOWN:
+                shows(SHOWN.pop(statement))
+
+        reader.visit = visit  # type: ignore[method-assign]
+        reader._type = type_  # type: ignore[method-assign]
+        for section in ("A page", "It changes by itself"):
+            reader.follow("tutorial.md", section)
+        assert not SHOWN
+        for section in ("Only what matters", r"What if the process is down\?"):
+            reader.follow("tutorial.md", section)
+        assert sum("Dear" in line for line in reader.lines.items) == 2
+        assert errors == []
 
 
 class Base(orm.DeclarativeBase):

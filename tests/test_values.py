@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, get_args
 
 import psycopg2
 import psycopg2.extras
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from psycopg2 import sql
 
 from pgsignals import Event, Hub, watch
+from pgsignals.hub import Delivery
 from pgsignals.testing import Server
 from tests.conftest import DEADLINE, Database, Recorder
 
@@ -287,12 +288,14 @@ def values(each_dsn: str, each_db: Database, connect: Callable[[str], Database])
     return found
 
 
-def test_every_type(values: Values, hub: Hub, each_dsn: str) -> None:
+def test_every_type(values: Values, hub: Hub, each_dsn: str, delivery: Delivery) -> None:
     """Inserted, updated and deleted rows carry what a query gives for them, of every type."""
     recorder = Recorder()
     groups = {f"group {n}": names for n, names in enumerate(values.groups)}
     hub.start(
-        each_dsn, [watch("every", extra=names, label=label) for label, names in groups.items()]
+        each_dsn,
+        [watch("every", extra=names, label=label) for label, names in groups.items()],
+        delivery=delivery,
     )
     for label in groups:
         hub.subscribe(recorder, label)
@@ -338,11 +341,13 @@ def test_only_types_without_input_have_no_sample(values: Values) -> None:
                 values.reader(f"SELECT 'x'::pg_catalog.{name}")
 
 
-def test_values_that_python_cannot_hold(hub: Hub, each_dsn: str, each_db: Database) -> None:
+def test_values_that_python_cannot_hold(
+    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery
+) -> None:
     """A date before the year 1, where psycopg2 raises, is its text; infinity is Python's limit."""
     each_db("CREATE TABLE t (id int PRIMARY KEY, d date, ts timestamp)")
     recorder = Recorder()
-    hub.start(each_dsn, [watch("t", extra=["d", "ts"])])
+    hub.start(each_dsn, [watch("t", extra=["d", "ts"])], delivery=delivery)
     hub.subscribe(recorder, "t")
     each_db(
         "INSERT INTO t VALUES (1, '0044-03-15 BC', 'infinity'), (2, '-infinity', '0044-03-15 BC')"
@@ -352,11 +357,13 @@ def test_values_that_python_cannot_hold(hub: Hub, each_dsn: str, each_db: Databa
     assert second.values == {"d": date.min, "ts": "0044-03-15 00:00:00 BC"}
 
 
-def test_keys_that_python_cannot_hold(hub: Hub, each_dsn: str, each_db: Database) -> None:
+def test_keys_that_python_cannot_hold(
+    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery
+) -> None:
     """Such a key is text too, and finds its record."""
     each_db("CREATE TABLE t (day date PRIMARY KEY, n int)")
     recorder = Recorder()
-    hub.start(each_dsn, [watch("t")])
+    hub.start(each_dsn, [watch("t")], delivery=delivery)
     hub.subscribe(recorder, "t")
     each_db("INSERT INTO t VALUES ('0044-03-15 BC', 7)")
     each_db("UPDATE t SET day = '2024-01-01'")
@@ -366,12 +373,14 @@ def test_keys_that_python_cannot_hold(hub: Hub, each_dsn: str, each_db: Database
     assert each_db("SELECT day::text FROM t WHERE day = %s", [inserted.id]) == [(inserted.id,)]
 
 
-def test_json_null_and_sql_null(hub: Hub, each_dsn: str, each_db: Database) -> None:
+def test_json_null_and_sql_null(
+    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery
+) -> None:
     """Both are None, as in a query; that one became the other is told by ``changed``."""
     each_db("CREATE TABLE t (id int PRIMARY KEY, j json, b jsonb)")
     each_db("INSERT INTO t VALUES (1, 'null', 'null')")
     recorder = Recorder()
-    hub.start(each_dsn, [watch("t", "updated", extra=["j", "b"])])
+    hub.start(each_dsn, [watch("t", "updated", extra=["j", "b"])], delivery=delivery)
     hub.subscribe(recorder, "t")
     each_db("UPDATE t SET b = NULL")
     [event] = recorder.wait(1)
@@ -393,14 +402,14 @@ OBJECTS = st.recursive(
 class Echo:
     """One Hub that runs for all examples, and a table whose events come back."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, delivery: Delivery) -> None:
         self.reader, self.writer = Database(dsn), Database(dsn)
         self.reader(
             "CREATE TABLE echo (id serial PRIMARY KEY, t text, j json, b jsonb, n numeric,"
             " y bytea, f float8, ts text[], ns numeric[], ys bytea[], js jsonb[])"
         )
         self.writer(UNUSUAL_SESSION)
-        self.hub = Hub().start(dsn, [watch("echo", extra=list(self.columns))])
+        self.hub = Hub().start(dsn, [watch("echo", extra=list(self.columns))], delivery=delivery)
         self.stream = self.hub.stream("echo")
 
     columns = ("t", "j", "b", "n", "y", "f", "ts", "ns", "ys", "js")
@@ -464,10 +473,10 @@ _KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def echo(each_server: Server) -> Iterator[Echo]:
-    """One table and one Hub for all examples, on each tested version."""
-    made = Echo(each_server.create_database())
+@pytest.fixture(scope="module", params=get_args(Delivery))
+def echo(each_server: Server, request: pytest.FixtureRequest) -> Iterator[Echo]:
+    """One table and one Hub for all examples, on each tested version, in each delivery."""
+    made = Echo(each_server.create_database(), request.param)
     yield made
     made.close()
 

@@ -170,7 +170,7 @@ def test_a_wrong_option_of_start_is_refused(options: dict[str, Any], message: st
         (watch("order"), r"There is no table 'order' on the search_path \(did you mean 'orders'"),
         (watch("public.orderz"), r"no table 'public\.orderz' \(did you mean .*'public\.orders'"),
         (watch("nowhere.orders"), r"There is no table 'nowhere\.orders'"),
-        (watch("frobs"), r"There is no table 'frobs' on the search_path\.$"),
+        (watch("frobs"), r"There is no table 'frobs' on the search_path\. Create it first"),
         (watch("a_view"), r"'a_view' is a view: watch the tables that it reads"),
         (watch("a_matview"), r"'a_matview' is a materialized view: watch the tables that it"),
         (watch("orders_id_seq"), r"'orders_id_seq' is a sequence: watch the table"),
@@ -272,6 +272,21 @@ def test_two_models_of_one_table_are_refused(hub: Hub, dsn: str, db: Database, o
     with pytest.raises(WatcherError, match=r"orders and public\.orders both deliver 'inserted' of"):
         hub.start(dsn, [orders, "public.orders"])
     assert objects(db) == []
+
+
+def test_a_receiver_of_a_misspelt_table_is_shown_the_nearest_watcher(
+    hub: Hub, dsn: str, orders: str
+) -> None:
+    """All that the nearest watcher delivers is named, not one operation of it."""
+    hub.subscribe(print, "oders", "updated")
+    with pytest.raises(ReceiverError, match=r"nearest: \('orders', 'inserted', 'updated'\); add"):
+        hub.start(dsn, [(orders, "inserted", "updated")])
+
+
+def test_watchers_in_the_place_of_the_connection_string(hub: Hub) -> None:
+    """Watchers given first are told from a connection string."""
+    with pytest.raises(pgsignals.ConfigurationError, match=r"start\(watchers=\[…\]\)"):
+        hub.start(["orders"])  # type: ignore[arg-type]
 
 
 def test_a_receiver_of_nothing_is_refused_at_start(

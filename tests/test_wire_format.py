@@ -45,7 +45,7 @@ DOCUMENTS: Any = st.recursive(
 def test_every_value_comes_back(values: dict[str, Any]) -> None:
     """Whatever the columns hold, the event on the other side is equal."""
     values.pop("id", None)
-    for op in ("inserted", "updated", "deleted"):
+    for op in ("inserted", "updated", "deleted", "snapshot"):
         event = make_event(1, op, values=values)
         assert from_cloudevent(*to_cloudevent(event, "/test")) == event
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..events import Event, Gap
 
@@ -36,3 +36,14 @@ class Broadcaster(Protocol):
 
     def close(self) -> None:
         """Give up all resources, and what has not been flushed."""
+
+
+@runtime_checkable
+class Checkable(Protocol):
+    """A broadcaster that can tell, before there are events, whether it would take them."""
+
+    def check(self, tables: Sequence[tuple[str, str]]) -> None:
+        """Look for what events of these tables, each ``(schema, name)``, need; create nothing.
+
+        What would be created by ``publish`` is not missed. Raises BrokerError.
+        """

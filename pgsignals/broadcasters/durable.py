@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..batches import Batcher
@@ -52,17 +52,21 @@ _Place = tuple[int, Any, int]
 
 @dataclass
 class _Attempt:
-    """A call that is to be made again; ``events`` is what it counts for, ``given`` what it gets."""
+    """A call that is to be made again; ``events`` is what it counts for, ``given`` what it gets.
+
+    ``queued``: it stands in the queues of its places. ``scheduled``: it has a time.
+    """
 
     receiver: Any
     call: Callable[[], object]
     given: Sequence[Event]
     events: Sequence[Event]
     policy: Retrying
-    place: _Place | None = None
+    places: tuple[_Place, ...] = ()
     tries: int = 0
     delivered: Callable[[], None] | None = None
-    behind: deque[_Attempt] = field(default_factory=deque)
+    queued: bool = False
+    scheduled: bool = False
 
     @property
     def stale(self) -> bool:
@@ -76,9 +80,16 @@ class DurableInProcess:
     """Calls each receiver of each event; the event's page is held while one has yet to take it."""
 
     def __init__(
-        self, registry: Registry, failed: FailureHandler, bury: Bury, tracer: Tracer | None = None
+        self,
+        registry: Registry,
+        failed: FailureHandler,
+        bury: Bury,
+        tracer: Tracer | None = None,
+        *,
+        fate: str = "kept as a dead letter",
     ) -> None:
         self._registry = registry
+        self._fate = fate
         self._failed = failed
         self._bury = bury
         self._tracer = tracer
@@ -86,15 +97,17 @@ class DurableInProcess:
         self._condition = threading.Condition()
         self._due: list[tuple[float, int, _Attempt]] = []
         self._order = itertools.count()
-        # The first of each place is tried again, those behind it wait.
-        self._waiting: dict[_Place, _Attempt] = {}
+        # Whoever is the first in all its places is tried again, the others wait. Two places are
+        # those of an update that changes a key: of the record that it was, and that it is.
+        self._waiting: dict[_Place, deque[_Attempt]] = {}
         self._thread: threading.Thread | None = None
 
     @property
     def retrying(self) -> int:
         """Calls that wait to be made again, or behind one that does."""
         with self._condition:
-            return len(self._due) + sum(len(first.behind) for first in self._waiting.values())
+            queued = {id(each) for queue in self._waiting.values() for each in queue}
+            return len(queued | {id(each) for _, _, each in self._due})
 
     def publish(self, events: Sequence[Event]) -> None:
         """Call the receivers of ``events``, which are of one topic."""
@@ -153,25 +166,26 @@ class DurableInProcess:
             called.reset(token)
 
     def _attempt(self, receiver: Any, event: Event) -> _Attempt:
-        policy = receiver.retrying if type(receiver) is Subscription else DEFAULT_RETRYING
+        policy = _policy(receiver)
+        places = _places(receiver, event)
         return _Attempt(
-            receiver,
-            lambda: self._call(receiver, event),
-            [event],
-            [event],
-            policy,
-            _place(receiver, event) if policy.later == "wait" else None,
+            receiver, lambda: self._call(receiver, event), [event], [event], policy, places
         )
 
     def _waits(self, receiver: Any, event: Event) -> bool:
         """Whether the event has to wait for an earlier one of its record, and then have it wait."""
+        places = _places(receiver, event)
         with self._condition:
-            first = self._waiting.get(_place(receiver, event))
-            if first is None or first.policy.later != "wait":
+            if not any(place in self._waiting for place in places):
                 return False
             self._hold([event])
-            first.behind.append(self._attempt(receiver, event))
+            self._queue(self._attempt(receiver, event))
             return True
+
+    def _queue(self, attempt: _Attempt) -> None:
+        attempt.queued = True
+        for place in attempt.places:
+            self._waiting.setdefault(place, deque()).append(attempt)
 
     def _try_again(self, attempt: _Attempt, error: BaseException) -> None:
         """Have the call made again later, or give it up."""
@@ -190,10 +204,11 @@ class DurableInProcess:
         name = receiver_name(attempt.receiver)
         for event in attempt.given:
             log.error(
-                "the receiver %s has failed %d times with event %s, which is kept as a dead letter",
+                "the receiver %s has failed %d times with event %s, which is %s",
                 name,
                 attempt.tries,
                 event.uid,
+                self._fate,
                 extra={"receiver": name, "event_uid": event.uid, **event._message.topic.fields},
             )
             self._bury(Failed(name, event, error, attempt.tries), buried)
@@ -201,30 +216,34 @@ class DurableInProcess:
 
     def _schedule(self, attempt: _Attempt, delay: float) -> None:
         with self._condition:
-            if attempt.place is not None:
-                former = self._waiting.get(attempt.place)
-                if former is not attempt:
-                    if former is not None:
-                        attempt.behind = former.behind
-                    self._waiting[attempt.place] = attempt
-            heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), attempt))
-            self._condition.notify_all()
+            if not attempt.queued:
+                self._queue(attempt)
+            self._push(attempt, delay)
+
+    def _push(self, attempt: _Attempt, delay: float) -> None:
+        attempt.scheduled = True
+        heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), attempt))
+        self._condition.notify_all()
+
+    def _is_first(self, attempt: _Attempt) -> bool:
+        return all(self._waiting[place][0] is attempt for place in attempt.places)
 
     def _next(self, attempt: _Attempt) -> None:
-        """The attempt is over: what waited behind it is next."""
-        if attempt.place is None:
+        """The attempt is over: what waited for it alone is next."""
+        if not attempt.queued:
             return
         with self._condition:
-            if self._waiting.get(attempt.place) is not attempt:
-                return
-            if not attempt.behind:
-                del self._waiting[attempt.place]
-                return
-            follower = attempt.behind.popleft()
-            follower.behind = attempt.behind
-            self._waiting[attempt.place] = follower
-            heapq.heappush(self._due, (time.monotonic(), next(self._order), follower))
-            self._condition.notify_all()
+            followers: list[_Attempt] = []
+            for place in attempt.places:
+                queue = self._waiting[place]
+                queue.popleft()
+                if queue:
+                    followers.append(queue[0])
+                else:
+                    del self._waiting[place]
+            for follower in followers:
+                if not follower.scheduled and self._is_first(follower):
+                    self._push(follower, 0.0)
 
     def release(self, events: Sequence[Event]) -> None:
         """See Keeper."""
@@ -299,6 +318,9 @@ class DurableInProcess:
                 if self._closed:
                     return
                 _, _, attempt = heapq.heappop(self._due)
+                attempt.scheduled = False
+                if not self._is_first(attempt):
+                    continue
             if not attempt.stale:
                 self._make(attempt)
             else:
@@ -336,11 +358,25 @@ def _function(receiver: Any) -> Any:
     return receiver.fn if isinstance(receiver, Subscription) else receiver
 
 
-def _place(receiver: Any, event: Event) -> _Place:
+def _policy(receiver: Any) -> Retrying:
+    return receiver.retrying if type(receiver) is Subscription else DEFAULT_RETRYING
+
+
+def _places(receiver: Any, event: Event) -> tuple[_Place, ...]:
+    """What later events of the record wait in, if they have to wait."""
+    if _policy(receiver).later != "wait":
+        return ()
     message = event._message
-    record = hashable(event._row[: len(message.topic.key)])
-    return (
-        id(_function(receiver)),
-        (message.topic.schema, message.topic.table, record),
-        id(message.page.reign),
+    topic, row = message.topic, event._row
+    width = len(topic.key)
+    keys = [row[:width], row[width : 2 * width]] if message.moved else [row[:width]]
+    return tuple(
+        dict.fromkeys(
+            (
+                id(_function(receiver)),
+                (topic.schema, topic.table, hashable(key)),
+                id(message.page.reign),
+            )
+            for key in keys
+        )
     )

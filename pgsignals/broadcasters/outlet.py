@@ -34,6 +34,9 @@ class BackendStatus:
     ``lost`` those that were dropped since its queue was full, each of which a Gap has announced;
     ``failures`` counts tries that failed, and ``error`` is why the latest did, empty when the try
     after it succeeded. ``ready``: the latest try succeeded, and nothing is being dropped.
+
+    In outbox delivery, ``active`` is whether this process reads for it, rather than standing by,
+    and ``lag`` how old the oldest event is that waits for it here, in seconds.
     """
 
     name: str
@@ -43,6 +46,8 @@ class BackendStatus:
     lost: int = 0
     failures: int = 0
     error: str = ""
+    active: bool = True
+    lag: float = 0.0
 
 
 class Outlet:
@@ -57,7 +62,7 @@ class Outlet:
         broadcaster: Broadcaster,
         size: int,
         meter: Meter,
-        lost: Callable[[Gap], None],
+        lost: Callable[[Gap], object],
         *,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:

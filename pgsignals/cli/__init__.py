@@ -7,6 +7,7 @@ import click
 from pgsignals import __version__
 from pgsignals.plugins import load_plugins
 
+from .backfill import backfill, backfills
 from .demo import demo
 from .doctor import doctor
 from .groups import ErrorsAsMessages, log_to_stderr
@@ -14,6 +15,8 @@ from .install import install, uninstall
 from .outbox import consumers, dead_letters
 from .output import examples
 from .plugins import plugins
+from .relay import relay
+from .retention import retention
 from .sql import sql
 from .status import status
 from .watch import watch
@@ -60,12 +63,16 @@ def main(ctx: click.Context, verbose: bool) -> None:
 
 
 for command in (
+    backfill,
+    backfills,
     consumers,
     dead_letters,
     demo,
     doctor,
     install,
     plugins,
+    relay,
+    retention,
     sql,
     status,
     uninstall,

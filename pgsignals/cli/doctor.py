@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import click
 
-from pgsignals.doctor import FAIL, OK, WARN, examine
+from pgsignals.doctor import FAIL, OK, WARN, Finding, examine
 from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 
@@ -45,15 +46,20 @@ def doctor(
     Exit codes: 0 when nothing failed (warnings may be there), otherwise 1; 2 a wrong command line.
     """
     watchers = given_watchers(watched, app, required=False)
-    findings = []
-    for finding in examine(dsn, watchers, all_resolvers(()), namespace):
-        findings.append(finding)
+    ctx.exit(print_findings(examine(dsn, watchers, all_resolvers(()), namespace), as_json))
+
+
+def print_findings(findings: Iterable[Finding], as_json: bool) -> int:
+    """Print each check as soon as it is done, or all as one object; the exit code."""
+    done = []
+    for finding in findings:
+        done.append(finding)
         if not as_json:
             level = coloured(f"{finding.level:<4}", _COLOURS[finding.level])
             text = f"{finding.check}: {' '.join(finding.message.split())}"
             fix = f"  Fix: {finding.fix}" if finding.fix else ""
             click.echo(f"{level}  {printable(text + fix)}")
-    healthy = all(finding.level != FAIL for finding in findings)
+    healthy = all(finding.level != FAIL for finding in done)
     if as_json:
-        click.echo(to_json({"ok": healthy, "checks": [asdict(each) for each in findings]}))
-    ctx.exit(0 if healthy else 1)
+        click.echo(to_json({"ok": healthy, "checks": [asdict(each) for each in done]}))
+    return 0 if healthy else 1

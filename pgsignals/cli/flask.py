@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 from flask import current_app
 from flask.cli import AppGroup, with_appcontext
 
 from pgsignals.contrib.flask.extension import process_of
 
-from .doctor import doctor
+from . import main
+from .embedded import Application, commands_for
 from .groups import ErrorsAsMessages, log_to_stderr
-from .install import install, uninstall
-from .sql import sql
-from .status import status
-from .watch import watch
-
-# What the application says in place of the command line.
-_FROM_APP = frozenset({"app", "dsn", "namespace"})
 
 
 class _Group(ErrorsAsMessages, AppGroup):
@@ -44,33 +36,29 @@ def group(ctx: click.Context, verbose: bool) -> None:
     log_to_stderr(ctx, verbose)
 
 
-def _for_the_app(command: click.Command) -> click.Command:
-    """A command of ``pgsignals`` that asks the application for what it is to work on.
-
-    Without WATCH arguments that is all that the application watches.
-    """
-    call = command.callback
-    assert call is not None
-
-    @with_appcontext
-    def callback(**given: Any) -> Any:
-        settings = process_of(None).settings()
-        watchers = () if given.get("watched") else settings.watchers
-        values = {"app": watchers, "dsn": settings.dsn, "namespace": settings.namespace}
-        return call(**given, **{name: values[name] for name in taken})
-
-    taken = [each.name for each in command.params if each.name in _FROM_APP]
-    return click.Command(
-        command.name,
-        params=[each for each in command.params if each.name not in _FROM_APP],
-        callback=callback,
-        help=command.help,
-        context_settings=command.context_settings,
+def _application() -> Application:
+    settings = process_of(None).settings()
+    return Application(
+        settings.dsn,
+        settings.namespace,
+        settings.delivery,
+        str(settings.options.get("install", "auto")),
+        settings.watchers,
     )
 
 
-for command in (doctor, install, sql, status, uninstall, watch):
-    group.add_command(_for_the_app(command))
+def _in_context(command: click.Command) -> None:
+    assert command.callback is not None
+    command.callback = with_appcontext(command.callback)
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _in_context(each)
+
+
+assert isinstance(main, click.Group)
+for name, command in commands_for(main, _application, "flask pgsignals").items():
+    _in_context(command)
+    group.add_command(command, name)
 
 
 @group.command("run", with_appcontext=True)

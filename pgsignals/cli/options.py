@@ -107,19 +107,21 @@ def delivery_option(function: F) -> F:
     return option(function)
 
 
+def app_option(function: F) -> F:
+    """``--app``."""
+    option = click.option(
+        "--app",
+        metavar="MODULE:OBJECT",
+        help="Take watchers from code: a list, a function that returns one, or anything with an "
+        "attribute WATCHERS. Modules are found from the current directory too.",
+    )
+    return option(function)
+
+
 def watcher_options(function: F) -> F:
     """``WATCH …`` and ``--app``."""
-    for option in (
-        click.argument("watched", metavar="[WATCH]...", nargs=-1, type=parse_watched),
-        click.option(
-            "--app",
-            metavar="MODULE:OBJECT",
-            help="Take watchers from code: a list, a function that returns one, or anything with "
-            "an attribute WATCHERS. Modules are found from the current directory too.",
-        ),
-    ):
-        function = option(function)
-    return function
+    argument = click.argument("watched", metavar="[WATCH]...", nargs=-1, type=parse_watched)
+    return app_option(argument(function))
 
 
 def given_watchers(

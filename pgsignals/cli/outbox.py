@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime, timezone
 from typing import Any
 
 import click
@@ -12,20 +14,21 @@ from psycopg2.extensions import cursor as Cursor
 from pgsignals.errors import DatabaseError
 from pgsignals.jsontext import to_json
 from pgsignals.outbox import administration
+from pgsignals.outbox.backfill import BackfillState
 from pgsignals.outbox.inspection import OutboxState, read_outbox
 from pgsignals.outbox.schema import read_version
 
 from .options import opened
 from .output import amount, examples, print_table
 
-_dsn_option = click.option(
+dsn_option = click.option(
     "--dsn",
     default="",
     envvar="PGSIGNALS_DSN",
     show_envvar=True,
     help="A connection string; what it leaves out comes from libpq's PG… variables.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 def print_outbox(outbox: OutboxState) -> None:
@@ -36,7 +39,17 @@ def print_outbox(outbox: OutboxState) -> None:
     )
     if outbox.consumers:
         print_table(
-            ("CONSUMER", "PART", "STATE", "LAG", "SECONDS", "ACKNOWLEDGED", "DEAD LETTERS"),
+            (
+                "CONSUMER",
+                "PART",
+                "STATE",
+                "LAG",
+                "SECONDS",
+                "OLDEST",
+                "EVENT",
+                "ACKNOWLEDGED",
+                "DEAD LETTERS",
+            ),
             [
                 (
                     each.name,
@@ -44,21 +57,44 @@ def print_outbox(outbox: OutboxState) -> None:
                     "active" if each.active else "nobody reads",
                     str(each.lag),
                     f"{each.lag_seconds:.1f}",
+                    "" if each.oldest_at is None else f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
+                    each.oldest or "",
                     str(each.acknowledged),
                     str(each.dead_letters),
                 )
                 for each in outbox.consumers
             ],
         )
+    for each in outbox.consumers:
+        if each.lost_until is not None:
+            click.echo(
+                f"{each.name} will get a Gap: events of before {each.lost_until} were dropped."
+            )
+    for backfill in outbox.backfills:
+        click.echo(
+            f"Backfill {backfill.id} of {backfill.target} for {backfill.consumer}: "
+            f"{progress_text(backfill)}."
+        )
+
+
+def progress_text(status: BackfillState) -> str:
+    """``1,200 of about 5,000 rows (24%)``."""
+    share = status.done / status.total if status.total else 1.0
+    return f"{status.done:,} of about {amount(status.total, 'row')} ({share:.0%})"
+
+
+def require_outbox(cursor: Cursor) -> None:
+    """Raise DatabaseError when the database has no outbox."""
+    if not read_version(cursor):
+        raise DatabaseError(
+            "There is no outbox in this database: no schema 'pgsignals'. Give the database "
+            "with --dsn, or run `pgsignals install --delivery outbox` first."
+        )
 
 
 def _run(dsn: str, act: Callable[[Cursor], Any]) -> Any:
     with opened(dsn) as cursor:
-        if not read_version(cursor):
-            raise DatabaseError(
-                "There is no outbox in this database: no schema 'pgsignals'. Give the database "
-                "with --dsn, or run `pgsignals install --delivery outbox` first."
-            )
+        require_outbox(cursor)
         return act(cursor)
 
 
@@ -73,8 +109,8 @@ def consumers() -> None:
 
 
 @consumers.command("list", epilog=examples("pgsignals consumers list --json"))
-@_dsn_option
-@_json_option
+@dsn_option
+@json_option
 def list_consumers(dsn: str, as_json: bool) -> None:
     """List the consumers, and how far each is behind."""
     outbox: OutboxState = _run(dsn, read_outbox)
@@ -86,7 +122,7 @@ def list_consumers(dsn: str, as_json: bool) -> None:
 
 @consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
 @click.argument("name")
-@_dsn_option
+@dsn_option
 def drop_consumer(name: str, dsn: str) -> None:
     """Forget a consumer, so that the outbox keeps nothing for it any more.
 
@@ -96,23 +132,52 @@ def drop_consumer(name: str, dsn: str) -> None:
     click.echo(f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it.")
 
 
-@consumers.command("reset", epilog=examples("pgsignals consumers reset mailer --to earliest"))
+def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:
+    if value in ("now", "earliest"):
+        return value
+    try:
+        # Python 3.10 does not know the Z.
+        found = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", value))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is neither 'now' nor 'earliest' nor a time such as "
+            "'2026-03-31 14:00+02:00' or, in UTC, '2026-03-31T12:00'."
+        ) from None
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
+
+
+@consumers.command(
+    "reset",
+    epilog=examples(
+        "pgsignals consumers reset mailer --to earliest",
+        "pgsignals consumers reset mailer --to '2026-03-31 14:00+02:00'",
+    ),
+)
 @click.argument("name")
 @click.option(
     "--to",
     "target",
     required=True,
-    type=click.Choice(("now", "earliest")),
-    help="now: skip what is there. earliest: deliver again all that the outbox still holds.",
+    metavar="now|earliest|TIME",
+    callback=_target,
+    help="now: skip what is there. earliest: deliver again all that the outbox still holds. TIME: "
+    "deliver again what happened from then on; in ISO 8601, and in UTC unless it has a zone.",
 )
-@_dsn_option
-def reset_consumer(name: str, target: str, dsn: str) -> None:
+@dsn_option
+def reset_consumer(name: str, target: str | datetime, dsn: str) -> None:
     """Have a consumer go on from somewhere else.
 
-    One that a process reads for is left alone: stop that first.
+    One that a process reads for is left alone: stop that first. Where the outbox does not go back
+    to TIME, the consumer gets a Gap.
     """
-    _run(dsn, lambda cursor: administration.reset_consumer(cursor, name, target))
+    lost_until = _run(dsn, lambda cursor: administration.reset_consumer(cursor, name, target))
     click.echo(f"The consumer {name!r} goes on from {target}.")
+    if lost_until is not None:
+        click.echo(
+            f"The outbox has nothing from before {lost_until} any more: the consumer will get a "
+            "Gap up to then.",
+            err=True,
+        )
 
 
 @click.group(
@@ -127,8 +192,8 @@ def dead_letters() -> None:
 
 
 @dead_letters.command("list", epilog=examples("pgsignals dead-letters list --json"))
-@_dsn_option
-@_json_option
+@dsn_option
+@json_option
 def list_letters(dsn: str, as_json: bool) -> None:
     """List them, the latest last."""
     found = _run(dsn, administration.dead_letters)
@@ -145,8 +210,8 @@ def list_letters(dsn: str, as_json: bool) -> None:
 
 @dead_letters.command("show", epilog=examples("pgsignals dead-letters show 1"))
 @click.argument("id", type=int)
-@_dsn_option
-@_json_option
+@dsn_option
+@json_option
 def show_letter(id: int, dsn: str, as_json: bool) -> None:  # noqa: A002
     """Show one, with its message and the traceback."""
     found = _run(dsn, lambda cursor: administration.dead_letter(cursor, id))
@@ -168,7 +233,7 @@ def _chosen(ids: tuple[int, ...], everything: bool) -> list[int] | None:
 @dead_letters.command("retry", epilog=examples("pgsignals dead-letters retry 1 2"))
 @click.argument("ids", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that there are.")
-@_dsn_option
+@dsn_option
 def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
     """Have them delivered again, each to the receiver that could not take it.
 
@@ -183,7 +248,7 @@ def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
 @dead_letters.command("drop", epilog=examples("pgsignals dead-letters drop --all"))
 @click.argument("ids", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that there are.")
-@_dsn_option
+@dsn_option
 def drop_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
     """Forget them."""
     chosen = _chosen(ids, everything)

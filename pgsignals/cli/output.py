@@ -4,19 +4,57 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Collection, Sequence
 
 import click
 
 from pgsignals.events import Event
+from pgsignals.watchers import Watcher
 
-_COLOURS = {"inserted": "green", "updated": "yellow", "deleted": "red", "truncated": "magenta"}
+_COLOURS = {
+    "inserted": "green",
+    "updated": "yellow",
+    "deleted": "red",
+    "truncated": "magenta",
+    "snapshot": "cyan",
+}
 _LONGEST_VALUE = 120
+
+
+class _Standing:
+    """Lines at the end of the terminal of stderr, which stay there below what is printed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: tuple[str, ...] = ()
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Have these stand there, in place of the former ones."""
+        with self._lock:
+            self._write("", lines)
+
+    def print(self, text: str) -> None:
+        """Print a line above them."""
+        with self._lock:
+            if self._lines:
+                self._write(f"{text}\n", self._lines)
+            else:
+                click.echo(text, err=True)
+
+    def _write(self, text: str, lines: Sequence[str]) -> None:
+        # Up to the first of the lines that stand there, and clear to the end of the screen.
+        up = f"\x1b[{len(self._lines)}F\x1b[J" if self._lines else ""
+        self._lines = tuple(lines)
+        click.echo(up + text + "".join(f"{line}\n" for line in lines), err=True, nl=False)
+
+
+standing = _Standing()
 
 
 def notice(text: str) -> None:
     """A line on stderr, so that stdout has nothing but results."""
-    click.echo(printable(text, "\n"), err=True)
+    standing.print(printable(text, "\n"))
 
 
 def examples(*lines: str) -> str:
@@ -30,6 +68,14 @@ def coloured(text: str, colour: str) -> str:
     Users who set NO_COLOR (https://no-color.org) have none.
     """
     return text if os.environ.get("NO_COLOR") else click.style(text, fg=colour)
+
+
+def listed(watchers: Sequence[Watcher]) -> str:
+    """``orders (inserted, updated), users (deleted)``."""
+    ops: dict[str, list[str]] = {}
+    for watcher in watchers:
+        ops.setdefault(str(watcher), []).extend(watcher.ops)
+    return ", ".join(f"{name} ({', '.join(each)})" for name, each in ops.items())
 
 
 def amount(number: int, noun: str) -> str:

@@ -17,7 +17,7 @@ from psycopg2.extensions import cursor as Cursor
 from pgsignals.connection import redact
 from pgsignals.errors import PgSignalsError
 from pgsignals.events import Event
-from pgsignals.hub import Hub
+from pgsignals.hub import Delivery, Hub
 from pgsignals.jsontext import to_json
 from pgsignals.runs import all_resolvers
 from pgsignals.tables import describe, resolve
@@ -32,17 +32,20 @@ from .options import (
     App,
     Watched,
     database_options,
+    delivery_option,
     load_app,
     opened,
     parse_names,
     watcher_options,
 )
-from .output import abandon_stdout, amount, event_line, examples, notice, value_text
+from .output import abandon_stdout, amount, event_line, examples, listed, notice, value_text
 
 log = logging.getLogger("pgsignals")
 
 _TIMED_OUT = 124  # as timeout(1) has it
 _RELEASE_SECONDS = 5.0
+_DRAIN_SECONDS = 10.0
+_BLOCKED_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,17 @@ class _Columns:
         "pgsignals watch orders:updated --columns status --when 'NEW.total > 100'",
         "pgsignals watch orders:inserted --json --count 1 --timeout 60",
         "pgsignals watch documents --exec 'jq -r .id | xargs ./reindex'",
+        "pgsignals watch orders --delivery outbox --name audit --json >> audit.jsonl",
     )
 )
 @watcher_options
+@delivery_option
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="With --delivery outbox: the consumer that goes on where it was, from one run to the "
+    "next. Without, events are those from now on.",
+)
 @database_options
 @click.option(
     "--columns", metavar="A,B", type=parse_names, help="Only updates that change one of these."
@@ -94,6 +105,8 @@ def watch(
     ctx: click.Context,
     watched: tuple[Watched, ...],
     app: App,
+    delivery: Delivery,
+    name: str | None,
     dsn: str,
     namespace: str,
     columns: tuple[str, ...] | None,
@@ -113,7 +126,8 @@ def watch(
     default: these three) and truncated: orders, users:updated, sales.orders:inserted,deleted.
 
     Events go to stdout, everything else to stderr. It ends at Ctrl-C or SIGTERM, and then removes
-    the triggers that it had installed, unless somebody else has come to listen to them.
+    the triggers that it had installed, unless somebody else has come to listen to them, or the
+    consumer of --name, which needs them while it is down.
 
     Exit codes: 0 well, 1 an error, 2 a wrong command line, 124 when --timeout was over before
     --count events had come.
@@ -125,37 +139,49 @@ def watch(
         raise click.UsageError("--columns is about updates, and no WATCH argument has 'updated'.")
     if app is not None and not watched and (when or not asked.by_default):
         raise click.UsageError("The watchers of --app say themselves what they show and when.")
+    if name is not None and delivery != "outbox":
+        raise click.UsageError("--name is a consumer's: add --delivery outbox.")
+    if name is not None and count is not None:
+        raise click.UsageError(
+            "--count does not go with --name: what a consumer has read beyond it would not be "
+            "acknowledged, and come again each time."
+        )
     from_app = load_app(app)
     if not watched and not from_app:
         raise click.UsageError("Give what to watch: WATCH arguments such as 'orders', or --app.")
 
     hub = Hub()
     with interruptible() as end:
-        printer = _Printer(end, as_json, count, shell_command)
+        printer = _Printer(end, as_json, count, shell_command, lossless=name is not None)
         deadline = None if timeout is None else time.monotonic() + timeout
         with opened(dsn) as cursor:
             ours = _watchers(cursor, watched, asked, when)
             watchers = normalize([*ours, *from_app])
-            wanted = define(cursor, watchers, all_resolvers(()), namespace)
+            durable = delivery == "outbox"
+            wanted = define(cursor, watchers, all_resolvers(()), namespace, durable)
             there = {item.name for item in read_installed(cursor, namespace)}
         for number, watcher in enumerate(watchers):
             shown = () if asked.by_default and number < len(ours) else watcher.extra
             target = watcher.model if watcher.label is None else watcher.label
             hub.subscribe(printer.receiver(shown), target, *watcher.ops)
         try:
-            hub.start(dsn, watchers, namespace=namespace, prune=False)
-            notice(f"Watching {_listed(watchers)}. Press Ctrl-C to stop.")
+            hub.start(dsn, watchers, delivery=delivery, name=name, namespace=namespace, prune=False)
+            notice(f"Watching {listed(watchers)}. Press Ctrl-C to stop.")
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             reason = end.wait(left)
-            printer.close()
+            if name is None:
+                printer.close()
         finally:
+            keep = keep or name is not None
             names = {definition.trigger.name for definition in wanted} - there
             listening = _Listeners(dsn, namespace, names)
             if not keep:
                 listening.count()
-            hub.stop()
+            hub.stop(_BLOCKED_SECONDS if printer.stuck else _DRAIN_SECONDS)
             if not keep:
                 listening.uninstall()
+    if name is not None:
+        notice(f"The consumer {name!r} stays: `pgsignals consumers drop` gives it up.")
     notice(amount(printer.printed, "event"))
     if printer.failure is not None:
         raise printer.failure
@@ -167,7 +193,12 @@ class _Printer:
     """Prints events, one at a time, until it is closed."""
 
     def __init__(
-        self, end: End, as_json: bool, count: int | None, shell_command: str | None
+        self,
+        end: End,
+        as_json: bool,
+        count: int | None,
+        shell_command: str | None,
+        lossless: bool = False,
     ) -> None:
         self.printed = 0
         self.failure: Exception | None = None
@@ -175,7 +206,17 @@ class _Printer:
         self._as_json = as_json
         self._count = count
         self._shell_command = shell_command
+        self._lossless = lossless
         self._closed = threading.Event()
+        self._never = threading.Event()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether its receivers do not return, since what they were given could not be printed.
+
+        An event is acknowledged when they do.
+        """
+        return self._lossless and self._closed.is_set()
 
     def receiver(self, unchanged: Collection[str]) -> Callable[[Event], None]:
         """A receiver; ``unchanged`` are columns to show though an update left them alone."""
@@ -183,6 +224,8 @@ class _Printer:
         def receive(event: Event) -> None:
             if not self._closed.is_set():
                 self._print(event, unchanged)
+            if self.stuck:
+                self._never.wait()
 
         return receive
 
@@ -266,14 +309,6 @@ def _watchers(
         if "truncated" in each.ops:
             found.append(make_watcher(each.table, "truncated"))
     return found
-
-
-def _listed(watchers: Sequence[Watcher]) -> str:
-    """``orders (inserted, updated), users (deleted)``."""
-    ops: dict[str, list[str]] = {}
-    for watcher in watchers:
-        ops.setdefault(str(watcher), []).extend(watcher.ops)
-    return ", ".join(f"{name} ({', '.join(each)})" for name, each in ops.items())
 
 
 class _Listeners:

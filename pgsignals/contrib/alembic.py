@@ -3,7 +3,12 @@
 Importing this module, in ``env.py``, registers them. There, too, ``context.configure`` gets the
 watchers, by which autogenerate and ``alembic check`` tell what the database lacks::
 
-    context.configure(…, pgsignals_watchers=WATCHERS, pgsignals_namespace="default")
+    context.configure(
+        …,
+        pgsignals_watchers=WATCHERS,
+        pgsignals_namespace="default",
+        pgsignals_delivery="outbox",
+    )
 """
 
 from __future__ import annotations
@@ -22,7 +27,17 @@ from ..runs import all_resolvers
 from ..tables import Resolver, resolve
 from ..triggers.definitions import define
 from ..watchers import Watcher, normalize
-from .migrations import Change, borrowed_cursor, installing, pruning, removing, source
+from .migrations import (
+    Change,
+    borrowed_cursor,
+    installing,
+    is_durable,
+    pruning,
+    removing,
+    run,
+    source,
+    sqlstates,
+)
 
 try:
     from alembic.autogenerate import comparators, renderers
@@ -48,20 +63,17 @@ class _WatchersOp(MigrateOperation):
         watchers: Sequence[Watcher] = (),
         namespace: str = "default",
         change: Change | None = None,
+        delivery: str | None = None,
     ) -> None:
         self.watchers = tuple(watchers)
         self.namespace = namespace
         self.change = change or Change()
+        self.delivery = delivery
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """What ``alembic check`` prints."""
-        return (self.name, *(self.change.summary or map(str, self.watchers)))
-
-    def _reverse_change(self) -> Change:
-        change = self.change
-        signs = str.maketrans("+-", "-+")
-        summary = tuple(line[:1].translate(signs) + line[1:] for line in change.summary)
-        return Change(change.backward, change.forward, summary)
+        lines = (*self.change.lasting, *self.change.summary)
+        return (self.name, *(lines or map(str, self.watchers)))
 
 
 @Operations.register_operation("install_watchers")
@@ -77,21 +89,28 @@ class InstallWatchersOp(_WatchersOp):
         watchers: Iterable[Any] = (),
         *,
         namespace: str = "default",
+        delivery: str | None = None,
         statements: Sequence[str] = (),
     ) -> None:
         """Install the triggers of watchers, those that are missing or outdated.
 
         ``watchers`` are what :func:`pgsignals.start` takes; tables by their names stay right when
-        the models change. ``statements``, as autogenerate writes them, are run as they are instead,
-        and are what ``--sql`` takes.
+        the models change. ``delivery`` is that of ``start``, and by default what
+        ``context.configure`` got as ``pgsignals_delivery``, or else ``"notify"``; for ``"outbox"``
+        the schema ``pgsignals`` is made or upgraded too. ``statements``, as autogenerate writes
+        them, are run as they are instead, and are what ``--sql`` takes.
 
-        Raises ConfigurationError for watchers with ``--sql``, which cannot read the tables.
+        Raises ConfigurationError for watchers with ``--sql``, which cannot read the tables, and for
+        an unknown delivery; InstallLockError for a table that somebody else holds locked.
         """
-        operations.invoke(cls(normalize(watchers), namespace, Change(tuple(statements))))
+        change = Change(tuple(statements))
+        operations.invoke(cls(normalize(watchers), namespace, change, delivery))
 
     def reverse(self) -> MigrateOperation:
         """What the downgrade has."""
-        return UninstallWatchersOp(self.watchers, self.namespace, self._reverse_change())
+        return UninstallWatchersOp(
+            self.watchers, self.namespace, self.change.reversed(), self.delivery
+        )
 
 
 @Operations.register_operation("uninstall_watchers")
@@ -109,22 +128,27 @@ class UninstallWatchersOp(_WatchersOp):
         namespace: str = "default",
         statements: Sequence[str] = (),
     ) -> None:
-        """Remove the triggers of watchers, except where somebody listens to them.
+        """Remove the triggers of watchers, of either delivery, except where somebody needs them.
 
-        The parameters are those of ``op.install_watchers``.
+        That is who listens to them now, and a consumer of the outbox with a name. The outbox itself
+        stays. The parameters are those of ``op.install_watchers``.
         """
         operations.invoke(cls(normalize(watchers), namespace, Change(tuple(statements))))
 
     def reverse(self) -> MigrateOperation:
         """What the downgrade has."""
-        return InstallWatchersOp(self.watchers, self.namespace, self._reverse_change())
+        return InstallWatchersOp(
+            self.watchers, self.namespace, self.change.reversed(), self.delivery
+        )
 
 
 @Operations.implementation_for(InstallWatchersOp)
 def _install(operations: Operations, operation: InstallWatchersOp) -> None:
+    durable = is_durable(operation.delivery or _delivery(operations.get_context().opts))
+
     def change(cursor: Cursor) -> Change:
-        found = define(cursor, operation.watchers, all_resolvers(()), operation.namespace)
-        return installing(cursor, operation.namespace, [each.trigger for each in found])
+        found = define(cursor, operation.watchers, all_resolvers(()), operation.namespace, durable)
+        return installing(cursor, operation.namespace, [each.trigger for each in found], durable)
 
     _apply(operations, operation, change)
 
@@ -135,6 +159,10 @@ def _uninstall(operations: Operations, operation: UninstallWatchersOp) -> None:
         return removing(cursor, operation.namespace, operation.watchers, all_resolvers(()))
 
     _apply(operations, operation, change)
+
+
+def _delivery(options: Any) -> str:
+    return str(options.get("pgsignals_delivery") or "notify")
 
 
 def _apply(operations: Operations, operation: _WatchersOp, change: Any) -> None:
@@ -155,18 +183,17 @@ def _apply(operations: Operations, operation: _WatchersOp, change: Any) -> None:
     with _cursor(connection) as cursor:
         if operation.watchers:
             statements = (*statements, *change(cursor).forward)
-        for statement in statements:
-            cursor.execute(statement)
+        run(cursor, statements, connection.begin_nested)
 
 
 @contextmanager
 def _cursor(connection: Connection) -> Iterator[Cursor]:
-    def run(statement: str) -> list[tuple[Any, ...]]:
+    def execute(statement: str) -> list[tuple[Any, ...]]:
         result = connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
         return [tuple(row) for row in result] if result.returns_rows else []
 
     driver = connection.connection.driver_connection
-    with borrowed_cursor(driver, lambda: dsn_of(connection.engine), run) as cursor:
+    with borrowed_cursor(driver, lambda: dsn_of(connection.engine), execute) as cursor:
         yield cursor
 
 
@@ -183,6 +210,8 @@ def _compare(
     if given is None or connection is None:
         return
     namespace = autogen_context.opts.get("pgsignals_namespace", "default")
+    delivery = _delivery(autogen_context.opts)
+    durable = is_durable(delivery)
     resolvers = all_resolvers(())
     triggers = []
     later: list[Watcher] = []
@@ -190,7 +219,7 @@ def _compare(
         for watcher in normalize(given):
             try:
                 with connection.begin_nested():
-                    found = define(cursor, [watcher], resolvers, namespace)
+                    found = define(cursor, [watcher], resolvers, namespace, durable)
             except Exception as error:
                 if not _of_this_revision(error):
                     raise
@@ -198,13 +227,13 @@ def _compare(
             else:
                 triggers += [definition.trigger for definition in found]
         removed = pruning(cursor, namespace, triggers)
-        created = installing(cursor, namespace, triggers)
+        created = installing(cursor, namespace, triggers, durable)
     if removed.summary:
         upgrade_ops.ops.insert(0, UninstallWatchersOp((), namespace, removed))
-    if created.summary:
+    if created.summary or created.lasting:
         upgrade_ops.ops.append(InstallWatchersOp((), namespace, created))
     if later:
-        upgrade_ops.ops.append(InstallWatchersOp(later, namespace))
+        upgrade_ops.ops.append(InstallWatchersOp(later, namespace, delivery=delivery))
 
 
 try:
@@ -217,15 +246,7 @@ else:
 
 def _of_this_revision(error: BaseException | None) -> bool:
     """Whether a watcher lacks a table or a column, which this revision may be about to create."""
-    if isinstance(error, TableError):
-        return True
-    while error is not None:
-        for known in (error, getattr(error, "orig", None)):
-            code = getattr(known, "pgcode", None) or getattr(known, "sqlstate", None)
-            if code == _UNDEFINED_COLUMN:
-                return True
-        error = error.__cause__
-    return False
+    return isinstance(error, TableError) or _UNDEFINED_COLUMN in sqlstates(error)
 
 
 def _by_name(watcher: Watcher, resolvers: Sequence[Resolver]) -> Watcher:
@@ -253,6 +274,9 @@ def _quoted(name: str) -> str:
 @renderers.dispatch_for(InstallWatchersOp)
 @renderers.dispatch_for(UninstallWatchersOp)
 def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
+    if not operation.watchers and not operation.change.forward:
+        # The way back from a revision that did no more than make the outbox.
+        return "pass  # the schema pgsignals stays"
     lines = [f"op.{operation.name}("]
     if operation.watchers:
         autogen_context.imports.add("import pgsignals")
@@ -261,8 +285,11 @@ def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
         lines.append("    ],")
     if operation.namespace != "default":
         lines.append(f"    namespace={operation.namespace!r},")
+    if operation.watchers and operation.delivery not in (None, "notify"):
+        lines.append(f"    delivery={operation.delivery!r},")
     if operation.change.forward:
-        lines += [f"    # {line}" for line in operation.change.summary]
+        change = operation.change
+        lines += [f"    # {line}" for line in (*change.lasting, *change.summary)]
         lines.append("    statements=[")
         lines += [f"        {_literal(statement)}," for statement in operation.change.forward]
         lines.append("    ],")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +14,46 @@ from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
 
 from ..connection import connect
+from ..errors import ConfigurationError, InstallLockError
+from ..outbox import schema
 from ..tables import Resolver, describe, resolve
 from ..triggers import names
 from ..triggers.catalogue import Installed, read_installed
-from ..triggers.installer import plan
-from ..triggers.sql import Trigger
+from ..triggers.installer import lock_holders, plan
+from ..triggers.sql import Trigger, registration
 from ..watchers import Watcher
 
 Rows = list[tuple[Any, ...]]
+
+_LOCK_NOT_AVAILABLE = "55P03"
+_NO_TRANSACTION = "25P01"
+
+
+def is_durable(delivery: object) -> bool:
+    """Whether triggers write to the outbox. Raises ConfigurationError for no known delivery."""
+    if delivery not in ("notify", "outbox"):
+        raise ConfigurationError(f"delivery={delivery!r}: it is one of 'notify', 'outbox'.")
+    return delivery == "outbox"
 
 
 @dataclass(frozen=True)
 class Change:
     """Statements that bring a database to what watchers need, and those that bring it back.
 
-    ``summary`` has a line for each trigger: ``+ updated on public.orders``.
+    ``summary`` has a line for each trigger: ``+ updated on public.orders``; ``lasting``, one for
+    what is not brought back: the schema of the outbox, which others may use by then.
     """
 
     forward: tuple[str, ...] = ()
     backward: tuple[str, ...] = ()
     summary: tuple[str, ...] = ()
+    lasting: tuple[str, ...] = ()
+
+    def reversed(self) -> Change:
+        """What brings the database back."""
+        signs = str.maketrans("+-", "-+")
+        summary = tuple(line[:1].translate(signs) + line[1:] for line in self.summary)
+        return Change(self.backward, self.forward, summary)
 
 
 class BorrowedCursor(Cursor):
@@ -80,9 +101,88 @@ def borrowed_cursor(
             own.close()
 
 
-def installing(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:
-    """What the triggers that are missing or outdated take."""
-    return _change(cursor, plan(wanted, read_installed(cursor, namespace)).created, [])
+def run(
+    cursor: Cursor, statements: Sequence[str], savepoint: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """Run a change, all of it or nothing, within the caller's transaction.
+
+    Trying again, as a start does, would be wrong here: what the migration has locked before would
+    stay locked, with its writers waiting. So it fails soon, and says who was in the way.
+    Raises InstallLockError, and ConfigurationError outside of a transaction.
+    """
+    statement = ""
+    try:
+        with savepoint():
+            for statement in statements:
+                cursor.execute(statement)
+    except Exception as error:
+        codes = sqlstates(error)
+        if _NO_TRANSACTION in codes:
+            raise ConfigurationError(
+                "Installing takes a transaction, in which all comes or nothing: take the operation "
+                "out of autocommit_block()."
+            ) from error
+        if _LOCK_NOT_AVAILABLE not in codes:
+            raise
+        place = _place(cursor, statement)
+        if place is None:
+            where = "Another installer or migration is at work"
+        else:
+            where = f"The table {'.'.join(place)} is locked, and its writers would wait behind us"
+        raise InstallLockError(
+            f"{where}.{lock_holders(cursor, *(place or ('', None)))} Nothing was installed: run "
+            "the migration again when that has ended."
+        ) from error
+
+
+def sqlstates(error: BaseException | None) -> set[str]:
+    """The codes of PostgreSQL's that an error of whatever driver or framework came from."""
+    found = set()
+    while error is not None:
+        for known in (error, getattr(error, "orig", None)):
+            for attribute in ("pgcode", "sqlstate"):
+                if isinstance(code := getattr(known, attribute, None), str):
+                    found.add(code)
+        error = error.__cause__
+    return found
+
+
+_MAKES_A_TRIGGER = re.compile(
+    r"(?:CREATE TRIGGER .+? AFTER \w+ ON|ALTER TABLE) (.+?)\s+(?:REFERENCING|FOR EACH|ENABLE)",
+    re.DOTALL,
+)
+_OURS = re.compile(rf"{names.PREFIX}[0-9a-f]{{16}}")
+
+
+def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
+    """Schema and name of the table that a statement of ours has to lock."""
+    condition = None
+    if (made := _MAKES_A_TRIGGER.match(statement)) is not None:
+        condition = sql.SQL("c.oid = pg_catalog.to_regclass({})").format(sql.Literal(made[1]))
+    elif (ours := _OURS.search(statement)) is not None:
+        condition = sql.SQL(
+            "c.oid IN (SELECT tgrelid FROM pg_catalog.pg_trigger"
+            " WHERE tgname = {} AND tgparentid = 0)"
+        ).format(sql.Literal(ours[0]))
+    if condition is None:
+        return None
+    cursor.execute(
+        sql.SQL(
+            "SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_class c"
+            " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {}"
+        ).format(condition)
+    )
+    row = cursor.fetchone()
+    return None if row is None else (row[0], row[1])
+
+
+def installing(
+    cursor: Cursor, namespace: str, wanted: Sequence[Trigger], durable: bool = False
+) -> Change:
+    """What the triggers that are missing or outdated take, and if ``durable`` the outbox."""
+    outdated = durable and schema.read_version(cursor) < schema.VERSION
+    created = plan(wanted, read_installed(cursor, namespace)).created
+    return _change(cursor, created, [], with_schema=outdated)
 
 
 def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:
@@ -119,10 +219,19 @@ def source(watcher: Watcher, model: str) -> str:
     return f"pgsignals.watch({', '.join(parts)})"
 
 
-def _change(cursor: Cursor, created: Sequence[Trigger], removed: Sequence[Installed]) -> Change:
+def _change(
+    cursor: Cursor,
+    created: Sequence[Trigger],
+    removed: Sequence[Installed],
+    with_schema: bool = False,
+) -> Change:
     forward: list[str] = []
     backward: list[str] = []
     summary: list[str] = []
+    lasting: tuple[str, ...] = ()
+    if with_schema:
+        forward.append(schema.ensuring_statement())
+        lasting = (f"+ the schema {schema.NAME}, version {schema.VERSION}",)
     for trigger in created:
         spec = trigger.spec
         # Dropping comes first, since the trigger may have come by other ways in the meantime.
@@ -133,7 +242,7 @@ def _change(cursor: Cursor, created: Sequence[Trigger], removed: Sequence[Instal
         forward.append(_drop(cursor, item.function_schema, item.hash))
         backward += _definition(cursor, item)
         summary.append(f"- {_named(item.tag.op, f'{item.schema}.{item.table}', item.tag.label)}")
-    return Change(_locking(forward), _locking(backward), tuple(summary))
+    return Change(_locking(forward), _locking(backward), tuple(summary), lasting)
 
 
 def _named(op: str, table: str, label: str | None) -> str:
@@ -141,13 +250,17 @@ def _named(op: str, table: str, label: str | None) -> str:
 
 
 def _locking(statements: Sequence[str]) -> tuple[str, ...]:
-    """Other installers wait for the end of the transaction; writers, for half a second at most."""
+    """Other installers keep a migration waiting for two seconds; tables, for half a second each.
+
+    Whoever writes to a table waits behind us as long, and behind what the migration locked before.
+    """
     if not statements:
         return ()
     setting = "'pgsignals.lock_timeout'"
     return (
         f"SELECT pg_catalog.set_config({setting}, "
         "pg_catalog.current_setting('lock_timeout'), true)",
+        "SELECT pg_catalog.set_config('lock_timeout', '2s', true)",
         f"SELECT pg_catalog.pg_advisory_xact_lock({names.LOCK_CLASS}, {names.INSTALL_LOCK})",
         "SELECT pg_catalog.set_config('lock_timeout', '500ms', true)",
         *statements,
@@ -156,13 +269,35 @@ def _locking(statements: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _drop(cursor: Cursor, schema: str, hashed: str) -> str:
-    """Remove a trigger unless somebody listens to it, who would be deaf without knowing it."""
+def _drop(cursor: Cursor, home: str, hashed: str) -> str:
+    """Remove a trigger unless somebody listens to it, who would be deaf without knowing it.
+
+    Nor one that a durable consumer reads, which may be down, and whoever may not know leaves it.
+    """
     name = names.object_name(hashed)
     return (
         sql.SQL(
-            "DO $pgsignals$ BEGIN\n"
-            "  IF pg_catalog.pg_try_advisory_xact_lock({lock_class}, {key}) THEN\n"
+            "DO $pgsignals$ DECLARE\n"
+            "  consumed boolean := false;\n"
+            "BEGIN\n"
+            "  IF pg_catalog.to_regnamespace('pgsignals') IS NOT NULL AND EXISTS (\n"
+            "    SELECT FROM pg_catalog.pg_proc p\n"
+            "    WHERE p.prosecdef AND p.proname = {literal}\n"
+            "      AND p.pronamespace = pg_catalog.to_regnamespace({home}))\n"
+            "  THEN\n"
+            "    IF pg_catalog.has_schema_privilege('pgsignals', 'USAGE')\n"
+            "      AND pg_catalog.has_table_privilege('pgsignals.consumers', 'SELECT')\n"
+            "    THEN\n"
+            "      consumed := EXISTS (SELECT FROM pgsignals.consumers\n"
+            "        WHERE NOT ephemeral AND channels @> ARRAY[{channel}]);\n"
+            "    ELSE\n"
+            "      consumed := true;\n"
+            "    END IF;\n"
+            "  END IF;\n"
+            "  IF consumed THEN\n"
+            "    RAISE WARNING 'a consumer of the outbox reads what {name} writes, so that it is"
+            " left: see pgsignals consumers';\n"
+            "  ELSIF pg_catalog.pg_try_advisory_xact_lock({lock_class}, {key}) THEN\n"
             "    DROP FUNCTION IF EXISTS {function}() CASCADE;\n"
             "  ELSE\n"
             "    RAISE WARNING 'somebody listens to {name}, so that it is left';\n"
@@ -172,7 +307,10 @@ def _drop(cursor: Cursor, schema: str, hashed: str) -> str:
         .format(
             lock_class=sql.SQL(str(names.LOCK_CLASS)),
             key=sql.SQL(str(names.lock_key(hashed))),
-            function=sql.Identifier(schema, name),
+            channel=sql.SQL(f"({names.channel_key(hashed)})::bigint"),
+            function=sql.Identifier(home, name),
+            home=sql.Literal(f'"{home.replace(chr(34), chr(34) * 2)}"'),
+            literal=sql.Literal(name),
             name=sql.SQL(name),
         )
         .as_string(cursor)
@@ -181,7 +319,7 @@ def _drop(cursor: Cursor, schema: str, hashed: str) -> str:
 
 _DEFINITION = """
 SELECT pg_catalog.pg_get_functiondef(p.oid), pg_catalog.obj_description(p.oid, 'pg_proc'),
-       pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled::text, n.nspname, c.relname
+       pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled::text, n.nspname, c.relname, p.prosecdef
 FROM pg_catalog.pg_proc p
 JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace
 LEFT JOIN pg_catalog.pg_trigger t
@@ -192,13 +330,16 @@ WHERE f.nspname = %s AND p.proname = %s AND p.pronargs = 0
 """
 
 
+_REGISTERED = "SELECT definition FROM pgsignals.channels WHERE channel = %s"
+
+
 def _definition(cursor: Cursor, item: Installed) -> list[str]:
     """Statements that make what is installed again."""
     cursor.execute(_DEFINITION, (item.function_schema, item.name))
     row = cursor.fetchone()
     if row is None:
         return []
-    function, comment, trigger, enabled, schema, table = row
+    function, comment, trigger, enabled, home, table, durable = row
     named = sql.Identifier(item.function_schema, item.name)
     statements: list[sql.Composable] = [
         sql.SQL(function.rstrip()),
@@ -210,7 +351,12 @@ def _definition(cursor: Cursor, item: Installed) -> list[str]:
         if enabled == "A":
             statements.append(
                 sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(
-                    sql.Identifier(schema, table), sql.Identifier(item.name)
+                    sql.Identifier(home, table), sql.Identifier(item.name)
                 )
             )
+    if durable and schema.read_version(cursor):
+        cursor.execute(_REGISTERED, (names.channel_key(item.hash),))
+        registered = cursor.fetchone()
+        if registered is not None:
+            statements.append(registration(item.hash, registered[0]))
     return [statement.as_string(cursor) for statement in statements]

@@ -22,7 +22,7 @@ from ..events import Event, Gap, model_identity, model_name
 from ..hub import Hub
 from ..jsontext import to_json
 from ..receivers import Subscription
-from ..watchers import OPERATIONS, Watcher
+from ..watchers import EVENT_OPERATIONS, Watcher
 
 log = logging.getLogger("pgsignals")
 
@@ -441,7 +441,7 @@ def wanted_of(target: Any) -> tuple[Any, tuple[str, ...]]:
     if isinstance(target, Watcher):
         return (target.model if target.label is None else target.label), target.ops
     what, ops = (target[0], target[1:]) if isinstance(target, tuple) and target else (target, ())
-    if not what or (isinstance(what, str) and what in OPERATIONS):
+    if not what or (isinstance(what, str) and what in EVENT_OPERATIONS):
         raise ConfigurationError(
             f"{target!r} is nothing to send events of: give a model, a table's name, a label, or a "
             "tuple such as ('orders', 'inserted')."

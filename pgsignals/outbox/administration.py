@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import DatabaseError, near
+from ..errors import ConfigurationError, DatabaseError, near
 from .cursors import BEGINNING
+from .housekeeping import housekeeping_lock
 from .inspection import read_outbox
-from .schema import WAKE_CHANNEL
+from .schema import SLOTS, WAKE_CHANNEL
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
@@ -80,29 +83,98 @@ def drop_consumer(cursor: Cursor, name: str) -> int:
     """
     _check_idle(cursor, name)
     cursor.execute("DELETE FROM pgsignals.consumers WHERE name = %s", (name,))
+    cursor.execute("DELETE FROM pgsignals.backfills WHERE consumer = %s", (name,))
     cursor.execute("DELETE FROM pgsignals.dead_letters WHERE consumer = %s", (name,))
     return cursor.rowcount
 
 
-def reset_consumer(cursor: Cursor, name: str, target: str) -> None:
-    """Have a consumer go on from ``"now"``, or from the ``"earliest"`` that there is.
+# The token counts up, so that a holder that hangs, or has come since we looked, can no longer
+# acknowledge from where it was. Below 0 there is no id: a later look will tell better. A loss that
+# has yet to be announced is of no interest to whoever skips all that there was.
+_RESET = """
+UPDATE pgsignals.consumers AS c
+SET snapshot = %(snapshot)s, target = %(target)s, last_id = %(last_id)s, floor = 0,
+    clean = %(skip)s, token = c.token + 1, holder = NULL,
+    lost_until = CASE WHEN NOT %(skip)s
+                      THEN greatest(c.lost_until, %(lost_until)s::timestamptz) END,
+    shed = CASE WHEN %(skip)s THEN (SELECT last_value FROM pgsignals.outbox_shed) ELSE c.shed END,
+    acknowledged_at = coalesce(%(at)s::timestamptz, c.acknowledged_at)
+WHERE c.name = %(name)s
+"""
 
-    Raises DatabaseError when there is none, or a process reads for it.
+# By one snapshot, so that what the target sees has been looked at. Ids go up with time, but for
+# statements that ran at once: what is above the first that is due may be earlier.
+_FROM_TIME = """
+SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.clock_timestamp(),
+       (SELECT id FROM pgsignals.outbox
+        WHERE substring(substring(payload, 1, 100) FROM '"t":([0-9]+)')::bigint >= %s
+        ORDER BY id LIMIT 1)
+"""
+
+
+def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetime | None:
+    """Have a consumer go on from ``"now"``, from the ``"earliest"`` that there is, or from a time.
+
+    From a time on, every event whose ``at`` is not before it is delivered, and perhaps a few that
+    are. When the outbox does not go back that far, the consumer gets a Gap, and this returns until
+    when events may be missing.
+
+    Raises DatabaseError when there is no such consumer, a process reads for it, or the time is yet
+    to come; ConfigurationError for a time without a zone.
     """
+    if isinstance(target, datetime) and target.utcoffset() is None:
+        raise ConfigurationError(f"{target!r} has no time zone: give it one with tzinfo=.")
     _check_idle(cursor, name)
-    if target == "earliest":
-        cursor.execute("SELECT %s", (str(BEGINNING),))
-    else:
-        cursor.execute("SELECT pg_catalog.pg_current_snapshot()::text")
-    [(snapshot,)] = cursor.fetchall()
-    # The token counts up, so that a holder that hangs, or has come since we looked, can no longer
-    # acknowledge from where it was. Below 0 there is no id: a later look will tell better.
-    cursor.execute(
-        "UPDATE pgsignals.consumers SET snapshot = %s, target = NULL, last_id = 0, floor = 0,"
-        " clean = %s, lost_until = NULL, token = token + 1, holder = NULL,"
-        " shed = (SELECT last_value FROM pgsignals.outbox_shed) WHERE name = %s",
-        (snapshot, target == "now", name),
-    )
+    values: dict[str, object] = {
+        "name": name,
+        "target": None,
+        "last_id": 0,
+        "skip": target == "now",
+        "lost_until": None,
+        "at": None,
+    }
+    lost_until = None
+    # Until the cursor says what is still to be read, nobody may empty that.
+    with housekeeping_lock(cursor):
+        if isinstance(target, datetime):
+            micros = (target - _EPOCH) // timedelta(microseconds=1)
+            cursor.execute(_FROM_TIME, (micros,))
+            [(snapshot, now, first)] = cursor.fetchall()
+            if target > now:
+                raise DatabaseError(f"{target} is yet to come: by the server's clock it is {now}.")
+            if target < (kept_since := _kept_since(cursor)):
+                values["lost_until"] = lost_until = kept_since
+            values |= {"snapshot": snapshot, "at": target}
+            if first is not None:
+                values |= {"snapshot": str(BEGINNING), "target": snapshot, "last_id": first - 1}
+        elif target == "earliest":
+            values["snapshot"] = str(BEGINNING)
+        else:
+            cursor.execute(
+                "SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.clock_timestamp()"
+            )
+            [(values["snapshot"], values["at"])] = cursor.fetchall()
+        cursor.execute(_RESET, values)
+    return lost_until
+
+
+def _kept_since(cursor: Cursor) -> datetime:
+    """From when on the outbox has everything: since its oldest partition that is there was begun.
+
+    Only what was written to is left for the next one, so that an empty one has been emptied.
+    """
+    cursor.execute("SELECT last_value FROM pgsignals.outbox_slot")
+    [(current,)] = cursor.fetchall()
+    cursor.execute("SELECT slot, opened_at FROM pgsignals.slots")
+    opened = dict(cursor.fetchall())
+    since: datetime = opened[current]
+    for step in range(1, SLOTS):
+        number = (current - step) % SLOTS
+        cursor.execute(f"SELECT EXISTS (SELECT FROM pgsignals.outbox_{number})")
+        if number not in opened or cursor.fetchall() == [(False,)]:
+            break
+        since = opened[number]
+    return since
 
 
 def _check_idle(cursor: Cursor, name: str) -> None:

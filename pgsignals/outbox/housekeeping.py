@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psycopg2
@@ -17,7 +18,7 @@ from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from ..connection import connect, redact
-from ..errors import ConnectError
+from ..errors import PgSignalsError
 from ..triggers import names
 from .cursors import Snapshot
 from .schema import SLOTS
@@ -56,12 +57,16 @@ class _Reader:
 class Housekeeper:
     """Tidies up every few seconds, in a thread and connections of its own.
 
-    Of all the processes that have one, one at a time does it.
+    Of all the processes that have one, one at a time does it. ``chore`` is what each process has to
+    do for itself, with the same connection.
     """
 
-    def __init__(self, dsn: str, timeout: float) -> None:
+    def __init__(
+        self, dsn: str, timeout: float, chore: Callable[[Cursor], object] = lambda cursor: None
+    ) -> None:
         self._dsn = dsn
         self._timeout = timeout
+        self._chore = chore
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pgsignals-housekeeper", daemon=True)
 
@@ -85,9 +90,10 @@ class Housekeeper:
                 try:
                     with connection.cursor() as cursor:
                         tidy(cursor)
+                        self._chore(cursor)
                 finally:
                     connection.close()
-            except (ConnectError, psycopg2.Error) as error:
+            except (PgSignalsError, psycopg2.Error) as error:
                 log.warning("the outbox could not be tidied up: %s", redact(str(error)).strip())
 
 
@@ -120,6 +126,18 @@ def tidy(
         cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
 
 
+@contextmanager
+def housekeeping_lock(cursor: Cursor) -> Iterator[None]:
+    """Wait until nobody tidies up, and have nobody begin to."""
+    key = (names.LOCK_CLASS, names.HOUSEKEEPING_LOCK)
+    cursor.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", key)
+    try:
+        yield
+    finally:
+        if not cursor.connection.closed:
+            cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
+
+
 def _forget(cursor: Cursor) -> None:
     cursor.execute(
         "DELETE FROM pgsignals.consumers WHERE ephemeral"
@@ -135,6 +153,14 @@ def _forget(cursor: Cursor) -> None:
     cursor.execute(
         "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
         " WHERE p.at < pg_catalog.now() - retention_seconds * interval '1 s'"
+    )
+    cursor.execute(
+        "DELETE FROM pgsignals.backfills AS b USING pgsignals.settings"
+        " WHERE greatest(b.changed_at, (SELECT pg_catalog.max(p.changed_at)"
+        "   FROM pgsignals.backfill_parts AS p WHERE p.backfill = b.id))"
+        "   < pg_catalog.now() - retention_seconds * interval '1 s'"
+        " AND (b.state <> 'running' OR NOT EXISTS (SELECT FROM pgsignals.backfill_parts AS p"
+        "   WHERE p.backfill = b.id AND NOT p.finished))"
     )
 
 

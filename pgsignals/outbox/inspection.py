@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 
 from psycopg2.extensions import cursor as Cursor
 
+from ..events import event_uid
 from ..triggers import names
+from .backfill import BackfillState, backfills
+from .channels import Channel, read_channels, wanted
 from .cursors import Snapshot
 from .schema import SLOTS
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Of a longer backlog it is enough to know that it is longer.
 _MOST_ROWS = 200_000
 
@@ -20,8 +25,11 @@ class ConsumerState:
     """One part of a consumer.
 
     ``lag`` counts the events that it has not acknowledged (of at most 200,000 messages),
-    ``lag_seconds`` is the age of the oldest of them. ``holder`` is the process that reads for it,
-    ``active`` whether that is there. ``dead_letters`` are those of all its parts.
+    ``lag_seconds`` is the age of the oldest of them, which happened at ``oldest_at``, and whose
+    ``uid`` is ``oldest``. Of several parts, each counts those of all. ``lost_until``: until when
+    events were dropped that it had not read, if it has not been told by a Gap. ``holder`` is the
+    process that reads for it, ``active`` whether that is there. ``dead_letters`` are those of all
+    its parts.
     """
 
     name: str
@@ -32,6 +40,9 @@ class ConsumerState:
     holder: str | None
     lag: int
     lag_seconds: float
+    oldest_at: datetime | None
+    oldest: str | None
+    lost_until: datetime | None
     acknowledged: int
     acknowledged_at: datetime
     dead_letters: int
@@ -41,36 +52,59 @@ class ConsumerState:
 class OutboxState:
     """The outbox at one moment: its size, its partitions in use, and who reads it.
 
-    ``shed`` counts statements that found it full while no consumer lived.
+    ``shed`` counts statements that found it full while no consumer lived. ``backfills`` are those
+    that are running.
     """
 
     bytes: int
     partitions: int
     shed: int
     consumers: tuple[ConsumerState, ...]
+    backfills: tuple[BackfillState, ...] = ()
 
 
 _CONSUMERS = """
-SELECT c.name, c.part, c.parts, c.ephemeral, c.holder, c.token, c.snapshot, c.floor,
+SELECT c.name, c.part, c.parts, c.ephemeral, c.holder, c.token, c.snapshot,
+       coalesce(c.target, c.snapshot), c.last_id, c.floor,
        c.lease_until > pg_catalog.clock_timestamp(), c.acknowledged, c.acknowledged_at,
+       c.lost_until, c.channels,
        (SELECT pg_catalog.count(*) FROM pgsignals.dead_letters d WHERE d.consumer = c.name)
 FROM pgsignals.consumers c ORDER BY c.name, c.part
 """
 
 # A message has a line for its header, and one for each event.
 _LAG = f"""
-SELECT coalesce(pg_catalog.sum(
-         pg_catalog.length(payload)
-         - pg_catalog.length(pg_catalog.replace(payload, E'\\n', ''))), 0),
-       coalesce(extract(epoch FROM pg_catalog.clock_timestamp())
-         - pg_catalog.min(substring(payload FROM '"t":([0-9]+)')::float8) / 1e6, 0)
-FROM (
-  SELECT payload FROM pgsignals.outbox
-  WHERE id > %(floor)s AND (txid >= %(xmax)s OR txid = ANY (%(running)s::bigint[]))
-    AND channel = ANY (%(channels)s::bigint[])
-  ORDER BY id LIMIT {_MOST_ROWS}
-) AS unread
+WITH unread AS MATERIALIZED (
+  SELECT o.id, o.txid, o.channel,
+         substring(substring(o.payload, 1, 100) FROM '"t":([0-9]+)')::bigint AS at,
+         pg_catalog.length(o.payload)
+           - pg_catalog.length(pg_catalog.replace(o.payload, E'\\n', '')) AS events
+  FROM pgsignals.outbox AS o
+  JOIN ROWS FROM (pg_catalog.unnest(%(channels)s::bigint[]),
+                  pg_catalog.unnest(%(untils)s::bigint[])) AS w(channel, until)
+    ON o.channel = w.channel AND (w.until IS NULL OR o.id < w.until)
+  WHERE o.id > %(floor)s AND (o.txid >= %(xmax)s OR o.txid = ANY (%(running)s::bigint[]))
+    AND NOT (o.id <= %(last_id)s AND o.txid < %(target_xmax)s
+             AND o.txid <> ALL (%(target_running)s::bigint[]))
+  ORDER BY o.id LIMIT {_MOST_ROWS}
+)
+SELECT (SELECT pg_catalog.sum(events) FROM unread), pg_catalog.clock_timestamp(),
+       at, channel, txid, id
+FROM unread ORDER BY at, id LIMIT 1
 """
+
+
+def _channels(stored: Sequence[int], known: Mapping[int, Channel]) -> dict[int, int | None]:
+    """What the definitions with these channels read, and up to which id: see ``wanted``."""
+    found: dict[int, int | None] = {}
+    for own in stored:
+        if own in known:
+            for key, until in wanted(own, known).items():
+                if until is None or found.get(key, until) is None:
+                    found[key] = None
+                else:
+                    found[key] = max(until, found.get(key) or 0)
+    return found
 
 
 def read_outbox(cursor: Cursor) -> OutboxState:
@@ -84,24 +118,35 @@ def read_outbox(cursor: Cursor) -> OutboxState:
         sizes += cursor.fetchall()
     cursor.execute("SELECT last_value FROM pgsignals.outbox_shed")
     [(shed,)] = cursor.fetchall()
-    cursor.execute("SELECT name, part, channels FROM pgsignals.consumers")
-    channels = {(name, part): wanted for name, part, wanted in cursor.fetchall()}
+    known = read_channels(cursor)
     held = _held(cursor)
     cursor.execute(_CONSUMERS)
     consumers = []
     for row in cursor.fetchall():
-        name, part, parts, ephemeral, holder, token, text, floor, leased, count, at, dead = row
-        snapshot = Snapshot.parse(text)
+        name, part, parts, ephemeral, holder, token, since, until, last_id, floor, *rest = row
+        leased, count, at, lost_until, stored, dead = rest
+        snapshot, target = Snapshot.parse(since), Snapshot.parse(until)
+        channels = _channels(stored, known)
         cursor.execute(
             _LAG,
             {
                 "floor": floor,
                 "xmax": snapshot.xmax,
                 "running": list(snapshot.running),
-                "channels": channels.get((name, part), []),
+                "last_id": last_id,
+                "target_xmax": target.xmax,
+                "target_running": list(target.running),
+                "channels": list(channels),
+                "untils": list(channels.values()),
             },
         )
-        [(lag, seconds)] = cursor.fetchall()
+        lag, seconds, oldest_at, oldest = 0, 0.0, None, None
+        # One, or none where all is acknowledged.
+        for events, now, micros, channel, txid, sequence in cursor.fetchall():
+            lag = int(events)
+            oldest_at = _EPOCH + timedelta(microseconds=micros)
+            seconds = max(0.0, (now - oldest_at).total_seconds())
+            oldest = event_uid(known[channel].layout.name, txid, sequence, 0)
         key = (names.cursor_key(name, part) + token) % 2147483647
         active = holder is not None and bool(leased) and key in held
         consumers.append(
@@ -112,15 +157,22 @@ def read_outbox(cursor: Cursor) -> OutboxState:
                 ephemeral,
                 active,
                 holder,
-                int(lag),
-                max(0.0, float(seconds)),
+                lag,
+                seconds,
+                oldest_at,
+                oldest,
+                lost_until,
                 count,
                 at,
                 dead,
             )
         )
     return OutboxState(
-        sum(size for size, _ in sizes), sum(used for _, used in sizes), shed, tuple(consumers)
+        sum(size for size, _ in sizes),
+        sum(used for _, used in sizes),
+        shed,
+        tuple(consumers),
+        tuple(each for each in backfills(cursor) if each.state == "running"),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
-from .store import Cursor
+from .backfill import Progress
+from .store import Cursor, Told
 
 _lock = threading.Lock()
 
@@ -38,15 +39,26 @@ class Page:
     """Some messages of a window: ``done`` when each of their events has been taken care of.
 
     ``cursor`` is where the consumer stands then, ``count`` the number of their events. Whoever
-    keeps an event for later holds the page, and releases it when that is done.
+    keeps an event for later holds the page, and releases it when that is done. With ``told`` it is
+    of a Gap: what its receivers know when they have returned. With ``progress`` it is of a
+    backfill: how far that has come then.
     """
 
-    __slots__ = ("_holds", "count", "cursor", "handled", "reign")
+    __slots__ = ("_holds", "count", "cursor", "handled", "progress", "reign", "told")
 
-    def __init__(self, reign: Reign, cursor: Cursor, count: int) -> None:
+    def __init__(
+        self,
+        reign: Reign,
+        cursor: Cursor,
+        count: int,
+        told: Told | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.reign = reign
         self.cursor = cursor
         self.count = count
+        self.told = told
+        self.progress = progress
         self.handled = False
         self._holds = 0
 
@@ -54,6 +66,11 @@ class Page:
     def done(self) -> bool:
         """Whether the consumer may go past it."""
         return self.handled and not self._holds and not self.reign.over
+
+    @property
+    def bare(self) -> bool:
+        """Whether it only moves the cursor."""
+        return not (self.count or self.told or self.progress)
 
     def finish(self) -> None:
         """Every event has been handed to its receivers."""

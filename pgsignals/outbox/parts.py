@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .cursors import Floors, Snapshot, Window
+from .backfill import Progress
+from .cursors import BEGINNING, Floors, Snapshot, Window
 from .pages import Page, Reign
-from .store import PAGE_BYTES, PAGE_ROWS, Claim, Cursor, Look, Row
+from .store import PAGE_BYTES, PAGE_ROWS, Claim, Cursor, Look, Row, Told
 
 
 class Part:
@@ -20,12 +21,15 @@ class Part:
         self.acknowledged = claim.cursor
         self.unsaved = 0
         self.leaving = False
-        self._begin(None if claim.clean else look.snapshot)
+        self._begin(self.acknowledged, None if claim.clean else look.snapshot)
 
-    def _begin(self, doubtful: Snapshot | None) -> None:
-        cursor = self.acknowledged
+    def _begin(self, cursor: Cursor, doubtful: Snapshot | None) -> None:
+        # What receivers know once all that is under way has been acknowledged.
+        self.telling = self.claim.told
         self.pages: deque[Page] = deque()
         self.outstanding = 0
+        # How far backfills have come with what is acknowledged, and not yet saved.
+        self.progress: list[Progress] = []
         self.since = cursor.snapshot
         self.last_id = cursor.last_id
         self.floors = Floors(self.since.xmin, cursor.floor)
@@ -38,14 +42,28 @@ class Part:
         deadline = self.reign.deadline
         self.reign.end()
         self.reign = Reign(deadline)
-        self._begin(look.snapshot)
+        self._begin(self.acknowledged, look.snapshot)
+
+    def start_over(self, look: Look) -> None:
+        """Read from the beginning of what the outbox holds, since that is of another history.
+
+        What was acknowledged stays so until the first page is: by it, whoever comes next sees that.
+        """
+        self._begin(Cursor(BEGINNING, 0), look.snapshot)
+
+    def tell(self, told: Told) -> Page:
+        """A page for a Gap, behind what has been read: done when receivers have been told."""
+        self.telling = told
+        page = Page(self.reign, self.position, 0, told)
+        self.pages.append(page)
+        return page
 
     def start_at(self, look: Look, first: int, given_out: int) -> None:
         """Leave out what ``look`` sees; transactions from ``first`` on have ids above given_out."""
         began_before = look.snapshot.xmin < first
         floor = self.acknowledged.floor if began_before else given_out
         self.acknowledged = Cursor(look.snapshot, floor)
-        self._begin(None)
+        self._begin(self.acknowledged, None)
         self.floors.note(first, given_out)
 
     def _window_to(self, target: Snapshot) -> Window:
@@ -53,10 +71,10 @@ class Part:
         after = min(self.floors.below(x) for x in (self.since.xmax, *window.ended))
         return replace(window, after=after)
 
-    def advance(self, look: Look) -> None:
-        """Where no window is being read, have one up to a look."""
+    def advance(self, snapshot: Snapshot) -> None:
+        """Where no window is being read, have one up to a snapshot."""
         if self.window is None:
-            window = self._window_to(look.snapshot)
+            window = self._window_to(snapshot)
             if not window.empty:
                 self.window = window
 
@@ -67,22 +85,34 @@ class Part:
         size = sum(len(row.payload) for row in rows)
         if rows and (len(rows) >= PAGE_ROWS or 4 * size >= PAGE_BYTES):
             self.last_id = rows[-1].id
-            floor = self.floors.below(self.since.xmin)
-            return Cursor(self.since, floor, self.window.target, self.last_id)
+            return self.position
         self.since, self.window, self.last_id = self.window.target, None, 0
-        floor = self.floors.below(self.since.xmin)
         self.floors.forget(self.since.xmin)
         if self.doubtful is not None and self.since.xmin >= self.doubtful.xmax:
             self.doubtful = None
-        return Cursor(self.since, floor)
+        return self.position
 
     def add(self, page: Page) -> None:
         """Put a page behind those that are under way."""
         # Of windows without a row, one page is enough.
-        if not page.count and self.pages and not self.pages[-1].count and self.pages[-1].done:
+        last = self.pages[-1] if self.pages else None
+        if last is not None and last.done and last.bare and not page.count:
             self.pages.pop()
         self.pages.append(page)
         self.outstanding += page.count
+
+    @property
+    def position(self) -> Cursor:
+        """Where reading stands."""
+        floor = self.floors.below(self.since.xmin)
+        if self.window is None or not self.last_id:
+            return Cursor(self.since, floor)
+        return Cursor(self.since, floor, self.window.target, self.last_id)
+
+    @property
+    def busy(self) -> bool:
+        """Whether events or a Gap are under way."""
+        return self.outstanding > 0 or self.telling != self.claim.told
 
     @property
     def current(self) -> bool:
@@ -91,12 +121,16 @@ class Part:
 
     def collect(self) -> bool:
         """Take note of the pages that are done by now; whether there are new ones."""
-        before = self.unsaved
+        before = self.unsaved, self.claim.told
         while self.pages and self.pages[0].done:
             page = self.pages.popleft()
             self.acknowledged = page.cursor
             self.unsaved += page.count
             self.outstanding -= page.count
+            if page.told is not None:
+                self.claim = replace(self.claim, told=page.told)
+            if page.progress is not None:
+                self.progress.append(replace(page.progress, delivered=page.count))
         if self.current:
-            self.acknowledged = Cursor(self.since, self.floors.below(self.since.xmin))
-        return self.unsaved > before
+            self.acknowledged = self.position
+        return bool(self.progress) or (self.unsaved, self.claim.told) != before

@@ -131,16 +131,27 @@ _VERSION_1 = (
   schema_name text NOT NULL,
   table_name text NOT NULL,
   label text,
+  model text,
   condition text,
+  search_path text NOT NULL,
   chunk int NOT NULL,
-  last_key text[],
   total bigint NOT NULL,
-  done bigint NOT NULL DEFAULT 0,
   state text NOT NULL DEFAULT 'running',
   error text,
   started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
   changed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 )""",
+    # Each part of the consumer goes through the whole table, and delivers what is its own.
+    """CREATE TABLE pgsignals.backfill_parts (
+  backfill bigint NOT NULL REFERENCES pgsignals.backfills ON DELETE CASCADE,
+  part int NOT NULL,
+  last_key text[],
+  done bigint NOT NULL DEFAULT 0,
+  delivered bigint NOT NULL DEFAULT 0,
+  finished boolean NOT NULL DEFAULT false,
+  changed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+  PRIMARY KEY (backfill, part)
+) WITH (fillfactor = 50)""",
     # Asked by writers while no consumer lives, so that nobody else keeps the outbox within bounds.
     """CREATE FUNCTION pgsignals.has_room() RETURNS boolean LANGUAGE sql STABLE
   SET search_path TO pg_catalog, pg_temp
@@ -198,6 +209,38 @@ def upgrade_statements(cursor: Cursor, version: int) -> list[str]:
         )
         found.append(comment.as_string(cursor))
     return found
+
+
+def ensuring_statement() -> str:
+    """One statement that leads from any version to the current one, wherever and whenever it runs.
+
+    For migrations: they are written long before they run, on databases that may have the schema
+    already, or a newer one, which is left alone.
+    """
+    lines = []
+    for version, step in enumerate(UPGRADES, 1):
+        lines.append(f"  IF version < {version} THEN")
+        for statement in (*step, f"COMMENT ON SCHEMA pgsignals IS '{_comment(version)}'"):
+            lines.append(f"    EXECUTE $step${statement}$step$;")
+        lines.append("  END IF;")
+    return "\n".join(
+        (
+            "DO $pgsignals$ DECLARE",
+            "  comment text := (",
+            "    SELECT coalesce(pg_catalog.obj_description(oid, 'pg_namespace'), '')",
+            f"    FROM pg_catalog.pg_namespace WHERE nspname = '{NAME}');",
+            "  version int := 0;",
+            "BEGIN",
+            "  IF comment IS NOT NULL THEN",
+            f"    version := pg_catalog.substring(comment, '^{_comment(0)[:-1]}([0-9]+)$');",
+            "    IF version IS NULL THEN",
+            f"      RAISE EXCEPTION 'there is a schema {NAME} that pgsignals did not make';",
+            "    END IF;",
+            "  END IF;",
+            *lines,
+            "END $pgsignals$",
+        )
+    )
 
 
 def install_schema(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from ..connection import Session
 from ..triggers import names
-from .cursors import BEGINNING, Snapshot, Window
+from .cursors import Snapshot, Window
 from .schema import WAKE_CHANNEL
 
 # A page: so many rows and so many bytes, or one row that is longer. Ten bytes may be an event, and
@@ -33,20 +33,34 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a consumer's receivers know of: losses beyond it have yet to be announced.
+
+    ``epoch`` is the database's history, ``shed`` counts what writers left out, ``lost_until`` is
+    until when rows were dropped that had not been read.
+    """
+
+    epoch: str
+    shed: int
+    lost_until: datetime | None = None
+
+
+@dataclass(frozen=True)
 class Claim:
     """A part that this process may read: its ``cursor``, and what is known of its past.
 
     ``token`` counts the claims, so that a former holder's acknowledgement is refused. ``clean``:
-    the former one had acknowledged all that it delivered. ``shed`` counts what writers left out.
+    the former one had acknowledged all that it delivered. ``lost_until``: as in Told, of a loss
+    that had not been announced when the claim was made.
     """
 
     part: int
     token: int
     cursor: Cursor
     clean: bool
-    shed: int
-    epoch: str
+    told: Told
     acknowledged_at: datetime
+    lost_until: datetime | None
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ FROM free, pgsignals.consumers AS former
 WHERE c.name = free.name AND c.part = free.part
   AND former.name = free.name AND former.part = free.part
 RETURNING c.token, c.snapshot, c.target, c.last_id, c.floor, former.clean, c.shed, c.epoch,
-          c.acknowledged_at,
+          c.acknowledged_at, c.lost_until,
           pg_catalog.pg_try_advisory_lock(
             %(class)s, ((%(key)s::bigint + c.token) %% 2147483647)::int),
           pg_catalog.set_config('synchronous_commit', 'on', true)
@@ -148,20 +162,27 @@ RETURNING c.token, c.snapshot, c.target, c.last_id, c.floor, former.clean, c.she
 
 _REGISTER = """
 INSERT INTO pgsignals.consumers
-  (name, part, parts, ephemeral, snapshot, floor, shed, epoch, channels)
+  (name, part, parts, ephemeral, snapshot, floor, shed, epoch, channels,
+   acknowledged_at, lost_until)
 SELECT %(name)s, part, %(parts)s, %(ephemeral)s, pg_catalog.pg_current_snapshot()::text, 0,
-       (SELECT last_value FROM pgsignals.outbox_shed), %(epoch)s, %(channels)s
+       (SELECT last_value FROM pgsignals.outbox_shed), %(epoch)s, %(channels)s,
+       coalesce(%(since)s::timestamptz, pg_catalog.clock_timestamp()),
+       CASE WHEN %(since)s::timestamptz IS NOT NULL THEN pg_catalog.clock_timestamp() END
 FROM pg_catalog.generate_series(0, %(parts)s - 1) AS part
 ON CONFLICT (name, part) DO NOTHING
 """
 
+# While a loss has yet to be announced, the time stays from which on something may be missing.
 _ACKNOWLEDGE = """
 UPDATE pgsignals.consumers AS c
 SET snapshot = %(snapshot)s, target = %(target)s, last_id = %(last_id)s, floor = %(floor)s,
     shed = %(shed)s, epoch = %(epoch)s,
     acknowledged = c.acknowledged + %(count)s,
-    acknowledged_at = CASE WHEN %(current)s THEN pg_catalog.clock_timestamp()
-                           ELSE c.acknowledged_at END,
+    acknowledged_at = CASE WHEN %(current)s AND (c.lost_until IS NULL
+                                OR c.lost_until <= %(lost_until)s::timestamptz)
+                           THEN pg_catalog.clock_timestamp() ELSE c.acknowledged_at END,
+    lost_until = CASE WHEN c.lost_until <= %(lost_until)s::timestamptz THEN NULL
+                      ELSE c.lost_until END,
     holder = CASE WHEN %(release)s THEN NULL ELSE c.holder END,
     clean = %(release)s AND %(clean)s,
     lease_until = pg_catalog.clock_timestamp() + %(lease)s * interval '1 s'
@@ -223,9 +244,18 @@ class Store:
         return f"{cluster}-{database}/{int(timeline, 16)}"
 
     def register(
-        self, parts: int, ephemeral: bool, epoch: str, channels: Sequence[int]
+        self,
+        parts: int,
+        ephemeral: bool,
+        epoch: str,
+        channels: Sequence[int],
+        since: datetime | None = None,
     ) -> tuple[int, bool]:
-        """Make the consumer known, from now on; the parts it has, and whether it is new."""
+        """Make the consumer known, from now on; the parts it has, and whether it is new.
+
+        ``since``: it was known before, and all until then had been acknowledged. If it is new all
+        the same, what came after that is noted as lost.
+        """
         added = self._execute(
             _REGISTER + " RETURNING part",
             {
@@ -234,6 +264,7 @@ class Store:
                 "ephemeral": ephemeral,
                 "epoch": epoch,
                 "channels": list(channels),
+                "since": since,
             },
         )
         [(present,)] = self._execute(
@@ -260,14 +291,14 @@ class Store:
         )
         if not found:
             return None
-        token, snapshot, target, last_id, floor, clean, shed, epoch, acknowledged_at, *_ = found[0]
+        token, snapshot, target, last_id, floor, clean, shed, epoch, at, lost_until, *_ = found[0]
         cursor = Cursor(
             Snapshot.parse(snapshot),
             floor,
             Snapshot.parse(target) if target is not None else None,
             last_id,
         )
-        return Claim(part, token, cursor, clean, shed, epoch, acknowledged_at)
+        return Claim(part, token, cursor, clean, Told(epoch, shed), at, lost_until)
 
     def acknowledge(
         self,
@@ -279,10 +310,11 @@ class Store:
         release: bool = False,
         clean: bool = True,
     ) -> tuple[bool, datetime | None]:
-        """Keep the cursor and renew the lease, or give it up.
+        """Keep the cursor and what receivers know of, and renew the lease, or give it up.
 
         ``current``: all that there was has been acknowledged by now. Returns whether the part is
-        still ours, and until when rows were dropped that had not been read, if any were.
+        still ours, and until when rows were dropped that had not been read, if any were and the
+        receivers do not know.
         """
         found = self._execute(
             _ACKNOWLEDGE,
@@ -295,8 +327,9 @@ class Store:
                 "target": str(cursor.target) if cursor.target is not None else None,
                 "last_id": cursor.last_id,
                 "floor": cursor.floor,
-                "shed": claim.shed,
-                "epoch": claim.epoch,
+                "shed": claim.told.shed,
+                "epoch": claim.told.epoch,
+                "lost_until": claim.told.lost_until,
                 "count": count,
                 "current": current,
                 "lease": lease,
@@ -308,14 +341,6 @@ class Store:
             key = (names.cursor_key(self._consumer, claim.part) + claim.token) % 2147483647
             self._execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key))
         return bool(found), found[0][0] if found else None
-
-    def note_loss(self, claim: Claim, lost_until: datetime) -> None:
-        """The receivers know of this loss; one that has come since stays noted."""
-        self._execute(
-            "UPDATE pgsignals.consumers SET lost_until = NULL"
-            " WHERE name = %s AND part = %s AND token = %s AND lost_until = %s",
-            (self._consumer, claim.part, claim.token, lost_until),
-        )
 
     def forget(self) -> None:
         """Remove the consumer and its cursor."""
@@ -435,8 +460,3 @@ class Store:
     def unbury(self, key: int) -> None:
         """Forget a dead letter, since it has been delivered."""
         self._execute("DELETE FROM pgsignals.dead_letters WHERE id = %s", (key,))
-
-
-def starting_over(claim: Claim, epoch: str) -> Claim:
-    """The claim from the beginning of what the outbox holds, in another history."""
-    return replace(claim, cursor=Cursor(BEGINNING, 0), epoch=epoch, clean=False)

@@ -87,8 +87,8 @@ class RemoteSink(Protocol):
     def settle(self, call: Callable[[], None]) -> None:
         """Have ``call`` made once the receivers have returned from all that came before.
 
-        It is made in another thread and must return at once: that is where to note what can be
-        acknowledged now.
+        Those that raise are called again first, where there is a name. It is made in another
+        thread and must return at once: that is where to note what can be acknowledged now.
         """
 
     def gap(self, gap: Gap) -> None:
@@ -121,6 +121,13 @@ class RemoteSource(Protocol):
         With a ``name``, all that have it share the events, which are acknowledged once receivers
         have returned, so that who comes next goes on there. Without one, it gets all events from
         now on. More than is wanted may be fed.
+        """
+
+    def refuse(self, position: str, reason: str) -> None:
+        """Tell the broker, as far as it wants to know, that a receiver could not take an event.
+
+        Called from any thread, before the event is settled like all others: it is not to come
+        again. ``position`` is what ``receive`` was given.
         """
 
     def stop(self, timeout: float) -> None:

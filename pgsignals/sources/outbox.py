@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import psycopg2
 from psycopg2.extensions import cursor as DatabaseCursor
@@ -25,22 +25,23 @@ from ..connection import Backoff, Session, Waiter, connect, display, make_cast, 
 from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError
 from ..events import Event, Gap, Message
 from ..metrics import Meter
+from ..outbox.backfill import NOTICE, BackfillStore, Progress
 from ..outbox.cursors import Snapshot
 from ..outbox.pages import Page
 from ..outbox.parts import Part
 from ..outbox.store import (
-    Claim,
+    Cursor,
     DeadLetter,
     Letter,
     Look,
     Row,
     Store,
-    starting_over,
 )
 from ..outbox.wakefulness import SLEEP_SECONDS, Wakefulness
 from ..payload import Broken, Cast, Decoder
 from ..triggers import names
 from ..triggers.definitions import Definition
+from .backfilling import Backfilling
 from .notify import HEALTHY_SECONDS, Timing
 from .opening import (
     IN_RECOVERY,
@@ -82,8 +83,11 @@ class DurableSink(Protocol):
     def submit_page(self, events: Sequence[Event], page: Page) -> None:
         """Take events, and call ``page.finish`` when they have been handed to all receivers."""
 
-    def gap(self, gap: Gap) -> None:
-        """Tell the receivers of a Gap, before anything that is submitted later."""
+    def gap(self, gap: Gap, page: Page | None = None) -> None:
+        """Tell the receivers of a Gap, before anything that is submitted later.
+
+        ``page.finish`` is called when they have been told.
+        """
 
     def redeliver(self, event: Event, letter: DeadLetter) -> bool:
         """Take an event for one receiver; whether there is that receiver."""
@@ -171,6 +175,7 @@ class OutboxSource:
         self._turned_at = time.monotonic()
         self._own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
         self._state = Wakefulness()
+        self._backfilling = Backfilling()
         self.invalid = 0
         self.reconnects = 0
         self.received = 0
@@ -349,6 +354,11 @@ class OutboxSource:
         self._epoch = store.epoch()
         self._decoders = self._preparer.decoders(store.channels(), self._cast)
         self._enrol(store)
+        self._backfilling.begin(
+            BackfillStore(session, self.name, self._holder, self._timing.timeout),
+            [each.decoder for each in self._decoders.values()],
+            self._consumer.lease,
+        )
         self._state = Wakefulness()
         self._given_out = store.look(awake=True).given_out
         self._claim(store)
@@ -362,7 +372,11 @@ class OutboxSource:
     def _enrol(self, store: Store) -> None:
         """Make the consumer known, at first and whenever it has been removed since."""
         present, new = store.register(
-            self._consumer.parts, self._consumer.name is None, self._epoch, self._channels
+            self._consumer.parts,
+            self._consumer.name is None,
+            self._epoch,
+            self._channels,
+            self._settled_at,
         )
         if present != self._consumer.parts:
             raise DatabaseError(
@@ -374,9 +388,7 @@ class OutboxSource:
         if new and self._settled_at is None:
             log.info("the consumer %s begins here", self.name)
         elif new:
-            detail = "the consumer had been removed, and begins anew"
-            log.error("%s: %s", self.name, detail)
-            self._sink.gap(Gap(self._settled_at or now, now, "retention", detail))
+            log.error("the consumer %s had been removed, and begins anew", self.name)
         if new or self._settled_at is None:
             self._settled_at = now
         self._enrolled_at = time.monotonic()
@@ -426,7 +438,7 @@ class OutboxSource:
             wake_at = claim_at
             if self._parts:
                 wake_at = min(wake_at, renew_at)
-                if self.outstanding:
+                if any(part.busy for part in self._parts.values()):
                     wake_at = min(wake_at, acknowledge_at)
             session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
 
@@ -442,6 +454,8 @@ class OutboxSource:
                     self._sink.gap(Gap(now, now, "watcher_broken", notify.payload))
                 elif notify.payload == "redeliver":
                     self._redeliver.set()
+                elif notify.payload == NOTICE:
+                    self._backfilling.look_again()
         if self._redeliver.is_set():
             self._redeliver.clear()
             self._redeliver_letters(self._store)
@@ -464,22 +478,33 @@ class OutboxSource:
             for part in self._parts.values():
                 part.floors.note(first, given_out)
         self._awaited += [(look.snapshot, call) for call in asked]
-        found = more = stirred = False
+        found = more = stirred = filling = False
         for part in self._parts.values():
             self._note_shed(part, look)
-            part.advance(look)
-            if part.window is None:
-                continue
-            stirred = True
-            if self._paused or part.leaving or self._sink.full or part.outstanding >= self._most:
-                continue
-            any_rows = self._read_page(store, part)
-            found = found or any_rows
-            more = more or part.window is not None
+            ready = not (
+                self._paused or part.leaving or self._sink.full or part.outstanding >= self._most
+            )
+            # A chunk of a backfill belongs between what its snapshot sees and what it does not.
+            if ready and part.window is None:
+                self._backfilling.take(part)
+            if not self._backfilling.holds(part):
+                part.advance(look.snapshot)
+            filling = filling or self._backfilling.under_way(part)
+            if part.window is not None:
+                stirred = True
+                if ready:
+                    any_rows = self._read_page(store, part)
+                    found = found or any_rows
+                    more = more or part.window is not None
+            if ready and part.window is None and self._backfilling.holds(part):
+                message, progress = self._backfilling.give(part)
+                messages = [] if message is None else [message]
+                self._submit(part, messages, part.position, progress)
+                more = True
         if found or (stirred and self._sink.full):
             state.stirred = True
         self._call_awaited()
-        return found, more
+        return found or filling, more
 
     def _call_awaited(self) -> None:
         due = [
@@ -497,15 +522,33 @@ class OutboxSource:
     def _read_page(self, store: Store, part: Part) -> bool:
         assert part.window is not None
         rows = store.read(part.window, part.last_id)
-        events: list[Event] = []
         doubtful = part.doubtful
         messages: list[Message] = []
+        broken = False
         for row in rows:
-            if (message := self._decode(row)) is not None:
-                message.redelivered = doubtful is not None and doubtful.sees(message.txid)
-                messages.append(message)
-        cursor = part.turn(rows)
-        page = Page(part.reign, cursor, 0)
+            found = self._decode(row, part.claim.acknowledged_at)
+            if isinstance(found, Gap):
+                self._sink.gap(found)
+                broken = True
+            elif found is not None:
+                found.redelivered = doubtful is not None and doubtful.sees(found.txid)
+                messages.append(found)
+        return self._submit(part, messages, part.turn(rows), broken=broken) or bool(rows)
+
+    def _submit(
+        self,
+        part: Part,
+        messages: Sequence[Message],
+        cursor: Cursor,
+        progress: Progress | None = None,
+        broken: bool = False,
+    ) -> bool:
+        """Hand a page over to the sink; whether any of its events are the part's.
+
+        ``broken``: a Gap, which is in the sink by now, belongs before the page's end.
+        """
+        events: list[Event] = []
+        page = Page(part.reign, cursor, 0, progress=progress)
         for message in messages:
             message.page = page
             if self._consumer.parts == 1:
@@ -519,14 +562,14 @@ class OutboxSource:
                 ]
         page.count = len(events)
         part.add(page)
-        if not events:
+        if not events and not broken:
             page.finish()
-            return bool(rows)
+            return False
         self.received += len(events)
         self._sink.submit_page(events, page)
         return True
 
-    def _decode(self, row: Row) -> Message | None:
+    def _decode(self, row: Row, since: datetime) -> Message | Gap | None:
         found = self._decoders.get(row.channel)
         if found is None or (found.until is not None and row.id >= found.until):
             return None
@@ -536,25 +579,41 @@ class OutboxSource:
         except PayloadError as error:
             self.invalid += 1
             self._meter.count("invalid_payloads")
-            log.warning("ignored row %d of the outbox: %s", row.id, error, extra=topic.fields)
-            return None
+            detail = f"row {row.id} of the outbox cannot be read: {error}"
+            log.error("%s", detail, extra=topic.fields)
+            # Unlike a channel, which anybody may notify, it holds only what triggers wrote.
+            return Gap(since, self.now(), "watcher_broken", detail)
         if isinstance(message, Broken):
             at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
             log.error("a watcher is broken: %s", message.error, extra=topic.fields)
-            self._sink.gap(Gap(at, at, "watcher_broken", message.error))
-            return None
+            return Gap(at, at, "watcher_broken", message.error)
         if message is not None:
             message.position = str(row.id)
         return message
 
     def _note_shed(self, part: Part, look: Look) -> None:
         """Announce what writers left out, since the outbox was full and nobody there to read it."""
-        if look.shed > part.claim.shed:
-            since, until = part.claim.acknowledged_at, self.now()
-            log.error("%d statements found the outbox full", look.shed - part.claim.shed)
+        if look.shed > part.telling.shed:
+            log.error("%d statements found the outbox full", look.shed - part.telling.shed)
             detail = "the outbox was full, and no consumer was there"
-            self._sink.gap(Gap(since, until, "retention", detail))
-            part.claim = replace(part.claim, shed=look.shed)
+            gap = Gap(part.claim.acknowledged_at, self.now(), "retention", detail)
+            self._tell(part, gap, shed=look.shed)
+
+    def _note_loss(self, part: Part, lost_until: datetime | None) -> None:
+        """Announce that rows were dropped which had not been read."""
+        known = part.telling.lost_until
+        if lost_until is not None and (known is None or lost_until > known):
+            detail = "events were dropped before they were read: see the retention"
+            log.error("the consumer %s was late, or removed: %s", self.name, detail)
+            gap = Gap(part.claim.acknowledged_at, lost_until, "retention", detail)
+            self._tell(part, gap, lost_until=lost_until)
+
+    def _tell(self, part: Part, gap: Gap, **known: Any) -> None:
+        """Announce a loss, which stays marked until receivers have been told.
+
+        Should this process die before, whoever reads next announces it.
+        """
+        self._sink.gap(gap, part.tell(replace(part.telling, **known)))
 
     def _claim(self, store: Store) -> None:
         """See that this process reads its share of the parts."""
@@ -578,33 +637,37 @@ class OutboxSource:
             log.info("reading part %d of %d for the consumer %s", number, parts, self.name)
             # Only now has the former holder acknowledged, and delivered, for the last time.
             look = store.look(awake=True)
-            self._parts[number] = Part(self._in_this_history(claim, look), look, asked_at + lease)
+            part = self._parts[number] = Part(claim, look, asked_at + lease)
+            self._note_history(part, look)
+            self._note_loss(part, claim.lost_until)
         if not self._parts and time.monotonic() - self._enrolled_at >= lease:
             # Where the consumer itself is gone, there is nothing to claim: a process without a name
             # that was away for long is forgotten, and a consumer at work may be dropped.
             self._enrol(store)
 
-    def _in_this_history(self, claim: Claim, look: Look) -> Claim:
-        """The claim, unless it was made in a history that is not the database's any more."""
-        cluster, _, timeline = claim.epoch.partition("/")
+    def _note_history(self, part: Part, look: Look) -> None:
+        """Announce that what was acknowledged is of a history that is not the database's any more.
+
+        In another database, or another past, that says nothing: all that is there is read again.
+        """
+        cluster, _, timeline = part.telling.epoch.partition("/")
         our_cluster, _, our_timeline = self._epoch.partition("/")
         detail = ""
         if cluster != our_cluster:
             detail = f"cluster and database are others: {our_cluster}, and were {cluster}"
-        elif claim.cursor.snapshot.xmax > look.snapshot.xmax:
+        elif part.acknowledged.snapshot.xmax > look.snapshot.xmax:
             detail = "the database has gone back in time"
         if detail:
-            claim = starting_over(claim, self._epoch)
+            part.start_over(look)
         elif timeline != our_timeline:
             detail = (
                 f"the server was promoted (timeline {our_timeline}, and was {timeline}): what was "
                 "committed just before may be gone"
             )
-            claim = replace(claim, epoch=self._epoch)
         if detail:
             log.error("the history of the database has changed: %s", detail)
-            self._sink.gap(Gap(claim.acknowledged_at, self.now(), "restored", detail))
-        return claim
+            gap = Gap(part.claim.acknowledged_at, self.now(), "restored", detail)
+            self._tell(part, gap, epoch=self._epoch)
 
     def _acknowledge(self, store: Store, renew: bool) -> None:
         for number, part in list(self._parts.items()):
@@ -617,15 +680,16 @@ class OutboxSource:
     def _save(self, store: Store, number: int, part: Part, release: bool = False) -> None:
         asked_at = time.monotonic()
         lease = self._consumer.lease
-        ours, lost_until = store.acknowledge(
-            part.claim,
-            part.acknowledged,
-            part.unsaved,
-            lease,
-            current=part.current,
-            release=release,
-            clean=not part.pages and part.doubtful is None,
-        )
+        with self._backfilling.saving(part):
+            ours, lost_until = store.acknowledge(
+                part.claim,
+                part.acknowledged,
+                part.unsaved,
+                lease,
+                current=part.current,
+                release=release,
+                clean=not part.pages and part.doubtful is None,
+            )
         part.unsaved = 0
         if not ours:
             log.warning("another process has taken over part %d of %s", number, self.name)
@@ -633,20 +697,19 @@ class OutboxSource:
             part.reign.end()
             del self._parts[number]
             return
-        if part.current:
+        if part.current and lost_until is None:
             part.claim = replace(part.claim, acknowledged_at=self.now())
             if all(each.current for each in self._parts.values()):
                 self._settled_at = part.claim.acknowledged_at
-        if lost_until is not None:
-            detail = "the consumer was so late that its events have been dropped"
-            log.error("%s", detail)
-            gap = Gap(part.claim.acknowledged_at, lost_until, "retention", detail)
-            self._sink.gap(gap)
-            store.note_loss(part.claim, lost_until)
-        if not part.reign.holds():
+        if part.reign.holds():
+            part.reign.deadline = asked_at + lease
+        else:
             log.warning("the lease was over for a while: reading part %d again", number)
-            part.rewind(store.look(awake=True))
-        part.reign.deadline = asked_at + lease
+            look = store.look(awake=True)
+            part.rewind(look)
+            part.reign.deadline = asked_at + lease
+            self._note_history(part, look)
+        self._note_loss(part, lost_until)
 
     def _store_letters(self, store: Store) -> None:
         with contextlib.suppress(Empty):
@@ -693,4 +756,6 @@ class OutboxSource:
 
 def _part_of(key: tuple[object, ...], parts: int) -> int:
     """Which part a record belongs to: the same in every process."""
-    return zlib.crc32(repr(key).encode()) % parts
+    # What represents a memoryview is its address.
+    values = tuple(bytes(each) if isinstance(each, memoryview) else each for each in key)
+    return zlib.crc32(repr(values).encode()) % parts

@@ -221,6 +221,8 @@ class _Sink:
         self.gaps: list[Gap] = []
         self.settles = settles
         self.full = False
+        self.positions: list[str] = []
+        self._unsettled: list[Callable[[], None]] = []
         self._changed = threading.Condition()
 
     def receive(
@@ -234,10 +236,20 @@ class _Sink:
         event = from_cloudevent(attributes, data or b"")
         with self._changed:
             self.events.append(event)
+            self.positions.append(position or "")
             self._changed.notify_all()
 
     def settle(self, call: Callable[[], None]) -> None:
+        with self._changed:
+            self._unsettled.append(call)
         if self.settles:
+            self.settle_all()
+
+    def settle_all(self) -> None:
+        """Have receivers return from all that has come."""
+        with self._changed:
+            calls, self._unsettled = self._unsettled, []
+        for call in calls:
             call()
 
     def wait_for_room(self, timeout: float) -> bool:
@@ -355,6 +367,22 @@ class SourceConformance:
         self._start(make_source, "one", second)
         second.wait(1, 2)
         assert [event.uid for event in second.events] == [event.uid for event in stuck.events]
+
+    def test_what_was_refused_does_not_come_again(
+        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
+    ) -> None:
+        """An event that no receiver could take is over for its name once it is settled."""
+        first, second = _Sink(settles=False), _Sink()
+        source = self._start(make_source, "one", first)
+        self._send(broadcaster, 1)
+        first.wait(1)
+        source.refuse(first.positions[0], "a receiver raised ValueError")
+        first.settles = True
+        first.settle_all()
+        self._end(source)
+        self._send(broadcaster, 2)
+        self._start(make_source, "one", second)
+        second.wait(2)
 
     def test_names_are_apart(
         self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]

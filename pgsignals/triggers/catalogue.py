@@ -26,8 +26,8 @@ class Installed:
     """One function of ours and its trigger; both have the same ``name``.
 
     ``schema`` and ``table`` are where the trigger is now: a table may have been renamed or moved
-    since. Without a trigger ``table`` is None, and ``schema`` the function's. ``consumed``: a
-    durable consumer, which may be down now, reads what it writes.
+    since. Without a trigger ``table`` is None, and ``schema`` the function's. ``durable``: it
+    writes to the outbox. ``consumed``: a durable consumer, which may be down now, reads that.
     """
 
     tag: Tag
@@ -40,6 +40,7 @@ class Installed:
     missing_columns: tuple[str, ...]
     listeners: int
     consumed: bool = False
+    durable: bool = False
 
     @property
     def in_use(self) -> bool:
@@ -107,8 +108,8 @@ def _read_consumed(cursor: Cursor) -> set[int] | None:
     return {channel for (channel,) in cursor.fetchall()}
 
 
-def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
-    """Our functions of one namespace with their triggers, by table and operation.
+def read_installed(cursor: Cursor, namespace: str | None) -> list[Installed]:
+    """Our functions of one namespace, or of all, with their triggers, by table and operation.
 
     What does not carry a tag of ours is never returned, whatever its name.
     """
@@ -132,7 +133,7 @@ def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
             tag = _tags.decode(description)
         except (msgspec.MsgspecError, RecursionError):
             continue
-        if tag.namespace != namespace or name != names.object_name(tag.hash):
+        if namespace not in (None, tag.namespace) or name != names.object_name(tag.hash):
             continue
         gone = () if table is None else tuple(c for c in tag.columns if c not in columns)
         key = names.lock_key(tag.hash) & 0xFFFFFFFF
@@ -140,6 +141,6 @@ def read_installed(cursor: Cursor, namespace: str) -> list[Installed]:
         consumed = durable and (channels is None or names.channel_key(tag.hash) in channels)
         count = listeners.get(key, 0)
         found.append(
-            Installed(tag, home, schema, table, name, enabled, body, gone, count, consumed)
+            Installed(tag, home, schema, table, name, enabled, body, gone, count, consumed, durable)
         )
     return sorted(found, key=lambda item: (item.schema, item.table or "", item.tag.op, item.name))

@@ -101,7 +101,7 @@ def define(
                 key=tuple(c.attribute for c in table.key_columns) if with_rows else (),
                 values=tuple(c.attribute for c in spec.tracked),
                 compared=spec.compared,
-                loader=_Loader(watcher.model, table, resolver, resolvers),
+                loader=RecordLoader(watcher.model, table, resolver, resolvers),
                 name=trigger.hash[:8],
             )
             found.append(Definition(watcher, topic, trigger))
@@ -109,7 +109,7 @@ def define(
 
 
 @dataclass(frozen=True)
-class _Loader:
+class RecordLoader:
     """Fetches records of one model through whatever session the user has."""
 
     model: Any

@@ -381,8 +381,8 @@ def in_install_lock(
                     f"The triggers of {schema}.{table} could not be changed within "
                     f"{time.monotonic() - began:.1f} s, in {attempt} tries that waited "
                     f"{limits.lock:g} s each: {error.diag.message_primary}."
-                    f"{_holders(cursor, schema, table)} Try again when that has ended, or allow "
-                    "more time with install_timeout=."
+                    f"{lock_holders(cursor, schema, table)} Try again when that has ended, or "
+                    "allow more time with install_timeout=."
                 ) from error
             log.info("%s.%s is locked; trying again in %.1f s", schema, table, pause)
             time.sleep(pause)
@@ -418,7 +418,7 @@ LIMIT 3
 """
 
 
-def _holders(cursor: Cursor, schema: str, table: str | None) -> str:
+def lock_holders(cursor: Cursor, schema: str, table: str | None) -> str:
     """Who holds locks that may be in the way, for the message; empty if nobody does any more.
 
     Writers and installers come first: they are in the way of a new trigger, readers only of

@@ -42,6 +42,11 @@ def channel_key(hashed: str) -> int:
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
+def hash_of(channel: int) -> str:
+    """The hash whose ``channel_key`` this is."""
+    return f"{channel & (1 << 64) - 1:016x}"
+
+
 def cursor_key(consumer: str, part: int) -> int:
     """What the keys of the advisory locks of a consumer's part count from."""
     return int(digest(consumer, str(part))[:7], 16)

@@ -23,7 +23,7 @@ _CHANNEL = "pgsignals:channel"
 _KEY = "pgsignals:key"
 
 # What a value's text depends on in the writer's session, and how we want it.
-_SETTINGS = (
+SETTINGS = (
     ("DateStyle", "ISO, MDY"),
     ("TimeZone", "UTC"),
     ("IntervalStyle", "postgres"),
@@ -229,6 +229,11 @@ def _select(spec: Specification) -> sql.Composable:
         rows=_rows(spec),
         conditions=conditions,
     )
+
+
+def row_text(spec: Specification) -> tuple[sql.Composable, sql.Composable]:
+    """A line as the trigger would write it of a row called ``new``, and whether it would."""
+    return _line(spec, False), _conditions(spec)
 
 
 # The notification limit is 7,999 bytes (NOTIFY_PAYLOAD_MAX_LENGTH), in the server's encoding; of
@@ -465,7 +470,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     if not all(column.settled for column in rendered):
         settings += [
             sql.SQL("SET {} TO {}").format(sql.SQL(name_), sql.Literal(value))
-            for name_, value in _SETTINGS
+            for name_, value in SETTINGS
         ]
     referencing = {
         "inserted": "REFERENCING NEW TABLE AS pgs_new ",
@@ -520,12 +525,17 @@ def _register(spec: Specification, hashed: str) -> sql.Composable:
         value_fields=fields(spec.tracked),
         compared=spec.compared,
     )
+    return registration(hashed, layout.encode())
+
+
+def registration(hashed: str, definition: str) -> sql.Composable:
+    """The statement by which readers of the outbox come to know a trigger's rows."""
     return sql.SQL(
         "INSERT INTO pgsignals.channels (channel, since, definition)\n"
         "  VALUES ({}, pg_catalog.nextval('pgsignals.outbox_id'), {})\n"
         "  ON CONFLICT (channel) DO UPDATE\n"
         "    SET since = excluded.since, definition = excluded.definition"
-    ).format(sql.Literal(names.channel_key(hashed)), sql.Literal(layout.encode()))
+    ).format(sql.Literal(names.channel_key(hashed)), sql.Literal(definition))
 
 
 def fields(columns: Sequence[Column]) -> tuple[Field, ...]:

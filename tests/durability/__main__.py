@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .campaign import Campaign, Outcome
+from .campaign import OUTAGE_SECONDS, Campaign, Outcome
+from .destination import DESTINATIONS
 from .mutants import MUTANTS
 
 
@@ -21,6 +22,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of what is injected and written")
     parser.add_argument("--peace", action="store_true", help="inject nothing")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), default="", help="must be found out")
+    parser.add_argument("--to", choices=sorted(DESTINATIONS), default="", help="relay to a broker")
+    parser.add_argument(
+        "--outage", type=float, default=OUTAGE_SECONDS, help="of the broker at most, in s (5)"
+    )
     parser.add_argument("--folder", type=Path, help="for the ledger and the consumers' log")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int(time.time())
@@ -33,6 +38,8 @@ def main() -> int:
         writers=options.writers,
         faults=not options.peace,
         mutant=options.mutant,
+        to=options.to,
+        outage=options.outage,
     )
     _say(f"seed {seed}; the ledger and the consumers' log are in {folder}")
     with campaign.open():

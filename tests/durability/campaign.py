@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ import psycopg2
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 
-from .child import FAILPOINTS, Orders
-from .ledger import Delivery, Reader
+from .child import FAILPOINTS, RELAY_FAILPOINTS, Orders
+from .destination import BROKER_FAULTS, DESTINATIONS, Destination
+from .ledger import Delivery, Reader, Remark
 from .verdict import Book, Version
 from .writers import SCHEMA, Writers
 
@@ -41,6 +42,8 @@ LEASE = 1.0
 PATIENCE = 1.5
 # Within which all that is committed must have been delivered and acknowledged, after a round.
 DRAIN_SECONDS = 60.0
+# How long a broker is away at most.
+OUTAGE_SECONDS = 5.0
 
 FAULTS = (
     "kill -9",
@@ -67,6 +70,8 @@ CONSUMERS = (
     ConsumerPlan("one active", 1, 2, 1),
     ConsumerPlan("shared", 3, 2, 2),
 )
+# With a broker at the end: its cursor is the consumer "relay/kafka" or "relay/nats".
+RELAYS = (ConsumerPlan("relay", 1, 2, 1),)
 
 
 @dataclass
@@ -119,6 +124,7 @@ class _Child:
             countdown=countdown,
             mutant=campaign.mutant,
             flaky=0.002,
+            backend=campaign.destination.url if campaign.destination else "",
         )
         with campaign.log_path.open("ab") as output:
             self._process = subprocess.Popen(
@@ -165,7 +171,9 @@ class Campaign:
     """A server, its consumers and the ledger, over any number of rounds.
 
     ``folder`` gets the ledger and the children's log. ``faults`` False leaves them in peace;
-    ``drain`` seconds after a round all must have arrived.
+    ``drain`` seconds after a round all must have arrived. With ``to``, the consumers are relays to
+    such a broker, which is away for ``outage`` seconds at most, and what it has at the end is
+    judged too.
     """
 
     def __init__(
@@ -178,7 +186,9 @@ class Campaign:
         faults: bool = True,
         mutant: str = "",
         drain: float = DRAIN_SECONDS,
-        consumers: tuple[ConsumerPlan, ...] = CONSUMERS,
+        consumers: tuple[ConsumerPlan, ...] = (),
+        to: str = "",
+        outage: float = OUTAGE_SECONDS,
     ) -> None:
         self.ledger = folder / "ledger"
         self.log_path = folder / "log"
@@ -191,10 +201,15 @@ class Campaign:
         self._writers = writers
         self._faults = faults
         self._drain_seconds = drain
-        self._consumers = consumers
+        self._consumers = consumers or (RELAYS if to else CONSUMERS)
+        self._outage = outage
+        self.destination: Destination | None = DESTINATIONS[to]() if to else None
         self._chance = random.Random(seed)
         self._children: list[_Child] = []
-        self._books = {plan.name: Book(plan.name) for plan in consumers}
+        names = [plan.name for plan in self._consumers]
+        if self.destination is not None:
+            names.append(self.destination.consumer)
+        self._books = {name: Book(name) for name in names}
         self._stops = 0
         self.ledger.touch()
         self._reader = Reader(self.ledger)
@@ -204,6 +219,8 @@ class Campaign:
         """The server and the consumers run within."""
         self.server.start()
         try:
+            if self.destination is not None:
+                self.destination.start()
             self.dsn = self.server.create_database()
             with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
                 cursor.execute(SCHEMA)
@@ -222,6 +239,8 @@ class Campaign:
             for child in self._children:
                 child.end()
             self.server.close()
+            if self.destination is not None:
+                self.destination.close()
 
     def run_round(self) -> list[str]:
         """One round; what was wrong in it."""
@@ -236,6 +255,8 @@ class Campaign:
         outcome.transactions += writers.done
         for child in self._children:
             child.heal()
+        if self.destination is not None:
+            self.destination.heal()
         found = self._drain()
         outcome.problems += [f"round {number}: {problem}" for problem in found]
         return found
@@ -247,11 +268,17 @@ class Campaign:
             self._tend(now, armed=self._faults)
             if self._faults and now >= fault_at:
                 fault_at = now + self._chance.uniform(0.2, 1.0)
-                self._inject(self._chance.choice(FAULTS), now)
+                self._inject(self._chance.choice(self._faults_there_are), now)
             time.sleep(0.02)
+
+    @property
+    def _faults_there_are(self) -> tuple[str, ...]:
+        return FAULTS if self.destination is None else FAULTS + BROKER_FAULTS * 2
 
     def _tend(self, now: float, armed: bool) -> None:
         """Start what has ended, and end what has been suffered long enough."""
+        if self.destination is not None:
+            self.destination.tend(now)
         for child in self._children:
             if (code := child.reap()) is not None:
                 # SIGTERM ends it at once while it starts, before it is handled.
@@ -262,7 +289,9 @@ class Campaign:
             if child.restart_at is not None and now >= child.restart_at:
                 failpoint, countdown = "", 0
                 if armed and self._chance.random() < 0.6:
-                    failpoint = self._chance.choice(FAILPOINTS)
+                    failpoint = self._chance.choice(
+                        FAILPOINTS if self.destination is None else FAILPOINTS + RELAY_FAILPOINTS
+                    )
                     countdown = self._countdown(failpoint)
                 child.start(failpoint, countdown)
             if child.stopped_until is not None and now >= child.stopped_until:
@@ -280,7 +309,11 @@ class Campaign:
     def _inject(self, fault: str, now: float) -> None:
         child = self._chance.choice(self._children)
         length = self._chance.uniform(0.2, 2.5 * LEASE)
-        if fault.startswith("restart"):
+        if fault in BROKER_FAULTS:
+            assert self.destination is not None
+            if not self.destination.inject(fault, self._chance.uniform(0.2, self._outage), now):
+                return
+        elif fault.startswith("restart"):
             mode = "fast" if fault.endswith("fast") else "immediate"
             self.server.stop(mode)
             time.sleep(self._chance.choice([0.0, 0.5]))
@@ -332,12 +365,21 @@ class Campaign:
                 f"{outcome.unmarked} deliveries were not said to be redelivered, "
                 f"and processes were stopped {self._stops} times"
             )
+        if self.destination is not None and self.destination.deduplicates:
+            book = self._books[self.destination.consumer]
+            if book.deliveries != len(book.uids):
+                found.append(f"{book.consumer}: {book.deliveries - len(book.uids)} are there twice")
         gaps = [remark for remark in outcome.remarks if remark.startswith("gap")]
         found += [f"a Gap, where nothing was lost: {gap}" for gap in gaps]
         return found
 
     def _read_ledger(self) -> None:
-        for note in self._reader.read():
+        self._take(self._reader.read())
+        if self.destination is not None:
+            self._take(self.destination.read())
+
+    def _take(self, notes: Iterable[Delivery | Remark]) -> None:
+        for note in notes:
             if isinstance(note, Delivery):
                 self._books[note.consumer].note(note)
             else:
@@ -364,7 +406,7 @@ class Campaign:
             ]
 
     def _wait_for_consumers(self) -> None:
-        parts = sum(plan.partitions for plan in self._consumers)
+        parts = sum(plan.partitions for plan in self._consumers) + bool(self.destination)
         deadline = time.monotonic() + DRAIN_SECONDS
         while time.monotonic() < deadline and all(child.running for child in self._children):
             with (

@@ -21,6 +21,7 @@ from typing import Any
 import pgsignals
 from pgsignals.outbox import housekeeping
 from pgsignals.outbox.store import Store
+from pgsignals.plugins import load_plugins
 
 from .ledger import Pen
 from .mutants import MUTANTS
@@ -38,6 +39,9 @@ FAILPOINTS = (
     "before the commit of emptying",
     "after emptying",
 )
+
+# Those of a process that passes events on to a broker.
+RELAY_FAILPOINTS = ("before publish", "after publish", "after flush")
 
 TABLE = "public.records"
 
@@ -57,6 +61,7 @@ class Orders:
     countdown: int = 1
     mutant: str = ""
     flaky: float = 0.0
+    backend: str = ""
 
 
 class _Failpoint:
@@ -150,6 +155,17 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
     housekeeping.tidy = functools.partial(housekeeping.tidy, slot_bytes=64 << 10, slot_seconds=1.0)
 
 
+def _plant_in_broadcaster(backend: str, failpoint: _Failpoint) -> None:
+    kind = type(load_plugins().broadcaster(backend))
+    _wrap(
+        kind,
+        "publish",
+        lambda *_: failpoint.pass_by("before publish"),
+        lambda _: failpoint.pass_by("after publish"),
+    )
+    _wrap(kind, "flush", _nothing, lambda done: failpoint.pass_by("after flush") if done else None)
+
+
 def main() -> None:
     """Consume until SIGTERM."""
     orders = Orders(**json.loads(sys.argv[1]))
@@ -157,6 +173,8 @@ def main() -> None:
     pen = Pen(Path(orders.ledger), orders.consumer)
     failpoint = _Failpoint(orders, pen)
     _plant(pen, failpoint)
+    if orders.backend:
+        _plant_in_broadcaster(orders.backend, failpoint)
     if orders.mutant:
         MUTANTS[orders.mutant]()
     chance = random.Random()
@@ -194,6 +212,7 @@ def main() -> None:
                 lease=orders.lease,
                 heartbeat=orders.patience,
                 heartbeat_timeout=orders.patience,
+                backends=[orders.backend] if orders.backend else (),
             )
             break
         except pgsignals.DatabaseError as error:

@@ -55,6 +55,11 @@ def database() -> str:
     return str(getattr(settings, "PGSIGNALS", {}).get("DATABASE", "default"))
 
 
+def default_delivery() -> str:
+    """The delivery of the project's listeners."""
+    return str(getattr(settings, "PGSIGNALS", {}).get("DELIVERY", "notify"))
+
+
 def dsn_of(alias: str) -> str:
     """The connection string of one of Django's databases."""
     connection: Any = connections[alias]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from django.db import DatabaseError, router, transaction
@@ -19,8 +20,16 @@ from ...runs import all_resolvers
 from ...tables import Resolver, TableRef, resolve
 from ...triggers.definitions import define
 from ...watchers import Watcher, normalize
-from ..migrations import Change, borrowed_cursor, installing, removing, source
-from .conf import dsn_of
+from ..migrations import (
+    Change,
+    borrowed_cursor,
+    installing,
+    is_durable,
+    removing,
+    run,
+    source,
+)
+from .conf import default_delivery, dsn_of
 
 
 class InstallWatchers(Operation):
@@ -28,19 +37,26 @@ class InstallWatchers(Operation):
 
     ``watchers`` are what :func:`pgsignals.start` takes, with models as ``"app_label.Model"``, whose
     columns go by their fields' names as they are at this point of the migrations, or tables by
-    their names. ``namespace`` is that of PGSIGNALS.
+    their names. ``namespace`` is that of PGSIGNALS. ``delivery`` is by default what PGSIGNALS says
+    when the migration runs; for ``"outbox"`` the schema ``pgsignals`` is made or upgraded too.
 
-    A trigger that is as it should be is left alone. Backwards, one that somebody listens to is
-    left, with a warning of PostgreSQL's. A table that is locked by somebody else for more than half
-    a second makes the migration fail, and changes nothing: run it again.
+    A trigger that is as it should be is left alone. Backwards, one that somebody listens to or that
+    a consumer of the outbox reads is left, with a warning of PostgreSQL's, and the schema stays. A
+    table that is locked by somebody else for more than half a second makes the migration fail with
+    InstallLockError, and changes nothing: run it again.
     """
 
     reduces_to_sql = True
     reversible = True
 
-    def __init__(self, watchers: Iterable[Any], namespace: str = "default") -> None:
+    def __init__(
+        self, watchers: Iterable[Any], namespace: str = "default", delivery: str | None = None
+    ) -> None:
+        if delivery is not None:
+            is_durable(delivery)
         self.watchers = list(normalize(watchers))
         self.namespace = namespace
+        self.delivery = delivery
 
     def state_forwards(self, app_label: str, state: Any) -> None:
         """Models are left as they are."""
@@ -54,8 +70,9 @@ class InstallWatchers(Operation):
         resolvers = _resolvers(to_state.apps)
 
         def change(cursor: Cursor) -> Change:
-            found = define(cursor, self.watchers, resolvers, self.namespace)
-            return installing(cursor, self.namespace, [each.trigger for each in found])
+            durable = is_durable(self.delivery or default_delivery())
+            found = define(cursor, self.watchers, resolvers, self.namespace, durable)
+            return installing(cursor, self.namespace, [each.trigger for each in found], durable)
 
         self._apply(schema_editor, resolvers, to_state.apps, change)
 
@@ -93,9 +110,12 @@ class InstallWatchers(Operation):
     ) -> None:
         connection = schema_editor.connection
         if not schema_editor.collect_sql:
-            with transaction.atomic(connection.alias), _cursor(connection) as cursor:
-                for statement in change(cursor).forward:
-                    schema_editor.execute(statement, None)
+            with _cursor(connection) as cursor:
+                # Where the migration is not atomic, this is its whole transaction.
+                savepoint = partial(transaction.atomic, connection.alias)
+                with savepoint():
+                    statements = change(cursor).forward
+                run(cursor, statements, savepoint)
             return
         try:
             statements = self._foreseen(connection, resolvers, models, change)
@@ -156,13 +176,15 @@ def _resolvers(models: Any) -> tuple[Resolver, ...]:
 
 @contextmanager
 def _cursor(connection: Any) -> Iterator[Cursor]:
-    def run(statement: str) -> list[tuple[Any, ...]]:
+    def execute(statement: str) -> list[tuple[Any, ...]]:
         with connection.cursor() as cursor:
             cursor.execute(statement)
             return list(cursor.fetchall()) if cursor.description else []
 
     connection.ensure_connection()
-    with borrowed_cursor(connection.connection, lambda: dsn_of(connection.alias), run) as cursor:
+    with borrowed_cursor(
+        connection.connection, lambda: dsn_of(connection.alias), execute
+    ) as cursor:
         yield cursor
 
 

@@ -387,6 +387,11 @@ class Settings:
         """Whose triggers."""
         return str(self.options.get("namespace", "default"))
 
+    @property
+    def delivery(self) -> str:
+        """How events come."""
+        return str(self.options.get("delivery", "notify"))
+
 
 def read_settings(app: Flask, watchers: Watchers) -> Settings:
     """Read ``app.config``.

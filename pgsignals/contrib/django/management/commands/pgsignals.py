@@ -12,12 +12,23 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils import autoreload
 
 from pgsignals.cli import main
+from pgsignals.cli.embedded import Application, commands_for
+from pgsignals.cli.groups import ErrorsAsMessages
 from pgsignals.connection import dsn_of
 from pgsignals.contrib.django import start
-from pgsignals.contrib.django.conf import options
+from pgsignals.contrib.django.conf import default_delivery, options, watchers
 from pgsignals.errors import PgSignalsError
 
-_OF_THE_CLI = ("install", "uninstall", "sql", "status", "doctor", "relay")
+
+def _application() -> Application:
+    chosen = options()
+    return Application(
+        dsn_of(chosen["dsn"]),
+        chosen.get("namespace", "default"),
+        default_delivery(),
+        chosen.get("install", "auto"),
+        watchers(),
+    )
 
 
 class Command(BaseCommand):
@@ -30,9 +41,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """The command, and what goes on to it."""
-        assert isinstance(main, click.Group)
-        known = [name for name in _OF_THE_CLI if name in main.commands]
-        parser.add_argument("subcommand", choices=["listen", *known])
+        parser.add_argument("subcommand", choices=["listen", *self._commands()])
         parser.add_argument(
             "arguments",
             nargs=argparse.REMAINDER,
@@ -63,16 +72,15 @@ class Command(BaseCommand):
             else:
                 hub.wait()
 
+    def _commands(self) -> dict[str, click.Command]:
+        assert isinstance(main, click.Group)
+        return commands_for(main, _application, "manage.py pgsignals")
+
     def _run(self, subcommand: str, arguments: list[str]) -> None:
-        chosen = options()
-        given = ["--dsn", dsn_of(chosen["dsn"])]
-        if "namespace" in chosen:
-            given += ["--namespace", chosen["namespace"]]
-        if subcommand != "uninstall":
-            given += ["--app", "pgsignals.contrib.django:watchers"]
+        group = ErrorsAsMessages("pgsignals", commands=self._commands())
         try:
-            code = main.main(
-                [subcommand, *given, *arguments],
+            code = group.main(
+                [subcommand, *arguments],
                 prog_name="manage.py pgsignals",
                 standalone_mode=False,
             )

@@ -1,37 +1,26 @@
-"""Looks over a database for what would keep pgsignals from working, and says how to mend it."""
+"""The checks of a database, one after the other."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
 
-from .connection import Waiter, connect
-from .errors import ConnectError, WatcherError
-from .inspection import QUEUE_WARNING, read_queue_usage, read_states
-from .tables import Resolver, Table, describe, resolve
-from .triggers.installer import MISSING, OUTDATED, STALE, State
-from .watchers import Watcher
-
-OK, WARN, FAIL = "ok", "warn", "fail"
+from ..connection import Waiter, connect
+from ..errors import ConnectError, WatcherError
+from ..inspection import QUEUE_WARNING, read_queue_usage, read_states
+from ..tables import Resolver, Table, describe, resolve
+from ..triggers.installer import MISSING, OUTDATED, STALE, State
+from ..watchers import Watcher
+from .findings import FAIL, OK, WARN, Finding
+from .outbox import examine_outbox
 
 OLDEST_VERSION = 14
 QUEUE_FAILURE = 0.75
 ROUND_TRIP_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check. ``fix`` says what to do unless ``level`` is ``ok``."""
-
-    check: str
-    level: str
-    message: str
-    fix: str = ""
 
 
 def examine(
@@ -57,6 +46,7 @@ def examine(
             states = read_states(cursor, watchers, resolvers, namespace)
             yield _triggers(states, namespace)
             yield from _privileges(cursor, watchers, resolvers, states)
+            yield from examine_outbox(cursor)
     finally:
         connection.close()
 

@@ -1,0 +1,1 @@
+"""A Django application that uses django-pgpubsub as its documentation shows it."""

@@ -1,0 +1,7 @@
+"""An audit trail of PostgreSQL changes in a file, one JSON object a line."""
+
+from __future__ import annotations
+
+from .broadcaster import AuditBroadcaster
+
+__all__ = ["AuditBroadcaster"]

@@ -1,0 +1,92 @@
+"""Commands of ours in a framework's command line, which knows what they are to work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from pgsignals.watchers import Watcher
+
+# What an application has no use for.
+_NOT_OF_AN_APPLICATION = frozenset({"demo", "plugins"})
+
+
+@dataclass(frozen=True)
+class Application:
+    """What the application says in place of the command line."""
+
+    dsn: str
+    namespace: str
+    delivery: str
+    install: str
+    watchers: tuple[Watcher, ...]
+
+
+_FROM_APPLICATION: dict[str, Callable[[Application, dict[str, Any]], object]] = {
+    "dsn": lambda application, _: application.dsn,
+    "namespace": lambda application, _: application.namespace,
+    "delivery": lambda application, _: application.delivery,
+    "install": lambda application, _: application.install,
+    # Without WATCH arguments, all that the application watches.
+    "app": lambda application, given: () if given.get("watched") else application.watchers,
+}
+
+
+def commands_for(
+    main: click.Group, application: Callable[[], Application], program: str
+) -> dict[str, click.Command]:
+    """The commands of ``main`` for an application, by name; ``program`` is how they are called."""
+    with click.Context(main) as ctx:
+        found = {name: main.get_command(ctx, name) for name in main.list_commands(ctx)}
+    return {
+        name: _for_application(command, application, program)
+        for name, command in found.items()
+        if command is not None and name not in _NOT_OF_AN_APPLICATION
+    }
+
+
+def _for_application(
+    command: click.Command, application: Callable[[], Application], program: str
+) -> click.Command:
+    call = command.callback
+    assert call is not None
+    taken = [each.name for each in command.params if each.name in _FROM_APPLICATION]
+
+    def callback(**given: Any) -> Any:
+        if not taken:
+            return call(**given)
+        known = application()
+        return call(**given, **{name: _FROM_APPLICATION[name](known, given) for name in taken})
+
+    common: dict[str, Any] = {
+        "params": [each for each in command.params if each.name not in _FROM_APPLICATION],
+        "callback": callback,
+        "help": command.help,
+        "epilog": _examples(command.epilog, program),
+        "context_settings": command.context_settings,
+    }
+    if isinstance(command, click.Group):
+        return click.Group(
+            command.name,
+            commands=[
+                _for_application(each, application, program) for each in command.commands.values()
+            ],
+            invoke_without_command=command.invoke_without_command,
+            **common,
+        )
+    return click.Command(command.name, no_args_is_help=command.no_args_is_help, **common)
+
+
+def _examples(epilog: str | None, program: str) -> str | None:
+    """Those examples that need none of the options that the application stands for."""
+    if epilog is None:
+        return None
+    lines = [
+        line.replace("pgsignals ", f"{program} ", 1) if line.startswith("  pgsignals ") else line
+        for line in epilog.splitlines()
+        if not any(f"--{name}" in line for name in _FROM_APPLICATION)
+    ]
+    return "\n".join(lines) if any(line.startswith(f"  {program} ") for line in lines) else None

@@ -1,0 +1,262 @@
+"""``pgsignals relay``: the events of tables to brokers, each once at least."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from pgsignals.connection import redact
+from pgsignals.errors import ConfigurationError, MissingExtraError, PluginError
+from pgsignals.hub import Hub
+from pgsignals.metrics import Metrics
+from pgsignals.plugins import load_plugins
+from pgsignals.watchers import normalize
+
+from .doctor import print_findings
+from .interrupt import interruptible
+from .options import (
+    App,
+    Watched,
+    app_option,
+    database_options,
+    given_watchers,
+    load_app,
+    parse_watched,
+)
+from .output import examples, listed, notice
+from .progress import Progress
+from .relay_check import check_relay
+from .relay_config import RelayConfig, make_target, read_config
+
+_FILE = Path("pgsignals.toml")
+_INSTALL = ("auto", "check", "off")
+
+
+class _WrongConfiguration(click.ClickException):
+    """What a restart does not mend."""
+
+    exit_code = 2
+
+
+@click.command(
+    epilog=examples(
+        "pgsignals relay --watch orders --to kafka://localhost:9092/?prefix=shop --name shop",
+        "pgsignals relay --config pgsignals.toml --check",
+        "pgsignals relay --config pgsignals.toml",
+    )
+)
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A TOML file that says all of this; without --to, pgsignals.toml here, if it is there.",
+)
+@click.option(
+    "--watch",
+    "watched",
+    metavar="WATCH",
+    multiple=True,
+    type=parse_watched,
+    help="TABLE or TABLE:OPERATION,…; may be given several times.",
+)
+@app_option
+@click.option(
+    "--to",
+    "targets",
+    metavar="[NAME=]URL",
+    multiple=True,
+    help="A broker, or env:VARIABLE or file:PATH that has its URL; may be given several times.",
+)
+@click.option(
+    "--name", help="Its cursors are NAME/kafka and so on; relays of one name stand by for another."
+)
+@click.option(
+    "--install",
+    type=click.Choice(_INSTALL),
+    help="As start(install=…): create triggers that are missing (auto, unless the file says "
+    "otherwise), check, or do not look.",
+)
+@database_options
+@click.option(
+    "--check", is_flag=True, help="Check the file, the database and the brokers, and end."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="How many seconds brokers have, at the end, to acknowledge what was read.",
+)
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0.1),
+    default=60.0,
+    show_default=True,
+    help="How many seconds lie between lines that tell of progress, where there is no terminal.",
+)
+@click.option(
+    "--metrics-port",
+    metavar="[HOST:]PORT",
+    help="Serve metrics for Prometheus there, by default at 127.0.0.1.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Tell of progress by lines of JSON, on stdout."
+)
+@click.pass_context
+def relay(
+    ctx: click.Context,
+    path: Path | None,
+    watched: tuple[Watched, ...],
+    app: App,
+    targets: tuple[str, ...],
+    name: str | None,
+    install: str | None,
+    dsn: str,
+    namespace: str,
+    check: bool,
+    timeout: float,
+    every: float,
+    metrics_port: str | None,
+    as_json: bool,
+) -> None:
+    """Pass the events of tables on to brokers, from the outbox, until SIGTERM or Ctrl-C.
+
+    Each target has a cursor of its own, which moves when the broker has acknowledged. A broker that
+    is away is tried again for as long as it takes, and holds up no other. A second relay of the
+    same name stands by, and takes over when the first one ends, however it does.
+
+    Options go before the file's keys; what it watches, and its targets, are added to theirs.
+
+    Exit codes: 0 ended by a signal; what a broker had not acknowledged waits in the outbox. 1 an
+    error: the database cannot be used, or a check failed. 2 a wrong command line or file.
+    """
+    try:
+        config = _configured(
+            ctx, path, watched, app, targets, name, install, dsn, namespace, metrics_port
+        )
+        broadcasters = {each.name: load_plugins().broadcaster(each.url) for each in config.targets}
+    except (ConfigurationError, MissingExtraError, PluginError) as error:
+        raise _WrongConfiguration(redact(str(error))) from error
+    if check:
+        ctx.exit(print_findings(check_relay(config, broadcasters), as_json))
+    metrics = None if config.metrics_port is None else _serve_metrics(config.metrics_port)
+    _relay(config, metrics, timeout, every, as_json)
+
+
+def _configured(
+    ctx: click.Context,
+    path: Path | None,
+    watched: Sequence[Watched],
+    app: App,
+    targets: Sequence[str],
+    name: str | None,
+    install: str | None,
+    dsn: str,
+    namespace: str,
+    metrics_port: str | None,
+) -> RelayConfig:
+    if path is None and not targets and _FILE.exists():
+        path = _FILE
+    given = RelayConfig() if path is None else read_config(path)
+    changes: dict[str, Any] = {
+        "name": name,
+        "install": install,
+        "metrics_port": metrics_port,
+        "dsn": dsn if _said(ctx, "dsn") or given.dsn is None else None,
+        "namespace": namespace if _said(ctx, "namespace") else None,
+    }
+    found = replace(given, **{key: value for key, value in changes.items() if value is not None})
+    watchers = [
+        *found.watchers,
+        *given_watchers(watched, app, required=False),
+        *load_app(found.app),
+    ]
+    found = replace(
+        found,
+        watchers=normalize(watchers),
+        targets=(*found.targets, *map(make_target, targets)),
+    )
+    if not found.watchers:
+        raise click.UsageError("Give what to watch: --watch orders, --app, or [[watch]] in a file.")
+    if not found.targets:
+        raise click.UsageError(
+            "Give where events go: --to with the URL of a broker, or [[target]] in a file."
+        )
+    if not found.name:
+        raise click.UsageError(
+            "Give the relay a name, by which it finds its place again: --name shop, or name in a "
+            "file."
+        )
+    names = [target.name for target in found.targets]
+    for each in names:
+        if names.count(each) > 1:
+            raise ConfigurationError(
+                f"Two targets are called {each!r}: give one another name, with NAME=URL or name in "
+                "[[target]], and keep it, since its place in the outbox is kept by it."
+            )
+    return found
+
+
+def _said(ctx: click.Context, option: str) -> bool:
+    """Whether an option stands on the command line, or comes from a framework's settings."""
+    source = ctx.get_parameter_source(option)
+    return source not in (ParameterSource.DEFAULT, ParameterSource.ENVIRONMENT)
+
+
+def _relay(
+    config: RelayConfig, metrics: Metrics | None, timeout: float, every: float, as_json: bool
+) -> None:
+    hub = Hub()
+    assert config.name is not None
+    with interruptible() as end:
+        try:
+            hub.start(
+                config.dsn or "",
+                config.watchers,
+                delivery="outbox",
+                name=config.name,
+                backends={target.name: target.url for target in config.targets},
+                workers=0,
+                install=config.install,
+                namespace=config.namespace,
+                prune=config.prune,
+                listen_dsn=config.listen_dsn,
+                lease=config.lease,
+                queue_size=config.queue_size,
+                metrics=metrics,
+            )
+            names = [target.name for target in config.targets]
+            notice(
+                f"Relaying {listed(config.watchers)} to {', '.join(names)} as {config.name!r}. "
+                "Press Ctrl-C to stop."
+            )
+            with Progress(config.name, names, hub.health, every, as_json) as progress:
+                while end.wait(progress.pause) is None:
+                    progress.tell()
+                notice("Ending: brokers acknowledge what was read.")
+        finally:
+            drained = hub.stop(timeout)
+    if not drained:
+        notice("What was not acknowledged waits in the outbox for the next relay.")
+
+
+def _serve_metrics(place: str) -> Metrics:
+    host, _, port = place.rpartition(":")
+    if not re.fullmatch(r"\d{1,5}", port):
+        raise click.UsageError(f"--metrics-port {place!r}: write PORT or HOST:PORT.")
+    # Before the package itself, since its absence is told there.
+    from pgsignals.contrib.prometheus import PrometheusMetrics  # isort: skip
+
+    from prometheus_client import start_http_server
+
+    try:
+        start_http_server(int(port), host or "127.0.0.1")
+    except (OSError, OverflowError) as error:
+        raise click.ClickException(f"--metrics-port {place}: {error}") from error
+    return PrometheusMetrics()

@@ -1,0 +1,104 @@
+"""``pgsignals relay --check``: what would keep a relay from working, asked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from psycopg2.extensions import cursor as Cursor
+
+from pgsignals.broadcasters import Broadcaster, Checkable
+from pgsignals.connection import redact
+from pgsignals.doctor import FAIL, OK, WARN, Finding, examine
+from pgsignals.errors import DriftError, PgSignalsError, WatcherError
+from pgsignals.inspection import read_states
+from pgsignals.outbox.schema import check_schema
+from pgsignals.runs import all_resolvers
+from pgsignals.triggers.definitions import define
+from pgsignals.triggers.installer import MISSING, OUTDATED
+
+from .options import opened
+from .relay_config import RelayConfig
+
+_SECONDS = 10.0
+
+
+def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) -> Iterator[Finding]:
+    """Check the database, the triggers and each target; nothing is created anywhere."""
+    resolvers = all_resolvers(())
+    dsn = config.dsn or ""
+    # What it says of triggers is about those that notify; rights matter where some are missing.
+    rights = []
+    reached = True
+    for finding in examine(dsn, config.watchers, resolvers, config.namespace):
+        if finding.check == "privileges":
+            rights.append(finding)
+        elif finding.check != "triggers":
+            yield finding
+            reached = reached and (finding.check, finding.level) != ("connection", FAIL)
+    tables: set[tuple[str, str]] = set()
+    if reached:
+        with opened(dsn) as cursor:
+            try:
+                definitions = define(cursor, config.watchers, resolvers, config.namespace, True)
+            except WatcherError as error:
+                yield Finding("watchers", FAIL, str(error), "Mend the watcher or the table.")
+            else:
+                tables = {(each.topic.schema, each.topic.table) for each in definitions}
+                schema = _schema(cursor, config)
+                triggers = _triggers(cursor, config)
+                yield schema
+                yield triggers
+                if config.install == "auto" and triggers.level != OK:
+                    yield from rights
+    for name, broadcaster in broadcasters.items():
+        yield _target(name, broadcaster, sorted(tables))
+
+
+def _schema(cursor: Cursor, config: RelayConfig) -> Finding:
+    try:
+        check_schema(cursor)
+    except DriftError as error:
+        if config.install == "auto":
+            return Finding(
+                "outbox", WARN, "its schema is not there as it should be", "The relay makes it."
+            )
+        return Finding("outbox", FAIL, str(error), "See above.")
+    return Finding("outbox", OK, "its schema is there")
+
+
+def _triggers(cursor: Cursor, config: RelayConfig) -> Finding:
+    states = read_states(cursor, config.watchers, all_resolvers(()), config.namespace, True)
+    wrong = [
+        f"{state.op} on {state.schema}.{state.table} is {state.status}"
+        for state in states
+        if state.status in (MISSING, OUTDATED)
+    ]
+    if not wrong:
+        return Finding("triggers", OK, f"all are there, in namespace {config.namespace!r}")
+    if config.install == "auto":
+        return Finding("triggers", WARN, "; ".join(wrong), "The relay installs them at its start.")
+    return Finding(
+        "triggers",
+        FAIL,
+        "; ".join(wrong),
+        "Run `pgsignals install --delivery outbox` with these watchers, as the tables' owner.",
+    )
+
+
+def _target(name: str, broadcaster: Broadcaster, tables: list[tuple[str, str]]) -> Finding:
+    what = f"target {name}"
+    try:
+        if isinstance(broadcaster, Checkable):
+            broadcaster.check(tables)
+        elif not broadcaster.flush(_SECONDS):
+            message = f"{broadcaster} does not answer within {_SECONDS:g} s"
+            return Finding(what, FAIL, message, "Start the broker, or correct the address.")
+    except PgSignalsError as error:
+        return Finding(what, FAIL, redact(str(error)), "Mend the broker or the target.")
+    # Whatever a plugin raises, the other targets are checked too.
+    except Exception as error:
+        message = f"{broadcaster}: {type(error).__name__}: {redact(str(error))}"
+        return Finding(what, FAIL, message, "See what the plugin says of this.")
+    finally:
+        broadcaster.close()
+    return Finding(what, OK, f"{broadcaster} takes the events")

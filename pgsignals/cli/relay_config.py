@@ -1,0 +1,250 @@
+"""What ``pgsignals relay`` is to do, from a TOML file: validated, with its secrets looked up."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import msgspec
+
+from pgsignals.errors import ConfigurationError, MissingExtraError, PgSignalsError, near
+from pgsignals.urls import scheme_of
+from pgsignals.watchers import DEFAULT_OPERATIONS, Watcher, watch
+
+T = TypeVar("T")
+
+Install = Literal["auto", "check", "off"]
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_SOURCES = "'env:VARIABLE', 'file:PATH' or 'credential:NAME'"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where events go, and the name that its cursor has for it."""
+
+    name: str
+    url: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RelayConfig:
+    """What to relay, from where, to where. ``watchers`` come beside those of ``app``."""
+
+    name: str | None = None
+    dsn: str | None = field(default=None, repr=False)
+    listen_dsn: str | None = field(default=None, repr=False)
+    namespace: str = "default"
+    install: Install = "auto"
+    prune: bool = False
+    lease: float = 5.0
+    queue_size: int = 10_000
+    metrics_port: str | None = None
+    app: str | None = None
+    watchers: tuple[Watcher, ...] = ()
+    targets: tuple[Target, ...] = ()
+
+
+class _Watch(msgspec.Struct, forbid_unknown_fields=True):
+    table: str
+    operations: tuple[str, ...] = DEFAULT_OPERATIONS
+    columns: tuple[str, ...] = ()
+    when: str | None = None
+    extra: tuple[str, ...] = ()
+    label: str | None = None
+    replicated: bool = False
+
+
+class _Target(msgspec.Struct, forbid_unknown_fields=True):
+    url: str
+    name: str | None = None
+    user: str | None = None
+    password: str | None = None
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    name: str | None = None
+    dsn: str | None = None
+    listen_dsn: str | None = None
+    namespace: str = "default"
+    install: Install = "auto"
+    prune: bool = False
+    lease: float = 5.0
+    queue_size: int = 10_000
+    metrics_port: int | str | None = None
+    app: str | None = None
+    watch: tuple[_Watch, ...] = ()
+    target: tuple[_Target, ...] = ()
+
+
+def read_config(path: Path) -> RelayConfig:
+    """Read a file, and look up the secrets that it names.
+
+    Raises ConfigurationError that names the file and the key, and shows no value that may be a
+    secret; MissingExtraError where this Python needs a package to read TOML.
+    """
+    try:
+        data = _toml_parser()(path.read_text("utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from None
+    # A ValueError, like all that parsers of TOML raise; it names line and column, and no value.
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
+    _refuse_unknown(path, data, _File, "")
+    try:
+        found = msgspec.convert(data, _File)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        key = f" {where.rstrip('`')}:" if where else ""
+        raise ConfigurationError(f"{path}:{key} {what}.") from None
+    folder = path.parent
+
+    def look_up(key: str, text: str | None) -> str | None:
+        return None if text is None else _within(path, key, lambda: look_up_secret(text, folder))
+
+    return RelayConfig(
+        name=found.name,
+        dsn=look_up("dsn", found.dsn),
+        listen_dsn=look_up("listen_dsn", found.listen_dsn),
+        namespace=found.namespace,
+        install=found.install,
+        prune=found.prune,
+        lease=found.lease,
+        queue_size=found.queue_size,
+        metrics_port=None if found.metrics_port is None else str(found.metrics_port),
+        app=found.app,
+        watchers=tuple(
+            _within(path, f"watch[{number}]", lambda each=each: _watcher(each))  # type: ignore[misc]
+            for number, each in enumerate(found.watch)
+        ),
+        targets=tuple(
+            _within(path, f"target[{number}]", lambda each=each: _target(each, folder))  # type: ignore[misc]
+            for number, each in enumerate(found.target)
+        ),
+    )
+
+
+def look_up_secret(text: str, folder: Path | None = None) -> str:
+    """A text, or what it names: ``env:NAME``, ``file:PATH`` or ``credential:NAME``.
+
+    Paths begin at ``folder``; credentials are files that systemd puts into the folder
+    ``$CREDENTIALS_DIRECTORY``. Raises ConfigurationError when there is no such thing.
+    """
+    kind, separator, name = text.partition(":")
+    if not separator or kind not in ("env", "file", "credential"):
+        return text
+    if kind == "env":
+        found = os.environ.get(name)
+        if not found:
+            raise ConfigurationError(f"{text!r}: the environment has no variable {name}.")
+        return found
+    if kind == "file":
+        place = (folder or Path()) / name
+    else:
+        directory = os.environ.get("CREDENTIALS_DIRECTORY")
+        if not directory:
+            raise ConfigurationError(
+                f"{text!r}: there is no CREDENTIALS_DIRECTORY, which systemd sets for a unit with "
+                "LoadCredential=."
+            )
+        place = Path(directory) / name
+    try:
+        return place.read_text("utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigurationError(f"{text!r}: {place} cannot be read: {reason}.") from None
+
+
+def make_target(text: str) -> Target:
+    """``[NAME=]URL``; without a name, what stands before the URL's ``://``.
+
+    Raises ConfigurationError for anything else.
+    """
+    name, separator, url = text.partition("=")
+    if not separator or not _NAME.fullmatch(name):
+        name, url = "", text
+    return _named(name or None, look_up_secret(url))
+
+
+def _named(name: str | None, url: str) -> Target:
+    scheme = scheme_of(url)
+    if scheme is None:
+        raise ConfigurationError(
+            "A target is not a URL: write kafka://host:port/?prefix=…, nats://host:port/?prefix=…, "
+            f"or {_SOURCES}, which has it."
+        )
+    if name is not None and not _NAME.fullmatch(name):
+        raise ConfigurationError(f"name = {name!r}: give letters, digits, '_' and '-'.")
+    return Target(name or scheme, url)
+
+
+def _target(given: _Target, folder: Path) -> Target:
+    url = look_up_secret(given.url, folder)
+    if given.password is not None and look_up_secret(given.password, folder) == given.password:
+        raise ConfigurationError(f"password stands in the file: write {_SOURCES} in its place.")
+    if given.user is None and given.password is None:
+        return _named(given.name, url)
+    parts = urlsplit(url)
+    if given.user is None or "@" in parts.netloc:
+        raise ConfigurationError(
+            "give user with password, or user alone for a token, and then none in the url."
+        )
+    credentials = quote(look_up_secret(given.user, folder), safe="")
+    if given.password is not None:
+        credentials += ":" + quote(look_up_secret(given.password, folder), safe="")
+    return _named(given.name, urlunsplit(parts._replace(netloc=f"{credentials}@{parts.netloc}")))
+
+
+def _watcher(given: _Watch) -> Watcher:
+    return watch(
+        given.table,
+        *given.operations,
+        columns=given.columns,
+        when=given.when,
+        extra=given.extra,
+        label=given.label,
+        replicated=given.replicated,
+    )
+
+
+def _within(path: Path, key: str, call: Callable[[], T]) -> T:
+    """What ``call`` returns; the error that it raises with the place where its cause stands."""
+    try:
+        return call()
+    except PgSignalsError as error:
+        raise ConfigurationError(f"{path}: {key}: {error}") from None
+
+
+def _refuse_unknown(path: Path, data: object, kind: Any, where: str) -> None:
+    """Raise ConfigurationError for a key that there is not, with the nearest that there is."""
+    if get_origin(kind) is tuple and isinstance(data, Sequence):
+        for number, each in enumerate(data):
+            _refuse_unknown(path, each, get_args(kind)[0], f"{where}[{number}]")
+    elif isinstance(data, Mapping) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        types = {each.name: each.type for each in msgspec.structs.fields(kind)}
+        for key, value in data.items():
+            place = f"{where}.{key}" if where else str(key)
+            if key not in types:
+                raise ConfigurationError(
+                    f"{path}: there is no key {place}{near(str(key), types)} "
+                    f"Keys there: {', '.join(types)}."
+                )
+            _refuse_unknown(path, value, types[key], place)
+
+
+def _toml_parser() -> Callable[[str], dict[str, Any]]:
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    try:
+        loads: Callable[[str], dict[str, Any]] = importlib.import_module(name).loads
+    except ImportError as error:
+        raise MissingExtraError(
+            "On Python 3.10 a TOML file needs the package tomli: pip install 'pgsignals[cli]'"
+        ) from error
+    return loads

@@ -1,0 +1,84 @@
+"""Removes the outbox from a database."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+from psycopg2.extensions import cursor as Cursor
+
+from ..errors import DatabaseError
+from ..triggers.catalogue import Installed, read_installed
+from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock
+from ..triggers.sql import drop_statement
+from .inspection import read_outbox
+from .schema import NAME, read_version
+
+log = logging.getLogger("pgsignals")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What would be lost: named consumers with their lag in events, dead letters, triggers."""
+
+    consumers: tuple[tuple[str, int], ...]
+    dead_letters: int
+    triggers: tuple[Installed, ...]
+
+
+def survey(cursor: Cursor) -> Survey:
+    """What there is. Raises DatabaseError without an outbox, or while somebody reads it."""
+    if not read_version(cursor):
+        raise DatabaseError(f"There is no outbox in this database: no schema {NAME!r}.")
+    _check_idle(cursor)
+    lags: dict[str, int] = {}
+    for each in read_outbox(cursor).consumers:
+        if not each.ephemeral:
+            lags[each.name] = lags.get(each.name, 0) + each.lag
+    cursor.execute("SELECT pg_catalog.count(*) FROM pgsignals.dead_letters")
+    [(letters,)] = cursor.fetchall()
+    return Survey(tuple(lags.items()), letters, tuple(_triggers(cursor)))
+
+
+def remove(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> list[Installed]:
+    """Remove the triggers that write to the outbox, and then its schema; those triggers.
+
+    Raises DatabaseError while somebody reads it; PrivilegeError, InstallLockError.
+    """
+
+    def drop_trigger(item: Installed) -> None:
+        cursor.execute(drop_statement(cursor, item.function_schema, item.name))
+
+    def drop_schema() -> None:
+        # Nobody can become a consumer from here on.
+        cursor.execute("LOCK TABLE pgsignals.consumers IN ACCESS EXCLUSIVE MODE")
+        _check_idle(cursor)
+        cursor.execute("DROP SCHEMA pgsignals CASCADE")
+
+    _check_idle(cursor)
+    removed = _triggers(cursor)
+    for item in removed:
+        in_install_lock(cursor, limits, item.schema, item.table, partial(drop_trigger, item))
+    in_install_lock(cursor, limits, NAME, None, drop_schema)
+    log.info("removed the schema %s and %d triggers", NAME, len(removed))
+    return removed
+
+
+def _triggers(cursor: Cursor) -> list[Installed]:
+    return [item for item in read_installed(cursor, None) if item.durable]
+
+
+def _check_idle(cursor: Cursor) -> None:
+    active = {each.name: each.holder for each in read_outbox(cursor).consumers if each.active}
+    if active:
+        named = ", ".join(f"{name!r} ({holder})" for name, holder in active.items())
+        raise DatabaseError(
+            f"Processes read the outbox, and would hear nothing any more: {named}. Stop them first."
+        )
+    for item in _triggers(cursor):
+        if item.listeners:
+            raise DatabaseError(
+                f"A process stands by to read {item.tag.op} of {item.schema}.{item.table} from the "
+                "outbox. Stop it first."
+            )

@@ -1,0 +1,189 @@
+"""What was lost is announced until somebody has been told, whatever becomes of the process."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from conftest import Database, Recorder
+from test_outbox_relay import Broker
+
+import pgsignals
+from tests.commands import Program
+from tests.waiting import eventually
+
+CONSUME = """
+import os, signal, sys
+import pgsignals
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+@pgsignals.on("items", "inserted")
+def receive(event):
+    say(event.id)
+
+@pgsignals.on_gap
+def resync(gap):
+    say(gap.reason)
+    if sys.argv[1] == "hangs":
+        signal.pause()
+
+pgsignals.start(os.environ["PGSIGNALS_DSN"], ["items"], delivery="outbox", name="mailer",
+                lease=1.0)
+say("started")
+pgsignals.run()
+"""
+
+LOSSES = {
+    # As housekeeping marks it.
+    "dropped": ("UPDATE pgsignals.consumers SET lost_until = clock_timestamp()", "retention"),
+    # As a writer does who finds the outbox full.
+    "shed": ("SELECT nextval('pgsignals.outbox_shed')", "retention"),
+    "another cluster": ("UPDATE pgsignals.consumers SET epoch = '1/1'", "restored"),
+    "promoted": (
+        "UPDATE pgsignals.consumers SET epoch = split_part(epoch, '/', 1) || '/99'",
+        "restored",
+    ),
+    "gone back in time": (
+        "UPDATE pgsignals.consumers SET snapshot = '99999999:99999999:'",
+        "restored",
+    ),
+}
+UNTOLD = """
+SELECT lost_until IS NOT NULL OR epoch <> %s OR snapshot = '99999999:99999999:'
+  OR shed <> (SELECT last_value FROM pgsignals.outbox_shed)
+FROM pgsignals.consumers
+"""
+
+
+@pytest.fixture
+def shop(db: Database) -> Database:
+    """A database with a table."""
+    db("CREATE TABLE items (id bigint PRIMARY KEY, name text)")
+    return db
+
+
+def until_heard(program: Program, line: str) -> list[str]:
+    """What it says up to that line."""
+    heard = [program.out()]
+    while heard[-1] != line:
+        heard.append(program.out())
+    return heard
+
+
+def until_renewed(shop: Database) -> None:
+    """Wait until the claim has been renewed."""
+    renewals = "SELECT lease_until FROM pgsignals.consumers"
+    before = shop(renewals)
+    eventually(lambda: shop(renewals), lambda now: now != before)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_process_killed_in_a_gap_receiver(hub: pgsignals.Hub, shop: Database, loss: str) -> None:
+    """The Gap comes again until its receivers have returned, and then no more."""
+    statement, reason = LOSSES[loss]
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer")
+    assert hub.stop()
+    [(epoch,)] = shop("SELECT epoch FROM pgsignals.consumers")
+    shop(statement)
+    for manner in ("hangs", "hangs", "returns"):
+        program = Program("-c", CONSUME, manner, dsn=shop.dsn)
+        try:
+            until_heard(program, reason)
+            if manner == "hangs":
+                # It has renewed its claim meanwhile, and acknowledged nothing.
+                until_renewed(shop)
+                assert shop(UNTOLD, (epoch,)) == [(True,)]
+            else:
+                eventually(lambda: shop(UNTOLD, (epoch,)), lambda now: now == [(False,)])
+        finally:
+            program.process.kill()
+            program.process.wait()
+    shop("INSERT INTO items VALUES (1)")
+    program = Program("-c", CONSUME, "returns", dsn=shop.dsn)
+    try:
+        assert reason not in until_heard(program, "1")
+    finally:
+        program.process.kill()
+        program.process.wait()
+
+
+def test_a_process_killed_while_it_is_told_of_a_broken_watcher(
+    hub: pgsignals.Hub, shop: Database
+) -> None:
+    """A row that says that its watcher is broken is acknowledged once receivers know it."""
+    watcher = pgsignals.watch("items", "inserted", extra=["name"])
+    hub.start(shop.dsn, [watcher], delivery="outbox", name="mailer")
+    assert hub.stop()
+    shop("ALTER TABLE items RENAME COLUMN name TO title")
+    shop("INSERT INTO items VALUES (1)")
+    for manner in ("hangs", "returns"):
+        program = Program("-c", CONSUME, manner, dsn=shop.dsn)
+        try:
+            until_heard(program, "watcher_broken")
+            until_renewed(shop)
+        finally:
+            program.process.kill()
+            program.process.wait()
+
+
+def test_a_consumer_that_was_removed(hub: pgsignals.Hub, shop: Database) -> None:
+    """Whoever takes over from a process whose consumer had been removed announces it too."""
+    called, held = threading.Event(), threading.Event()
+
+    @hub.on_gap
+    def receive(gap: pgsignals.Gap) -> None:
+        called.set()
+        held.wait()
+
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
+    shop("DELETE FROM pgsignals.consumers")
+    assert called.wait(15)
+    try:
+        assert not hub.stop(0.2)
+    finally:
+        held.set()
+    other, gaps = pgsignals.Hub(), Recorder()
+    other.on_gap(gaps)
+    with other.start(shop.dsn, ["items"], delivery="outbox", name="mailer"):
+        [gap] = gaps.wait(1)
+    assert gap.reason == "retention"
+    assert gap.since < gap.until
+
+
+def test_a_broker_that_is_away_when_something_is_lost(hub: pgsignals.Hub, shop: Database) -> None:
+    """A broker is told again until it has acknowledged, and then no more."""
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[Broker()])
+    assert hub.stop()
+    shop("UPDATE pgsignals.consumers SET lost_until = now() WHERE name = 'mailer/broker'")
+    away = Broker()
+    away.away.set()
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[away])
+    assert away.refused.wait(15)
+    assert not hub.stop(0.5)
+    back = Broker()
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[back])
+    [gap] = back.acknowledged.wait(1)
+    assert gap.reason == "retention"
+    assert hub.stop()
+    shop("INSERT INTO items VALUES (1)")
+    again = Broker()
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[again])
+    [event] = again.acknowledged.wait(1)
+    assert event.id == 1
+
+
+def test_when_something_was_lost(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+    """A Gap begins where all had been acknowledged, however late the loss is noticed."""
+    hub.on_gap(recorder)
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
+    acknowledged_at = "SELECT acknowledged_at FROM pgsignals.consumers"
+    [(before,)] = shop(acknowledged_at)
+    eventually(lambda: shop(acknowledged_at), lambda now: now != [(before,)])
+    [(marked,)] = shop(
+        "UPDATE pgsignals.consumers SET lost_until = clock_timestamp() RETURNING lost_until"
+    )
+    [gap] = recorder.wait(1)
+    assert gap.until == marked
+    assert gap.since < marked

@@ -1,0 +1,259 @@
+"""Who may do what in outbox delivery, and what those try who may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from psycopg2 import errors as pg
+from psycopg2 import sql
+
+import pgsignals
+from pgsignals import Hub, watch
+from pgsignals.outbox import administration
+from pgsignals.outbox.housekeeping import tidy
+from tests.conftest import Database, Recorder
+from tests.test_roles import documented_grants
+from tests.waiting import eventually
+
+
+@pytest.fixture
+def role(db: Database) -> Iterator[str]:
+    """The name of a role that has no right at all; its objects go at the end."""
+    name = f"role_{db.connection.info.dbname}"
+    db(f"CREATE ROLE {name} LOGIN")
+    yield name
+    db(f"RESET ROLE; DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+
+
+@pytest.fixture
+def as_role(dsn: str, role: str, connect: Callable[[str], Database]) -> Database:
+    """A session of that role."""
+    return connect(dsn.replace("postgres@", f"{role}@"))
+
+
+@pytest.fixture(autouse=True)
+def orders(db: Database) -> None:
+    """A table of orders."""
+    db("CREATE TABLE orders (id bigint PRIMARY KEY, note text)")
+
+
+@pytest.fixture
+def writer(hub: Hub, dsn: str, db: Database, role: str, as_role: Database) -> Database:
+    """A session that may write to a watched table, and nothing else."""
+    hub.start(dsn, ["orders"], delivery="outbox", name="mailer")
+    db(f"GRANT SELECT, INSERT, UPDATE, DELETE ON orders TO {role}")
+    return as_role
+
+
+def test_a_writer_writes(hub: Hub, writer: Database, recorder: Recorder) -> None:
+    """A role with DML on the table alone is heard."""
+    hub.subscribe(recorder, "orders")
+    writer("INSERT INTO orders VALUES (1); UPDATE orders SET id = 2; DELETE FROM orders")
+    assert [event.op for event in recorder.wait(3)] == ["inserted", "updated", "deleted"]
+
+
+def test_a_writer_has_no_right_on_the_schema(db: Database, writer: Database) -> None:
+    """It cannot read, write, or count up anything there, nor see what is in it."""
+    relations = db(
+        "SELECT relkind, relname FROM pg_class"
+        " WHERE relnamespace = 'pgsignals'::regnamespace AND relkind IN ('r', 'p', 'S')"
+    )
+    assert len(relations) > 20
+    for kind, name in relations:
+        attempts = ["SELECT * FROM {}", "DELETE FROM {}", "TRUNCATE {}"]
+        if kind == "S":
+            attempts = ["SELECT last_value FROM {}", "SELECT nextval({})", "SELECT setval({}, 1)"]
+        for attempt in attempts:
+            place = sql.Identifier("pgsignals", name)
+            if "val(" in attempt:
+                place = sql.Literal(f"pgsignals.{name}")
+            with pytest.raises(pg.InsufficientPrivilege):
+                writer(sql.SQL(attempt).format(place))
+    with pytest.raises(pg.InsufficientPrivilege):
+        writer("INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 0, 'forged')")
+
+
+def test_even_with_the_schema_opened(db: Database, role: str, writer: Database) -> None:
+    """USAGE on the schema, by which names there are found, opens nothing that is in it."""
+    db(f"GRANT USAGE ON SCHEMA pgsignals TO {role}")
+    for attempt in (
+        "SELECT pgsignals.has_room()",
+        "SELECT * FROM pgsignals.outbox",
+        "SELECT * FROM pgsignals.outbox_0",
+        "INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 0, 'forged')",
+        "UPDATE pgsignals.consumers SET snapshot = '1:1:'",
+        "SELECT nextval('pgsignals.outbox_id')",
+        "SELECT setval('pgsignals.outbox_full', 1)",
+        "CREATE FUNCTION pgsignals.has_room(int) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    ):
+        with pytest.raises(pg.InsufficientPrivilege):
+            writer(attempt)
+
+
+def test_functions_are_nobody_elses(db: Database, writer: Database) -> None:
+    """The trigger functions run as their owner, for the triggers alone that the owner made."""
+    functions = db(
+        "SELECT proname, prosecdef, proconfig FROM pg_proc WHERE proname LIKE 'pgsignals\\_%'"
+    )
+    assert len(functions) == 3
+    for name, definer, config in functions:
+        assert definer
+        assert config == ["search_path=pg_catalog, pg_temp"]
+        with pytest.raises(pg.InsufficientPrivilege):
+            writer(f"SELECT {name}()")
+        writer("CREATE TEMP TABLE IF NOT EXISTS own (id bigint, note text)")
+        with pytest.raises(pg.InsufficientPrivilege):
+            writer(f"CREATE TRIGGER own AFTER INSERT ON own EXECUTE FUNCTION {name}()")
+        with pytest.raises(pg.InsufficientPrivilege):
+            writer(f"ALTER FUNCTION {name}() SECURITY INVOKER")
+
+
+_DECOYS = """
+CREATE TEMP TABLE outbox (id bigint, txid bigint, channel bigint, slot smallint, payload text);
+CREATE TEMP TABLE pgs_new (id bigint, note text);
+CREATE TEMP TABLE pgs_old (id bigint, note text);
+CREATE TEMP TABLE orders (id bigint PRIMARY KEY, note text);
+CREATE TEMP SEQUENCE outbox_id;
+CREATE TEMP SEQUENCE outbox_slot;
+INSERT INTO pgs_new VALUES (666);
+CREATE DOMAIN pg_temp.text AS varchar(1);
+CREATE DOMAIN pg_temp.int8 AS bool;
+CREATE FUNCTION pg_temp.nextval(regclass) RETURNS bigint LANGUAGE plpgsql
+  AS 'BEGIN RAISE ''shadow''; END';
+CREATE FUNCTION pg_temp.steal(text, text) RETURNS bool LANGUAGE plpgsql
+  AS 'BEGIN RAISE ''shadow''; END';
+CREATE OPERATOR pg_temp.= (LEFTARG = text, RIGHTARG = text, FUNCTION = pg_temp.steal);
+CREATE OPERATOR pg_temp.|| (LEFTARG = text, RIGHTARG = text, FUNCTION = pg_temp.steal);
+SET search_path TO pg_temp, pg_catalog, public
+"""
+
+
+@pytest.mark.parametrize("when", [None, "NEW.note = 'a' AND EXISTS (SELECT FROM wanted)"])
+def test_temporary_objects_of_a_writer(
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    role: str,
+    as_role: Database,
+    recorder: Recorder,
+    when: str | None,
+) -> None:
+    """Nothing that a writer makes in pg_temp, put first, stands for what the triggers use."""
+    db("CREATE TABLE wanted (id int); INSERT INTO wanted VALUES (1)")
+    watcher = watch("orders", "inserted", "updated", extra=["note"], when=when)
+    hub.subscribe(recorder, "orders")
+    hub.start(dsn, [watcher], delivery="outbox", name="mailer")
+    db(f"GRANT SELECT, INSERT, UPDATE ON orders TO {role}")
+    as_role(_DECOYS)
+    as_role("CREATE TEMP TABLE wanted (id int)")
+    as_role("INSERT INTO public.orders VALUES (1, 'a')")
+    as_role("UPDATE public.orders SET id = 2")
+    assert [(event.op, event.id, event.values) for event in recorder.wait(2)] == [
+        ("inserted", 1, {"note": "a"}),
+        ("updated", 2, {"note": "a"}),
+    ]
+    assert as_role("SELECT pg_catalog.count(*) FROM pg_temp.outbox") == [(0,)]
+
+
+def test_what_a_condition_may_do(
+    hub: Hub, dsn: str, db: Database, role: str, as_role: Database, recorder: Recorder
+) -> None:
+    """A condition runs with the rights of who installed it, and knows the writer as session_user.
+
+    It reads what the writer may not, and current_user is not the writer.
+    """
+    db("CREATE TABLE secrets (id int); INSERT INTO secrets VALUES (1)")
+    hub.start(
+        dsn,
+        [
+            watch("orders", "inserted", when="EXISTS (SELECT FROM secrets)", label="reads"),
+            watch("orders", "inserted", when=f"session_user = '{role}'", label="session"),
+            watch("orders", "inserted", when=f"current_user = '{role}'", label="current"),
+        ],
+        delivery="outbox",
+        name="mailer",
+    )
+    hub.subscribe(recorder, "reads")
+    hub.subscribe(recorder, "session")
+    hub.subscribe(recorder, "current")
+    db(f"GRANT INSERT ON orders TO {role}")
+    as_role("INSERT INTO orders VALUES (1)")
+    assert {event.label for event in recorder.wait(2)} == {"reads", "session"}
+
+
+@pytest.fixture
+def consumer(dsn: str, db: Database, role: str, as_role: Database) -> Database:
+    """A session of a role with exactly the rights that the documentation gives a consumer."""
+    Hub().start(dsn, ["orders"], delivery="outbox").stop()
+    for grant in documented_grants("consumer"):
+        db(f"GRANT {grant} TO {role}")
+    return as_role
+
+
+def test_the_documented_grants_of_a_consumer(
+    hub: Hub, db: Database, consumer: Database, recorder: Recorder
+) -> None:
+    """With them it reads, acknowledges, shares partitions, buries, delivers again and tidies up."""
+    broken = True
+
+    @hub.on("orders", "inserted", retries=0)
+    def receive(event: pgsignals.Event) -> None:
+        if broken and event.id == 1:
+            raise ValueError("poison")
+        recorder(event)
+
+    db("INSERT INTO orders VALUES (0)")
+    hub.start(
+        consumer.dsn,
+        ["orders"],
+        delivery="outbox",
+        name="mailer",
+        partitions=2,
+        install="check",
+    )
+    db("INSERT INTO orders VALUES (1), (2)")
+    assert recorder.wait(1)[0].id == 2
+    eventually(lambda: db("SELECT consumer FROM pgsignals.dead_letters"), lambda rows: bool(rows))
+    broken = False
+    with consumer.connection.cursor() as cursor:
+        assert administration.retry(cursor, None) == 1
+        assert recorder.wait(2)[1].id == 1
+        eventually(lambda: db("SELECT FROM pgsignals.dead_letters"), lambda rows: not rows)
+        eventually(
+            lambda: db("SELECT sum(acknowledged) FROM pgsignals.consumers"),
+            lambda rows: rows == [(2,)],
+        )
+        # The partition is turned, and then emptied since all is acknowledged.
+        assert tidy(cursor, slot_bytes=0) == []
+        db("INSERT INTO orders VALUES (3)")
+        recorder.wait(3)
+        eventually(lambda: tidy(cursor, slot_bytes=0), lambda emptied: emptied == [0])
+        hub.stop()
+        administration.reset_consumer(cursor, "mailer", "now")
+        administration.drop_consumer(cursor, "mailer")
+
+
+def test_once_and_backfills_of_a_consumer(consumer: Database) -> None:
+    """It may record that an event is taken care of, and how far a backfill has come."""
+    consumer("INSERT INTO pgsignals.processed (scope, uid) VALUES ('a', 'b')")
+    for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+        assert consumer("SELECT has_table_privilege('pgsignals.backfills', %s)", [privilege]) == [
+            (True,)
+        ]
+
+
+def test_what_a_consumer_may_not(consumer: Database) -> None:
+    """A consumer forges no event, changes no cap and no definition, and installs nothing."""
+    for attempt in (
+        "INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 0, 'forged')",
+        "UPDATE pgsignals.outbox SET payload = 'forged'",
+        "UPDATE pgsignals.settings SET retention_seconds = 1",
+        "INSERT INTO pgsignals.channels VALUES (1, 1, '{}')",
+        "CREATE TABLE pgsignals.mine (id int)",
+        "DROP SCHEMA pgsignals CASCADE",
+    ):
+        with pytest.raises(pg.InsufficientPrivilege):
+            consumer(attempt)
+    with pytest.raises(pgsignals.PrivilegeError):
+        Hub().start(consumer.dsn, [("orders", "truncated")], delivery="outbox")
