@@ -192,11 +192,15 @@ def list_backfills(dsn: str, as_json: bool) -> None:
 @backfills.command("cancel", epilog=examples("pgsignals backfills cancel 3"))
 @click.argument("id", type=int)
 @dsn_option
-def cancel_backfill(id: int, dsn: str) -> None:  # noqa: A002
+@json_option
+def cancel_backfill(id: int, dsn: str, as_json: bool) -> None:  # noqa: A002
     """End one. What is with receivers is still delivered."""
     with opened(dsn) as cursor:
         require_outbox(cursor)
-        if administration.cancel(cursor, id):
-            click.echo(f"Cancelled backfill {id}.")
-        else:
-            click.echo(f"Backfill {id} had ended.")
+        cancelled = administration.cancel(cursor, id)
+    if as_json:
+        click.echo(to_json({"backfill": id, "cancelled": cancelled}))
+    elif cancelled:
+        click.echo(f"Cancelled backfill {id}.")
+    else:
+        click.echo(f"Backfill {id} had ended.")
