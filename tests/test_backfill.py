@@ -535,6 +535,64 @@ def test_another_process_goes_on_after_a_kill(dsn: str, db: Database) -> None:
     assert latest == dict(db("SELECT id, name FROM users"))
 
 
+def test_kills_beside_writers(dsn: str, db: Database, connect: Callable[[str], Database]) -> None:
+    """Through several kills, no row is missed, and each record's last event is its newest state."""
+    rows(db, 40_000, 501)
+    ending = threading.Event()
+
+    def write(seed: int) -> None:
+        chance, own, number = random.Random(seed), connect(dsn), 0
+        while not ending.is_set():
+            number += 1
+            # Records of its own, so that writers do not deadlock.
+            key = 2 * chance.randint(1, 20_200) + seed
+            own(
+                chance.choice(
+                    [
+                        "UPDATE users SET name = %(text)s WHERE id = %(key)s",
+                        "INSERT INTO users VALUES (%(key)s, %(text)s)"
+                        " ON CONFLICT (id) DO UPDATE SET name = excluded.name",
+                        "DELETE FROM users WHERE id = %(key)s",
+                    ]
+                ),
+                {"key": key, "text": f"{seed}-{number}"},
+            )
+
+    chance = random.Random(7)
+    found = [Consumer(dsn), Consumer(dsn)]
+    backfill = Backfill(dsn, ask(db, "mailer", "users"))
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
+    for each in writers:
+        each.start()
+    try:
+        for _ in range(4):
+            found[-2].wait_for(chance.randint(1, 6_000))
+            found[-2].kill()
+            found.append(Consumer(dsn))
+        assert backfill.wait(60)
+        ending.set()
+        for each in writers:
+            each.join()
+        db("INSERT INTO users VALUES (99999, 'the-end')")
+        last = found[-2]
+        last.wait_for(1)
+        while last.heard[-1].id != 99_999:
+            last.wait_for(len(last.heard) + 1)
+    finally:
+        ending.set()
+        for each in found:
+            each.kill()
+    latest: dict[int, str] = {}
+    heard = [said for each in found for said in each.heard]
+    for said in heard:
+        if said.op == "deleted":
+            latest.pop(said.id, None)
+        else:
+            latest[said.id] = said.name
+    assert latest == dict(db("SELECT id, name FROM users"))
+    assert sum(said.op == "snapshot" for said in heard) > 30_000
+
+
 def test_processes_share_a_backfill(dsn: str, db: Database) -> None:
     """Each delivers the rows of its parts, every row once, in order."""
     rows(db, 2_000, 501)
