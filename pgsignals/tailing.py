@@ -7,6 +7,7 @@ name, which shares its events among processes, and waits for receivers, which re
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ class Tail:
         self._archive: Archive | None = None
         self._holding = 0
         self._gaps: list[Gap] = []
-        self._key = ""
+        self._key = self._era = ""
         self.signer = Signer(self._key, "")
         self.source = _TailSource(self, settings)
 
@@ -191,6 +192,10 @@ class Tail:
         """See DurableSink: there are no dead letters."""
         return False
 
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
+
     def connected(self) -> None:
         """See DurableSink."""
 
@@ -204,24 +209,30 @@ class Tail:
     def define(self, cursor: Cursor) -> Sequence[Definition]:
         """See OutboxPreparer."""
         self._definitions = self._defined()
-        cursor.execute("SELECT place_key::text FROM pgsignals.settings")
-        [(self._key,)] = cursor.fetchall()
         return self._definitions
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """See OutboxPreparer."""
+        """See OutboxPreparer: what there is to prepare, the run has prepared."""
         try:
             cursor.execute(
                 "UPDATE pgsignals.settings SET keep_seconds = %s WHERE keep_seconds IS NULL",
                 (KEEP_SECONDS,),
             )
-        except pg.InsufficientPrivilege:
+            cursor.execute("INSERT INTO pgsignals.era DEFAULT VALUES ON CONFLICT DO NOTHING")
+        except pg.InsufficientPrivilege as error:
             log.warning(
-                "browsers that come back may get a gap, since what all consumers have read is "
-                "not kept for them: have the schema's owner run UPDATE pgsignals.settings SET "
-                "keep_seconds = %d",
-                KEEP_SECONDS,
+                "browsers that come back may get a gap where they would need none, since this role "
+                "may not note what is kept for them (%s): GRANT UPDATE (keep_seconds) ON "
+                "pgsignals.settings and INSERT ON pgsignals.era to it",
+                str(error).strip(),
             )
+        cursor.execute(
+            "SELECT place_key::text, era::text FROM pgsignals.settings"
+            " LEFT JOIN pgsignals.era ON true"
+        )
+        [(self._key, era)] = cursor.fetchall()
+        # Without one that all know, ids are good in this process alone.
+        self._era = era or secrets.token_hex(16)
 
     def decoders(
         self, channels: Sequence[tuple[int, int, str]], cast: Cast
@@ -235,8 +246,10 @@ class Tail:
 
     def began(self, place: Place, epoch: str) -> None:
         """Reading has begun, maybe anew, at a place."""
+        signer, self.signer = self.signer, Signer(self._key, f"{epoch} {self._era}")
+        if signer.epoch not in ("", self.signer.epoch):
+            log.error("the server has crashed or been replaced: browsers are told of a gap")
         with self._condition:
-            self.signer = Signer(self._key, epoch)
             self._turned = place
             for reader in self._readers:
                 reader.began(place)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,8 @@ from pgsignals import Hub
 from pgsignals.contrib.exact import ExactClient, ExactFeed, open_feed
 from pgsignals.contrib.sse import EVERYTHING, View
 from pgsignals.outbox.housekeeping import tidy
+from pgsignals.testing import Server
+from pgsignals.testing.server import StopMode
 from tests.conftest import DEADLINE, Database
 from tests.test_sse import Browser
 
@@ -482,3 +486,73 @@ def test_wandering_browsers(process: Process, shop: Database) -> None:
             seen.setdefault(data[0], []).append(data[1])
         expected = dict(shop("SELECT id, n FROM items"))
         assert seen == {record: list(range(1, n + 1)) for record, n in expected.items() if n}, seed
+
+
+def test_the_child_of_a_fork(process: Process, shop: Database) -> None:
+    """It gives up what it has inherited, may have streams of its own, and the parent's go on."""
+    feed = process()
+    tab = Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    shop("INSERT INTO items VALUES (2)")
+    Tab(feed, Browser(last_id=tab.browser.last_id)).wait(1)
+    with feed._lock, feed.tail._condition:
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            hub = feed._hub
+            assert feed.closed
+            assert tab.client.read()
+            assert not tab.client.read()
+            assert tab.client.ended
+            hub.start(shop.dsn, [ITEMS], delivery="outbox")
+            own = open_feed(hub, "items", size=10, ordered=True)
+            assert isinstance(own, ExactFeed)
+            assert Tab(own, Browser(last_id=tab.browser.last_id)).wait(1) == [2]
+            hub.stop()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    shop("INSERT INTO items VALUES (3)")
+    assert tab.wait(3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_postgresql_restarts(mode: StopMode) -> None:
+    """A restart costs nobody anything; after a crash, which may take back transactions, a gap."""
+    with Server() as own:
+        dsn = own.create_database()
+        before = Database(dsn)
+        before("CREATE TABLE items (id bigint PRIMARY KEY, tenant int, n int)")
+        hub = Hub()
+        hub.start(dsn, [ITEMS], delivery="outbox", heartbeat=1.0)
+        try:
+            feed = open_feed(hub, "items", size=100, ordered=True)
+            assert isinstance(feed, ExactFeed)
+            tab, away = Tab(feed, Browser()), Tab(feed, Browser())
+            before("INSERT INTO items VALUES (1)")
+            assert (tab.wait(1), away.wait(1)) == ([1], [1])
+            away.client.close()
+            before("INSERT INTO items VALUES (2)")
+            assert tab.wait(2) == [1, 2]
+            before.connection.close()
+            own.restart(mode)
+            after = Database(dsn)
+            after("INSERT INTO items VALUES (3)")
+            if mode == "fast":
+                assert tab.wait(3) == [1, 2, 3]
+                again = Tab(feed, away.browser)
+                assert again.wait(3) == [1, 2, 3]
+            else:
+                assert tab.wait(3) == [1, 2, "restored"]
+                assert Tab(feed, away.browser).wait(2)[1] == "unknown_id"
+                after("INSERT INTO items VALUES (4)")
+                while 4 not in told(tab.browser):
+                    tab.browser.receive(tab.more())
+            after.connection.close()
+        finally:
+            hub.stop()

@@ -84,10 +84,14 @@ def backfill(
         if wait:
             if not any(each.active for each in read_outbox(cursor).consumers if each.name == name):
                 notice(f"No process reads for {name} now: it begins once one does.")
+            remark = None
             with _progress(status) as tell:
                 while status.state == "running" and end.wait(_POLL_SECONDS) is None:
                     status = administration.backfill(cursor, number)
                     tell(status)
+                    if status.state == "running" and status.error not in (None, remark):
+                        remark = status.error
+                        notice(f"Backfill {number}: {remark}.")
     if as_json:
         click.echo(to_json(asdict(status)))
     if not wait:

@@ -324,6 +324,7 @@ class ExactClient:
         self._page: deque[tuple[Place, Event | Gap | None]] = deque()
         self._whole = False
         self._lost: str | None = None
+        self._epoch = feed.tail.signer.epoch
         self.wake = wake
         self.ended = False
 
@@ -371,6 +372,7 @@ class ExactClient:
     def _join(self, generation: int, number: int, place: Place) -> None:
         """Follow the feed from here on."""
         self._generation, self._number, self._known = generation, number, place
+        self._epoch = self._feed.tail.signer.epoch
         self._goal = None
 
     def _follow(self, number: int, frames: list[bytes]) -> bool:
@@ -390,6 +392,9 @@ class ExactClient:
         """Go on in the outbox; whether there may be more to do at once."""
         if self._page:
             self._tell(frames)
+            return True
+        if self._epoch != self._feed.tail.signer.epoch:
+            self._lose("restored")
             return True
         try:
             return self._turn_page()
