@@ -122,6 +122,9 @@ class DurableRun:
             return max(0.0, deadline - time.monotonic())
 
         self.source.pause()
+        # All of them now: while one is waited for, the others would read on.
+        for relay in self._relays:
+            relay.pause()
         self._audience.timer.drain()
         drained = self.dispatcher.stop(left())
         self._audience.timer.stop(left())
@@ -231,7 +234,7 @@ class DurableRun:
             # What a process without a name has missed is not the outbox's to know.
             snapshots = [] if self._consumer.name is None else snapshot_topics(present)
             topics = [each.topic for each in definitions] + [each.topic for each in snapshots]
-            self._audience.registry.bind(topics if self._receiving else ())
+            self._audience.registry.bind(topics, delivered=self._receiving)
         except ConfigurationError as error:
             if not self._definitions:
                 raise
@@ -248,7 +251,8 @@ class DurableRun:
         resolvers, namespace = settings.resolvers, settings.namespace
         if name is None:
             return define(cursor, settings.watchers, resolvers, namespace, durable=True)
-        return define_for(cursor, name, settings.watchers, resolvers, namespace)
+        consumers = [source.name for source in self._sources]
+        return define_for(cursor, consumers, settings.watchers, resolvers, namespace)
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
         """See that the schema and the triggers are there, as far as the settings allow."""
@@ -309,7 +313,11 @@ class DurableRun:
                 "backfill() is for a consumer with a name, by which it goes on after a crash: "
                 'start(delivery="outbox", name=…).'
             )
-        known = [own, *(relay.source.name for relay in self._relays)]
+        known = [relay.source.name for relay in self._relays]
+        if self._receiving:
+            known.insert(0, own)
+        elif name is None:
+            name = known[0] if len(known) == 1 else ""
         if name is not None and name not in known:
             raise ConfigurationError(
                 f"name={name!r} is no consumer of this Hub{near(name, known)} They are "
@@ -317,8 +325,7 @@ class DurableRun:
             )
         found = self._snapshot(target)
         topic = found.topic
-        registry = self._audience.registry
-        if name in (None, own) and not (any(registry.receivers(topic)) or registry.observers):
+        if name in (None, own) and not self.hears(topic):
             raise ConfigurationError(
                 f"backfill({model_name(target)}): no receiver listens to its snapshots. Add "
                 f"'snapshot' to one: @pgsignals.on({model_name(target)}, 'snapshot')."
@@ -371,7 +378,8 @@ class DurableRun:
         The start comes too early for that: until the claim, the consumer may be another's.
         """
         settings = self._settings
-        was_active, self._was_active = self._was_active, self.source.is_active
+        was_active = self._was_active
+        self._was_active = any(source.is_active for source in self._sources)
         if self._was_active and not was_active and settings.install == "auto" and settings.prune:
             fitting = [each.trigger for each in self._definitions if not isinstance(each, Remains)]
             prune(cursor, settings.namespace, fitting, limits=settings.limits)
@@ -417,6 +425,11 @@ class DurableRun:
         return self._receivers.redeliver(
             event, letter.receiver, letter.attempts, lambda: self.source.unbury(letter.key)
         )
+
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        registry = self._audience.registry
+        return any(registry.receivers(topic)) or bool(registry.observers)
 
     def _bury(self, failed: Failed, kept: Callable[[], None]) -> None:
         event = failed.event

@@ -197,6 +197,10 @@ class Tail:
         """See DurableSink: there are no dead letters."""
         return False
 
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
+
     def connected(self) -> None:
         """See DurableSink."""
 

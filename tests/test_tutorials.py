@@ -35,7 +35,7 @@ STEP = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 # What a block of code begins with: where it belongs.
-PLACE = re.compile(r"(?:# |<!-- )(\S+\.(?:py|html))(?:, (at the end|one line))?(?: -->)?")
+PLACE = re.compile(r"(?:# |<!-- )(\S+\.(?:py|html))(?:, (at the end|its last lines))?(?: -->)?")
 # What a reader has to do once, and this machine has done.
 PREPARATION = re.compile(r"(python3 -m venv|\. venv/bin/activate|pip install|export PG)")
 SERVERS = re.compile(r"(python manage.py pgsignals listen|uvicorn|flask run|python mailer.py)")
@@ -94,13 +94,10 @@ class Reader:
         name, how = place.groups()
         path = self.directory / name
         path.parent.mkdir(exist_ok=True)
-        if how == "one line":
-            # The line that it replaces begins as it does.
-            start = code[:20]
-            lines = path.read_text().splitlines(keepends=True)
-            [number] = [n for n, line in enumerate(lines) if line.startswith(start)]
-            lines[number] = code
-            path.write_text("".join(lines))
+        if how == "its last lines":
+            # Those from the one that begins as they do.
+            kept = path.read_text()
+            path.write_text(kept[: kept.index(code[:20])] + code)
         else:
             with path.open("a" if how else "w") as file:
                 file.write(f"{code}\n")
