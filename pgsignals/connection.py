@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import selectors
+import select
 import socket
 import threading
 import time
@@ -283,30 +283,34 @@ def make_cast(connection: Connection) -> Cast:
 class Waiter:
     """Waits for a socket, and can be woken by any thread.
 
-    It uses what ``selectors`` finds best, so that descriptors beyond 1,024 work, which ``select()``
-    itself refuses.
+    By ``poll()``, since ``select()`` refuses descriptors beyond 1,024. ``selectors`` would do, but
+    takes as long by itself as all else that a wait is.
     """
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._poll = select.poll()
         self._awake, self._alarm = socket.socketpair()
         self._awake.setblocking(False)
         self._alarm.setblocking(False)
-        self._selector.register(self._awake, selectors.EVENT_READ)
-        self._watched: tuple[int, int] | None = None
+        self._awake_number = self._awake.fileno()
+        self._poll.register(self._awake_number, select.POLLIN)
+        self._watched: int | None = None
+        self._writable = False
 
     def wait(self, descriptor: int | None, timeout: float | None, write: bool = False) -> bool:
         """Wait until ``descriptor`` can be read (or written), or for a wake-up or the time.
 
         Returns whether it can.
         """
-        if descriptor is None:
+        if descriptor != self._watched or write != self._writable:
             self.forget()
-        else:
-            self._watch(descriptor, selectors.EVENT_WRITE if write else selectors.EVENT_READ)
+            if descriptor is not None:
+                self._poll.register(descriptor, select.POLLOUT if write else select.POLLIN)
+                self._watched, self._writable = descriptor, write
         usable = False
-        for key, _ in self._selector.select(timeout):
-            if key.fileobj is self._awake:
+        # A negative time would be for ever; a part of a millisecond is rounded up.
+        for number, _ in self._poll.poll(None if timeout is None else max(0.0, 1000 * timeout)):
+            if number == self._awake_number:
                 self._drain()
             else:
                 usable = True
@@ -315,15 +319,8 @@ class Waiter:
     def forget(self) -> None:
         """Leave the descriptor alone; to be called before it is closed."""
         if self._watched is not None:
-            self._selector.unregister(self._watched[0])
-            self._watched = None
-
-    def _watch(self, descriptor: int, events: int) -> None:
-        # Registered once, not at each wait: it is a system call on the way of every event.
-        if self._watched != (descriptor, events):
-            self.forget()
-            self._selector.register(descriptor, events)
-            self._watched = descriptor, events
+            self._poll.unregister(self._watched)
+            self._watched, self._writable = None, False
 
     def sleep(self, seconds: float, until: Callable[[], bool]) -> None:
         """Sleep for ``seconds``, or until woken with ``until()`` true."""
@@ -339,7 +336,6 @@ class Waiter:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        self._selector.close()
         self._awake.close()
         self._alarm.close()
 
@@ -420,8 +416,9 @@ class Session:
         """
         connection = self._live
         connection.poll()
-        arrived = connection.notifies[:]
-        del connection.notifies[: len(arrived)]
+        arrived: list[Notify] = connection.notifies
+        if arrived:
+            connection.notifies = []
         if not self._any_bytes:
             return arrived
         return [Notify(each.pid, each.channel, _in_utf8(each.payload)) for each in arrived]
