@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import psycopg2
@@ -24,6 +22,7 @@ from pgsignals.outbox.backfill import request
 from pgsignals.sources.outbox import _part_of
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.test_roles import documented_grants
 
 
 @pytest.fixture(autouse=True)
@@ -729,12 +728,11 @@ def test_a_role_of_its_own(dsn: str, db: Database, hub: Hub, recorder: Recorder)
     watchers = [pgsignals.watch("users", extra=["name"])]
     hub.start(dsn, watchers, delivery="outbox", name="mailer")
     hub.stop()
-    page = (Path(__file__).parent.parent / "docs/outbox.md").read_text()
-    [grants] = re.findall(r"```sql\n(GRANT USAGE ON SCHEMA pgsignals.*?)```", page, re.DOTALL)
     role = f"consumer_{uuid.uuid4().hex[:8]}"
     db(f"CREATE ROLE {role} LOGIN")
     try:
-        db(grants.replace("TO consumer", f"TO {role}"))
+        for grant in documented_grants("consumer"):
+            db(f"GRANT {grant} TO {role}")
         own = dsn.replace("postgres@", f"{role}@")
         hub.start(own, watchers, delivery="outbox", name="mailer", install="check")
         with pytest.raises(pgsignals.PrivilegeError, match="GRANT it SELECT"):
