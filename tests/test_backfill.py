@@ -19,7 +19,10 @@ import pgsignals
 from pgsignals import Backfill, ConfigurationError, Hub
 from pgsignals.outbox import administration
 from pgsignals.outbox.backfill import request
+from pgsignals.outbox.housekeeping import tidy
+from pgsignals.sources import backfilling
 from pgsignals.sources.outbox import _part_of
+from pgsignals.testing import Server
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.test_roles import documented_grants
@@ -828,3 +831,78 @@ def test_memory(dsn: str, db: Database, hub: Hub) -> None:
         backfill.cancel()
         held.set()
         hub.stop(0.1)
+
+
+def test_rows_that_are_slow_to_read(
+    dsn: str, db: Database, hub: Hub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks shrink until they are read in time; a row that takes too long by itself is the end."""
+    monkeypatch.setattr(backfilling, "RETRY_SECONDS", 0.01)
+    hub.on("users")(recorder)
+    hub.start(dsn, ["users"], delivery="outbox", name="mailer", lease=1.0)
+    slow = "pg_sleep(0.02) IS NOT NULL"
+    assert hub.backfill("users", where=f"id > 30 OR {slow}").wait(30)
+    assert [event.id for event in recorder.items] == list(range(1, 501))
+    stuck = hub.backfill("users", where="id <> 3 OR pg_sleep(60) IS NOT NULL")
+    db("INSERT INTO users VALUES (1000, 'meanwhile')")
+    with pytest.raises(pgsignals.DatabaseError, match="statement timeout"):
+        stuck.wait(30)
+    assert hub._settle(15)
+    assert recorder.items[-1].id == 1000 or recorder.items[500].id == 1000
+    assert stuck.done <= 2
+
+
+def test_a_database_of_any_bytes(server: Server, hub: Hub, recorder: Recorder) -> None:
+    """In SQL_ASCII, keys that are not UTF-8 are gone through, whatever names and conditions are."""
+    name = f"ascii_{uuid.uuid4().hex[:8]}"
+    with closing(psycopg2.connect(server.dsn())) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        cursor.execute(f"CREATE DATABASE {name} ENCODING SQL_ASCII TEMPLATE template0 LOCALE 'C'")
+    dsn = server.dsn(name)
+    with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        connection.set_client_encoding("UTF8")
+        cursor.execute("CREATE TABLE words (word text PRIMARY KEY)")
+        cursor.execute('CREATE TABLE "wörter€" (word text PRIMARY KEY)')
+        cursor.execute("""INSERT INTO "wörter€" VALUES ('a')""")
+        cursor.execute(r"INSERT INTO words VALUES ('a'), (E'caf\351'), (E'caf\303\251'), ('z')")
+    hub.on("words")(recorder)
+    hub.on("wörter€")(recorder)
+    hub.start(dsn, ["words", "wörter€"], delivery="outbox", name="mailer")
+    assert hub.backfill("words", chunk=1).wait(15)
+    assert [event.id for event in recorder.items] == [
+        "a",
+        "café",
+        "caf\N{REPLACEMENT CHARACTER}",
+        "z",
+    ]
+    assert len({event.uid for event in recorder.items}) == 4
+    assert hub.backfill("words", where="word <> '€' AND word <> 'café'").wait(15)
+    assert [event.id for event in recorder.items[4:]] == [
+        "a",
+        "caf\N{REPLACEMENT CHARACTER}",
+        "z",
+    ]
+    assert hub.backfill("wörter€").wait(15)
+    assert recorder.items[-1].table == "wörter€"
+
+
+def test_what_is_forgotten(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
+    """Ended ones after the retention, and all of a consumer with it."""
+    hub.on("users")(recorder)
+    hub.start(dsn, ["users"], delivery="outbox", name="mailer")
+    ended = hub.backfill("users", where="id < 3")
+    assert ended.wait(15)
+    hub.stop()
+    running = Backfill(dsn, ask(db, "mailer", "users"))
+    with db.connection.cursor() as cursor:
+        tidy(cursor)
+        assert ended.state == "done"
+        db("UPDATE pgsignals.settings SET retention_seconds = 0")
+        tidy(cursor)
+        assert running.state == "running"
+        with pytest.raises(pgsignals.DatabaseError, match="no backfill 1"):
+            ended.wait(1)
+        administration.drop_consumer(cursor, "mailer")
+    assert db("SELECT * FROM pgsignals.backfills") == []
+    assert db("SELECT * FROM pgsignals.backfill_parts") == []

@@ -344,8 +344,13 @@ class BackfillStore:
     def tasks(self, part: int) -> list[Task]:
         """What a part has yet to do, the earliest first."""
         return [
-            Task(Reach(*row[:4]), *row[4:]) for row in self.execute(_TASKS, (self._consumer, part))
+            # Conditions and keys go back as they came, names are compared with ours.
+            Task(Reach(*row[:4]), *map(self._text, row[4:8]), *row[8:])
+            for row in self.execute(_TASKS, (self._consumer, part))
         ]
+
+    def _text(self, name: str | None) -> Any:
+        return None if name is None else self.session.text(name)
 
     def note(self, claim: Claim, progress: Progress) -> None:
         """Keep how far a part has come, unless it is not ours any more."""

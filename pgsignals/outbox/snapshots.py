@@ -201,7 +201,7 @@ def read_chunk(
             session.execute("ROLLBACK", timeout=timeout)
         raise
     except UnicodeError as error:
-        # Of a database that holds any bytes, names and conditions are sent as Latin-1.
+        # To a database that holds any bytes, Latin-1 is sent: a model's discriminator may not fit.
         session.execute("ROLLBACK", timeout=timeout)
         raise PayloadError(f"in a database of SQL_ASCII: {error}") from error
     session.execute("COMMIT", timeout=timeout)
