@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import ClassVar
 
 import psycopg2
@@ -906,3 +907,20 @@ def test_what_is_forgotten(dsn: str, db: Database, hub: Hub, recorder: Recorder)
         administration.drop_consumer(cursor, "mailer")
     assert db("SELECT * FROM pgsignals.backfills") == []
     assert db("SELECT * FROM pgsignals.backfill_parts") == []
+
+
+def test_each_version(each_dsn: str, each_db: Database, hub: Hub, recorder: Recorder) -> None:
+    """On the oldest and the newest PostgreSQL, with a key of two columns and a condition."""
+    each_db("CREATE TABLE visits (site text, n int, at timestamptz, PRIMARY KEY (site, n))")
+    each_db(
+        "INSERT INTO visits SELECT 'site ' || n % 3, n, '2024-01-01 12:00+01'"
+        " FROM generate_series(1, 600) AS n"
+    )
+    hub.on("visits", "snapshot")(recorder)
+    watcher = pgsignals.watch("visits", extra=["at"])
+    hub.start(each_dsn, [watcher], delivery="outbox", name="mailer")
+    assert hub.backfill("visits", where="n > 300", chunk=7).wait(30)
+    assert [event.id for event in recorder.items] == each_db(
+        "SELECT site, n FROM visits WHERE n > 300 ORDER BY site, n"
+    )
+    assert recorder.items[0].values["at"] == datetime(2024, 1, 1, 11, tzinfo=timezone.utc)
