@@ -23,7 +23,6 @@ from ..errors import (
 from ..payload import Layout
 from .schema import WAKE_CHANNEL
 from .snapshots import Reach
-from .store import Claim
 
 # What the active consumer hears when one was asked for or cancelled.
 NOTICE = "backfill"
@@ -293,18 +292,6 @@ class Task:
     retry_at: float = 0.0
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a page's acknowledgement means for a backfill; ``size`` is the page's, in bytes."""
-
-    number: int
-    last_key: Sequence[str] | None
-    scanned: int
-    finished: bool
-    size: int
-    delivered: int = 0
-
-
 _TASKS = """
 SELECT b.id, extract(epoch FROM b.started_at)::text, b.condition, b.search_path, b.schema_name,
        b.table_name, b.label, b.model, b.chunk, p.last_key, b.error
@@ -313,29 +300,14 @@ WHERE b.consumer = %s AND p.part = %s AND b.state = 'running' AND NOT p.finished
 ORDER BY b.id
 """
 
-# Whoever has lost the part meanwhile must not write over what its successor has noted.
-_NOTE = """
-WITH ours AS (
-  SELECT FROM pgsignals.consumers
-  WHERE name = %(name)s AND part = %(part)s AND holder = %(holder)s AND token = %(token)s
-  FOR UPDATE
-)
-UPDATE pgsignals.backfill_parts AS p
-SET last_key = coalesce(%(last_key)s::text[], p.last_key), done = p.done + %(scanned)s,
-    delivered = p.delivered + %(delivered)s, finished = %(finished)s,
-    changed_at = pg_catalog.clock_timestamp()
-FROM ours WHERE p.backfill = %(number)s AND p.part = %(part)s
-"""
-
 
 class BackfillStore:
     """The backfills of one consumer, through the session of the thread that reads for it."""
 
-    def __init__(self, session: Session, consumer: str, holder: str, timeout: float) -> None:
+    def __init__(self, session: Session, consumer: str, timeout: float) -> None:
         self.session = session
         self.timeout = timeout
         self._consumer = consumer
-        self._holder = holder
 
     def execute(self, statement: Any, parameters: Any = None) -> list[tuple[Any, ...]]:
         """Run a statement."""
@@ -351,23 +323,6 @@ class BackfillStore:
 
     def _text(self, name: str | None) -> Any:
         return None if name is None else self.session.text(name)
-
-    def note(self, claim: Claim, progress: Progress) -> None:
-        """Keep how far a part has come, unless it is not ours any more."""
-        self.execute(
-            _NOTE,
-            {
-                "name": self._consumer,
-                "part": claim.part,
-                "holder": self._holder,
-                "token": claim.token,
-                "last_key": None if progress.last_key is None else list(progress.last_key),
-                "scanned": progress.scanned,
-                "delivered": progress.delivered,
-                "finished": progress.finished,
-                "number": progress.number,
-            },
-        )
 
     def remark(self, number: int, text: str | None) -> None:
         """Say what a running backfill waits for, or that it waits no more."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from .backfill import Progress
-from .store import Cursor, Told
+from .store import Cursor, Progress, Told
 
 _lock = threading.Lock()
 

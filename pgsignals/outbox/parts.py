@@ -6,10 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .backfill import Progress
 from .cursors import BEGINNING, Floors, Snapshot, Window
 from .pages import Page, Reign
-from .store import PAGE_BYTES, PAGE_ROWS, Claim, Cursor, Look, Row, Told
+from .store import PAGE_BYTES, PAGE_ROWS, Claim, Cursor, Look, Progress, Row, Told
 
 
 class Part:
@@ -29,7 +28,7 @@ class Part:
         self.pages: deque[Page] = deque()
         self.outstanding = 0
         # How far backfills have come with what is acknowledged, and not yet saved.
-        self.progress: list[Progress] = []
+        self.progress: dict[int, Progress] = {}
         self.since = cursor.snapshot
         self.last_id = cursor.last_id
         self.floors = Floors(self.since.xmin, cursor.floor)
@@ -132,7 +131,9 @@ class Part:
             if page.told is not None:
                 self.claim = replace(self.claim, told=page.told)
             if page.progress is not None:
-                self.progress.append(replace(page.progress, delivered=page.count))
+                later = replace(page.progress, delivered=page.count)
+                former = self.progress.get(later.number)
+                self.progress[later.number] = former.then(later) if former is not None else later
         if self.current:
             self.acknowledged = self.position
         return bool(self.progress) or (self.unsaved, self.claim.told) != before

@@ -248,6 +248,8 @@ def _opening(spec: Specification, reach: Reach, statement_seconds: float) -> sql
         *SETTINGS,
         ("lock_timeout", f"{LOCK_MILLISECONDS}ms"),
         ("statement_timeout", f"{round(statement_seconds * 1000)}ms"),
+        # A process that hangs here must not keep its snapshot and its lock.
+        ("idle_in_transaction_session_timeout", f"{round(statement_seconds * 4000)}ms"),
     ]
     own_types = {c.base_type[0] for c in spec.table.key_columns} - {"pg_catalog"}
     path: list[sql.Composable] = [sql.SQL("pg_catalog"), *map(sql.Identifier, sorted(own_types))]

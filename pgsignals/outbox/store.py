@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -109,6 +109,31 @@ class DeadLetter:
     attempts: int
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What a page's acknowledgement means for a backfill; ``size`` is the page's, in bytes.
+
+    ``scanned`` rows, up to the one of ``last_key``, have been gone through, of which ``delivered``
+    were events; ``finished``: there are no more.
+    """
+
+    number: int
+    last_key: Sequence[str] | None
+    scanned: int
+    finished: bool
+    size: int
+    delivered: int = 0
+
+    def then(self, later: Progress) -> Progress:
+        """Both in one."""
+        return replace(
+            later,
+            last_key=later.last_key or self.last_key,
+            scanned=self.scanned + later.scanned,
+            delivered=self.delivered + later.delivered,
+        )
+
+
 _PREPARE = f"""
 PREPARE pgsignals_look (boolean) AS
 SELECT pg_catalog.pg_current_snapshot()::text, i.last_value, s.last_value,
@@ -188,6 +213,21 @@ SET snapshot = %(snapshot)s, target = %(target)s, last_id = %(last_id)s, floor =
     lease_until = pg_catalog.clock_timestamp() + %(lease)s * interval '1 s'
 WHERE c.name = %(name)s AND c.part = %(part)s AND c.holder = %(holder)s AND c.token = %(token)s
 RETURNING c.lost_until
+"""
+
+# Sent with an acknowledgement, as one transaction that ends in the server: a process that hangs
+# does not keep its successor from the row. Nor does it write over what that has noted.
+_NOTE = """
+WITH ours AS (
+  SELECT FROM pgsignals.consumers
+  WHERE name = %(name)s AND part = %(part)s AND holder = %(holder)s AND token = %(token)s
+  FOR UPDATE
+)
+UPDATE pgsignals.backfill_parts AS p
+SET last_key = coalesce(%(last_key{0})s::text[], p.last_key), done = p.done + %(scanned{0})s,
+    delivered = p.delivered + %(delivered{0})s, finished = %(finished{0})s,
+    changed_at = pg_catalog.clock_timestamp()
+FROM ours WHERE p.backfill = %(number{0})s AND p.part = %(part)s;
 """
 
 _BURY = """
@@ -309,16 +349,29 @@ class Store:
         current: bool,
         release: bool = False,
         clean: bool = True,
+        progress: Sequence[Progress] = (),
     ) -> tuple[bool, datetime | None]:
         """Keep the cursor and what receivers know of, and renew the lease, or give it up.
 
-        ``current``: all that there was has been acknowledged by now. Returns whether the part is
-        still ours, and until when rows were dropped that had not been read, if any were and the
-        receivers do not know.
+        ``current``: all that there was has been acknowledged by now. ``progress`` is kept with it,
+        of each backfill once. Returns whether the part is still ours, and until when rows were
+        dropped that had not been read, if any were and the receivers do not know.
         """
+        notes = {
+            f"{name}{number}": value
+            for number, each in enumerate(progress)
+            for name, value in (
+                ("number", each.number),
+                ("last_key", None if each.last_key is None else list(each.last_key)),
+                ("scanned", each.scanned),
+                ("delivered", each.delivered),
+                ("finished", each.finished),
+            )
+        }
         found = self._execute(
-            _ACKNOWLEDGE,
-            {
+            "".join(map(_NOTE.format, range(len(progress)))) + _ACKNOWLEDGE,
+            notes
+            | {
                 "name": self._consumer,
                 "part": claim.part,
                 "holder": self._holder,

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import psycopg2
 from psycopg2 import errors as pg
@@ -19,10 +18,11 @@ from psycopg2 import errors as pg
 from ..connection import redact
 from ..errors import PayloadError
 from ..events import Topic
-from ..outbox.backfill import BackfillStore, Progress, Task
+from ..outbox.backfill import BackfillStore, Task
 from ..outbox.pages import Reign
 from ..outbox.parts import Part
 from ..outbox.snapshots import Chunk, SnapshotDecoder, SnapshotMessage, read_chunk
+from ..outbox.store import Progress
 from ..payload import Decoder
 
 log = logging.getLogger("pgsignals")
@@ -170,19 +170,6 @@ class Backfilling:
             log.info("backfill %d: all rows have been read", number)
         return message, Progress(number, chunk.last_key, chunk.scanned, chunk.last, chunk.size)
 
-    @contextmanager
-    def saving(self, part: Part) -> Iterator[None]:
-        """Keep in one transaction what is acknowledged and how far backfills have come with it."""
-        found, part.progress = part.progress, []
-        if not found:
-            yield
-            return
-        self._store.execute("BEGIN")
-        for each in _summed(found):
-            self._store.note(part.claim, each)
-        yield
-        self._store.execute("COMMIT")
-
     def _reading(self, part: Part) -> _Reading:
         reading = self._readings.get(part.claim.part)
         if reading is None or reading.reign is not part.reign:
@@ -243,19 +230,3 @@ def _under_way(part: Part) -> int:
     return sum(
         page.progress.size for page in part.pages if page.progress is not None and not page.done
     )
-
-
-def _summed(found: Sequence[Progress]) -> list[Progress]:
-    """One for each backfill, from several in their order."""
-    by_number: dict[int, Progress] = {}
-    for each in found:
-        former = by_number.get(each.number)
-        if former is not None:
-            each = replace(
-                each,
-                last_key=each.last_key or former.last_key,
-                scanned=former.scanned + each.scanned,
-                delivered=former.delivered + each.delivered,
-            )
-        by_number[each.number] = each
-    return list(by_number.values())

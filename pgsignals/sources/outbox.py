@@ -25,7 +25,7 @@ from ..connection import Backoff, Session, Waiter, connect, display, make_cast, 
 from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError
 from ..events import Event, Gap, Message, Topic
 from ..metrics import Meter
-from ..outbox.backfill import NOTICE, BackfillStore, Progress
+from ..outbox.backfill import NOTICE, BackfillStore
 from ..outbox.cursors import Snapshot
 from ..outbox.pages import Page
 from ..outbox.parts import Part
@@ -34,6 +34,7 @@ from ..outbox.store import (
     DeadLetter,
     Letter,
     Look,
+    Progress,
     Row,
     Store,
 )
@@ -358,7 +359,7 @@ class OutboxSource:
         self._decoders = self._preparer.decoders(store.channels(), self._cast)
         self._enrol(store)
         self._backfilling.begin(
-            BackfillStore(session, self.name, self._holder, self._timing.timeout),
+            BackfillStore(session, self.name, self._timing.timeout),
             [each.decoder for each in self._decoders.values()],
             self._consumer.lease,
         )
@@ -680,17 +681,18 @@ class OutboxSource:
     def _save(self, store: Store, number: int, part: Part, release: bool = False) -> None:
         asked_at = time.monotonic()
         lease = self._consumer.lease
-        with self._backfilling.saving(part):
-            ours, lost_until = store.acknowledge(
-                part.claim,
-                part.acknowledged,
-                part.unsaved,
-                lease,
-                current=part.current,
-                release=release,
-                clean=not part.pages and part.doubtful is None,
-            )
+        ours, lost_until = store.acknowledge(
+            part.claim,
+            part.acknowledged,
+            part.unsaved,
+            lease,
+            current=part.current,
+            release=release,
+            clean=not part.pages and part.doubtful is None,
+            progress=list(part.progress.values()),
+        )
         part.unsaved = 0
+        part.progress.clear()
         if not ours:
             log.warning("another process has taken over part %d of %s", number, self.name)
         if not ours or release:
