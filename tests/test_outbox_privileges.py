@@ -13,6 +13,7 @@ import pgsignals
 from pgsignals import Hub, watch
 from pgsignals.outbox import administration
 from pgsignals.outbox.housekeeping import tidy
+from pgsignals.triggers import names
 from tests.commands import run
 from tests.conftest import Database, Recorder
 from tests.test_roles import documented_grants
@@ -156,6 +157,21 @@ def test_temporary_objects_of_a_writer(
         ("updated", 2, {"note": "a"}),
     ]
     assert as_role("SELECT pg_catalog.count(*) FROM pg_temp.outbox") == [(0,)]
+
+
+def test_locks_of_anybody(
+    db: Database, writer: Database, connect: Callable[[str], Database]
+) -> None:
+    """Whoever holds every advisory lock that there is holds up no writer, and loses no event."""
+    taken = connect(writer.dsn)
+    locks = (names.AWAKE_LOCK, names.ALIVE_LOCK, names.HOUSEKEEPING_LOCK, names.INSTALL_LOCK)
+    for lock in locks:
+        taken(
+            "SELECT pg_try_advisory_lock(%s, %s), pg_try_advisory_lock_shared(%s, %s)",
+            [names.LOCK_CLASS, lock, names.LOCK_CLASS, lock],
+        )
+    writer("SET statement_timeout TO '10s'; INSERT INTO orders VALUES (1)")
+    assert db("SELECT count(*) FROM pgsignals.outbox") == [(1,)]
 
 
 def test_what_a_condition_may_do(
