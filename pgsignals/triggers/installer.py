@@ -187,6 +187,8 @@ def install(
     tables = [list(triggers) for _, triggers in groupby(pending, _place)]
     for triggers in tables:
         _check_privileges(cursor, triggers[0])
+    if any(trigger.spec.durable for trigger in pending):
+        _check_outbox_rights(cursor)
     created: list[Trigger] = []
     for triggers in tables:
         created += _install_on_table(cursor, namespace, triggers, limits)
@@ -248,7 +250,6 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
         )
     if trigger.spec.durable:
         _check_definer(cursor, table)
-        _check_outbox_rights(cursor)
 
 
 # What the functions do that write to the outbox, with the rights of who installs them; and noting
