@@ -13,6 +13,11 @@ import pgsignals
 from pgsignals import Hub, watch
 from pgsignals.outbox import administration
 from pgsignals.outbox.housekeeping import tidy
+from pgsignals.resolvers import BUILTIN
+from pgsignals.triggers import names
+from pgsignals.triggers.definitions import define
+from pgsignals.triggers.installer import install
+from pgsignals.watchers import normalize
 from tests.commands import run
 from tests.conftest import Database, Recorder
 from tests.test_roles import documented_grants
@@ -158,6 +163,21 @@ def test_temporary_objects_of_a_writer(
     assert as_role("SELECT pg_catalog.count(*) FROM pg_temp.outbox") == [(0,)]
 
 
+def test_locks_of_anybody(
+    db: Database, writer: Database, connect: Callable[[str], Database]
+) -> None:
+    """Whoever holds every advisory lock that there is holds up no writer, and loses no event."""
+    taken = connect(writer.dsn)
+    locks = (names.AWAKE_LOCK, names.ALIVE_LOCK, names.HOUSEKEEPING_LOCK, names.INSTALL_LOCK)
+    for lock in locks:
+        taken(
+            "SELECT pg_try_advisory_lock(%s, %s), pg_try_advisory_lock_shared(%s, %s)",
+            [names.LOCK_CLASS, lock, names.LOCK_CLASS, lock],
+        )
+    writer("SET statement_timeout TO '10s'; INSERT INTO orders VALUES (1)")
+    assert db("SELECT count(*) FROM pgsignals.outbox") == [(1,)]
+
+
 def test_what_a_condition_may_do(
     hub: Hub, dsn: str, db: Database, role: str, as_role: Database, recorder: Recorder
 ) -> None:
@@ -254,6 +274,36 @@ def test_an_installer_that_may_not_even_read(dsn: str, db: Database, role: str) 
         assert db("SELECT pgsignals.has_room()") == [(True,)]
     finally:
         db(f"RESET ROLE; DROP OWNED BY {owner} CASCADE; DROP ROLE {owner}")
+
+
+def test_an_installer_that_lacks_a_right(
+    dsn: str, db: Database, role: str, as_role: Database
+) -> None:
+    """Whatever right on the outbox it lacks, nothing is installed that would make writes fail."""
+    Hub().start(dsn, ["orders"], delivery="outbox").stop()
+    db(f"GRANT CREATE ON SCHEMA public TO {role}")
+    grants = documented_grants("installer")
+
+    def install_on(table: str) -> None:
+        with as_role.connection.cursor() as cursor:
+            definitions = define(cursor, normalize([table]), BUILTIN, "default", durable=True)
+            install(cursor, "default", [each.trigger for each in definitions])
+
+    for left_out, lacking in enumerate(grants):
+        as_role(f"CREATE TABLE theirs_{left_out} (id int PRIMARY KEY)")
+        db(f"REVOKE ALL ON SCHEMA pgsignals FROM {role}")
+        for kind in ("TABLES", "SEQUENCES", "FUNCTIONS"):
+            db(f"REVOKE ALL ON ALL {kind} IN SCHEMA pgsignals FROM {role}")
+        for grant in grants:
+            if grant != lacking:
+                db(f"GRANT {grant} TO {role}")
+        with pytest.raises(pgsignals.PrivilegeError) as caught:
+            install_on(f"theirs_{left_out}")
+        [fix] = re.findall(r"pgsignals run: (.*)\.$", str(caught.value))
+        db(fix)
+        install_on(f"theirs_{left_out}")
+        db(f"INSERT INTO theirs_{left_out} VALUES (1)")
+    assert db("SELECT count(*) FROM pgsignals.outbox") == [(len(grants),)]
 
 
 @pytest.fixture

@@ -187,6 +187,8 @@ def install(
     tables = [list(triggers) for _, triggers in groupby(pending, _place)]
     for triggers in tables:
         _check_privileges(cursor, triggers[0])
+    if any(trigger.spec.durable for trigger in pending):
+        _check_outbox_rights(cursor)
     created: list[Trigger] = []
     for triggers in tables:
         created += _install_on_table(cursor, namespace, triggers, limits)
@@ -248,6 +250,58 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
         )
     if trigger.spec.durable:
         _check_definer(cursor, table)
+
+
+# What the functions do that write to the outbox, with the rights of who installs them; and noting
+# what they write.
+_OUTBOX_RIGHTS = """
+SELECT needed.privilege, needed.kind, needed.relation
+FROM (VALUES ('INSERT', 'TABLE', 'outbox'), ('SELECT', 'TABLE', 'settings'),
+             ('SELECT', 'TABLE', 'channels'), ('INSERT', 'TABLE', 'channels'),
+             ('UPDATE', 'TABLE', 'channels'), ('UPDATE', 'SEQUENCE', 'outbox_id'),
+             ('UPDATE', 'SEQUENCE', 'outbox_shed'), ('UPDATE', 'SEQUENCE', 'outbox_full'),
+             ('SELECT', 'SEQUENCE', 'outbox_full'), ('SELECT', 'SEQUENCE', 'outbox_slot')
+     ) AS needed (privilege, kind, relation)
+JOIN pg_catalog.pg_namespace n ON n.nspname = 'pgsignals'
+JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = needed.relation
+WHERE NOT CASE needed.kind
+  WHEN 'TABLE' THEN pg_catalog.has_table_privilege(c.oid, needed.privilege)
+  ELSE pg_catalog.has_sequence_privilege(c.oid, needed.privilege) END
+UNION ALL
+SELECT 'EXECUTE', 'FUNCTION', 'has_room'
+FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+WHERE n.nspname = 'pgsignals' AND p.proname = 'has_room'
+  AND NOT pg_catalog.has_function_privilege(p.oid, 'EXECUTE')
+UNION ALL
+SELECT 'USAGE', 'SCHEMA', NULL FROM pg_catalog.pg_namespace n
+WHERE n.nspname = 'pgsignals' AND NOT pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+"""
+
+
+def _check_outbox_rights(cursor: Cursor) -> None:
+    """Raise PrivilegeError, with the GRANTs, where the functions could not write to the outbox.
+
+    Every write to the table would fail then.
+    """
+    cursor.execute(_OUTBOX_RIGHTS)
+    lacking = cursor.fetchall()
+    if not lacking:
+        return
+    cursor.execute("SELECT current_user")
+    [(role,)] = cursor.fetchall()
+    fix = "; ".join(
+        sql.SQL(f"GRANT {privilege} ON {kind} {{}}{'()' if kind == 'FUNCTION' else ''} TO {{}}")
+        .format(
+            sql.Identifier(*filter(None, ("pgsignals", relation))),
+            sql.Identifier(role),
+        )
+        .as_string(cursor)
+        for privilege, kind, relation in lacking
+    )
+    raise PrivilegeError(
+        f"The role {role!r} lacks rights on the outbox, with which the triggers would write to it. "
+        f"Have the owner of the schema pgsignals run: {fix}."
+    )
 
 
 def _check_definer(cursor: Cursor, table: Table) -> None:
