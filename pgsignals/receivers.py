@@ -126,6 +126,8 @@ class Registry:
         self._topics: Sequence[Topic] | None = None
         self.observers: tuple[Callable[[Sequence[Event]], None], ...] = ()
         self._names: dict[Key, tuple[int | str, ...]] = {}
+        # What _names says of a topic, in the form that is wanted for each message.
+        self._routes: dict[Topic, list[Key]] = {}
 
     def subscribe(
         self,
@@ -197,6 +199,7 @@ class Registry:
             self._topics = tuple(topics) if delivered else ()
             # Over a reconnection, events of former topics may still be queued: those stay known.
             self._names = self._names | {_key(topic): _names(topic, topics) for topic in topics}
+            self._routes.clear()
             try:
                 for subscription in self._subscriptions:
                     self._check(subscription)
@@ -208,6 +211,7 @@ class Registry:
                         )
             except ReceiverError:
                 self._topics, self._names = before
+                self._routes.clear()
                 raise
 
     @property
@@ -238,6 +242,7 @@ class Registry:
         """
         with self._lock:
             self._names[_key(topic)] = names = _names(topic, [topic])
+            self._routes.clear()
             for subscription in self._subscriptions:
                 if model_identity(subscription.target) in names and (
                     not subscription.ops or topic.op in subscription.ops
@@ -284,8 +289,9 @@ class Registry:
         everybody: list[Any] = []
         indexes: list[_Index] = []
         with self._lock:
-            for name in self._names.get(_key(topic), ()):
-                key = (name, topic.op)
+            if (route := self._routes.get(topic)) is None:
+                route = self._routes[topic] = [(name, topic.op) for name in self.names(topic)]
+            for key in route:
                 if (signal := self._signals.get(key)) is not None and signal.receivers:
                     everybody += signal.receivers_for(topic.model)
                 if (index := self._indexes.get(key)) is not None:

@@ -14,7 +14,7 @@ from .backoff import Backoff
 from .broadcasters import Broadcaster
 from .broadcasters.outlet import BATCH, FLUSH_SECONDS, BackendStatus
 from .connection import redact
-from .events import Event, Gap
+from .events import Event, Gap, Topic
 from .metrics import Meter
 from .outbox.pages import Page
 from .outbox.store import DeadLetter
@@ -70,6 +70,8 @@ class Relay:
         self._delivered = self._failures = 0
         self._error = ""
         self._reached = False
+        # Whether the broadcaster has something that it has not acknowledged.
+        self._published = False
         self._thread = threading.Thread(
             target=self._run, name=f"pgsignals-{self.name}", daemon=True
         )
@@ -150,6 +152,10 @@ class Relay:
         """See DurableSink: a broadcaster has no dead letters."""
         return False
 
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
+
     def connected(self) -> None:
         """See DurableSink."""
 
@@ -173,10 +179,16 @@ class Relay:
                 self._condition.wait_for(lambda: self._waiting or self._ending or not self._reached)
                 if self._ending:
                     return
+                lost = self._drop_lost()
                 taken = self._take()
             # What another process has taken over is not ours to deliver, nor to count.
             ours = [item for item in taken if item.page is None or item.page.reign.holds()]
             try:
+                if lost and self._published:
+                    # Sent when the broker is back, they would come behind what another process
+                    # has sent meanwhile.
+                    self._published = False
+                    self._broadcaster.close()
                 delivered = self._deliver(ours)
                 reason = f"no acknowledgement within {FLUSH_SECONDS:g} s"
             # Whatever a broadcaster raises, it is tried again.
@@ -186,6 +198,16 @@ class Relay:
                 self._done(taken, ours)
             else:
                 self._failed(reason)
+
+    def _drop_lost(self) -> bool:
+        """Forget what another process reads by now; whether there was any. With the lock held."""
+        kept = [item for item in self._waiting if item.page is None or item.page.reign.holds()]
+        if len(kept) == len(self._waiting):
+            return False
+        self._waiting = deque(kept)
+        self._depth = sum(len(item.events) for item in kept)
+        self._condition.notify_all()
+        return True
 
     def _take(self) -> list[_Item]:
         """The first pages, which stay in the queue until they are acknowledged."""
@@ -200,11 +222,15 @@ class Relay:
 
     def _deliver(self, items: Sequence[_Item]) -> bool:
         for item in items:
+            self._published = True
             if item.gap is not None:
                 self._broadcaster.announce(item.gap)
             elif item.events:
                 self._broadcaster.publish(item.events)
-        return self._broadcaster.flush(FLUSH_SECONDS)
+        delivered = self._broadcaster.flush(FLUSH_SECONDS)
+        if delivered:
+            self._published = False
+        return delivered
 
     def _done(self, taken: Sequence[_Item], ours: Sequence[_Item]) -> None:
         if self._error:

@@ -20,8 +20,9 @@ class Broker:
     def __init__(self) -> None:
         self.away = threading.Event()
         self.refused = threading.Event()
+        self.closed = threading.Event()
         self.acknowledged = Recorder()
-        self._published: list[pgsignals.Event] = []
+        self._published: list[pgsignals.Event | pgsignals.Gap] = []
 
     def __str__(self) -> str:
         return "broker://test"
@@ -35,15 +36,15 @@ class Broker:
             if published:
                 self.refused.set()
             return False
-        for event in published:
-            self.acknowledged(event)
+        for item in published:
+            self.acknowledged(item)
         return True
 
     def announce(self, gap: pgsignals.Gap) -> None:
-        self.acknowledged(gap)
+        self._published.append(gap)
 
     def close(self) -> None:
-        """Nothing to give up."""
+        self.closed.set()
 
 
 @pytest.fixture
@@ -224,3 +225,21 @@ def test_at_the_end_no_backend_reads_on(hub: pgsignals.Hub, shop: Database) -> N
         stopping.join(0.05)
     assert late
     assert not {event.id for event in there.acknowledged.items} & set(late)
+
+
+def test_what_another_process_sends_is_given_up(hub: pgsignals.Hub, shop: Database) -> None:
+    """Once its claim is lost, a relay has its broadcaster forget what is not acknowledged."""
+    broker = Broker()
+    broker.away.set()
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
+    shop("INSERT INTO items VALUES (1)")
+    assert broker.refused.wait(15)
+    # As another process does that takes the consumer over.
+    shop(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    assert broker.closed.wait(15)
+    broker.away.clear()
+    assert [event.id for event in broker.acknowledged.wait(1)] == [1]
+    assert broker.acknowledged.items[0].redelivered
