@@ -90,13 +90,13 @@ class Plugins:
                 self._note_failure(implementation.plugin_name, error, "pgsignals_resolver")
         return found
 
-    def broadcaster(self, url: str) -> Broadcaster:
-        """What takes events to a URL.
+    def broadcaster(self, url: str, option: str = "backends=") -> Broadcaster:
+        """What takes events to a URL, which errors say that ``option`` has.
 
         Raises ConfigurationError when the URL is wrong or nobody knows it, PluginError when the
         plugin that might is broken, and MissingExtraError that names the package to install.
         """
-        return cast(Broadcaster, self._by_url("pgsignals_broadcaster", url, "backends="))
+        return cast(Broadcaster, self._by_url("pgsignals_broadcaster", url, option))
 
     def source(self, url: str) -> RemoteSource:
         """What reads events from a URL. Raises what :meth:`broadcaster` does."""

@@ -141,7 +141,11 @@ def relay(
         config = _configured(
             ctx, path, watched, app, targets, name, install, dsn, namespace, metrics_port
         )
-        broadcasters = {each.name: load_plugins().broadcaster(each.url) for each in config.targets}
+        plugins = load_plugins()
+        broadcasters = {
+            each.name: plugins.broadcaster(each.url, f"The target {each.name!r}")
+            for each in config.targets
+        }
     except (ConfigurationError, MissingExtraError, PluginError) as error:
         raise _WrongConfiguration(redact(str(error))) from error
     if check:
