@@ -22,7 +22,7 @@ from ..connection import redact
 from ..errors import ConfigurationError, ConnectError, DatabaseError, StateError
 from ..events import Event, Gap, Topic, model_identity
 from ..hub import Hub
-from ..outbox.places import ALL, Place, covers
+from ..outbox.places import ALL, Place
 from ..outbox.store import Row
 from ..tailing import Tail
 from .sse import (
@@ -424,7 +424,7 @@ class ExactClient:
                 self._join(goal.generation, goal.number, goal.place)
                 return True
             goal = self._goal = feed._latest_mark()
-            if not covers(goal.place.since, place.since):
+            if not goal.place.since.covers(place.since):
                 # Another process had read further than this one has.
                 lost, ahead = feed.tail.check(place)
                 if lost or ahead:
