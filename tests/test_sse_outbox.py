@@ -272,7 +272,7 @@ def test_one_from_the_future(process: Process, shop: Database) -> None:
     place = feed._latest_mark().place
     since = type(place.since)(place.since.xmin + 1000, place.since.xmax + 1000)
     ahead = type(place)(since, place.floor, place.high, place.shed)
-    assert Tab(feed, Browser(last_id=feed.sign(ahead))).wait(1) == ["unknown_id"]
+    assert Tab(feed, Browser(last_id=feed._signer.sign(ahead))).wait(1) == ["unknown_id"]
 
 
 def turn(shop: Database) -> None:
