@@ -247,10 +247,17 @@ def test_the_tutorial(reader: Reader) -> None:
         for section in ("A page", "It changes by itself"):
             reader.follow("tutorial.md", section)
         assert not SHOWN
+        # A fetch that fails is not the last one.
+        page.route(re.compile(r":\d+/$"), lambda route: route.abort())
+        with page.expect_event("requestfailed", timeout=DEADLINE * 1000):
+            original("psql -c \"UPDATE orders SET customer = 'Anna' WHERE id = 1\"")
+        page.unroute_all()
+        original("psql -c \"UPDATE orders SET status = 'sent' WHERE id = 1\"")
+        shows(["1 Anna sent", "3 Cleo new", "4 Dan new"])
         for section in ("Only what matters", r"What if the process is down\?"):
             reader.follow("tutorial.md", section)
         assert sum("Dear" in line for line in reader.lines.items) == 2
-        assert errors == []
+        assert [str(error) for error in errors] == ["Failed to fetch"]
 
 
 class Base(orm.DeclarativeBase):
