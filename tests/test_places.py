@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgsignals.outbox.cursors import Snapshot
-from pgsignals.outbox.places import ALL, LONGEST, NOWHERE, Emptied, Place, Signer, covers
+from pgsignals.outbox.places import ALL, LONGEST, NOWHERE, Emptied, Place, Signer
 
 
 @st.composite
@@ -68,16 +68,6 @@ def test_too_many_transactions_at_once() -> None:
     assert signer.read(NOWHERE) is None
     few = Place(Snapshot(100, 9000, running[:1000]), 0, 0, 0)
     assert len(signer.sign(few)) < LONGEST // 2
-
-
-@given(snapshots(), snapshots())
-def test_covers(later: Snapshot, earlier: Snapshot) -> None:
-    """One covers the other just when it sees each transaction that the other sees."""
-    each = range(earlier.xmin - 1, earlier.xmax + 1)
-    sees_all = all(later.sees(txid) for txid in each if earlier.sees(txid))
-    if covers(later, earlier):
-        assert sees_all
-    assert covers(later, later)
 
 
 @pytest.mark.parametrize(

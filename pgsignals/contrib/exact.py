@@ -22,7 +22,7 @@ from ..connection import redact
 from ..errors import ConfigurationError, ConnectError, DatabaseError, StateError
 from ..events import Event, Gap, Topic, model_identity
 from ..hub import Hub
-from ..outbox.places import ALL, Place, covers
+from ..outbox.places import ALL, Place, Signer
 from ..outbox.store import Row
 from ..tailing import Tail
 from .sse import (
@@ -59,10 +59,10 @@ def open_feed(hub: Hub, *targets: Any, size: int, ordered: bool) -> Feed | Exact
 class _Entry:
     """An event or a gap of the feed; its id is worked out when somebody wants it."""
 
-    __slots__ = ("_feed", "_frame", "_id", "_place", "_window", "item")
+    __slots__ = ("_frame", "_id", "_place", "_signer", "_window", "item")
 
-    def __init__(self, feed: ExactFeed, item: Event | Gap, window: Place) -> None:
-        self._feed = feed
+    def __init__(self, item: Event | Gap, window: Place, signer: Signer) -> None:
+        self._signer = signer
         self.item = item
         self._window = window
         self._place: Place | None = None
@@ -81,7 +81,7 @@ class _Entry:
     def frame(self, view: View) -> bytes:
         """The message for one client; empty when it may not know of the event."""
         if self._id is None:
-            self._id = self._feed.sign(self.place)
+            self._id = self._signer.sign(self.place)
         if view != EVERYTHING:
             return render(self.item, view, self._id)
         if self._frame is None:
@@ -93,12 +93,13 @@ class _Entry:
 class _Mark:
     """At a number of the feed: everything from there on, and nothing else, is behind a place.
 
-    Numbers mean nothing to another ``generation``.
+    Numbers mean nothing to another ``generation``, nor places to another ``signer``.
     """
 
     generation: int
     number: int
     place: Place
+    signer: Signer
 
 
 class ExactFeed:
@@ -124,6 +125,7 @@ class ExactFeed:
         self._next = 0
         self._ring: list[_Entry | None] = [None] * size
         self._mark: _Mark
+        self._signer = tail.signer
         self._clients: weakref.WeakSet[ExactClient] = weakref.WeakSet()
         self._sleeping: dict[ExactClient, None] = {}
         self._impatient: dict[ExactClient, None] = {}
@@ -139,28 +141,26 @@ class ExactFeed:
     @property
     def position(self) -> str:
         """Where the feed is now: an id from which a client can go on, in any process."""
-        with self._lock:
-            place = self._place()
-        return self.sign(place)
+        now = self._now()
+        return now.signer.sign(now.place)
 
-    def sign(self, place: Place) -> str:
-        """The id of a place."""
-        return self.tail.signer.sign(place)
+    @property
+    def epoch(self) -> str:
+        """The history of the database that places are of."""
+        return self._signer.epoch
 
     def connect(
         self, last_id: str | None, wake: Callable[[], None], view: View = EVERYTHING
     ) -> ExactClient:
         """See :meth:`Feed.connect`."""
-        place = None if last_id is None else self.tail.signer.read(last_id)
         with self._lock:
-            client = ExactClient(self, wake, view, resumed=place is not None)
-            if place is None:
-                client._join(self._generation, self._next, self._place())
-                client._lost = None if last_id is None else "unknown_id"
-            elif (number := self._number(place)) is not None:
-                client._join(self._generation, number, place)
-            else:
-                client._known = place
+            place = None if last_id is None else self._signer.read(last_id)
+            number = self._next if place is None else self._number(place)
+            known = place or self._place()
+            start = None if number is None else self._at(number, known)
+            client = ExactClient(self, wake, view, known, self._signer, start)
+            client._resumed = place is not None
+            client._lost = "unknown_id" if last_id is not None and place is None else None
             if not self.closed:
                 self._clients.add(client)
         return client
@@ -187,9 +187,10 @@ class ExactFeed:
         """See Reader: clients read again what the tail leaves out."""
         with self._lock:
             self._generation += 1
+            self._signer = self.tail.signer
             self._ring = [None] * self._size
             self._next = 0
-            self._mark = _Mark(self._generation, 0, place)
+            self._mark = self._at(0, place)
             sleeping = self._take_sleeping()
         wake_all(sleeping)
 
@@ -207,23 +208,26 @@ class ExactFeed:
         """See Reader."""
         with self._lock:
             for event in events:
-                self._put(_Entry(self, event, window))
+                self._put(_Entry(event, window, self._signer))
             sleeping, self._sleeping = self._sleeping, {}
         wake_all(sleeping)
 
     def turned(self, place: Place) -> None:
         """See Reader."""
         with self._lock:
-            self._mark = _Mark(self._generation, self._next, place)
+            self._mark = self._at(self._next, place)
             impatient, self._impatient = self._impatient, {}
         wake_all(impatient)
 
     def missed(self, gap: Gap) -> None:
         """See Reader."""
         with self._lock:
-            self._put(_Entry(self, gap, self._place()))
+            self._put(_Entry(gap, self._place(), self._signer))
             sleeping, self._sleeping = self._sleeping, {}
         wake_all(sleeping)
+
+    def _at(self, number: int, place: Place) -> _Mark:
+        return _Mark(self._generation, number, place, self._signer)
 
     def _put(self, entry: _Entry) -> None:
         self._ring[self._next % self._size] = entry
@@ -273,10 +277,10 @@ class ExactFeed:
                 self._sleeping[client] = None
         return [entry for entry in found if entry is not None]
 
-    def _now(self) -> tuple[int, int, Place]:
-        """Where whoever begins now begins: generation, number and place."""
+    def _now(self) -> _Mark:
+        """Where whoever begins now begins."""
         with self._lock:
-            return self._generation, self._next, self._place()
+            return self._at(self._next, self._place())
 
     def _latest_mark(self) -> _Mark:
         with self._lock:
@@ -310,12 +314,19 @@ class ExactClient:
     """
 
     def __init__(
-        self, feed: ExactFeed, wake: Callable[[], None], view: View, resumed: bool
+        self,
+        feed: ExactFeed,
+        wake: Callable[[], None],
+        view: View,
+        known: Place,
+        signer: Signer,
+        start: _Mark | None,
     ) -> None:
         self._feed = feed
         self._view = view
-        self._resumed = resumed
-        self._known: Place | _Entry
+        self._resumed = False
+        self._known: Place | _Entry = known
+        self._signer = signer
         self._told: Place | _Entry | None = None
         self._generation = 0
         self._number: int | None = None
@@ -323,15 +334,16 @@ class ExactClient:
         self._page: deque[tuple[Place, Event | Gap | None]] = deque()
         self._whole = False
         self._lost: str | None = None
-        self._epoch = feed.tail.signer.epoch
         self.wake = wake
         self.ended = False
+        if start is not None:
+            self._join(start)
 
     def opening(self, retry: int | None = None) -> bytes:
         """See :meth:`Client.opening`."""
         fresh = self._lost is None and not self._resumed
         self._told = self._known
-        return encode(retry=retry, id=self._feed.sign(self._place) if fresh else None)
+        return encode(retry=retry, id=self._signer.sign(self._place) if fresh else None)
 
     def read(self) -> bytes:
         """See :meth:`Client.read`."""
@@ -339,7 +351,7 @@ class ExactClient:
         more = True
         while more and not frames:
             if self._lost is not None:
-                frames.append(gap_message(self._lost, self._feed.sign(self._place)))
+                frames.append(gap_message(self._lost, self._signer.sign(self._place)))
                 self._told, self._lost = self._known, None
             elif self._number is not None:
                 more = self._follow(self._number, frames)
@@ -358,7 +370,7 @@ class ExactClient:
         if self._told is self._known:
             return KEEPALIVE
         self._told = self._known
-        return encode(id=self._feed.sign(self._place))
+        return encode(id=self._signer.sign(self._place))
 
     def close(self) -> None:
         """Leave the feed. Safe to call twice."""
@@ -368,10 +380,10 @@ class ExactClient:
     def _place(self) -> Place:
         return self._known.place if isinstance(self._known, _Entry) else self._known
 
-    def _join(self, generation: int, number: int, place: Place) -> None:
+    def _join(self, mark: _Mark) -> None:
         """Follow the feed from here on."""
-        self._generation, self._number, self._known = generation, number, place
-        self._epoch = self._feed.tail.signer.epoch
+        self._generation, self._number = mark.generation, mark.number
+        self._known, self._signer = mark.place, mark.signer
         self._goal = None
 
     def _follow(self, number: int, frames: list[bytes]) -> bool:
@@ -392,7 +404,7 @@ class ExactClient:
         if self._page:
             self._tell(frames)
             return True
-        if self._epoch != self._feed.tail.signer.epoch:
+        if self._signer.epoch != self._feed.epoch:
             self._lose("restored")
             return True
         try:
@@ -409,7 +421,7 @@ class ExactClient:
             self._known = place
             if item is None:
                 continue
-            if frame := render(item, self._view, self._feed.sign(place)):
+            if frame := render(item, self._view, self._signer.sign(place)):
                 frames.append(frame)
                 self._told = self._known
 
@@ -421,10 +433,10 @@ class ExactClient:
         if place.target is None:
             goal = self._goal
             if goal is not None and goal.place.since == place.since and feed._is_at_hand(goal):
-                self._join(goal.generation, goal.number, goal.place)
+                self._join(goal)
                 return True
             goal = self._goal = feed._latest_mark()
-            if not covers(goal.place.since, place.since):
+            if not goal.place.since.covers(place.since):
                 # Another process had read further than this one has.
                 lost, ahead = feed.tail.check(place)
                 if lost or ahead:
@@ -460,7 +472,7 @@ class ExactClient:
         """Say that something may be missing, and go on with what happens from now on."""
         self._page.clear()
         self._whole = False
-        self._join(*self._feed._now())
+        self._join(self._feed._now())
         self._lost = reason
 
 

@@ -81,15 +81,6 @@ class Place:
         return any(gone.snapshot.sees(txid) for txid in self.since.running)
 
 
-def covers(later: Snapshot, earlier: Snapshot) -> bool:
-    """Whether one snapshot sees all that the other does."""
-    return (
-        later.xmax >= earlier.xmax
-        and later.xmin >= earlier.xmin
-        and not any(earlier.sees(txid) for txid in later.running)
-    )
-
-
 class Signer:
     """Makes texts of places, and places of texts, for one history of a database."""
 
