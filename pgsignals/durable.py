@@ -26,6 +26,7 @@ from .outbox.channels import (
     Remains,
     define_for,
     former_topic,
+    install_noting_losses,
     moved,
     note_moved,
     read_moved,
@@ -43,7 +44,7 @@ from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
 from .tailing import Tail
 from .triggers import names
 from .triggers.definitions import Definition, define
-from .triggers.installer import check, install, prune
+from .triggers.installer import check, prune
 
 log = logging.getLogger("pgsignals")
 
@@ -262,7 +263,7 @@ class DurableRun:
         if self._problem is not None:
             return
         if settings.install == "auto":
-            install(cursor, settings.namespace, triggers, settings.limits)
+            install_noting_losses(cursor, settings.namespace, triggers, settings.limits)
             self._moved = read_moved(cursor, settings.namespace, fitting)
             note_moved(cursor, self._moved)
             if not self._pruned:
