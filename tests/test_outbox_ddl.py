@@ -11,6 +11,7 @@ from conftest import DEADLINE, Database, Recorder
 from test_outbox_relay import Broker
 
 import pgsignals
+from tests.commands import run
 
 NAMED = pgsignals.watch("items", "inserted", extra=["name"])
 PLAIN = pgsignals.watch("items", "inserted")
@@ -256,3 +257,39 @@ def test_without_a_name(hub: pgsignals.Hub, shop: Database) -> None:
     shop("DROP TABLE items")
     with pytest.raises(pgsignals.TableError):
         start(hub, shop, NAMED, name=None)
+
+
+@pytest.mark.parametrize("deployed", [False, True], ids=["by start", "by the command"])
+def test_what_was_written_without_a_trigger(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, deployed: bool
+) -> None:
+    """A Gap, for each consumer that had it, says that a trigger was missing, and only then."""
+    hub.on_gap(recorder)
+    for _ in range(2):
+        start(hub, shop, NAMED)
+        assert hub.stop()
+    shop(f"DROP TABLE items; {ANEW}; INSERT INTO items VALUES (1, 'unseen')")
+    [(before,)] = shop("SELECT clock_timestamp()")
+    if deployed:
+        # Another watcher of the same, with the same triggers, makes them.
+        app = ["items:inserted", "--delivery", "outbox", "--dsn", shop.dsn]
+        with pgsignals.Hub() as other:
+            start(other, shop, PLAIN, name="other")
+        shop("DROP TABLE items; CREATE TABLE items (id bigint PRIMARY KEY, name text)")
+        assert run("install", *app).code == 0
+        gaps = Recorder()
+        other.on_gap(gaps)
+        with other:
+            start(other, shop, PLAIN, name="other", install="check")
+            assert [gap.reason for gap in gaps.wait(1)] == ["retention"]
+    start(hub, shop, NAMED)
+    [gap] = recorder.wait(1)
+    assert gap.reason == "retention"
+    assert gap.since < before < gap.until
+    insert(shop, "items", 2, "seen")
+    events = Recorder()
+    hub.on("items", "inserted")(events)
+    insert(shop, "items", 3, "seen")
+    assert events.wait(1)
+    assert hub.stop()
+    assert len(recorder.items) == 1

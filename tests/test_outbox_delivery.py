@@ -16,6 +16,7 @@ from pgsignals.outbox.inspection import read_outbox
 from pgsignals.triggers import names
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import prune
+from tests.commands import run
 from tests.waiting import eventually
 
 
@@ -122,7 +123,7 @@ def test_a_transaction_that_began_long_ago(
 
 
 def test_a_record_in_commit_order(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
-    """Two transactions on one row come in the order of their commits, whatever ids they have."""
+    """Two transactions on one row whose ids are the other way round come in commit order."""
     hub.on("items", "updated")(recorder)
     shop("INSERT INTO items VALUES (1, 'first')")
     start(hub, shop)
@@ -170,6 +171,37 @@ def test_a_failing_receiver(hub: pgsignals.Hub, shop: Database, recorder: Record
     )
     assert (error, attempts) == ("ValueError: poison", 3)
     assert "in receive" in trace
+
+
+def test_a_poison_receiver(hub: pgsignals.Hub, db: Database, recorder: Recorder) -> None:
+    """Poison receiver: 1,000 records, one always failing: 999 delivered without waiting, one dead.
+
+    The one is a dead letter after its tries, and `retry` delivers it once the receiver can take it.
+    """
+    db("CREATE TABLE items (id bigint PRIMARY KEY, name text, n int NOT NULL DEFAULT 0)")
+    poison = threading.Event()
+    poison.set()
+
+    @hub.on("items", "inserted", retries=1, backoff=5.0)
+    def receive(event: pgsignals.Event) -> None:
+        if event.id == 500 and poison.is_set():
+            recorder("a try")
+            raise ValueError("poison")
+        recorder(event.id)
+
+    start(hub, db)
+    db("INSERT INTO items SELECT generate_series(1, 1000)")
+    assert recorder.wait(1001) == [
+        *range(1, 500),
+        "a try",
+        *range(501, 1001),
+        "a try",
+    ]
+    eventually(lambda: db("SELECT count(*) FROM pgsignals.dead_letters"), lambda n: n == [(1,)])
+    poison.clear()
+    assert run("dead-letters", "retry", "--all", "--dsn", db.dsn).code == 0
+    assert recorder.wait(1002)[-1] == 500
+    eventually(lambda: db("SELECT count(*) FROM pgsignals.dead_letters"), lambda n: n == [(0,)])
 
 
 def test_a_dead_letter_again(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:

@@ -140,14 +140,14 @@ def test_a_consumer_that_was_removed(hub: pgsignals.Hub, shop: Database) -> None
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
     shop("DELETE FROM pgsignals.consumers")
     assert called.wait(15)
-    try:
-        assert not hub.stop(0.2)
-    finally:
-        held.set()
     other, gaps = pgsignals.Hub(), Recorder()
     other.on_gap(gaps)
-    with other.start(shop.dsn, ["items"], delivery="outbox", name="mailer"):
-        [gap] = gaps.wait(1)
+    try:
+        assert not hub.stop(0.2)
+        with other.start(shop.dsn, ["items"], delivery="outbox", name="mailer"):
+            [gap] = gaps.wait(1)
+    finally:
+        held.set()
     assert gap.reason == "retention"
     assert gap.since < gap.until
 

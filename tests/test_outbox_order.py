@@ -114,3 +114,18 @@ def test_a_key_that_goes_from_one_record_to_another(
     finally:
         later.close()
     assert recorder.wait(2) == [("deleted", 10), ("inserted", 20)]
+
+
+def test_a_trigger_that_changes_the_row_again(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """What an AFTER trigger of the table's own did comes before what made it fire."""
+    shop(
+        "CREATE FUNCTION again() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN UPDATE items SET n = 7 WHERE id = NEW.id; RETURN NULL; END$$;"
+        " CREATE TRIGGER again AFTER INSERT ON items FOR EACH ROW EXECUTE FUNCTION again()"
+    )
+    hub.on("items")(lambda event: recorder((event.op, event.values["n"])))
+    start(hub, shop, "inserted", "updated")
+    shop("INSERT INTO items VALUES (1)")
+    assert recorder.wait(2) == [("updated", 7), ("inserted", 0)]

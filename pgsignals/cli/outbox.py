@@ -67,9 +67,7 @@ def print_outbox(outbox: OutboxState) -> None:
         )
     for each in outbox.consumers:
         if each.lost_until is not None:
-            click.echo(
-                f"{each.name} will get a Gap: events of before {each.lost_until} were dropped."
-            )
+            click.echo(f"{each.name} will get a Gap: events of before {each.lost_until} are lost.")
     for backfill in outbox.backfills:
         click.echo(
             f"Backfill {backfill.id} of {backfill.target} for {backfill.consumer}: "

@@ -12,7 +12,7 @@ from ..errors import ConfigurationError, DatabaseError, near
 from .cursors import BEGINNING
 from .housekeeping import housekeeping_lock
 from .inspection import read_outbox
-from .schema import SLOTS, WAKE_CHANNEL
+from .schema import WAKE_CHANNEL
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -159,22 +159,20 @@ def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetim
 
 
 def _kept_since(cursor: Cursor) -> datetime:
-    """From when on the outbox has everything: since its oldest partition that is there was begun.
+    """From when on the outbox has everything: since the oldest partition was begun of those there.
 
-    Only what was written to is left for the next one, so that an empty one has been emptied.
+    Only one that was written to is left for another, so that an empty one has been emptied, but for
+    the current one, which is the latest.
     """
-    cursor.execute("SELECT last_value FROM pgsignals.outbox_slot")
-    [(current,)] = cursor.fetchall()
-    cursor.execute("SELECT slot, opened_at FROM pgsignals.slots")
-    opened = dict(cursor.fetchall())
-    since: datetime = opened[current]
-    for step in range(1, SLOTS):
-        number = (current - step) % SLOTS
+    cursor.execute("SELECT slot, opened_at FROM pgsignals.slots ORDER BY opened_at DESC")
+    (_, since), *others = cursor.fetchall()
+    found: datetime = since
+    for number, opened_at in others:
         cursor.execute(f"SELECT EXISTS (SELECT FROM pgsignals.outbox_{number})")
-        if number not in opened or cursor.fetchall() == [(False,)]:
+        if cursor.fetchall() == [(False,)]:
             break
-        since = opened[number]
-    return since
+        found = opened_at
+    return found
 
 
 def _check_idle(cursor: Cursor, name: str) -> None:

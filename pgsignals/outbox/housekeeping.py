@@ -6,6 +6,7 @@ What all have read is kept for a while where somebody wants to come back to it w
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -165,15 +166,16 @@ def _forget(cursor: Cursor) -> None:
 
 
 def _slots(cursor: Cursor, current: int) -> list[_Slot]:
-    """The partitions, the current one first, then from the oldest on."""
+    """The partitions, the current one first, then those never begun, then from the oldest on."""
     cursor.execute(
         "SELECT slot, extract(epoch FROM pg_catalog.clock_timestamp() - opened_at)::float8"
         " FROM pgsignals.slots"
     )
     opened = dict(cursor.fetchall())
+    others = [number for number in range(SLOTS) if number != current]
+    others.sort(key=lambda number: -opened.get(number, math.inf))
     found = []
-    for step in range(SLOTS):
-        number = (current + step) % SLOTS
+    for number, following in zip((current, *others), (current, *others[1:], current), strict=True):
         cursor.execute(
             sql.SQL(
                 "SELECT pg_catalog.pg_total_relation_size({}::pg_catalog.regclass),"
@@ -184,8 +186,7 @@ def _slots(cursor: Cursor, current: int) -> list[_Slot]:
             )
         )
         [(size, last_id)] = cursor.fetchall()
-        since = number if number == current else (number + 1) % SLOTS
-        found.append(_Slot(number, size, last_id, opened.get(since, 0.0)))
+        found.append(_Slot(number, size, last_id, opened.get(following, 0.0)))
     return found
 
 
@@ -302,13 +303,17 @@ def _turn(
     slot_seconds: float,
     retention_bytes: int,
 ) -> None:
-    """Begin the next partition when the current one is big or old, and the next is empty."""
-    current, following = slots[0], slots[1]
+    """Begin another partition when the current one is big or old, and another is empty.
+
+    One that cannot be emptied, since a transaction that wrote to it lasts, is left out meanwhile.
+    """
+    current, *others = slots
     bound = min(slot_bytes, retention_bytes // SLOTS)
     due = current.size > bound or current.age > slot_seconds
     if current.last_id is None or not due:
         return
-    if following.last_id is not None and following.number not in emptied:
+    free = (slot for slot in others if slot.last_id is None or slot.number in emptied)
+    if (following := next(free, None)) is None:
         return
     cursor.execute(
         "INSERT INTO pgsignals.slots VALUES (%s) ON CONFLICT (slot)"

@@ -604,8 +604,11 @@ class OutboxSource:
         """Announce that rows were dropped which had not been read."""
         known = part.telling.lost_until
         if lost_until is not None and (known is None or lost_until > known):
-            detail = "events were dropped before they were read: see the retention"
-            log.error("the consumer %s was late, or removed: %s", self.name, detail)
+            detail = (
+                "events were dropped before they were read, or never noted: the consumer was late, "
+                "or had been removed, or a trigger was missing"
+            )
+            log.error("%s has lost events: %s", self.name, detail)
             gap = Gap(part.claim.acknowledged_at, lost_until, "retention", detail)
             self._tell(part, gap, lost_until=lost_until)
 

@@ -341,12 +341,14 @@ def _check_definer(cursor: Cursor, table: Table) -> None:
 def check(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> None:
     """Raise DriftError, which says what to run, unless everything wanted is installed."""
     change = plan(wanted, read_installed(cursor, namespace))
+    needed = {trigger.name for trigger in wanted}
     lines = [
         f"  {state.status} {state.op} on {state.schema}.{state.table}"
         + (f" (label {state.label!r})" if state.label is not None else "")
         + (f": {state.detail}" if state.detail else "")
         for state in change.states
-        if state.status in (MISSING, OUTDATED)
+        # What others need is theirs to mend.
+        if state.name in needed and state.status in (MISSING, OUTDATED)
     ]
     if lines:
         raise DriftError(
