@@ -50,7 +50,9 @@ class Dispatcher:
         self._broadcasters = tuple(broadcasters)
         self._announce_loss = announce_loss
         self._count_shed = count_shed
-        self._room = threading.Condition()
+        # Taken for each message: by itself it is cheaper than by way of the condition.
+        self._lock = threading.RLock()
+        self._room = threading.Condition(self._lock)
         self._barriers: weakref.WeakSet[threading.Event] = weakref.WeakSet()
         self._lanes = [Lane(-(-queue_size // workers)) for _ in range(workers)]
         for lane in self._lanes:
@@ -79,7 +81,10 @@ class Dispatcher:
     @property
     def full(self) -> bool:
         """Whether a worker that is not given up has no room."""
-        return any(lane.full and not lane.given_up for lane in self._lanes)
+        for lane in self._lanes:  # noqa: SIM110 - a generator costs more than all the rest.
+            if lane.full and not lane.given_up:
+                return True
+        return False
 
     @property
     def shedding(self) -> bool:
@@ -108,7 +113,8 @@ class Dispatcher:
         """Start the workers."""
         with self._room:
             for number, lane in enumerate(self._lanes):
-                self._spawn(f"worker-{number}", self._work, lane)
+                work = self._work if len(self._lanes) > 1 else self._work_alone
+                self._spawn(f"worker-{number}", work, lane)
         if len(self._lanes) > 1:
             self._watchman = threading.Thread(
                 target=self._watch, name="pgsignals-watchman", daemon=True
@@ -127,14 +133,24 @@ class Dispatcher:
     def submit(self, message: Message) -> None:
         """Queue a message's events. Never waits: look at ``full`` first."""
         events = [Event(message, number, row) for number, row in enumerate(message.rows)]
+        if len(self._lanes) == 1:
+            with self._lock:
+                before = self.shed
+                self._put(self._lanes[0], events)
+                shed = self.shed - before
+        else:
+            shed = self._share(message, events)
+        if shed:
+            self._count_shed(shed)
+
+    def _share(self, message: Message, events: Sequence[Event]) -> int:
+        """Queue events for several workers; how many were dropped."""
         width = len(message.topic.key)
         shares: dict[Lane, list[Event]] = {}
-        if len(self._lanes) == 1:
-            shares[self._lanes[0]] = events
-        elif not message.moved:
+        if not message.moved:
             for event in events:
                 shares.setdefault(self._lane_of(event._row[:width]), []).append(event)
-        with self._room:
+        with self._lock:
             before = self.shed
             for lane, share in shares.items():
                 self._put(lane, share)
@@ -143,9 +159,7 @@ class Dispatcher:
                     self._put_moved(event)
             if not self._busy.is_set():
                 self._busy.set()
-            shed = self.shed - before
-        if shed:
-            self._count_shed(shed)
+            return self.shed - before
 
     def submit_events(self, events: Sequence[Event]) -> None:
         """Queue events in their order, whatever messages they are of. Never waits."""
@@ -368,14 +382,28 @@ class Dispatcher:
             else:
                 for broadcaster in self._broadcasters:
                     lane.attempt = functools.partial(self._attempt, broadcaster, work)
-                    yield functools.partial(
-                        lane.attempt, functools.partial(broadcaster.publish, work)
-                    )
+                    yield lane.attempt
             self._done(lane, count)
 
-    def _attempt(self, broadcaster: Broadcaster, events: Sequence[Event], publish: Job) -> None:
+    def _work_alone(self, lane: Lane) -> None:
+        """What the only worker does: no other thread ever goes on behind its calls."""
+        while (item := lane.items.get()) is not None:
+            count, work = item
+            if callable(work):
+                work()
+            else:
+                for broadcaster in self._broadcasters:
+                    self._attempt(broadcaster, work)
+            self._done(lane, count)
+
+    def _attempt(
+        self, broadcaster: Broadcaster, events: Sequence[Event], resume: Job | None = None
+    ) -> None:
         try:
-            publish()
+            if resume is None:
+                broadcaster.publish(events)
+            else:
+                resume()
         except Exception:
             log.exception(
                 "%s could not take %d events",
@@ -387,7 +415,7 @@ class Dispatcher:
     def _done(self, backlog: Backlog, count: int) -> None:
         if not count:
             return
-        with self._room:
+        with self._lock:
             was_full = backlog.full
             backlog.done(count)
             if was_full and not backlog.full:

@@ -18,6 +18,16 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 T = TypeVar("T")
 
 
+def moment(at_us: int) -> datetime:
+    """The datetime of so many microseconds since 1970."""
+    return _EPOCH + timedelta(microseconds=at_us)
+
+
+def microseconds(at: datetime) -> int:
+    """The microseconds since 1970 of an aware datetime."""
+    return (at - _EPOCH) // timedelta(microseconds=1)
+
+
 class _Columns(dict[str, Any]):
     """Values by their columns; for one that did not travel, the error says how to have it."""
 
@@ -133,7 +143,7 @@ class Message(msgspec.Struct, eq=False):
     @property
     def at(self) -> datetime:
         """When the statement ran, by the server's clock."""
-        return _EPOCH + timedelta(microseconds=self.at_us)
+        return moment(self.at_us)
 
     def uid(self, number: int) -> str:
         """What names the event of one row, here and wherever it travels."""

@@ -118,7 +118,7 @@ class Lane(Backlog):
         self.divert: Callable[[Aside, Any, Event], bool]
         self.caller: Caller
         self.resume: Job
-        self.attempt: Callable[[Job], None]
+        self.attempt: Callable[..., None]
 
     def make(self, caller: Caller, calls: Iterator[tuple[Any, Event]]) -> None:
         """Make the calls, those of receivers set aside by way of their queues."""

@@ -126,6 +126,8 @@ class Registry:
         self._topics: Sequence[Topic] | None = None
         self.observers: tuple[Callable[[Sequence[Event]], None], ...] = ()
         self._names: dict[Key, tuple[int | str, ...]] = {}
+        # What _names says of a topic, in the form that is wanted for each message.
+        self._routes: dict[Topic, list[Key]] = {}
 
     def subscribe(
         self,
@@ -186,16 +188,18 @@ class Registry:
                 self._check_delivered(f"signal({model_name(target)}, {op!r})", target, (op,))
             return self._signal((model_identity(target), op), target)
 
-    def bind(self, topics: Sequence[Topic]) -> None:
+    def bind(self, topics: Sequence[Topic], *, delivered: bool = True) -> None:
         """Check all receivers against what will be delivered, and deliver by it from now on.
 
-        Raises ReceiverError, and then nothing has changed.
+        What is not ``delivered`` here is only known by its names. Raises ReceiverError, and then
+        nothing has changed.
         """
         with self._lock:
             before = self._topics, self._names
-            self._topics = tuple(topics)
+            self._topics = tuple(topics) if delivered else ()
             # Over a reconnection, events of former topics may still be queued: those stay known.
             self._names = self._names | {_key(topic): _names(topic, topics) for topic in topics}
+            self._routes.clear()
             try:
                 for subscription in self._subscriptions:
                     self._check(subscription)
@@ -207,6 +211,7 @@ class Registry:
                         )
             except ReceiverError:
                 self._topics, self._names = before
+                self._routes.clear()
                 raise
 
     @property
@@ -237,6 +242,7 @@ class Registry:
         """
         with self._lock:
             self._names[_key(topic)] = names = _names(topic, [topic])
+            self._routes.clear()
             for subscription in self._subscriptions:
                 if model_identity(subscription.target) in names and (
                     not subscription.ops or topic.op in subscription.ops
@@ -283,8 +289,9 @@ class Registry:
         everybody: list[Any] = []
         indexes: list[_Index] = []
         with self._lock:
-            for name in self._names.get(_key(topic), ()):
-                key = (name, topic.op)
+            if (route := self._routes.get(topic)) is None:
+                route = self._routes[topic] = [(name, topic.op) for name in self.names(topic)]
+            for key in route:
                 if (signal := self._signals.get(key)) is not None and signal.receivers:
                     everybody += signal.receivers_for(topic.model)
                 if (index := self._indexes.get(key)) is not None:

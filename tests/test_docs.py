@@ -16,6 +16,7 @@ import pgsignals
 import pgsignals.testing
 from pgsignals import Hub, hookspecs
 from pgsignals.cli import main
+from pgsignals.contrib.flask import PgSignals
 from tests.conftest import Database, Recorder
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -63,6 +64,14 @@ def test_the_parameters_of_start() -> None:
     assert [
         name for name in names - {"delivery"} if f"``{name}" not in str(Hub.start.__doc__)
     ] == []
+
+
+def test_the_settings_of_frameworks() -> None:
+    """Every parameter of ``start`` is a setting of Flask's and of Django's, and named there."""
+    names = {name.upper() for name in inspect.signature(Hub.start).parameters} - {"SELF"}
+    assert [name for name in names if f"``PGSIGNALS_{name}``" not in str(PgSignals.__doc__)] == []
+    django = PAGES["django"].partition("## Settings\n")[2].partition("\n## ")[0]
+    assert [name for name in names if not mentioned(name, django)] == []
 
 
 def test_the_parameters_of_watch() -> None:

@@ -18,7 +18,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
 from ..errors import ConnectError, PayloadError, PgSignalsError
-from ..events import Gap, Message
+from ..events import Gap, Message, microseconds, moment
 from ..inspection import QUEUE_WARNING, read_queue_usage
 from ..metrics import Meter
 from ..payload import Broken, Decoder
@@ -99,7 +99,10 @@ class NotifySource:
         self._decoders: Mapping[str, Decoder] = {}
         self.own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
         self._clock_offset = timedelta(0)
-        self._heard = self._asked = datetime.now(timezone.utc)
+        self._ahead = 0.0
+        # In microseconds since 1970, as messages have them: a datetime for each would take longer
+        # than handing it over.
+        self._heard = self._asked = microseconds(datetime.now(timezone.utc))
         self._asking = False
         self._usage_read_at = self._turned_at = time.monotonic()
         self._loss = ""
@@ -187,7 +190,7 @@ class NotifySource:
             if arrived:
                 heard_at = now
             if not self._asking and now - asked_at >= self._timing.heartbeat:
-                self._asked = self.now()
+                self._asked = self._now()
                 self._asking = True
                 asked_at = now
                 session.send(*self._question)
@@ -237,9 +240,10 @@ class NotifySource:
             self._sink.submit(message)
             # Notifications come in the order of their commits: nothing before this is missing. The
             # worker is on its way meanwhile.
-            self._heard = max(self._heard, min(message.at, self.now()))
+            if message.at_us > self._heard:
+                self._heard = min(message.at_us, self._now())
         elif isinstance(message, Broken):
-            at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
+            at = moment(message.at_us)
             log.error(
                 "a watcher is broken: %s",
                 message.error,
@@ -302,6 +306,9 @@ class NotifySource:
         """The server's clock, late by a network's delay at most."""
         return datetime.now(timezone.utc) + self._clock_offset
 
+    def _now(self) -> int:
+        return int(1e6 * (time.time() + self._ahead))
+
     def _open(self) -> datetime:
         """Connect, listen, install; returns the server's time from which on nothing is missed."""
         log.debug("connecting to %s", display(self._listen_dsn))
@@ -327,7 +334,7 @@ class NotifySource:
             connection.close()
         self._turned_at = time.monotonic()
         self._session = session
-        self._asked = self._heard = listening
+        self._asked = self._heard = microseconds(listening)
         return listening
 
     def _begin_listening(
@@ -350,6 +357,7 @@ class NotifySource:
         listening: datetime
         [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
         self._clock_offset = listening - datetime.now(timezone.utc)
+        self._ahead = self._clock_offset.total_seconds()
         return listening
 
     def _close(self) -> None:
@@ -360,7 +368,7 @@ class NotifySource:
 
     def _reconnect(self) -> None:
         """Connect again, however long it takes, and announce what may have been missed."""
-        since = self._heard
+        since = moment(self._heard)
         while not self._stopping:
             self._waiter.sleep(self._backoff.next(), lambda: self._stopping)
             if self._stopping:
