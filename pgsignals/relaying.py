@@ -179,16 +179,12 @@ class Relay:
                 self._condition.wait_for(lambda: self._waiting or self._ending or not self._reached)
                 if self._ending:
                     return
-                lost = self._drop_lost()
+                self._drop_lost()
                 taken = self._take()
             # What another process has taken over is not ours to deliver, nor to count.
             ours = [item for item in taken if item.page is None or item.page.reign.holds()]
             try:
-                if lost and self._published:
-                    # Sent when the broker is back, they would come behind what another process
-                    # has sent meanwhile.
-                    self._published = False
-                    self._broadcaster.close()
+                self._give_up_lost()
                 delivered = self._deliver(ours)
                 reason = f"no acknowledgement within {FLUSH_SECONDS:g} s"
             # Whatever a broadcaster raises, it is tried again.
@@ -199,15 +195,24 @@ class Relay:
             else:
                 self._failed(reason)
 
-    def _drop_lost(self) -> bool:
-        """Forget what another process reads by now; whether there was any. With the lock held."""
+    def _drop_lost(self) -> None:
+        """Forget what is read again, by this process or another. With the lock held."""
         kept = [item for item in self._waiting if item.page is None or item.page.reign.holds()]
-        if len(kept) == len(self._waiting):
-            return False
-        self._waiting = deque(kept)
-        self._depth = sum(len(item.events) for item in kept)
-        self._condition.notify_all()
-        return True
+        if len(kept) < len(self._waiting):
+            self._waiting = deque(kept)
+            self._depth = sum(len(item.events) for item in kept)
+            self._condition.notify_all()
+
+    def _give_up_lost(self) -> None:
+        """Have the broadcaster forget what another process may be sending.
+
+        When the broker was back, it would come behind what that one has sent meanwhile. While the
+        claim is ours, the broadcaster remembers what has arrived: a lease that is over now and
+        then, on a machine that is too busy, must not have all of it sent again.
+        """
+        if self._published and not self.source.is_active:
+            self._published = False
+            self._broadcaster.close()
 
     def _take(self) -> list[_Item]:
         """The first pages, which stay in the queue until they are acknowledged."""

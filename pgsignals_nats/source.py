@@ -37,6 +37,8 @@ _MOST = 10_000
 # a consumer that is gone, are noticed.
 _PULL_SECONDS = 5.0
 _ACK_SECONDS = 30.0
+# What ending a request may take.
+_DRAIN_SECONDS = 2.0
 # How soon a loss is noticed.
 _LOOK_SECONDS = 2.0
 # A consumer without a name is forgotten by the server when nobody has read for so long.
@@ -92,6 +94,8 @@ class NatsSource:
         self._loop: Loop | None = None
         self._client: Client | None = None
         self._stopping = False
+        # Whether what still comes is left to others.
+        self._deaf = False
         self._consumer = ""
         # The last message of the stream that has been read, or was none of ours.
         self._floor = 0
@@ -184,7 +188,7 @@ class NatsSource:
             state = (await jetstream.stream_info(self._server.stream_name)).state
             info = await self._find_consumer(jetstream, state.last_seq)
             self._inbox = client.new_inbox()
-            await client.subscribe(
+            self._subscription = await client.subscribe(
                 self._inbox, cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
             )
         except (nats.errors.Error, asyncio.TimeoutError) as error:
@@ -255,6 +259,7 @@ class NatsSource:
         while not self._stopping:
             try:
                 await self._keep_reading()
+                await self._stop_pulling()
             except (nats.errors.Error, asyncio.TimeoutError, OSError, PgSignalsError) as error:
                 failure: Exception = error
             # Whatever it is, reading must go on.
@@ -298,6 +303,16 @@ class NatsSource:
                 looked_at = now
                 await self._look(client)
 
+    async def _stop_pulling(self) -> None:
+        """Take what is on its way, and have the server give our request nothing more.
+
+        What it gave to one that is gone would come a long time after what came later.
+        """
+        try:
+            await asyncio.wait_for(self._subscription.drain(), _DRAIN_SECONDS)
+        finally:
+            self._deaf = True
+
     async def _pull(self, client: Client) -> None:
         """Ask for more when there is room and the former request is over."""
         now = time.monotonic()
@@ -335,7 +350,7 @@ class NatsSource:
         self._asked -= 1
         if self._asked <= 0:
             self._wake()
-        if self._stopping:
+        if self._deaf:
             return  # Not acknowledged: whoever comes next gets it.
         metadata = message.metadata
         sequence = metadata.sequence.stream

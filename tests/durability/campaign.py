@@ -42,6 +42,8 @@ LEASE = 1.0
 PATIENCE = 1.5
 # Within which all that is committed must have been delivered and acknowledged, after a round.
 DRAIN_SECONDS = 60.0
+# A broker that was killed looks through its files before it takes anything.
+BROKER_DRAIN_SECONDS = 150.0
 # How long a broker is away at most.
 OUTAGE_SECONDS = 5.0
 
@@ -185,7 +187,7 @@ class Campaign:
         writers: int = 8,
         faults: bool = True,
         mutant: str = "",
-        drain: float = DRAIN_SECONDS,
+        drain: float | None = None,
         consumers: tuple[ConsumerPlan, ...] = (),
         to: str = "",
         outage: float = OUTAGE_SECONDS,
@@ -200,7 +202,7 @@ class Campaign:
         self._seconds = seconds
         self._writers = writers
         self._faults = faults
-        self._drain_seconds = drain
+        self._drain_seconds = drain or (BROKER_DRAIN_SECONDS if to else DRAIN_SECONDS)
         self._consumers = consumers or (RELAYS if to else CONSUMERS)
         self._outage = outage
         self.destination: Destination | None = DESTINATIONS[to]() if to else None
