@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from . import pubsub
@@ -21,6 +18,7 @@ from .baselines import (
     select_loop_with_worker,
 )
 from .harness import Bench, Counter, Figure, connect, execute, interleave, percentile, watching
+from .processes import Child, hear, say
 
 # Between two INSERTs, in milliseconds, so that none waits for the one before.
 PAUSE = 2.0
@@ -46,35 +44,53 @@ class Clock(Counter):
 
 @dataclass
 class Side:
-    """Listens in this process to what another one inserts; keeps all it saw, in milliseconds."""
+    """Listens in this process to what another one inserts; keeps all it saw, in milliseconds.
+
+    ``used`` has the microseconds of processor time that this process took for each event.
+    """
 
     dsn: str
     inserts: int
     listening: Callable[[str, Callable[[object], object]], AbstractContextManager[None]]
     after_return: list[float] = field(default_factory=list)
     after_sending: list[float] = field(default_factory=list)
+    used: list[float] = field(default_factory=list)
 
     def run(self) -> float:
         """The median of this round."""
         clock = Clock()
         clock.expect(self.inserts)
-        with self.listening(self.dsn, clock):
-            written = insert_elsewhere(self.dsn, "orders", self.inserts, PAUSE)
+        with (
+            self.listening(self.dsn, clock),
+            writer(self.dsn, "orders", self.inserts, PAUSE) as insert,
+        ):
+            used = time.process_time()
+            written = insert()
             called = clock.take()
+            self.used.append(1e6 * (time.process_time() - used) / self.inserts)
         for at, (sent, returned) in zip(called, written, strict=True):
             self.after_return.append(1000 * (at - returned))
             self.after_sending.append(1000 * (at - sent))
         return percentile(self.after_return[-self.inserts :], 50)
 
 
-def insert_elsewhere(dsn: str, table: str, inserts: int, pause: float) -> list[tuple[float, float]]:
-    """Have another process insert rows; when each INSERT was sent, and when it had returned.
+@contextmanager
+def writer(
+    dsn: str, table: str, inserts: int, pause: float
+) -> Iterator[Callable[[], list[tuple[float, float]]]]:
+    """Another process, which inserts rows once it is called.
 
-    ``pause`` milliseconds, half as many or half more, are between two.
+    The call returns when each INSERT was sent, and when it had returned. ``pause`` milliseconds,
+    half as many or half more, are between two.
     """
-    writer = [sys.executable, "-m", __name__, dsn, table, str(inserts), str(pause)]
-    done = subprocess.run(writer, stdout=subprocess.PIPE, text=True, check=True)
-    return [(sent, returned) for sent, returned in json.loads(done.stdout)]
+    with Child(__name__, dsn, table, inserts, pause) as child:
+        child.hear()
+
+        def insert() -> list[tuple[float, float]]:
+            child.tell()
+            return [(sent, returned) for sent, returned in child.hear()]
+
+        yield insert
 
 
 def measure(bench: Bench) -> list[Figure]:
@@ -113,6 +129,9 @@ def measure(bench: Bench) -> list[Figure]:
             for name, side in peers.items():
                 values = side.after_return if since == "INSERT returned" else side.after_sending
                 figures.append(Figure(f"  {name}", [percentile(values, percent)], "ms"))
+    figures.append(Figure("processor time of the listener for an event, ours", ours.used, "µs"))
+    others = {"bare select() loop": bare, **peers}
+    figures += [Figure(f"  {name}", side.used, "µs") for name, side in others.items()]
     return figures
 
 
@@ -121,6 +140,8 @@ def _write(dsn: str, table: str, inserts: int, pause: float) -> None:
     # Notifications are sent when the commit is on disk, or here at once: what follows is the same.
     execute(connection, "SET synchronous_commit = off")
     times = []
+    say()
+    hear()
     with connection.cursor() as cursor:
         for _ in range(inserts):
             sent = time.monotonic()
@@ -129,14 +150,8 @@ def _write(dsn: str, table: str, inserts: int, pause: float) -> None:
             # Not in step with anything that polls.
             time.sleep(pause / 1000 * random.uniform(0.5, 1.5))
     connection.close()
-    json.dump(times, sys.stdout)
+    say(times)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("dsn")
-    parser.add_argument("table")
-    parser.add_argument("inserts", type=int)
-    parser.add_argument("pause", type=float)
-    arguments = parser.parse_args()
-    _write(arguments.dsn, arguments.table, arguments.inserts, arguments.pause)
+    _write(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pgsignals
 
 from .harness import Bench, Counter, Figure, percentile
-from .latency import Clock, insert_elsewhere
+from .latency import Clock, writer
 from .writers import CLIENTS, Pgbench, count_orders
 
 PROBES = "CREATE TABLE probes (id bigserial PRIMARY KEY, customer_id bigint, total numeric)"
@@ -38,22 +38,22 @@ class _Side:
 
     def idle(self, inserts: int) -> list[float]:
         """Milliseconds of each."""
-        self._clock.expect(inserts)
-        written = insert_elsewhere(self._dsn, "probes", inserts, IDLE_PAUSE)
-        return self._since(written)
+        return self._probe(inserts, IDLE_PAUSE)
 
     def busy(self, inserts: int) -> list[float]:
         """Milliseconds of each, while 32 clients write to the other table."""
         before = count_orders(self._dsn)
-        self._clock.expect(inserts)
         with self._pgbench.running(self._dsn, CLIENTS):
             time.sleep(0.5)
-            found = self._since(insert_elsewhere(self._dsn, "probes", inserts, BUSY_PAUSE))
+            found = self._probe(inserts, BUSY_PAUSE)
         self._counter.wait_for_all(count_orders(self._dsn) - before)
         return found
 
-    def _since(self, written: list[tuple[float, float]]) -> list[float]:
-        called = self._clock.take()
+    def _probe(self, inserts: int, pause: float) -> list[float]:
+        self._clock.expect(inserts)
+        with writer(self._dsn, "probes", inserts, pause) as insert:
+            written = insert()
+            called = self._clock.take()
         return [1000 * (at - returned) for at, (_, returned) in zip(called, written, strict=True)]
 
     def close(self) -> None:

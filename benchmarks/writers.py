@@ -29,6 +29,7 @@ from .harness import (
     ratios,
     watching,
 )
+from .processes import processor_seconds
 
 CLIENTS = 32
 # In turn: what is compared most closely, notify and a row trigger, comes twice, back and forth, so
@@ -128,6 +129,8 @@ class Side:
     """Clients of one database, with the side's own listener at work.
 
     ``lossy``: the listener is known to miss events, which are counted in ``lost`` (of 1,000).
+    ``used`` has the microseconds of processor time that the server took for each transaction, and
+    ``listened`` those of this process.
     """
 
     bench: Bench
@@ -135,6 +138,8 @@ class Side:
     listen: Listening | None = None
     lossy: bool = False
     lost: list[float] = field(default_factory=list)
+    used: list[float] = field(default_factory=list)
+    listened: list[float] = field(default_factory=list)
 
     def run(self, clients: int, seconds: float) -> float:
         """Transactions per second."""
@@ -150,7 +155,11 @@ class Side:
                 counter.patience = _LOSSY_PATIENCE
             if self.listen is not None:
                 stack.enter_context(self.listen(self.dsn, counter))
+            server = self.bench.server.pid
+            used, listened = processor_seconds(server), time.process_time()
             written, rate = Pgbench(self.bench).run(self.dsn, clients, seconds)
+            self.used.append(1e6 * (processor_seconds(server) - used) / written)
+            self.listened.append(1e6 * (time.process_time() - listened) / written)
             if self.listen is not None:
                 try:
                     counter.wait_for_all(written)
@@ -206,4 +215,14 @@ def measure(bench: Bench) -> list[Figure]:
         ),
         Figure("  share kept by an outbox polled by id", shares["polled"], ""),
         Figure("  of which its reader misses", each["polled"].lost, "‰"),
+        # What explains the shares: the rest of the time is waiting, for the disk and one another.
+        *(
+            Figure(f"  processor time of the server, a transaction, {name}", side.used, "µs")
+            for name, side in each.items()
+        ),
+        *(
+            Figure(f"  processor time of the listener, {name}", side.listened, "µs")
+            for name, side in each.items()
+            if side.listen is not None
+        ),
     ]

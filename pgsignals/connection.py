@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import selectors
 import socket
 import threading
@@ -280,33 +281,63 @@ def make_cast(connection: Connection) -> Cast:
     return cast
 
 
-class Waiter:
-    """Waits for a socket, and can be woken by any thread.
+# Where there is no poll(), Windows for one, there are no flags for it either.
+_READABLE: int = getattr(select, "POLLIN", 1)
+_WRITABLE: int = getattr(select, "POLLOUT", 4)
 
-    It uses what ``selectors`` finds best, so that descriptors beyond 1,024 work, which ``select()``
-    itself refuses.
-    """
+
+class _Selector:
+    """``poll()`` for a platform, or under a library, that has none."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+
+    def register(self, descriptor: int, flags: int) -> None:
+        """As of ``select.poll``."""
+        event = selectors.EVENT_WRITE if flags == _WRITABLE else selectors.EVENT_READ
+        self._selector.register(descriptor, event)
+
+    def unregister(self, descriptor: int) -> None:
+        """As of ``select.poll``."""
+        self._selector.unregister(descriptor)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        """As of ``select.poll``."""
+        seconds = None if timeout is None else timeout / 1000
+        return [(key.fd, events) for key, events in self._selector.select(seconds)]
+
+
+class Waiter:
+    """Waits for a socket, and can be woken by any thread.
+
+    By ``poll()``, since ``select()`` refuses descriptors beyond 1,024. ``selectors`` would do, but
+    takes as long by itself as all else that a wait is.
+    """
+
+    def __init__(self) -> None:
+        self._poll: Any = select.poll() if hasattr(select, "poll") else _Selector()
         self._awake, self._alarm = socket.socketpair()
         self._awake.setblocking(False)
         self._alarm.setblocking(False)
-        self._selector.register(self._awake, selectors.EVENT_READ)
-        self._watched: tuple[int, int] | None = None
+        self._awake_number = self._awake.fileno()
+        self._poll.register(self._awake_number, _READABLE)
+        self._watched: int | None = None
+        self._writable = False
 
     def wait(self, descriptor: int | None, timeout: float | None, write: bool = False) -> bool:
         """Wait until ``descriptor`` can be read (or written), or for a wake-up or the time.
 
         Returns whether it can.
         """
-        if descriptor is None:
+        if descriptor != self._watched or write != self._writable:
             self.forget()
-        else:
-            self._watch(descriptor, selectors.EVENT_WRITE if write else selectors.EVENT_READ)
+            if descriptor is not None:
+                self._poll.register(descriptor, _WRITABLE if write else _READABLE)
+                self._watched, self._writable = descriptor, write
         usable = False
-        for key, _ in self._selector.select(timeout):
-            if key.fileobj is self._awake:
+        # A negative time would be for ever; a part of a millisecond is rounded up.
+        for number, _ in self._poll.poll(None if timeout is None else max(0.0, 1000 * timeout)):
+            if number == self._awake_number:
                 self._drain()
             else:
                 usable = True
@@ -315,15 +346,8 @@ class Waiter:
     def forget(self) -> None:
         """Leave the descriptor alone; to be called before it is closed."""
         if self._watched is not None:
-            self._selector.unregister(self._watched[0])
-            self._watched = None
-
-    def _watch(self, descriptor: int, events: int) -> None:
-        # Registered once, not at each wait: it is a system call on the way of every event.
-        if self._watched != (descriptor, events):
-            self.forget()
-            self._selector.register(descriptor, events)
-            self._watched = descriptor, events
+            self._poll.unregister(self._watched)
+            self._watched, self._writable = None, False
 
     def sleep(self, seconds: float, until: Callable[[], bool]) -> None:
         """Sleep for ``seconds``, or until woken with ``until()`` true."""
@@ -339,7 +363,6 @@ class Waiter:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        self._selector.close()
         self._awake.close()
         self._alarm.close()
 
@@ -420,8 +443,9 @@ class Session:
         """
         connection = self._live
         connection.poll()
-        arrived = connection.notifies[:]
-        del connection.notifies[: len(arrived)]
+        arrived: list[Notify] = connection.notifies
+        if arrived:
+            connection.notifies = []
         if not self._any_bytes:
             return arrived
         return [Notify(each.pid, each.channel, _in_utf8(each.payload)) for each in arrived]

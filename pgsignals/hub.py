@@ -359,9 +359,10 @@ class Hub:
 
         Without operations it gets all that are delivered. ``filters`` narrow it to records whose
         key or extra columns have these values (``id=`` is the key, whatever its name).
-        When it raises in outbox delivery, it is called again up to ``retries`` times, first after
-        ``backoff`` seconds, then after twice as long each time, and at last the event is kept as a
-        dead letter; until then ``later`` events of the same record ``"wait"``, or ``"follow"``.
+        When it raises in outbox delivery, or with a ``name`` at a broker, it is called again up to
+        ``retries`` times, first after ``backoff`` seconds, then after twice as long each time, and
+        at last the event is kept as a dead letter, or logged; until then ``later`` events of the
+        same record ``"wait"``, or ``"follow"``.
         Raises ReceiverError, here or at start, when no watcher delivers that.
         """
 

@@ -11,6 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Protocol
 
 from psycopg2 import errors as pg
@@ -25,7 +26,7 @@ from .outbox.cursors import Snapshot
 from .outbox.pages import Page
 from .outbox.parts import Part
 from .outbox.places import Place, Signer
-from .outbox.store import DeadLetter, Store
+from .outbox.store import DeadLetter, Row, Store
 from .payload import Broken, Cast
 from .runs import Settings
 from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
@@ -146,18 +147,22 @@ class Tail:
             if wants(each.topic)
         )
 
-    def decode(self, row_id: int, channel: int, payload: str) -> Message | Broken | None:
-        """A row of the outbox; None for one that is no watcher's, or cannot be read."""
-        found = self._decoders.get(channel)
-        if found is None or (found.until is not None and row_id >= found.until):
+    def decode(self, row: Row) -> Message | Gap | None:
+        """A row of the outbox; None for one that is no watcher's."""
+        found = self._decoders.get(row.channel)
+        if found is None or (found.until is not None and row.id >= found.until):
             return None
         try:
-            message = found.decoder.decode(payload)
+            message = found.decoder.decode(row.payload)
         except PayloadError as error:
-            log.warning("ignored row %d of the outbox: %s", row_id, error)
-            return None
-        if isinstance(message, Message):
-            message.position = str(row_id)
+            log.error("row %d of the outbox cannot be read: %s", row.id, error)
+            now = self.source.now()
+            return Gap(now, now, "watcher_broken", str(error))
+        if isinstance(message, Broken):
+            at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
+            return Gap(at, at, "watcher_broken", message.error)
+        if message is not None:
+            message.position = str(row.id)
         return message
 
     # The source's sink.

@@ -51,7 +51,14 @@ def test_nothing_to_mend(dsn: str, db: Database) -> None:
     code, checks = examined(dsn=dsn)
     assert code == 0
     assert {name: each["level"] for name, each in checks.items() if each["level"] != "ok"} == {}
-    assert {"outbox", "outbox privileges", "consumers", "dead letters", "partitions"} <= set(checks)
+    assert {
+        "outbox",
+        "outbox privileges",
+        "trigger rights",
+        "consumers",
+        "dead letters",
+        "partitions",
+    } <= set(checks)
 
 
 def test_the_triggers_of_each_delivery(dsn: str) -> None:
@@ -112,11 +119,34 @@ def test_a_consumer_that_is_down(dsn: str, db: Database, seconds: float, level: 
 def test_a_consumer_that_does_not_keep_up(seconds: float, level: str) -> None:
     """A consumer at work that is a minute behind is told, with another fix than to start it."""
     at = datetime.now(timezone.utc)
-    part = ConsumerState("mailer", 0, 1, False, True, "me", 7, seconds, 0, at, 0)
+    part = ConsumerState(
+        name="mailer",
+        part=0,
+        parts=1,
+        ephemeral=False,
+        active=True,
+        holder="me",
+        lag=7,
+        lag_seconds=seconds,
+        oldest_at=at,
+        oldest="1-1",
+        lost_until=None,
+        acknowledged=0,
+        acknowledged_at=at,
+        dead_letters=0,
+    )
     outbox = OutboxState(bytes=1, partitions=1, shed=0, consumers=(part,))
     finding = _consumers(outbox, Retention(RETENTION_SECONDS, RETENTION_BYTES))
     assert finding.level == level
     assert ("workers or partitions" in finding.fix) == (level != "ok")
+
+
+def test_a_consumer_that_has_lost_events(db: Database) -> None:
+    """What was dropped before a consumer had read it fails until that has been told by a Gap."""
+    db("UPDATE pgsignals.consumers SET lost_until = '2026-01-02 03:04:05Z'")
+    finding = found(db)["consumers"]
+    assert finding.level == "fail"
+    assert "'mailer' was so late that events up to 2026-01-02 03:04Z" in finding.message
 
 
 def test_dead_letters(dsn: str, db: Database) -> None:
@@ -171,7 +201,16 @@ def role(db: Database) -> Iterator[str]:
     name = f"stranger_{db.connection.info.dbname}"
     db(f"CREATE ROLE {name} LOGIN")
     yield name
-    db(f"DROP OWNED BY {name}; DROP ROLE {name}")
+    db(f"REASSIGN OWNED BY {name} TO postgres; DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def test_a_superuser_s_rights_that_are_lent(db: Database, role: str) -> None:
+    """A table that has gone over to another role, under a superuser's triggers, is named."""
+    assert found(db)["trigger rights"].level == "ok"
+    db(f"ALTER TABLE orders OWNER TO {role}")
+    finding = found(db)["trigger rights"]
+    assert finding.level == "warn"
+    assert f"public.orders, of '{role}', those of 'postgres'" in finding.message
 
 
 def test_the_grants_that_a_role_lacks(dsn: str, db: Database, role: str) -> None:

@@ -22,7 +22,7 @@ class Broker:
         self.refused = threading.Event()
         self.closed = threading.Event()
         self.acknowledged = Recorder()
-        self._published: list[pgsignals.Event] = []
+        self._published: list[pgsignals.Event | pgsignals.Gap] = []
 
     def __str__(self) -> str:
         return "broker://test"
@@ -36,12 +36,12 @@ class Broker:
             if published:
                 self.refused.set()
             return False
-        for event in published:
-            self.acknowledged(event)
+        for item in published:
+            self.acknowledged(item)
         return True
 
     def announce(self, gap: pgsignals.Gap) -> None:
-        self.acknowledged(gap)
+        self._published.append(gap)
 
     def close(self) -> None:
         self.closed.set()

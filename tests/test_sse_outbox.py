@@ -21,8 +21,11 @@ from pgsignals.contrib.sse import EVERYTHING, View
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.testing import Server
 from pgsignals.testing.server import StopMode
+from pgsignals.triggers import names
 from tests.conftest import DEADLINE, Database
+from tests.test_roles import documented_grants
 from tests.test_sse import Browser
+from tests.waiting import eventually
 
 ITEMS = pgsignals.watch("items", "inserted", "updated", extra=["tenant", "n"])
 
@@ -352,7 +355,9 @@ def test_a_trigger_that_was_made_anew(process: Process, shop: Database) -> None:
     shop("INSERT INTO items VALUES (1)")
     tab.wait(1)
     feed._hub.stop()
-    for name, table in shop("SELECT tgname, tgrelid::regclass::text FROM pg_trigger"):
+    for name, table in shop(
+        "SELECT tgname, tgrelid::regclass::text FROM pg_trigger WHERE NOT tgisinternal"
+    ):
         shop(f'DROP TRIGGER "{name}" ON {table}')
     shop("INSERT INTO items VALUES (2)")
     again = Tab(process(), tab.browser)
@@ -368,10 +373,57 @@ def test_statements_that_found_the_outbox_full(process: Process, shop: Database)
     shop("INSERT INTO items VALUES (1)")
     tab.wait(1)
     feed._hub.stop()
+    # A session ends a little after its client has.
+    eventually(
+        lambda: shop(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
+            " AND objid = %s AND database = (SELECT oid FROM pg_database"
+            " WHERE datname = current_database())",
+            (names.LOCK_CLASS, names.ALIVE_LOCK),
+        ),
+        lambda found: found == [(0,)],
+    )
     shop("SELECT setval('pgsignals.outbox_full', 1)")
     shop("INSERT INTO items VALUES (2)")
     shop("SELECT setval('pgsignals.outbox_full', 0)")
     assert Tab(process(), tab.browser).wait(2) == [1, "retention"]
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_a_role_that_does_not_own_the_schema(
+    shop: Database, server: Server, caplog: pytest.LogCaptureFixture, granted: bool
+) -> None:
+    """With the documented grants it streams; without those for streams too, less exactly."""
+    role = f"consumer_{shop.connection.info.dbname}"
+    owner = Hub()
+    owner.start(shop.dsn, [ITEMS], delivery="outbox")
+    shop(f"CREATE ROLE {role} LOGIN; GRANT SELECT ON items TO {role}")
+    hubs = [Hub(), Hub()]
+    try:
+        for grant in documented_grants("consumer"):
+            if granted or ("keep_seconds" not in grant and "era" not in grant):
+                shop(f"GRANT {grant} TO {role}")
+        feeds: list[ExactFeed] = []
+        for hub in hubs:
+            dsn = server.dsn(shop.connection.info.dbname, role)
+            hub.start(dsn, [ITEMS], delivery="outbox", install="check", prune=False)
+            feed = open_feed(hub, "items", size=10, ordered=True)
+            assert isinstance(feed, ExactFeed)
+            feeds.append(feed)
+        tab = Tab(feeds[0], Browser())
+        shop("INSERT INTO items VALUES (1)")
+        tab.wait(1)
+        tab.client.close()
+        shop("INSERT INTO items VALUES (2)")
+        expected = [1, 2] if granted else [1, "unknown_id"]
+        assert Tab(feeds[1], Browser(last_id=tab.browser.last_id)).wait(1) == expected[1:]
+        assert Tab(feeds[0], tab.browser).wait(2) == [1, 2]
+        warned = [each.message for each in caplog.records if "GRANT" in each.message]
+        assert bool(warned) is not granted
+    finally:
+        for hub in [*hubs, owner]:
+            hub.stop()
+        shop(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
 def test_a_broken_watcher(process: Process, shop: Database) -> None:

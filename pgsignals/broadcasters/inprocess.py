@@ -35,7 +35,8 @@ class InProcess:
             lane.make(self, self._calls(events))
         else:
             self._call_receivers(events)
-            self._tell_observers(events)
+            if self._registry.observers:
+                self._tell_observers(events)
 
     def _tell_observers(self, events: Sequence[Event]) -> None:
         for observer in self._registry.observers:
@@ -46,30 +47,28 @@ class InProcess:
         everybody, indexes = self._registry.receivers(topic)
         if not everybody and not indexes:
             return
-        # Our own subscriptions are called without blinker's wrapper: one call less for each event.
-        plain = [receiver for receiver in everybody if type(receiver) is Subscription]
-        others = [receiver for receiver in everybody if type(receiver) is not Subscription]
         verbose = log.isEnabledFor(logging.DEBUG)
         for event in events:
             if self._closed:
                 return
-            receivers = plain
+            receivers = everybody
             for index in indexes:
                 receivers = [*receivers, *index.find(event)]
             if verbose:
-                _log_delivery(event, len(receivers) + len(others))
+                _log_delivery(event, len(receivers))
             for receiver in receivers:
-                if receiver.active:
+                if type(receiver) is not Subscription:
                     try:
-                        receiver.fn(event)
+                        receiver(topic.model, event=event)
                     # A thread that ends by SystemExit would leave the program deaf.
                     except BaseException as error:
+                        self._failed(receiver, event, error)
+                # Without blinker's wrapper: one call less for each event.
+                elif receiver.active:
+                    try:
+                        receiver.fn(event)
+                    except BaseException as error:
                         self._failed(receiver.fn, event, error)
-            for receiver in others:
-                try:
-                    receiver(topic.model, event=event)
-                except BaseException as error:
-                    self._failed(receiver, event, error)
 
     def _calls(self, events: Sequence[Event]) -> Iterator[tuple[Any, Event]]:
         """What ``publish`` does, call by call, for whichever thread asks next."""

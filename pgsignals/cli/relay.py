@@ -46,7 +46,7 @@ class _WrongConfiguration(click.ClickException):
 
 @click.command(
     epilog=examples(
-        "pgsignals relay --watch orders --to kafka://localhost:9092/?prefix=shop --name shop",
+        "pgsignals relay --watch orders --to 'kafka://localhost:9092/?prefix=shop' --name shop",
         "pgsignals relay --config pgsignals.toml --check",
         "pgsignals relay --config pgsignals.toml",
     )
@@ -74,7 +74,8 @@ class _WrongConfiguration(click.ClickException):
     help="A broker, or env:VARIABLE or file:PATH that has its URL; may be given several times.",
 )
 @click.option(
-    "--name", help="Its cursors are NAME/kafka and so on; relays of one name stand by for another."
+    "--name",
+    help="Its cursors are NAME/kafka and so on; relays of one name stand by for each other.",
 )
 @click.option(
     "--install",
