@@ -392,6 +392,11 @@ def test_the_outbox_by_hand(project: Project, db: Database, check: Callable[...,
     assert triggers(db) == []
     assert has_outbox(db)
     project.attributes["delivery"] = "outbox"
+    project.upgrade()
+    db("DROP SCHEMA pgsignals CASCADE")
+    project.write("op.install_watchers(['items'], delivery='outbox')")
+    project.upgrade()
+    check(["items"], delivery="outbox")
     project.attributes["namespace"] = "shop"
     project.write("op.install_watchers([('items', 'inserted')])")
     project.upgrade()

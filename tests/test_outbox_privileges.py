@@ -382,3 +382,21 @@ def test_what_a_consumer_may_not(consumer: Database) -> None:
             consumer(attempt)
     with pytest.raises(pgsignals.PrivilegeError):
         Hub().start(consumer.dsn, [("orders", "truncated")], delivery="outbox")
+
+
+def test_a_consumer_without_grants_is_told_which(
+    hub: Hub, dsn: str, db: Database, role: str, recorder: Recorder
+) -> None:
+    """A role that may not read the outbox gets the GRANTs, and with them it reads."""
+    with Hub().start(dsn, ["orders"], delivery="outbox", name="owner"):
+        pass
+    hub.subscribe(recorder, "orders")
+    start = {"delivery": "outbox", "name": "mailer", "install": "check"}
+    theirs = dsn.replace("postgres@", f"{role}@")
+    with pytest.raises(pgsignals.PrivilegeError, match="cannot be a consumer") as caught:
+        hub.start(theirs, ["orders"], **start)  # type: ignore[arg-type]
+    [grants] = re.findall(r"run: (.*)\.$", str(caught.value))
+    db(grants)
+    hub.start(theirs, ["orders"], **start)  # type: ignore[arg-type]
+    db("INSERT INTO orders VALUES (1)")
+    assert recorder.wait(1)[0].id == 1

@@ -38,7 +38,9 @@ STEP = re.compile(
 PLACE = re.compile(r"(?:# |<!-- )(\S+\.(?:py|html))(?:, (at the end|its last lines))?(?: -->)?")
 # What a reader has to do once, and this machine has done.
 PREPARATION = re.compile(r"(python3 -m venv|\. venv/bin/activate|pip install|export PG)")
-SERVERS = re.compile(r"(python manage.py pgsignals listen|uvicorn|flask run|python mailer.py)")
+SERVERS = re.compile(
+    r"(python manage.py pgsignals listen|uvicorn|flask run|python (mailer|listen).py)"
+)
 
 
 class Reader:
@@ -175,6 +177,11 @@ def reader(tmp_path: Path, dsn: str) -> Iterator[Reader]:
     made = Reader(tmp_path, dsn)
     yield made
     made.close()
+
+
+def test_script(reader: Reader) -> None:
+    """From an empty directory to the first event in a plain script."""
+    reader.follow("quickstart.md", "From an empty directory")
 
 
 def test_django(reader: Reader) -> None:

@@ -180,9 +180,11 @@ def installing(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], durable: bool = False
 ) -> Change:
     """What the triggers that are missing or outdated take, and if ``durable`` the outbox."""
-    outdated = durable and schema.read_version(cursor) < schema.VERSION
-    created = plan(wanted, read_installed(cursor, namespace)).created
-    return _change(cursor, created, [], with_schema=outdated)
+    version = schema.read_version(cursor) if durable else schema.VERSION
+    # Triggers from before a schema that was dropped are unknown to the one that is made now.
+    installed = read_installed(cursor, namespace) if version else []
+    created = plan(wanted, installed).created
+    return _change(cursor, created, [], with_schema=version < schema.VERSION)
 
 
 def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:

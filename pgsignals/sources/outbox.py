@@ -22,13 +22,14 @@ import psycopg2
 from psycopg2.extensions import cursor as DatabaseCursor
 
 from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
-from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError
+from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError, PrivilegeError
 from ..events import Event, Gap, Message, Topic
 from ..metrics import Meter
 from ..outbox.backfill import NOTICE, BackfillStore
 from ..outbox.cursors import Snapshot
 from ..outbox.pages import Page
 from ..outbox.parts import Part
+from ..outbox.privileges import missing_grants
 from ..outbox.store import (
     Cursor,
     DeadLetter,
@@ -214,12 +215,28 @@ class OutboxSource:
         """Connect once in the caller's thread, so that it gets the error, then read."""
         try:
             self._open()
+        except psycopg2.errors.InsufficientPrivilege as error:
+            if not (grants := self._missing_grants()):
+                raise
+            raise PrivilegeError(
+                f"At {display(self._listen_dsn)} this role cannot be a consumer of the outbox: "
+                f"{error.diag.message_primary}. Have the owner of the schema 'pgsignals' run: "
+                f"{'; '.join(grants)}."
+            ) from error
         except (psycopg2.OperationalError, psycopg2.InterfaceError, OSError) as error:
             raise ConnectError(
                 f"Connected to PostgreSQL at {display(self._listen_dsn)}, but reading the outbox "
                 f"could not begin: {redact(str(error)).strip()}"
             ) from error
         self._thread.start()
+
+    def _missing_grants(self) -> list[str]:
+        connection = connect(self._listen_dsn)
+        try:
+            with connection.cursor() as cursor:
+                return missing_grants(cursor)
+        finally:
+            connection.close()
 
     def pause(self) -> None:
         """Read no further, but go on acknowledging what has been read."""
