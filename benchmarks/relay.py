@@ -16,7 +16,7 @@ from .catchup import leave_backlog
 from .harness import DEADLINE, Bench, Figure, Miscounted, Unavailable, connect, ratios
 from .processes import Child, hear, processor_seconds, say
 
-EVENTS = 200_000
+EVENTS = {"Kafka": 200_000, "NATS": 100_000}
 # What a bare loop for NATS sends before it waits: nats-py has no queue of its own.
 _GROUP = 500
 
@@ -74,7 +74,7 @@ def _measure(
     records: Callable[[str, str], int],
     target: float | None,
 ) -> list[Figure]:
-    count = bench.scaled(EVENTS)
+    count = bench.scaled(EVENTS[what])
     dsn = bench.shop()
     turns = [f"round{number}" for number in range(bench.rounds)]
     urls = {name: f"{broker.url}?prefix={name}&create=true" for name in turns}
