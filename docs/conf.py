@@ -13,3 +13,5 @@ autodoc_typehints = "description"
 
 html_theme = "furo"
 html_title = "pgsignals"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]

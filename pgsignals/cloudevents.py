@@ -109,22 +109,26 @@ class Writer:
 
     def gap(self, gap: Gap) -> tuple[dict[str, str], bytes]:
         """The attributes and the data of a Gap, for the subscribers behind a broker."""
+        data = _encode(
+            {
+                "since": _time_text(gap.since),
+                "until": _time_text(gap.until),
+                "reason": gap.reason,
+                "detail": gap.detail,
+            }
+        )
+        # The same whenever it is sent again, as that of an event is.
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._source} {data!r}")
         attributes = {
             "specversion": SPEC_VERSION,
-            "id": uuid.uuid4().hex,
+            "id": identity.hex,
             "source": self._source,
             "type": GAP_TYPE,
             "time": _time_text(gap.until),
             "datacontenttype": CONTENT_TYPE,
             "dataschema": SCHEMA,
         }
-        data = {
-            "since": _time_text(gap.since),
-            "until": _time_text(gap.until),
-            "reason": gap.reason,
-            "detail": gap.detail,
-        }
-        return attributes, _encode(data)
+        return attributes, data
 
 
 def record_key(event: Event) -> bytes | None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import select
+import selectors
 import socket
 import threading
 import time
@@ -280,6 +281,32 @@ def make_cast(connection: Connection) -> Cast:
     return cast
 
 
+# Where there is no poll(), Windows for one, there are no flags for it either.
+_READABLE: int = getattr(select, "POLLIN", 1)
+_WRITABLE: int = getattr(select, "POLLOUT", 4)
+
+
+class _Selector:
+    """``poll()`` for a platform, or under a library, that has none."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def register(self, descriptor: int, flags: int) -> None:
+        """As of ``select.poll``."""
+        event = selectors.EVENT_WRITE if flags == _WRITABLE else selectors.EVENT_READ
+        self._selector.register(descriptor, event)
+
+    def unregister(self, descriptor: int) -> None:
+        """As of ``select.poll``."""
+        self._selector.unregister(descriptor)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        """As of ``select.poll``."""
+        seconds = None if timeout is None else timeout / 1000
+        return [(key.fd, events) for key, events in self._selector.select(seconds)]
+
+
 class Waiter:
     """Waits for a socket, and can be woken by any thread.
 
@@ -288,12 +315,12 @@ class Waiter:
     """
 
     def __init__(self) -> None:
-        self._poll = select.poll()
+        self._poll: Any = select.poll() if hasattr(select, "poll") else _Selector()
         self._awake, self._alarm = socket.socketpair()
         self._awake.setblocking(False)
         self._alarm.setblocking(False)
         self._awake_number = self._awake.fileno()
-        self._poll.register(self._awake_number, select.POLLIN)
+        self._poll.register(self._awake_number, _READABLE)
         self._watched: int | None = None
         self._writable = False
 
@@ -305,7 +332,7 @@ class Waiter:
         if descriptor != self._watched or write != self._writable:
             self.forget()
             if descriptor is not None:
-                self._poll.register(descriptor, select.POLLOUT if write else select.POLLIN)
+                self._poll.register(descriptor, _WRITABLE if write else _READABLE)
                 self._watched, self._writable = descriptor, write
         usable = False
         # A negative time would be for ever; a part of a millisecond is rounded up.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,41 +15,27 @@ from .backfills import Backfill
 from .broadcasters.durable import DurableInProcess, Failed
 from .connection import connect
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, DriftError, StateError, TableError, near
-from .events import Event, Gap, Topic, model_identity, model_name
+from .errors import ConfigurationError, StateError, near
+from .events import Event, Gap, Topic, model_name
 from .inspection import Health, Status, read_queue_usage, read_states
 from .metrics import Meter
-from .outbox import schema
 from .outbox.backfill import request
-from .outbox.channels import (
-    Channel,
-    Remains,
-    define_for,
-    former_topic,
-    moved,
-    note_moved,
-    read_moved,
-    wanted,
-)
 from .outbox.housekeeping import Housekeeper
 from .outbox.inspection import read_outbox
 from .outbox.pages import Page
-from .outbox.snapshots import SnapshotMessage, SnapshotTopic, snapshot_topics
+from .outbox.snapshots import SnapshotMessage
 from .outbox.store import DeadLetter, Letter
-from .payload import Cast, Decoder, Layout
+from .preparing import DurablePreparer
 from .relaying import Relay, relay_consumers
 from .runs import Audience, Lag, Settings
-from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
+from .sources.outbox import Consumer, OutboxSource
 from .tailing import Tail
-from .triggers import names
-from .triggers.definitions import Definition, define
-from .triggers.installer import check, install, prune
 
 log = logging.getLogger("pgsignals")
 
 
 class DurableRun:
-    """Events from the outbox: prepares its source, and is its sink.
+    """Events from the outbox: has its sources, and is the sink of the receivers'.
 
     Without workers it has no consumer for receivers: events only go on to ``backends``.
     """
@@ -61,12 +47,7 @@ class DurableRun:
         self._audience = audience
         self._meter = meter
         self._consumer = consumer
-        self._definitions: list[Definition] = []
-        self._snapshots: list[SnapshotTopic] = []
         self._was_active = False
-        self._moved: Mapping[int, tuple[str, str]] = {}
-        self._problem: ConfigurationError | None = None
-        self._pruned = not settings.prune
         self._receiving = settings.workers > 0
         self._lag = Lag(lambda: self.source.now())
         self._receivers = DurableInProcess(
@@ -78,28 +59,30 @@ class DurableRun:
             settings.queue_size,
             audience.gap,
         )
+        broadcasters = [make() for make in settings.backends]
+        relayed = relay_consumers(consumer, broadcasters, settings.backend_names)
+        reading = [consumer, *relayed] if self._receiving else relayed
+        self._preparer = DurablePreparer(
+            settings,
+            audience.registry,
+            meter,
+            [each.name for each in reading if each.name is not None],
+        )
         self.source = OutboxSource(
             settings.dsn,
             settings.listen_dsn,
-            self,
+            self._preparer,
             self,
             settings.timing,
             meter,
             consumer,
             10 * settings.queue_size,
         )
-        broadcasters = [make() for make in settings.backends]
         self._relays = [
-            Relay(broadcaster, settings, self, own, meter)
-            for broadcaster, own in zip(
-                broadcasters,
-                relay_consumers(consumer, broadcasters, settings.backend_names),
-                strict=True,
-            )
+            Relay(broadcaster, settings, self._preparer, own, meter)
+            for broadcaster, own in zip(broadcasters, relayed, strict=True)
         ]
-        self._housekeeper = Housekeeper(
-            settings.dsn, settings.timing.timeout, self._remove_former_triggers
-        )
+        self._housekeeper = Housekeeper(settings.dsn, settings.timing.timeout, self._tidy_triggers)
         self._tail: Tail | None = None
         self._tail_lock = threading.Lock()
 
@@ -122,6 +105,9 @@ class DurableRun:
             return max(0.0, deadline - time.monotonic())
 
         self.source.pause()
+        # All of them now: while one is waited for, the others would read on.
+        for relay in self._relays:
+            relay.pause()
         self._audience.timer.drain()
         drained = self.dispatcher.stop(left())
         self._audience.timer.stop(left())
@@ -149,7 +135,9 @@ class DurableRun:
         """
         with self._tail_lock:
             if self._tail is None:
-                tail = Tail(self._settings, lambda: self._definitions, self.decoders)
+                tail = Tail(
+                    self._settings, lambda: self._preparer.definitions, self._preparer.decoders
+                )
                 try:
                     tail.start()
                 except BaseException:
@@ -222,85 +210,6 @@ class DurableRun:
             backends=tuple(relay.status for relay in self._relays),
         )
 
-    def define(self, cursor: Cursor) -> list[Definition]:
-        """Resolve the watchers; after the first time, a table that changed is no reason to stop."""
-        self._problem = None
-        try:
-            definitions = self._resolve(cursor)
-            present = [each for each in definitions if not isinstance(each, Remains)]
-            # What a process without a name has missed is not the outbox's to know.
-            snapshots = [] if self._consumer.name is None else snapshot_topics(present)
-            topics = [each.topic for each in definitions] + [each.topic for each in snapshots]
-            self._audience.registry.bind(topics if self._receiving else ())
-        except ConfigurationError as error:
-            if not self._definitions:
-                raise
-            log.error("the watchers no longer fit the database: %s", error)
-            self._problem = error
-        else:
-            self._definitions, self._snapshots = definitions, snapshots
-            for definition in definitions:
-                self._meter.count("events", 0, **definition.topic.fields)
-        return self._definitions
-
-    def _resolve(self, cursor: Cursor) -> list[Definition]:
-        settings, name = self._settings, self._consumer.name
-        resolvers, namespace = settings.resolvers, settings.namespace
-        if name is None:
-            return define(cursor, settings.watchers, resolvers, namespace, durable=True)
-        return define_for(cursor, name, settings.watchers, resolvers, namespace)
-
-    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """See that the schema and the triggers are there, as far as the settings allow."""
-        settings = self._settings
-        fitting = [each for each in definitions if not isinstance(each, Remains)]
-        triggers = [definition.trigger for definition in fitting]
-        if settings.install == "auto":
-            schema.install_schema(cursor, settings.limits)
-        elif settings.install == "check":
-            schema.check_schema(cursor)
-        if self._problem is not None:
-            return
-        if settings.install == "auto":
-            install(cursor, settings.namespace, triggers, settings.limits)
-            self._moved = read_moved(cursor, settings.namespace, fitting)
-            note_moved(cursor, self._moved)
-            if not self._pruned:
-                prune(cursor, settings.namespace, triggers, limits=settings.limits)
-                self._pruned = True
-        elif settings.install == "check":
-            check(cursor, settings.namespace, triggers)
-            self._moved = read_moved(cursor, settings.namespace, fitting)
-
-    def decoders(
-        self, channels: Sequence[tuple[int, int, str]], cast: Cast
-    ) -> Mapping[int, ChannelDecoder]:
-        """How to read each channel of a watcher, those of its former definitions too."""
-        known = {
-            key: Channel(key, since, moved(Layout.decode(text), self._moved.get(key)))
-            for key, since, text in channels
-        }
-        found: dict[int, ChannelDecoder] = {}
-        for definition in self._definitions:
-            own = names.channel_key(definition.trigger.hash)
-            if own not in known:
-                raise DriftError(
-                    f"The schema {schema.NAME!r} does not know the trigger for {definition}: it "
-                    "was installed before the schema was made anew. Run `pgsignals uninstall` and "
-                    "then `pgsignals install --delivery outbox`."
-                )
-            for key, until in wanted(own, known).items():
-                if key == own:
-                    decoder = definition.decoder(cast)
-                else:
-                    former = known[key].layout
-                    topic = former_topic(definition.topic, former)
-                    decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
-                found[key] = ChannelDecoder(decoder, until)
-        for each in self._snapshots:
-            found[each.channel] = ChannelDecoder(each.decoder(cast))
-        return found
-
     def backfill(self, target: Any, where: str | None, chunk: int, name: str | None) -> Backfill:
         """See :meth:`pgsignals.Hub.backfill`."""
         own = self._consumer.name
@@ -309,25 +218,23 @@ class DurableRun:
                 "backfill() is for a consumer with a name, by which it goes on after a crash: "
                 'start(delivery="outbox", name=…).'
             )
-        known = [own, *(relay.source.name for relay in self._relays)]
+        known = [relay.source.name for relay in self._relays]
+        if self._receiving:
+            known.insert(0, own)
+        elif name is None:
+            name = known[0] if len(known) == 1 else ""
         if name is not None and name not in known:
             raise ConfigurationError(
                 f"name={name!r} is no consumer of this Hub{near(name, known)} They are "
                 f"{', '.join(map(repr, known))}."
             )
-        found = self._snapshot(target)
+        found, model = self._preparer.snapshot(target)
         topic = found.topic
-        registry = self._audience.registry
-        if name in (None, own) and not (any(registry.receivers(topic)) or registry.observers):
+        if name in (None, own) and not self.hears(topic):
             raise ConfigurationError(
                 f"backfill({model_name(target)}): no receiver listens to its snapshots. Add "
                 f"'snapshot' to one: @pgsignals.on({model_name(target)}, 'snapshot')."
             )
-        twins = [
-            each
-            for each in self._snapshots
-            if each.fits(topic.schema, topic.table, topic.label, None)
-        ]
         connection = connect(self._settings.dsn)
         try:
             with connection.cursor() as cursor:
@@ -337,7 +244,7 @@ class DurableRun:
                     topic.schema,
                     topic.table,
                     topic.label,
-                    model_name(topic.model) if len(twins) > 1 else None,
+                    model,
                     where,
                     chunk,
                 )
@@ -345,36 +252,11 @@ class DurableRun:
             connection.close()
         return Backfill(self._settings.dsn, number)
 
-    def _snapshot(self, target: Any) -> SnapshotTopic:
-        identity = model_identity(target)
-        registry = self._audience.registry
-        for each in self._snapshots:
-            if identity in registry.names(each.topic):
-                return each
-        for definition in self._definitions:
-            if identity in registry.names(definition.topic):
-                raise TableError(
-                    f"{definition.trigger.spec.table.qualified} has no key, in whose order a "
-                    "backfill goes: give it a primary key."
-                )
-        known = sorted(
-            {each.topic.label or model_name(each.topic.model) for each in self._snapshots}
-        )
-        raise ConfigurationError(
-            f"backfill({model_name(target)}): no watcher delivers that"
-            f"{near(model_name(target), known)} Watched are {', '.join(known)}."
-        )
-
-    def _remove_former_triggers(self, cursor: Cursor) -> None:
-        """What only former definitions of our consumer needed goes when this process reads for it.
-
-        The start comes too early for that: until the claim, the consumer may be another's.
-        """
-        settings = self._settings
-        was_active, self._was_active = self._was_active, self.source.is_active
-        if self._was_active and not was_active and settings.install == "auto" and settings.prune:
-            fitting = [each.trigger for each in self._definitions if not isinstance(each, Remains)]
-            prune(cursor, settings.namespace, fitting, limits=settings.limits)
+    def _tidy_triggers(self, cursor: Cursor) -> None:
+        was_active = self._was_active
+        self._was_active = any(source.is_active for source in self._sources)
+        if self._was_active and not was_active:
+            self._preparer.remove_former_triggers(cursor)
 
     @property
     def full(self) -> bool:
@@ -417,6 +299,11 @@ class DurableRun:
         return self._receivers.redeliver(
             event, letter.receiver, letter.attempts, lambda: self.source.unbury(letter.key)
         )
+
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        registry = self._audience.registry
+        return any(registry.receivers(topic)) or bool(registry.observers)
 
     def _bury(self, failed: Failed, kept: Callable[[], None]) -> None:
         event = failed.event

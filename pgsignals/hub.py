@@ -127,35 +127,48 @@ class Hub:
     ) -> Hub:
         """Install triggers for the watchers and deliver their events from now on.
 
-        ``dsn`` is anything libpq takes, or an SQLAlchemy Engine or AsyncEngine; what it leaves out
-        comes from libpq's environment. The URL of a broker (``kafka://…``, ``nats://…``) reads the
-        events that another process passes on: no database is used, and of the other arguments those
-        about it mean nothing. Processes that read with one ``name`` share the events, which are
-        acknowledged when receivers have returned; without, each gets all from now on.
-        ``backends`` are brokers to pass events on to: URLs of installed plugins, or broadcasters.
-        A mapping gives each a name, by which it finds its cursor again in outbox delivery, whatever
-        becomes of the others.
-        ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a consumer
-        with a ``name`` goes on where it has acknowledged; of several processes with one name, one
-        reads, and another takes over when it ends, or has not renewed its claim for
-        ``lease`` seconds. ``partitions`` share the records of a name among as many processes.
-        ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one is
-        missing, ``"off"`` does not look. ``workers`` threads call the receivers, in order for each
-        record; ``queue_size`` events wait for them at most before reading pauses. In outbox
-        delivery ``workers=0`` has no receivers, and keeps no cursor for them: events only go on to
-        ``backends``. Watchers of
-        one ``namespace`` share triggers; applications that are not versions of each other take
-        different ones, since starting removes triggers of the namespace that nobody listens to
-        (``prune=False`` leaves them). ``lock_timeout`` bounds, in seconds, how long a table's
-        writers may wait behind one try to install, ``install_timeout`` how long it goes on trying.
-        ``listen_dsn`` is a direct connection for listening when ``dsn`` goes through a pooler.
-        Every ``heartbeat`` seconds a notification is sent round; a connection that then stays
-        silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed within
-        their sum. ``resolvers`` are asked for models before the built-in ones. ``metrics`` gets
-        counters and gauges, and each call of a receiver is a span of ``tracer``:
-        ``pgsignals.contrib`` has them for Prometheus and OpenTelemetry. Receivers that are
-        coroutine functions run on ``loop``, by default the event loop that runs where this is
-        called; a worker waits for the end of each.
+        Where from, and what:
+
+        - ``dsn`` is anything libpq takes, or an SQLAlchemy Engine or AsyncEngine; what it leaves
+          out comes from libpq's environment. The URL of a broker (``kafka://…``, ``nats://…``)
+          reads the events that another process passes on: no database is used, and of the other
+          arguments those about it mean nothing. Processes that read with one ``name`` share the
+          events, which are acknowledged when receivers have returned; without, each gets all from
+          now on.
+        - ``watchers`` are models, tables' names, ``(model, operation)`` tuples, and what ``watch``
+          gives. ``resolvers`` are asked for models before the built-in ones.
+        - ``backends`` are brokers to pass events on to: URLs of installed plugins, or broadcasters.
+          A mapping gives each a name, by which it finds its cursor again in outbox delivery,
+          whatever becomes of the others.
+
+        How it is delivered:
+
+        - ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a
+          consumer with a ``name`` goes on where it has acknowledged; of several processes with one
+          name, one reads, and another takes over when it ends, or has not renewed its claim for
+          ``lease`` seconds. ``partitions`` share the records of a name among as many processes.
+        - ``workers`` threads call the receivers, in order for each record; ``queue_size`` events
+          wait for them at most before reading pauses. In outbox delivery ``workers=0`` has no
+          receivers, and keeps no cursor for them: events only go on to ``backends``.
+        - Receivers that are coroutine functions run on ``loop``, by default the event loop that
+          runs where this is called; a worker waits for the end of each.
+        - Every ``heartbeat`` seconds a notification is sent round; a connection that then stays
+          silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed
+          within their sum. ``listen_dsn`` is a direct connection for listening when ``dsn`` goes
+          through a pooler.
+
+        What is installed:
+
+        - ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one
+          is missing, ``"off"`` does not look. ``lock_timeout`` bounds, in seconds, how long a
+          table's writers may wait behind one try to install, ``install_timeout`` how long it goes
+          on trying.
+        - Watchers of one ``namespace`` share triggers; applications that are not versions of each
+          other take different ones, since starting removes triggers of the namespace that nobody
+          listens to (``prune=False`` leaves them).
+
+        What is told: ``metrics`` gets counters and gauges, and each call of a receiver is a span of
+        ``tracer``; ``pgsignals.contrib`` has them for Prometheus and OpenTelemetry.
 
         The child of a fork has a Hub that is stopped, and may start it; with
         ``restart_after_fork`` it starts by itself, in the background.
@@ -346,9 +359,10 @@ class Hub:
 
         Without operations it gets all that are delivered. ``filters`` narrow it to records whose
         key or extra columns have these values (``id=`` is the key, whatever its name).
-        When it raises in outbox delivery, it is called again up to ``retries`` times, first after
-        ``backoff`` seconds, then after twice as long each time, and at last the event is kept as a
-        dead letter; until then ``later`` events of the same record ``"wait"``, or ``"follow"``.
+        When it raises in outbox delivery, or with a ``name`` at a broker, it is called again up to
+        ``retries`` times, first after ``backoff`` seconds, then after twice as long each time, and
+        at last the event is kept as a dead letter, or logged; until then ``later`` events of the
+        same record ``"wait"``, or ``"follow"``.
         Raises ReceiverError, here or at start, when no watcher delivers that.
         """
 

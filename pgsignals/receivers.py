@@ -191,14 +191,15 @@ class Registry:
                 self._check_delivered(f"signal({model_name(target)}, {op!r})", target, (op,))
             return self._signal((model_identity(target), op), target)
 
-    def bind(self, topics: Sequence[Topic]) -> None:
+    def bind(self, topics: Sequence[Topic], *, delivered: bool = True) -> None:
         """Check all receivers against what will be delivered, and deliver by it from now on.
 
-        Raises ReceiverError, and then nothing has changed.
+        What is not ``delivered`` here is only known by its names. Raises ReceiverError, and then
+        nothing has changed.
         """
         with self._lock:
             before = self._topics, self._names
-            self._topics = tuple(topics)
+            self._topics = tuple(topics) if delivered else ()
             # Over a reconnection, events of former topics may still be queued: those stay known.
             self._names = self._names | {_key(topic): _names(topic, topics) for topic in topics}
             self._routes.clear()

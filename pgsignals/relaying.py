@@ -14,7 +14,7 @@ from .backoff import Backoff
 from .broadcasters import Broadcaster
 from .broadcasters.outlet import BATCH, FLUSH_SECONDS, BackendStatus
 from .connection import redact
-from .events import Event, Gap
+from .events import Event, Gap, Topic
 from .metrics import Meter
 from .outbox.pages import Page
 from .outbox.store import DeadLetter
@@ -70,6 +70,8 @@ class Relay:
         self._delivered = self._failures = 0
         self._error = ""
         self._reached = False
+        # Whether the broadcaster has something that it has not acknowledged.
+        self._published = False
         self._thread = threading.Thread(
             target=self._run, name=f"pgsignals-{self.name}", daemon=True
         )
@@ -108,10 +110,14 @@ class Relay:
         self.source.start()
         self._thread.start()
 
+    def pause(self) -> None:
+        """Read no further."""
+        self.source.pause()
+
     def stop(self, timeout: float) -> bool:
         """Have what was read acknowledged, for at most ``timeout`` seconds; whether it all was."""
         deadline = time.monotonic() + timeout
-        self.source.pause()
+        self.pause()
         with self._condition:
             if self._thread.is_alive():
                 self._condition.wait_for(lambda: not self._waiting, timeout)
@@ -146,6 +152,10 @@ class Relay:
         """See DurableSink: a broadcaster has no dead letters."""
         return False
 
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
+
     def connected(self) -> None:
         """See DurableSink."""
 
@@ -169,17 +179,35 @@ class Relay:
                 self._condition.wait_for(lambda: self._waiting or self._ending or not self._reached)
                 if self._ending:
                     return
+                lost = self._drop_lost()
                 taken = self._take()
+            # What another process has taken over is not ours to deliver, nor to count.
+            ours = [item for item in taken if item.page is None or item.page.reign.holds()]
             try:
-                delivered = self._deliver(taken)
+                if lost and self._published:
+                    # Sent when the broker is back, they would come behind what another process
+                    # has sent meanwhile.
+                    self._published = False
+                    self._broadcaster.close()
+                delivered = self._deliver(ours)
                 reason = f"no acknowledgement within {FLUSH_SECONDS:g} s"
             # Whatever a broadcaster raises, it is tried again.
             except Exception as error:
                 delivered, reason = False, redact(str(error)).strip() or type(error).__name__
             if delivered:
-                self._done(len(taken), taken)
+                self._done(taken, ours)
             else:
                 self._failed(reason)
+
+    def _drop_lost(self) -> bool:
+        """Forget what another process reads by now; whether there was any. With the lock held."""
+        kept = [item for item in self._waiting if item.page is None or item.page.reign.holds()]
+        if len(kept) == len(self._waiting):
+            return False
+        self._waiting = deque(kept)
+        self._depth = sum(len(item.events) for item in kept)
+        self._condition.notify_all()
+        return True
 
     def _take(self) -> list[_Item]:
         """The first pages, which stay in the queue until they are acknowledged."""
@@ -194,31 +222,32 @@ class Relay:
 
     def _deliver(self, items: Sequence[_Item]) -> bool:
         for item in items:
-            if item.page is not None and not item.page.reign.holds():
-                continue
+            self._published = True
             if item.gap is not None:
                 self._broadcaster.announce(item.gap)
             elif item.events:
                 self._broadcaster.publish(item.events)
-        return self._broadcaster.flush(FLUSH_SECONDS)
+        delivered = self._broadcaster.flush(FLUSH_SECONDS)
+        if delivered:
+            self._published = False
+        return delivered
 
-    def _done(self, count: int, items: Sequence[_Item]) -> None:
+    def _done(self, taken: Sequence[_Item], ours: Sequence[_Item]) -> None:
         if self._error:
             log.info("%s takes events again", self.name)
         self._error = ""
         self._reached = True
         self._backoff.reset()
-        delivered = 0
-        for item in items:
+        for item in ours:
             if item.page is not None:
                 item.page.finish()
-            delivered += len(item.events)
+        delivered = sum(len(item.events) for item in ours)
         self._delivered += delivered
         self._meter.count("backend_events", delivered, backend=self.name)
         with self._condition:
-            for _ in range(count):
+            for item in taken:
                 self._waiting.popleft()
-            self._depth -= delivered
+                self._depth -= len(item.events)
             self._condition.notify_all()
 
     def _failed(self, reason: str) -> None:

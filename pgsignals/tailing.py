@@ -7,9 +7,11 @@ name, which shares its events among processes, and waits for receivers, which re
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Protocol
 
 from psycopg2 import errors as pg
@@ -24,7 +26,7 @@ from .outbox.cursors import Snapshot
 from .outbox.pages import Page
 from .outbox.parts import Part
 from .outbox.places import Place, Signer
-from .outbox.store import DeadLetter, Store
+from .outbox.store import DeadLetter, Row, Store
 from .payload import Broken, Cast
 from .runs import Settings
 from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
@@ -84,7 +86,7 @@ class Tail:
         self._archive: Archive | None = None
         self._holding = 0
         self._gaps: list[Gap] = []
-        self._key = ""
+        self._key = self._era = ""
         self.signer = Signer(self._key, "")
         self.source = _TailSource(self, settings)
 
@@ -145,18 +147,22 @@ class Tail:
             if wants(each.topic)
         )
 
-    def decode(self, row_id: int, channel: int, payload: str) -> Message | Broken | None:
-        """A row of the outbox; None for one that is no watcher's, or cannot be read."""
-        found = self._decoders.get(channel)
-        if found is None or (found.until is not None and row_id >= found.until):
+    def decode(self, row: Row) -> Message | Gap | None:
+        """A row of the outbox; None for one that is no watcher's."""
+        found = self._decoders.get(row.channel)
+        if found is None or (found.until is not None and row.id >= found.until):
             return None
         try:
-            message = found.decoder.decode(payload)
+            message = found.decoder.decode(row.payload)
         except PayloadError as error:
-            log.warning("ignored row %d of the outbox: %s", row_id, error)
-            return None
-        if isinstance(message, Message):
-            message.position = str(row_id)
+            log.error("row %d of the outbox cannot be read: %s", row.id, error)
+            now = self.source.now()
+            return Gap(now, now, "watcher_broken", str(error))
+        if isinstance(message, Broken):
+            at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
+            return Gap(at, at, "watcher_broken", message.error)
+        if message is not None:
+            message.position = str(row.id)
         return message
 
     # The source's sink.
@@ -191,6 +197,10 @@ class Tail:
         """See DurableSink: there are no dead letters."""
         return False
 
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
+
     def connected(self) -> None:
         """See DurableSink."""
 
@@ -204,24 +214,30 @@ class Tail:
     def define(self, cursor: Cursor) -> Sequence[Definition]:
         """See OutboxPreparer."""
         self._definitions = self._defined()
-        cursor.execute("SELECT place_key::text FROM pgsignals.settings")
-        [(self._key,)] = cursor.fetchall()
         return self._definitions
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """See OutboxPreparer."""
+        """See OutboxPreparer: what there is to prepare, the run has prepared."""
         try:
             cursor.execute(
                 "UPDATE pgsignals.settings SET keep_seconds = %s WHERE keep_seconds IS NULL",
                 (KEEP_SECONDS,),
             )
-        except pg.InsufficientPrivilege:
+            cursor.execute("INSERT INTO pgsignals.era DEFAULT VALUES ON CONFLICT DO NOTHING")
+        except pg.InsufficientPrivilege as error:
             log.warning(
-                "browsers that come back may get a gap, since what all consumers have read is "
-                "not kept for them: have the schema's owner run UPDATE pgsignals.settings SET "
-                "keep_seconds = %d",
-                KEEP_SECONDS,
+                "browsers that come back may get a gap where they would need none, since this role "
+                "may not note what is kept for them (%s): GRANT UPDATE (keep_seconds) ON "
+                "pgsignals.settings and INSERT ON pgsignals.era to it",
+                str(error).strip(),
             )
+        cursor.execute(
+            "SELECT place_key::text, era::text FROM pgsignals.settings"
+            " LEFT JOIN pgsignals.era ON true"
+        )
+        [(self._key, era)] = cursor.fetchall()
+        # Without one that all know, ids are good in this process alone.
+        self._era = era or secrets.token_hex(16)
 
     def decoders(
         self, channels: Sequence[tuple[int, int, str]], cast: Cast
@@ -235,8 +251,10 @@ class Tail:
 
     def began(self, place: Place, epoch: str) -> None:
         """Reading has begun, maybe anew, at a place."""
+        signer, self.signer = self.signer, Signer(self._key, f"{epoch} {self._era}")
+        if signer.epoch not in ("", self.signer.epoch):
+            log.error("the server has crashed or been replaced: browsers are told of a gap")
         with self._condition:
-            self.signer = Signer(self._key, epoch)
             self._turned = place
             for reader in self._readers:
                 reader.began(place)

@@ -95,7 +95,7 @@ class NatsSource:
         self._consumer = ""
         # The last message of the stream that has been read, or was none of ours.
         self._floor = 0
-        # Where it was skipped to a later one, and it is not known yet whether any between was ours.
+        # The first that was skipped, when it is not known yet whether it is there and not ours.
         self._skipped: int | None = None
         self._heard: datetime | None = None
         self._arrived: list[Msg] = []

@@ -214,6 +214,19 @@ class Kafka(Process):
             pytest.fail(f"{arguments[0]}: {done.stdout[-2000:]} {done.stderr[-2000:]}")
         return done.stdout
 
+    def consume(self, topic: str, count: int) -> list[dict[str, str]]:
+        """What Kafka's own console consumer, in Java, reads, in the order of the offsets."""
+        shown = ("partition", "offset", "headers", "key", "value")
+        text = self._run(
+            "org.apache.kafka.tools.consumer.ConsoleConsumer",
+            *("--bootstrap-server", f"127.0.0.1:{self.port}", "--topic", topic),
+            *("--from-beginning", "--max-messages", str(count), "--timeout-ms", "30000"),
+            *(part for name in shown for part in ("--property", f"print.{name}=true")),
+            *("--property", "key.separator= <> "),
+        )
+        lines = [line.split(" <> ") for line in text.splitlines()]
+        return [dict(zip(shown, line, strict=True)) for line in lines]
+
     def produce(self, topic: str, lines: str) -> None:
         """Have Kafka's own console producer, in Java, write lines ``key\\tvalue``."""
         self._run(

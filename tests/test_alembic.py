@@ -392,7 +392,8 @@ def test_the_outbox_by_hand(project: Project, db: Database, check: Callable[...,
     assert triggers(db) == []
     assert has_outbox(db)
     project.attributes["delivery"] = "outbox"
-    project.write("op.install_watchers([('items', 'inserted')], namespace='shop')")
+    project.attributes["namespace"] = "shop"
+    project.write("op.install_watchers([('items', 'inserted')])")
     project.upgrade()
     check([("items", "inserted")], delivery="outbox", namespace="shop")
     project.write("op.install_watchers(['items'], delivery='inbox')")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pgsignals.outbox.backfill import request
 from pgsignals.sources.outbox import _part_of
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.test_roles import documented_grants
 
 
 @pytest.fixture(autouse=True)
@@ -533,6 +535,64 @@ def test_another_process_goes_on_after_a_kill(dsn: str, db: Database) -> None:
     assert latest == dict(db("SELECT id, name FROM users"))
 
 
+def test_kills_beside_writers(dsn: str, db: Database, connect: Callable[[str], Database]) -> None:
+    """Through several kills, no row is missed, and each record's last event is its newest state."""
+    rows(db, 40_000, 501)
+    ending = threading.Event()
+
+    def write(seed: int) -> None:
+        chance, own, number = random.Random(seed), connect(dsn), 0
+        while not ending.is_set():
+            number += 1
+            # Records of its own, so that writers do not deadlock.
+            key = 2 * chance.randint(1, 20_200) + seed
+            own(
+                chance.choice(
+                    [
+                        "UPDATE users SET name = %(text)s WHERE id = %(key)s",
+                        "INSERT INTO users VALUES (%(key)s, %(text)s)"
+                        " ON CONFLICT (id) DO UPDATE SET name = excluded.name",
+                        "DELETE FROM users WHERE id = %(key)s",
+                    ]
+                ),
+                {"key": key, "text": f"{seed}-{number}"},
+            )
+
+    chance = random.Random(7)
+    found = [Consumer(dsn), Consumer(dsn)]
+    backfill = Backfill(dsn, ask(db, "mailer", "users"))
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
+    for each in writers:
+        each.start()
+    try:
+        for _ in range(4):
+            found[-2].wait_for(chance.randint(1, 6_000))
+            found[-2].kill()
+            found.append(Consumer(dsn))
+        assert backfill.wait(60)
+        ending.set()
+        for each in writers:
+            each.join()
+        db("INSERT INTO users VALUES (99999, 'the-end')")
+        last = found[-2]
+        last.wait_for(1)
+        while last.heard[-1].id != 99_999:
+            last.wait_for(len(last.heard) + 1)
+    finally:
+        ending.set()
+        for each in found:
+            each.kill()
+    latest: dict[int, str] = {}
+    heard = [said for each in found for said in each.heard]
+    for said in heard:
+        if said.op == "deleted":
+            latest.pop(said.id, None)
+        else:
+            latest[said.id] = said.name
+    assert latest == dict(db("SELECT id, name FROM users"))
+    assert sum(said.op == "snapshot" for said in heard) > 30_000
+
+
 def test_processes_share_a_backfill(dsn: str, db: Database) -> None:
     """Each delivers the rows of its parts, every row once, in order."""
     rows(db, 2_000, 501)
@@ -660,3 +720,111 @@ def test_the_parts_of_bytea_keys() -> None:
     """A record is in the same part whatever the address of its key."""
     keys = [(memoryview(b"key"), 1) for _ in range(50)]
     assert len({_part_of(key, 64) for key in keys}) == 1
+
+
+def test_a_role_of_its_own(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
+    """The grants that the documentation lists, and SELECT on the table, are all that is needed."""
+    hub.on("users", "snapshot")(recorder)
+    watchers = [pgsignals.watch("users", extra=["name"])]
+    hub.start(dsn, watchers, delivery="outbox", name="mailer")
+    hub.stop()
+    role = f"consumer_{uuid.uuid4().hex[:8]}"
+    db(f"CREATE ROLE {role} LOGIN")
+    try:
+        for grant in documented_grants("consumer"):
+            db(f"GRANT {grant} TO {role}")
+        own = dsn.replace("postgres@", f"{role}@")
+        hub.start(own, watchers, delivery="outbox", name="mailer", install="check")
+        with pytest.raises(pgsignals.PrivilegeError, match="GRANT it SELECT"):
+            hub.backfill("users")
+        unread = Backfill(dsn, ask(db, "mailer", "users"))
+        with pytest.raises(pgsignals.DatabaseError, match="permission denied"):
+            unread.wait(15)
+        db(f"GRANT SELECT ON users TO {role}")
+        assert hub.backfill("users", where="id < 10").wait(15)
+        assert len(recorder.items) == 9
+        # Read only: a condition writes nothing.
+        db(
+            "CREATE FUNCTION meddle() RETURNS bool LANGUAGE sql AS"
+            " $$ UPDATE users SET name = 'x' RETURNING true $$"
+        )
+        db(f"GRANT UPDATE ON users TO {role}")
+        with pytest.raises(pgsignals.DatabaseError, match="read-only transaction"):
+            hub.backfill("users", where="meddle()").wait(15)
+    finally:
+        hub.stop()
+        db(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_a_backfill_that_nobody_hears_yet(
+    dsn: str, db: Database, hub: Hub, recorder: Recorder
+) -> None:
+    """It waits for a receiver, says so, holds up no other one, and then is delivered."""
+    db("CREATE TABLE orders (id int PRIMARY KEY); INSERT INTO orders VALUES (1)")
+    orders = Recorder()
+    hub.on("orders")(orders)
+    hub.start(dsn, ["users", "orders"], delivery="outbox", name="mailer")
+    first = Backfill(dsn, ask(db, "mailer", "users"))
+    assert hub.backfill("orders").wait(15)
+    assert [event.op for event in orders.items] == ["snapshot"]
+    assert first.status.error == "it waits for a receiver of its snapshots"
+    hub.on("users", "snapshot")(recorder)
+    assert first.wait(15)
+    assert len(recorder.items) == 500
+    assert first.status.error is None
+    other = pgsignals.Hub()
+    with other.start(dsn, ["orders"], delivery="outbox", name="clerk"):
+        unknown = Backfill(dsn, ask(db, "clerk", "users"))
+        last = Backfill(dsn, ask(db, "clerk", "orders"))
+        orders_again = Recorder()
+        other.on("orders")(orders_again)
+        assert last.wait(15)
+        assert unknown.status.error == "it waits for a process with a watcher for it"
+        assert unknown.cancel()
+
+
+def test_settled(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
+    """What is committed is settled beside a backfill too, though its windows end elsewhere."""
+    hub.on("users")(recorder)
+    hub.start(dsn, ["users"], delivery="outbox", name="mailer")
+    with closing(psycopg2.connect(dsn)) as long, long.cursor() as cursor:
+        cursor.execute("INSERT INTO users VALUES (7777, 'slow')")
+        backfill = hub.backfill("users", chunk=1)
+        for number in range(10):
+            db("UPDATE users SET name = %s WHERE id = 1", (str(number),))
+            assert hub._settle(10)
+            names = [e.values for e in recorder.items if e.op == "updated"]
+            assert len(names) == number + 1
+        long.rollback()
+    assert backfill.wait(30)
+
+
+def test_memory(dsn: str, db: Database, hub: Hub) -> None:
+    """However slow receivers are, it reads no further than it may."""
+    rows(db, 300_000, 501)
+    going, held = threading.Event(), threading.Event()
+
+    @hub.on("users", "snapshot")
+    def receive(event: pgsignals.Event) -> None:
+        going.set()
+        held.wait(DEADLINE)
+
+    hub.start(dsn, ["users"], delivery="outbox", name="mailer", queue_size=1000)
+    backfill = hub.backfill("users")
+    try:
+        assert going.wait(DEADLINE)
+        before, settled = -1, threading.Event()
+        for _ in range(100):
+            now = hub.status().unacknowledged
+            if now and now == before:
+                break
+            before = now
+            settled.wait(0.1)
+        else:
+            pytest.fail("it reads on and on")
+        # The queue, and the chunk that goes past it.
+        assert now <= 3000
+    finally:
+        backfill.cancel()
+        held.set()
+        hub.stop(0.1)

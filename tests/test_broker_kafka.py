@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from pgsignals.testing.conformance import (
 from pgsignals_kafka import KafkaBroadcaster, KafkaSource
 from tests.brokers import PASSWORD, Kafka, as_written, free_port, read_all
 from tests.conftest import Database, Recorder
+from tests.waiting import eventually
 
 
 class TestConformance(BroadcasterConformance):
@@ -156,6 +158,42 @@ def test_tombstones(kafka: Kafka, prefix: str) -> None:
         (b"7", True),
         (b"8", False),
     ]
+
+
+def test_a_key_that_changes_leaves_a_tombstone(
+    kafka: Kafka, prefix: str, hub: Hub, db: Database
+) -> None:
+    """With tombstones=true, a compacted topic forgets the key that no record has any more."""
+    db("CREATE TABLE orders (id int PRIMARY KEY)")
+    url = f"{kafka.url}?prefix={prefix}&create=true&partitions=1&tombstones=true"
+    hub.start(db.dsn, ["orders"], delivery="outbox", name="mailer", backends=[url])
+    db("INSERT INTO orders VALUES (1)")
+    db("UPDATE orders SET id = 2")
+    eventually(lambda: hub.status().backends[0].delivered, lambda count: count == 2, DEADLINE)
+    found = read_all(kafka, prefix, 3)
+    assert [(each.key(), each.value() is None) for each in found] == [
+        (b"1", False),
+        (b"2", False),
+        (b"1", True),
+    ]
+
+
+def test_a_foreign_client_reads_it(kafka: Kafka, prefix: str) -> None:
+    """Kafka's own consumer, in Java, has headers, key and data as they are documented."""
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true&partitions=1")
+    event = make_event(1, "inserted", record=7, values={"text": "ħ😀"})
+    broadcaster.publish([event])
+    assert broadcaster.flush(DEADLINE)
+    broadcaster.close()
+    [found] = kafka.consume(f"{prefix}.public.conformance", 1)
+    headers = dict(
+        part.split(":", 1) for part in found["headers"].removeprefix("Headers:").split(",")
+    )
+    assert headers["ce_id"] == event.uid
+    assert headers["ce_type"] == "pgsignals.inserted"
+    assert headers["content-type"] == "application/json"
+    assert found["key"] == "7"
+    assert json.loads(found["value"])["values"] == {"text": "ħ😀"}
 
 
 def test_a_far_hub_skips_tombstones_and_foreign_records(

@@ -72,7 +72,8 @@ def test_consumers(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None
     assert again["lag_seconds"] >= found["lag_seconds"] > 0
     assert datetime.fromisoformat(again["oldest_at"]) > recorder.items[0].at
     assert (again["dead_letters"], again["lost_until"]) == (0, None)
-    assert run("consumers", "reset", "mailer", "--to", "now", "--dsn", dsn).code == 0
+    reset = run("consumers", "reset", "mailer", "--to", "now", "--json", "--dsn", dsn)
+    assert json.loads(text(reset.out)) == {"reset": "mailer", "to": "now", "lost_until": None}
     hub.start(dsn, ["orders"], delivery="outbox", name="mailer")
     db("INSERT INTO orders VALUES (12)")
     assert [event.id for event in recorder.wait(2)] == [1, 12]
@@ -83,7 +84,8 @@ def test_consumers(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None
     assert [event.id for event in again] == list(range(1, 13))
     assert all(event.redelivered for event in again)
     hub.stop()
-    assert run("consumers", "drop", "mailer", "--dsn", dsn).code == 0
+    dropped = run("consumers", "drop", "mailer", "--json", "--dsn", dsn)
+    assert json.loads(text(dropped.out)) == {"dropped": "mailer", "dead_letters": 0}
     assert db("SELECT * FROM pgsignals.consumers") == []
     unknown = run("consumers", "drop", "mailer", "--dsn", dsn)
     assert "no consumer 'mailer'" in text(unknown.err)
@@ -129,7 +131,7 @@ def test_dead_letters(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> N
     assert "ValueError: poison" in text(shown.out)
     assert "in receive" in text(shown.out)
     broken.clear()
-    assert run("dead-letters", "retry", str(first), "--dsn", dsn).code == 0
+    assert run("dead-letters", "retry", str(first), "--json", "--dsn", dsn).out == ['{"retried":1}']
     hub.start(dsn, ["orders"], delivery="outbox", name="mailer")
     assert [event.id for event in recorder.wait(1)] == [1]
     hub.stop()

@@ -7,10 +7,12 @@ import os
 import pty
 import re
 import select
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -20,6 +22,7 @@ from pgsignals.cli import main
 from tests.commands import run
 from tests.conftest import DEADLINE, Database
 
+ROOT = Path(__file__).parent.parent
 ESCAPE = "\x1b["
 
 
@@ -160,6 +163,47 @@ def test_completion(words: str, shell: str) -> None:
     assert ("status" if number == 1 else "--timeout") in result.output
 
 
+def test_completion_in_bash(tmp_path: Path) -> None:
+    """What the documentation says to evaluate completes a command's name, in bash itself."""
+    [line] = re.findall(
+        r"^    (eval .*bash_source.*)$", (ROOT / "docs" / "cli.md").read_text(), re.M
+    )
+    bin_ = Path(sys.executable).parent
+    script = (
+        f"{line}\ncomplete -p pgsignals >/dev/null || exit 1\n"
+        "COMP_WORDS=(pgsignals dead-letters re); COMP_CWORD=2\n"
+        "_pgsignals_completion pgsignals re dead-letters; echo ${COMPREPLY[@]}"
+    )
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script],
+        env={"PATH": f"{bin_}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("retry\n", "", 0)
+
+
+def command_names(group: click.Group = main, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The words that lead to each command, those of groups within the group too."""
+    found = [above]
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            found += command_names(command, (*above, name))
+        else:
+            found.append((*above, name))
+    return found
+
+
+@pytest.mark.parametrize("words", command_names(), ids=" ".join)
+def test_every_command_has_examples(words: tuple[str, ...]) -> None:
+    """The help of each command and of each command within a group has examples of it."""
+    help_ = CliRunner().invoke(main, [*words, "--help"]).output
+    examples = help_.partition("Examples:\n")[2].splitlines()
+    assert examples
+    assert all(line.split()[: len(words) + 1] == ["pgsignals", *words] for line in examples)
+
+
 @pytest.mark.parametrize("name", [None, *sorted(main.commands)])
 def test_help_has_examples_that_are_right(name: str | None) -> None:
     """The help of each command ends with command lines, which it understands."""
@@ -169,7 +213,8 @@ def test_help_has_examples_that_are_right(name: str | None) -> None:
     lines = result.output.partition("Examples:\n")[2].splitlines()
     assert lines
     for line in lines:
-        words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", line.partition(">")[0])]
+        words = shlex.split(line)
+        words = words[: words.index(">")] if ">" in words else words
         assert words[0] == "pgsignals"
         assert words[1] == name or name is None
         target = main.commands[words[1]]

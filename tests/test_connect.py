@@ -22,7 +22,15 @@ from hypothesis import strategies as st
 
 import pgsignals
 from pgsignals import ConnectError, Hub
-from pgsignals.connection import Backoff, Session, Waiter, connect, display, redact
+from pgsignals.connection import (
+    Backoff,
+    Session,
+    Waiter,
+    _Selector,
+    connect,
+    display,
+    redact,
+)
 from pgsignals.sources import notify
 from pgsignals.testing import Server, find_installations
 from pgsignals.testing.proxy import Proxy
@@ -653,3 +661,12 @@ def test_two_dsns_that_lead_to_different_databases(server: Server, dsn: str, ite
     """Listening where nobody notifies is noticed, since no notification comes round."""
     message = refused(dsn, listen_dsn=server.create_database(), heartbeat_timeout=0.3)
     assert "Both must lead to the same database of the same server" in message
+
+
+def test_a_platform_without_poll(
+    dsn: str, items: None, hub: Hub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no poll(), as on Windows or under eventlet, events arrive all the same."""
+    monkeypatch.delattr("select.poll")
+    delivers(hub, dsn, dsn, recorder)
+    assert isinstance(hub._run.source._waiter._poll, _Selector)  # type: ignore[union-attr]

@@ -258,6 +258,7 @@ def test_the_outbox(migrated: Project, db: Database) -> None:
     migrated.run("migrate", "shop", "0001")
     migrated.run("migrate", "billing", "zero")
     assert triggers(db) == []
+    migrated.write("project/settings.py", '"NAME": "shop"', '"NAME": "shop", "NAMESPACE": "shop"')
     assert "CREATE SCHEMA pgsignals" in "\n".join(migrated.run("sqlmigrate", "shop", "0002").out)
     assert db("SELECT 1 FROM pg_namespace WHERE nspname = 'pgsignals'") == []
     migrated.run("migrate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pgsignals
 import pgsignals.testing
 from pgsignals import Hub, hookspecs
 from pgsignals.cli import main
+from pgsignals.contrib.flask import PgSignals
 from tests.conftest import Database, Recorder
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -64,6 +66,14 @@ def test_the_parameters_of_start() -> None:
     ] == []
 
 
+def test_the_settings_of_frameworks() -> None:
+    """Every parameter of ``start`` is a setting of Flask's and of Django's, and named there."""
+    names = {name.upper() for name in inspect.signature(Hub.start).parameters} - {"SELF"}
+    assert [name for name in names if f"``PGSIGNALS_{name}``" not in str(PgSignals.__doc__)] == []
+    django = PAGES["django"].partition("## Settings\n")[2].partition("\n## ")[0]
+    assert [name for name in names if not mentioned(name, django)] == []
+
+
 def test_the_parameters_of_watch() -> None:
     """Every option of ``watch`` has a section of its own."""
     names = list(inspect.signature(pgsignals.watch).parameters)[2:]
@@ -71,10 +81,16 @@ def test_the_parameters_of_watch() -> None:
 
 
 def test_hooks() -> None:
-    """Every hook has a section of its own."""
+    """Every hook has a section of its own, with an example that implements it."""
     names = [name for name in dir(hookspecs) if name.startswith("pgsignals_")]
     assert names
-    assert [name for name in names if f"\n## {name}\n" not in PAGES["plugins"]] == []
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGES["plugins"], re.M | re.S))
+    assert [name for name in names if name not in sections] == []
+    for name in names:
+        blocks = re.findall(r"^```.*python\n(.*?)^```$", sections[name], re.M | re.S)
+        assert f"@pgsignals.hookimpl\ndef {name}(" in "\n".join(blocks)
+        for block in blocks:
+            compile(block, name, "exec")
 
 
 @pytest.mark.parametrize("name", commands())
@@ -98,10 +114,26 @@ def test_reasons_of_gaps(reason: str) -> None:
 
 
 def test_no_other_reasons_of_gaps() -> None:
-    """The reasons in the docstring are all there are."""
-    source = "".join(path.read_text() for path in Path(pgsignals.__path__[0]).rglob("*.py"))
-    given = set(re.findall(r'\bGap\([^"]*?"(\w+)"', source)) - {"type"}
+    """The reasons in the docstring are all that the core and the brokers' packages give."""
+    given = {
+        reason
+        for package in ("pgsignals", "pgsignals_kafka", "pgsignals_nats")
+        for path in (DOCS.parent / package).rglob("*.py")
+        if path.parent.name != "testing"
+        for reason in reasons_given(ast.parse(path.read_text()))
+    }
+    # What comes from a broker has the reason that it was sent with.
+    given.remove("gap.reason")
     assert given == {"reconnected", "overflow", "watcher_broken", "retention", "restored"}
+
+
+def reasons_given(tree: ast.AST) -> Iterator[str]:
+    """The third argument of each ``Gap(…)``: a text, or else the expression."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Gap":
+            by_name = {keyword.arg: keyword.value for keyword in node.keywords}
+            reason = node.args[2] if len(node.args) > 2 else by_name["reason"]
+            yield reason.value if isinstance(reason, ast.Constant) else ast.unparse(reason)
 
 
 def test_the_fixtures_of_the_plugin() -> None:

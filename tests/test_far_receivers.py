@@ -21,6 +21,9 @@ from tests.brokers import Nats
 from tests.conftest import Recorder
 from tests.waiting import eventually
 
+# Brokers take their time to give up a member that has died.
+pytestmark = pytest.mark.timeout(240)
+
 Send = Callable[..., None]
 
 
@@ -285,3 +288,27 @@ def test_what_is_new_to_everybody_does_not_say_otherwise(
     send(3)
     assert [number(event) for event in recorder.wait(3)] == [1, 2, 3]
     assert [event.redelivered for event in recorder.items] == [False, False, False]
+
+
+def test_who_joins_and_who_leaves_share_the_events(
+    url: str, send: Send, hub: pgsignals.Hub, recorder: Recorder
+) -> None:
+    """In an orderly handover each event comes to one of the name, once, and is not redelivered."""
+    second = pgsignals.Hub()
+    for each in (hub, second):
+        each.on("conformance")(recorder)
+    hub.start(url, ["conformance"], name="mailer")
+    send(*range(1, 101), record=None)
+    recorder.wait(100)
+    second.start(url, ["conformance"], name="mailer")
+    try:
+        for first in range(101, 401, 20):
+            send(*range(first, first + 20), record=None)
+        recorder.wait(400, DEADLINE)
+        assert hub.stop()
+        send(*range(401, 501), record=None)
+        recorder.wait(500, 60)
+    finally:
+        second.stop()
+    assert sorted(map(number, recorder.items)) == list(range(1, 501))
+    assert not any(event.redelivered for event in recorder.items)

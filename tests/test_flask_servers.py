@@ -240,6 +240,58 @@ for _ in range(2):
 """
 
 
+# A master that has served, or whose hook has started the Hub, before it forks.
+STARTED = PREFORK.replace(
+    "for _ in range(2):\n    if",
+    """
+signals = application.extensions["pgsignals"]
+with application.test_request_context("/events"):
+    from tests.flask_shop import ITEMS, sse
+    signals.start(application)
+    stream = sse(ITEMS)
+    assert b"id: " in next(iter(stream.response))
+for _ in range(2):
+    if""",
+    1,
+).replace(
+    "        sys.stdin.read()",
+    """
+        from tests.flask_shop import sse
+        with application.test_request_context("/events"):
+            assert b"id: " in next(iter(sse(ITEMS).response))
+        sys.stdin.read()""",
+)
+
+
+@pytest.mark.parametrize("delivery", ["notify", "outbox"])
+def test_a_server_whose_master_listens(dsn: str, db: Database, delivery: str) -> None:
+    """Workers that are forked from a master with a Hub and streams have their own, as it has."""
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", STARTED],
+        stdin=read,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PGSIGNALS_DSN": dsn, "SHOP_DELIVERY": delivery},
+        cwd=ROOT,
+    )
+    os.close(read)
+    try:
+        assert process.stdout is not None
+        first = [process.stdout.readline().split() for _ in range(3)]
+        assert [words for _, *words in first] == [["connected"]] * 3
+        assert len({process for process, *_ in first}) == 3
+        db("INSERT INTO items DEFAULT VALUES")
+        heard = [process.stdout.readline() for _ in range(3)]
+        assert all(re.fullmatch(r"\d+ shop item 1 1 \n", line) for line in heard)
+        assert {line.split()[0] for line in heard} == {each for each, *_ in first}
+        os.close(write)
+        assert process.wait(DEADLINE) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_server_that_forks_after_loading(dsn: str, db: Database) -> None:
     """Workers that are forked from a loaded application each listen, and the master does not."""
     read, write = os.pipe()

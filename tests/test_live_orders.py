@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -24,11 +25,11 @@ expect.set_options(timeout=DEADLINE * 1000)
 class Site:
     """The example, served as its README says."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, delivery: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
-        self._dsn = dsn
+        self._variables = {"PGSIGNALS_DSN": dsn, "FLASK_PGSIGNALS_DELIVERY": delivery}
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
@@ -41,7 +42,7 @@ class Site:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PGSIGNALS_DSN": self._dsn},
+            env={**os.environ, **self._variables},
         )
         assert self._process.stderr is not None
         for line in self._process.stderr:
@@ -58,14 +59,20 @@ class Site:
 
 
 @pytest.fixture
-def site(dsn: str, db: Database) -> Iterator[Site]:
+def delivery() -> str:
+    """How the example delivers, unless a test says otherwise."""
+    return "notify"
+
+
+@pytest.fixture
+def site(dsn: str, db: Database, delivery: str) -> Iterator[Site]:
     """The example, on the tables of the examples."""
     db((ROOT / "examples/schema.sql").read_text())
     db(
         "INSERT INTO orders (customer, total, status) VALUES ('Grace Hopper', 129.90, 'shipped'),"
         " ('Alan Turing', 64, 'new')"
     )
-    made = Site(dsn)
+    made = Site(dsn, delivery)
     made.start()
     yield made
     made.stop()
@@ -149,6 +156,7 @@ def test_what_one_does_the_other_sees(pages: list[Page], db: Database) -> None:
     assert db("SELECT customer, total, status FROM orders WHERE id = 3")[0][2] == "paid"
 
 
+@pytest.mark.parametrize("delivery", ["notify", "outbox"])
 def test_a_page_recovers_from_a_restart(pages: list[Page], site: Site, db: Database) -> None:
     """While the server is down the page says so; once it is back it shows what has happened."""
     site.stop()
@@ -165,6 +173,39 @@ def test_a_page_recovers_from_a_restart(pages: list[Page], site: Site, db: Datab
     db("UPDATE orders SET status = 'shipped' WHERE id = 3")
     for page in pages:
         expect(page.locator('tr[data-key="3"] .badge')).to_have_text("Shipped")
+
+
+@pytest.mark.parametrize("delivery", ["outbox"])
+def test_a_browser_gets_what_it_has_missed(pages: list[Page], site: Site, db: Database) -> None:
+    """In outbox delivery, EventSource itself comes back with its id, and each event comes once."""
+    for page in pages:
+        page.evaluate(
+            "() => { window.told = []; const source = new EventSource('/events');"
+            "const hear = (e) => window.told.push(e.type + ' ' + e.data);"
+            "source.onmessage = hear; source.addEventListener('gap', hear);"
+            "return new Promise((done) => { source.onopen = done; }); }"
+        )
+    db("UPDATE orders SET status = 'paid' WHERE id = 2")
+    for page in pages:
+        page.wait_for_function("window.told.length == 1")
+    site.stop()
+    db("DELETE FROM orders WHERE id = 1")
+    db("INSERT INTO orders (customer, total) VALUES ('Barbara Liskov', 42.50)")
+    site.start()
+    for page in pages:
+        page.wait_for_function("window.told.length >= 3")
+    db("UPDATE orders SET status = 'shipped' WHERE id = 3")
+    for page in pages:
+        page.wait_for_function("window.told.length >= 4")
+        told = [each.partition(" ") for each in page.evaluate("window.told")]
+        assert [kind for kind, _, _ in told] == ["message"] * 4
+        events = [json.loads(data) for _, _, data in told]
+        assert [(each["op"], each["id"]) for each in events] == [
+            ("updated", 2),
+            ("deleted", 1),
+            ("inserted", 3),
+            ("updated", 3),
+        ]
 
 
 def test_a_burst_costs_few_requests(pages: list[Page], db: Database) -> None:

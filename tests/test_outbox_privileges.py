@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,7 @@ import pgsignals
 from pgsignals import Hub, watch
 from pgsignals.outbox import administration
 from pgsignals.outbox.housekeeping import tidy
+from tests.commands import run
 from tests.conftest import Database, Recorder
 from tests.test_roles import documented_grants
 from tests.waiting import eventually
@@ -182,6 +184,78 @@ def test_what_a_condition_may_do(
     assert {event.label for event in recorder.wait(2)} == {"reads", "session"}
 
 
+def test_a_superuser_does_not_lend_its_rights(dsn: str, db: Database, role: str) -> None:
+    """On a table of another role it installs as that role, and is told how, or not at all."""
+    Hub().start(dsn, ["orders"], delivery="outbox").stop()
+    db(f"GRANT CREATE ON SCHEMA public TO {role}")
+    for grant in documented_grants("installer"):
+        db(f"GRANT {grant} TO {role}")
+    db(f"CREATE TABLE theirs (id int PRIMARY KEY, note text); ALTER TABLE theirs OWNER TO {role}")
+    before = db("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pgsignals%'")
+    with pytest.raises(pgsignals.PrivilegeError, match=f"options=-crole%3D{role} to") as caught:
+        Hub().start(dsn, ["theirs"], delivery="outbox")
+    assert db("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pgsignals%'") == before
+    Hub().start(dsn, ["theirs"], namespace="notify").stop()
+    [option] = re.findall(r"options=\S+", str(caught.value))
+    installed = run("install", "theirs", "--delivery", "outbox", dsn=f"{dsn}?{option}")
+    assert installed.out[-1] == "3 triggers installed, 0 already there."
+
+
+_CAST = """
+CREATE TABLE seen (who text);
+GRANT INSERT ON seen TO PUBLIC;
+CREATE TYPE trap AS ENUM ('a', 'b');
+CREATE FUNCTION spring(trap) RETURNS text LANGUAGE plpgsql
+  AS $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN 'a'; END$$;
+CREATE CAST (trap AS text) WITH FUNCTION spring(trap) AS IMPLICIT;
+ALTER TABLE theirs ALTER n TYPE trap USING 'a'
+"""
+
+
+def test_the_owner_of_a_table_gains_nothing(
+    dsn: str, db: Database, role: str, as_role: Database, recorder: Recorder, hub: Hub
+) -> None:
+    """Casts of a type that the owner puts under a trigger run with the rights of that owner."""
+    Hub().start(dsn, ["orders"], delivery="outbox").stop()
+    db(f"GRANT CREATE ON SCHEMA public TO {role}")
+    for grant in documented_grants("installer"):
+        db(f"GRANT {grant} TO {role}")
+    as_role("CREATE TABLE theirs (id int PRIMARY KEY, note text, n int)")
+    watcher = watch("theirs", extra=["note", "n"])
+    hub.subscribe(recorder, "theirs")
+    as_owner = f"{dsn}?options=-crole%3D{role}"
+    for grant in documented_grants("consumer"):
+        db(f"GRANT {grant} TO {role}")
+    hub.start(as_owner, [watcher], delivery="outbox", name="mailer")
+    as_role("INSERT INTO theirs VALUES (1, 'a')")
+    assert recorder.wait(1)[0].values == {"note": "a", "n": None}
+    as_role(_CAST)
+    db("INSERT INTO theirs VALUES (2, 'b', 'a')")
+    assert set(db("SELECT who FROM seen")) == {(role,)}
+
+
+def test_an_installer_that_may_not_even_read(dsn: str, db: Database, role: str) -> None:
+    """TRIGGER on a table of somebody else is enough, and a warning says whose rights are lent."""
+    Hub().start(dsn, ["orders"], delivery="outbox").stop()
+    owner = f"owner_{db.connection.info.dbname}"
+    db(f"CREATE ROLE {owner}; CREATE TABLE theirs (id int PRIMARY KEY)")
+    try:
+        db(f"ALTER TABLE theirs OWNER TO {owner}; GRANT TRIGGER ON theirs TO {role}")
+        db(f"GRANT CREATE ON SCHEMA public TO {role}")
+        for grant in documented_grants("installer"):
+            db(f"GRANT {grant} TO {role}")
+        as_role = dsn.replace("postgres@", f"{role}@")
+        installed = run("install", "theirs", "--delivery", "outbox", dsn=as_role)
+        assert installed.code == 0
+        assert f"rights of the role '{role}'" in installed.err[0]
+        db("INSERT INTO theirs VALUES (1)")
+        assert db("SELECT count(*) FROM pgsignals.outbox") == [(1,)]
+        db(f"SET ROLE {role}")
+        assert db("SELECT pgsignals.has_room()") == [(True,)]
+    finally:
+        db(f"RESET ROLE; DROP OWNED BY {owner} CASCADE; DROP ROLE {owner}")
+
+
 @pytest.fixture
 def consumer(dsn: str, db: Database, role: str, as_role: Database) -> Database:
     """A session of a role with exactly the rights that the documentation gives a consumer."""
@@ -237,10 +311,11 @@ def test_the_documented_grants_of_a_consumer(
 def test_once_and_backfills_of_a_consumer(consumer: Database) -> None:
     """It may record that an event is taken care of, and how far a backfill has come."""
     consumer("INSERT INTO pgsignals.processed (scope, uid) VALUES ('a', 'b')")
-    for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
-        assert consumer("SELECT has_table_privilege('pgsignals.backfills', %s)", [privilege]) == [
-            (True,)
-        ]
+    for table in ("backfills", "backfill_parts"):
+        for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+            assert consumer(
+                "SELECT has_table_privilege(%s, %s)", [f"pgsignals.{table}", privilege]
+            ) == [(True,)]
 
 
 def test_what_a_consumer_may_not(consumer: Database) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -18,8 +20,9 @@ class Broker:
     def __init__(self) -> None:
         self.away = threading.Event()
         self.refused = threading.Event()
+        self.closed = threading.Event()
         self.acknowledged = Recorder()
-        self._published: list[pgsignals.Event] = []
+        self._published: list[pgsignals.Event | pgsignals.Gap] = []
 
     def __str__(self) -> str:
         return "broker://test"
@@ -33,15 +36,15 @@ class Broker:
             if published:
                 self.refused.set()
             return False
-        for event in published:
-            self.acknowledged(event)
+        for item in published:
+            self.acknowledged(item)
         return True
 
     def announce(self, gap: pgsignals.Gap) -> None:
-        self.acknowledged(gap)
+        self._published.append(gap)
 
     def close(self) -> None:
-        """Nothing to give up."""
+        self.closed.set()
 
 
 @pytest.fixture
@@ -170,3 +173,73 @@ def test_a_backfill_for_the_broker(hub: pgsignals.Hub, shop: Database, recorder:
     assert hub.backfill("items", where="id = 7").wait(15)
     assert [event.id for event in recorder.items] == [7]
     assert len(broker.acknowledged.items) == 1000
+
+
+def test_a_table_that_went_before_a_relay_came_back(hub: pgsignals.Hub, shop: Database) -> None:
+    """What was committed before is passed on, also by a process without receivers."""
+    start = {"delivery": "outbox", "name": "shop", "workers": 0}
+    away = Broker()
+    away.away.set()
+    hub.start(shop.dsn, ["items"], backends={"main": away}, **start)
+    shop("INSERT INTO items VALUES (1), (2)")
+    assert away.refused.wait(15)
+    hub.stop(0.1)
+    shop("DROP TABLE items")
+    back = Broker()
+    hub.start(shop.dsn, ["items"], backends={"main": back}, **start)
+    assert [event.id for event in back.acknowledged.wait(2)] == [1, 2]
+
+
+def test_backfill_of_a_relay(hub: pgsignals.Hub, shop: Database) -> None:
+    """A process without receivers sends the rows that are there to the backend that is named."""
+    shop("INSERT INTO items SELECT generate_series(1, 50)")
+    first, second = Broker(), Broker()
+    backends = {"first": first, "second": second}
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="shop", backends=backends, workers=0)
+    with pytest.raises(pgsignals.ConfigurationError, match="'shop/first', 'shop/second'"):
+        hub.backfill("items")
+    assert hub.backfill("items", name="shop/second").wait(15)
+    events = second.acknowledged.wait(50)
+    assert [(event.op, event.id) for event in events] == [("snapshot", n) for n in range(1, 51)]
+    assert first.acknowledged.items == []
+
+
+def test_at_the_end_no_backend_reads_on(hub: pgsignals.Hub, shop: Database) -> None:
+    """While one that is away is waited for, the others drain, and take nothing new."""
+    away, there = Broker(), Broker()
+    away.away.set()
+    backends = {"away": away, "there": there}
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="shop", backends=backends, workers=0)
+    shop("INSERT INTO items VALUES (0)")
+    assert away.refused.wait(15)
+    there.acknowledged.wait(1)
+    stopping = threading.Thread(target=hub.stop, args=(3.0,))
+    stopping.start()
+    began, late = time.monotonic(), []
+    for number in itertools.count(1):
+        if not stopping.is_alive():
+            break
+        if time.monotonic() - began > 1.5:
+            late.append(number)
+        shop("INSERT INTO items VALUES (%s)", (number,))
+        stopping.join(0.05)
+    assert late
+    assert not {event.id for event in there.acknowledged.items} & set(late)
+
+
+def test_what_another_process_sends_is_given_up(hub: pgsignals.Hub, shop: Database) -> None:
+    """Once its claim is lost, a relay has its broadcaster forget what is not acknowledged."""
+    broker = Broker()
+    broker.away.set()
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
+    shop("INSERT INTO items VALUES (1)")
+    assert broker.refused.wait(15)
+    # As another process does that takes the consumer over.
+    shop(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    assert broker.closed.wait(15)
+    broker.away.clear()
+    assert [event.id for event in broker.acknowledged.wait(1)] == [1]
+    assert broker.acknowledged.items[0].redelivered

@@ -19,6 +19,9 @@ from pgsignals.plugins import load_plugins
 from tests.brokers import Nats, free_port
 from tests.conftest import Database, Recorder
 
+# The first test builds the wheels.
+pytestmark = pytest.mark.timeout(400)
+
 ROOT = Path(__file__).parent.parent
 EXAMPLE = Path("examples/plugin_audit")
 

@@ -23,11 +23,12 @@ import yaml
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
-from pgsignals import ConfigurationError, Hub
+from pgsignals import ConfigurationError, Hub, MissingExtraError
 from pgsignals.cli import main
-from pgsignals.cli.relay_config import look_up_secret, read_config
+from pgsignals.cli.relay_config import RelayConfig, look_up_secret, read_config
 from pgsignals.plugins import load_plugins
 from pgsignals.testing import find_installations
+from pgsignals.testing.proxy import Proxy
 from tests.brokers import Kafka, Nats, free_port
 from tests.commands import Command, Program, Result, run
 from tests.conftest import DEADLINE, Database
@@ -363,21 +364,21 @@ def test_a_signal_drains(
 ) -> None:
     """What was read is acknowledged at the end, and the next relay sends none of it again."""
     arguments = ("--watch", "orders:inserted", "--to", f"{broker.url}?prefix={prefix}&create=true")
-    options = ("--name", "shop", "--json", "--every", "0.1")
+    options = ("--name", "shop", "--json", "--every", "0.1", "--timeout", "14")
     first = start(*arguments, *options)
     state_of(first, "active")
     for _ in range(10):
-        db("INSERT INTO orders SELECT FROM generate_series(1, 2000)")
+        db("INSERT INTO orders SELECT FROM generate_series(1, 500)")
     delivers(first, 1)
     ended = terminate(first)
     assert ended.code == 0, ended
     assert not [line for line in ended.err if "waits in the outbox" in line]
     second = start(*arguments, *options)
     [(acknowledged,)] = db("SELECT acknowledged FROM pgsignals.consumers")
-    delivers(second, 20_000 - acknowledged)
+    delivers(second, 5_000 - acknowledged)
     assert terminate(second).code == 0
-    assert sorted(broker.ids(prefix)) == list(range(1, 20_001))
-    assert db("SELECT name, acknowledged FROM pgsignals.consumers")[0][1] == 20_000
+    assert sorted(broker.ids(prefix)) == list(range(1, 5_001))
+    assert db("SELECT name, acknowledged FROM pgsignals.consumers")[0][1] == 5_000
 
 
 def test_a_second_relay_takes_over(
@@ -540,6 +541,28 @@ def test_a_database_that_is_away(nats_broker: NatsBroker, prefix: str) -> None:
     assert "wr0ng-one" not in "\n".join(started.err + checked.out)
 
 
+def test_a_database_that_goes_away(
+    nats_broker: NatsBroker, prefix: str, db: Database, start: Callable[..., Program]
+) -> None:
+    """Once started, the relay waits for it to come back, says so, and loses nothing."""
+    address, _, name = db.dsn.rpartition("/")
+    host, _, port = address.rpartition(":")
+    with Proxy("127.0.0.1", int(port)) as proxy:
+        relay = start(
+            *("--watch", "orders", "--name", "shop", "--json", "--every", "0.1"),
+            *("--to", f"{nats_broker.url}?prefix={prefix}&create=true"),
+            *("--dsn", f"{host}:{proxy.port}/{name}"),
+        )
+        state_of(relay, "active")
+        proxy.refuse()
+        proxy.cut()
+        state_of(relay, "no database")
+        db("INSERT INTO orders SELECT FROM generate_series(1, 10)")
+        proxy.accept()
+        delivers(relay, 10)
+        assert terminate(relay).code == 0
+
+
 def test_install_check(nats_broker: NatsBroker, prefix: str, db: Database) -> None:
     """Where the relay may not create triggers, missing ones are an error, with the fix."""
     arguments = (
@@ -619,9 +642,17 @@ def test_a_wrong_file(
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
     path = write(tmp_path, text)
     with pytest.raises(ConfigurationError, match=says) as caught:
-        read_config(path)
+        read_config(path, RelayConfig())
     assert str(caught.value).startswith(str(path))
     assert "s3cret" not in str(caught.value)
+
+
+def test_without_a_parser_of_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named, with the extra to install."""
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setitem(sys.modules, "tomli", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'pgsignals\[cli\]'"):
+        read_config(write(tmp_path, ""), RelayConfig())
 
 
 def test_a_file_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,7 +694,7 @@ def test_a_file_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         """,
     )
     monkeypatch.setenv("PASSWORD", PASSWORD)
-    found = read_config(path)
+    found = read_config(path, RelayConfig())
     assert (found.name, found.dsn, found.listen_dsn) == ("shop", "service=shop", "host=direct")
     assert (found.namespace, found.install, found.prune) == ("relays", "check", True)
     assert (found.lease, found.queue_size, found.metrics_port) == (10.0, 500, "9187")
@@ -876,7 +907,7 @@ def test_the_compose_file_of_the_example(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (EXAMPLE / relay["build"]["context"] / relay["build"]["dockerfile"]).is_file()
     for name, value in relay["environment"].items():
         monkeypatch.setenv(name, value)
-    config = read_config(EXAMPLE / "pgsignals.toml")
+    config = read_config(EXAMPLE / "pgsignals.toml", RelayConfig())
     hosts = {config.dsn, *(target.url for target in config.targets)}
     assert {urlsplit(str(url)).hostname for url in hosts} == {"postgres", "kafka", "nats"}
     for target in config.targets:
@@ -918,4 +949,12 @@ def test_of_a_django_project(
     failed = [line for line in checked.out if line.startswith("fail")]
     assert [line.split()[1] for line in failed] == ["outbox:", "triggers:"]
     assert "updated on public.shop_order is OUTDATED" in failed[1]
-    project.run(*arguments, *target, "--install", "auto")
+    path = write(
+        tmp_path,
+        f"""
+        name = "shop"
+        install = "auto"
+        target = [{{url = "{nats_broker.url}?prefix={prefix}&create=true"}}]
+        """,
+    )
+    project.run("pgsignals", "relay", "--config", str(path), "--check")

@@ -476,6 +476,32 @@ def test_when_runs_as_written(items: Scene, when: str) -> None:
     assert items.brief() == [("inserted", 1), ("updated", 1)]
 
 
+@pytest.mark.parametrize("level", ["statement", "row"])
+def test_settings_by_which_a_writer_reads_sql(items: Scene, level: str) -> None:
+    """Triggers and conditions mean the same to a writer whose session reads literals otherwise."""
+    items.watch(
+        watch(
+            "items",
+            "inserted",
+            "updated",
+            extra=["name"],
+            when=r"NEW.name ~ '^a\\d\n?$' OR NEW.name = 'a\'",
+            replicated=level == "row",
+        )
+    )
+    items.db("SET standard_conforming_strings TO off")
+    items.db("SET escape_string_warning TO off; SET transform_null_equals TO on")
+    items.db("SET backslash_quote TO on")
+    items.db("INSERT INTO items VALUES (1, E'a\\\\d'), (2, 'b'), (3, E'a\\\\')")
+    items.db("INSERT INTO items SELECT 4, E'a\\\\' FROM generate_series(1, 1)")
+    items.db("UPDATE items SET id = id + 10 WHERE name <> 'b'")
+    items.db("RESET ALL")
+    assert not items.gaps.items
+    assert items.brief() == [
+        (op, n + m) for op, m in (("inserted", 0), ("updated", 10)) for n in (1, 3, 4)
+    ]
+
+
 def test_when_resolves_names_where_it_was_installed(items: Scene) -> None:
     """Functions are found in the installer's search_path, whatever the writer's is."""
     items.db(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +19,13 @@ from pgsignals import Hub
 from pgsignals.contrib.exact import ExactClient, ExactFeed, open_feed
 from pgsignals.contrib.sse import EVERYTHING, View
 from pgsignals.outbox.housekeeping import tidy
+from pgsignals.testing import Server
+from pgsignals.testing.server import StopMode
+from pgsignals.triggers import names
 from tests.conftest import DEADLINE, Database
+from tests.test_roles import documented_grants
 from tests.test_sse import Browser
+from tests.waiting import eventually
 
 ITEMS = pgsignals.watch("items", "inserted", "updated", extra=["tenant", "n"])
 
@@ -348,7 +355,9 @@ def test_a_trigger_that_was_made_anew(process: Process, shop: Database) -> None:
     shop("INSERT INTO items VALUES (1)")
     tab.wait(1)
     feed._hub.stop()
-    for name, table in shop("SELECT tgname, tgrelid::regclass::text FROM pg_trigger"):
+    for name, table in shop(
+        "SELECT tgname, tgrelid::regclass::text FROM pg_trigger WHERE NOT tgisinternal"
+    ):
         shop(f'DROP TRIGGER "{name}" ON {table}')
     shop("INSERT INTO items VALUES (2)")
     again = Tab(process(), tab.browser)
@@ -364,10 +373,57 @@ def test_statements_that_found_the_outbox_full(process: Process, shop: Database)
     shop("INSERT INTO items VALUES (1)")
     tab.wait(1)
     feed._hub.stop()
+    # A session ends a little after its client has.
+    eventually(
+        lambda: shop(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
+            " AND objid = %s AND database = (SELECT oid FROM pg_database"
+            " WHERE datname = current_database())",
+            (names.LOCK_CLASS, names.ALIVE_LOCK),
+        ),
+        lambda found: found == [(0,)],
+    )
     shop("SELECT setval('pgsignals.outbox_full', 1)")
     shop("INSERT INTO items VALUES (2)")
     shop("SELECT setval('pgsignals.outbox_full', 0)")
     assert Tab(process(), tab.browser).wait(2) == [1, "retention"]
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_a_role_that_does_not_own_the_schema(
+    shop: Database, server: Server, caplog: pytest.LogCaptureFixture, granted: bool
+) -> None:
+    """With the documented grants it streams; without those for streams too, less exactly."""
+    role = f"consumer_{shop.connection.info.dbname}"
+    owner = Hub()
+    owner.start(shop.dsn, [ITEMS], delivery="outbox")
+    shop(f"CREATE ROLE {role} LOGIN; GRANT SELECT ON items TO {role}")
+    hubs = [Hub(), Hub()]
+    try:
+        for grant in documented_grants("consumer"):
+            if granted or ("keep_seconds" not in grant and "era" not in grant):
+                shop(f"GRANT {grant} TO {role}")
+        feeds: list[ExactFeed] = []
+        for hub in hubs:
+            dsn = server.dsn(shop.connection.info.dbname, role)
+            hub.start(dsn, [ITEMS], delivery="outbox", install="check", prune=False)
+            feed = open_feed(hub, "items", size=10, ordered=True)
+            assert isinstance(feed, ExactFeed)
+            feeds.append(feed)
+        tab = Tab(feeds[0], Browser())
+        shop("INSERT INTO items VALUES (1)")
+        tab.wait(1)
+        tab.client.close()
+        shop("INSERT INTO items VALUES (2)")
+        expected = [1, 2] if granted else [1, "unknown_id"]
+        assert Tab(feeds[1], Browser(last_id=tab.browser.last_id)).wait(1) == expected[1:]
+        assert Tab(feeds[0], tab.browser).wait(2) == [1, 2]
+        warned = [each.message for each in caplog.records if "GRANT" in each.message]
+        assert bool(warned) is not granted
+    finally:
+        for hub in [*hubs, owner]:
+            hub.stop()
+        shop(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
 def test_a_broken_watcher(process: Process, shop: Database) -> None:
@@ -482,3 +538,73 @@ def test_wandering_browsers(process: Process, shop: Database) -> None:
             seen.setdefault(data[0], []).append(data[1])
         expected = dict(shop("SELECT id, n FROM items"))
         assert seen == {record: list(range(1, n + 1)) for record, n in expected.items() if n}, seed
+
+
+def test_the_child_of_a_fork(process: Process, shop: Database) -> None:
+    """It gives up what it has inherited, may have streams of its own, and the parent's go on."""
+    feed = process()
+    tab = Tab(feed, Browser())
+    shop("INSERT INTO items VALUES (1)")
+    tab.wait(1)
+    shop("INSERT INTO items VALUES (2)")
+    Tab(feed, Browser(last_id=tab.browser.last_id)).wait(1)
+    with feed._lock, feed.tail._condition:
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            hub = feed._hub
+            assert feed.closed
+            assert tab.client.read()
+            assert not tab.client.read()
+            assert tab.client.ended
+            hub.start(shop.dsn, [ITEMS], delivery="outbox")
+            own = open_feed(hub, "items", size=10, ordered=True)
+            assert isinstance(own, ExactFeed)
+            assert Tab(own, Browser(last_id=tab.browser.last_id)).wait(1) == [2]
+            hub.stop()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    shop("INSERT INTO items VALUES (3)")
+    assert tab.wait(3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_postgresql_restarts(mode: StopMode) -> None:
+    """A restart costs nobody anything; after a crash, which may take back transactions, a gap."""
+    with Server() as own:
+        dsn = own.create_database()
+        before = Database(dsn)
+        before("CREATE TABLE items (id bigint PRIMARY KEY, tenant int, n int)")
+        hub = Hub()
+        hub.start(dsn, [ITEMS], delivery="outbox", heartbeat=1.0)
+        try:
+            feed = open_feed(hub, "items", size=100, ordered=True)
+            assert isinstance(feed, ExactFeed)
+            tab, away = Tab(feed, Browser()), Tab(feed, Browser())
+            before("INSERT INTO items VALUES (1)")
+            assert (tab.wait(1), away.wait(1)) == ([1], [1])
+            away.client.close()
+            before("INSERT INTO items VALUES (2)")
+            assert tab.wait(2) == [1, 2]
+            before.connection.close()
+            own.restart(mode)
+            after = Database(dsn)
+            after("INSERT INTO items VALUES (3)")
+            if mode == "fast":
+                assert tab.wait(3) == [1, 2, 3]
+                again = Tab(feed, away.browser)
+                assert again.wait(3) == [1, 2, 3]
+            else:
+                assert tab.wait(3) == [1, 2, "restored"]
+                assert Tab(feed, away.browser).wait(2)[1] == "unknown_id"
+                after("INSERT INTO items VALUES (4)")
+                while 4 not in told(tab.browser):
+                    tab.browser.receive(tab.more())
+            after.connection.close()
+        finally:
+            hub.stop()

@@ -13,6 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 import pgsignals
 from pgsignals import Batch, Event, Gap, Hub, watch
 from pgsignals.testing import EventLog, simulated
+from tests.conftest import Recorder
 
 
 class Base(DeclarativeBase):
@@ -244,3 +245,20 @@ def test_a_running_hub_is_not_simulated(hub: Hub) -> None:
             hub.start("", [User])
         with pytest.raises(pgsignals.StateError, match="running already"), simulated(hub=hub):
             pytest.fail("the block must not run")
+
+
+def test_snapshots(hub: Hub, recorder: Recorder) -> None:
+    """Rows of a backfill can be made up too, with what all watchers of the model ask for."""
+    hub.on("orders", "snapshot")(recorder)
+    watchers = [
+        pgsignals.watch("orders", "updated", columns=["status"]),
+        pgsignals.watch("orders", "inserted", extra=["total"]),
+    ]
+    with simulated(watchers, hub=hub) as simulation:
+        simulation.emit("orders", "snapshot", id=1, values={"status": "new", "total": 3})
+    with simulated(hub=hub) as simulation:
+        simulation.emit("orders", "snapshot", id=2, values={"total": 4})
+    assert [(event.id, event.values) for event in recorder.items] == [
+        (1, {"status": "new", "total": 3}),
+        (2, {"total": 4}),
+    ]

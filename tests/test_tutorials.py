@@ -35,7 +35,7 @@ STEP = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 # What a block of code begins with: where it belongs.
-PLACE = re.compile(r"(?:# |<!-- )(\S+\.(?:py|html))(?:, (at the end|one line))?(?: -->)?")
+PLACE = re.compile(r"(?:# |<!-- )(\S+\.(?:py|html))(?:, (at the end|its last lines))?(?: -->)?")
 # What a reader has to do once, and this machine has done.
 PREPARATION = re.compile(r"(python3 -m venv|\. venv/bin/activate|pip install|export PG)")
 SERVERS = re.compile(r"(python manage.py pgsignals listen|uvicorn|flask run|python mailer.py)")
@@ -94,13 +94,10 @@ class Reader:
         name, how = place.groups()
         path = self.directory / name
         path.parent.mkdir(exist_ok=True)
-        if how == "one line":
-            # The line that it replaces begins as it does.
-            start = code[:20]
-            lines = path.read_text().splitlines(keepends=True)
-            [number] = [n for n, line in enumerate(lines) if line.startswith(start)]
-            lines[number] = code
-            path.write_text("".join(lines))
+        if how == "its last lines":
+            # Those from the one that begins as they do.
+            kept = path.read_text()
+            path.write_text(kept[: kept.index(code[:20])] + code)
         else:
             with path.open("a" if how else "w") as file:
                 file.write(f"{code}\n")
@@ -250,10 +247,17 @@ def test_the_tutorial(reader: Reader) -> None:
         for section in ("A page", "It changes by itself"):
             reader.follow("tutorial.md", section)
         assert not SHOWN
+        # A fetch that fails is not the last one.
+        page.route(re.compile(r":\d+/$"), lambda route: route.abort())
+        with page.expect_event("requestfailed", timeout=DEADLINE * 1000):
+            original("psql -c \"UPDATE orders SET customer = 'Anna' WHERE id = 1\"")
+        page.unroute_all()
+        original("psql -c \"UPDATE orders SET status = 'sent' WHERE id = 1\"")
+        shows(["1 Anna sent", "3 Cleo new", "4 Dan new"])
         for section in ("Only what matters", r"What if the process is down\?"):
             reader.follow("tutorial.md", section)
         assert sum("Dear" in line for line in reader.lines.items) == 2
-        assert errors == []
+        assert [str(error) for error in errors] == ["Failed to fetch"]
 
 
 class Base(orm.DeclarativeBase):

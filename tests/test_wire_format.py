@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import timezone
+from datetime import datetime, timezone
 from typing import Any
 
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
@@ -11,7 +11,8 @@ from cloudevents.core.formats.json import JSONFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgsignals.cloudevents import from_cloudevent, to_cloudevent
+from pgsignals import Gap
+from pgsignals.cloudevents import Writer, from_cloudevent, to_cloudevent
 from pgsignals.testing.conformance import make_event
 
 SCALARS: Any = st.one_of(
@@ -57,6 +58,14 @@ def test_fields_of_a_later_version_are_ignored() -> None:
     assert from_cloudevent({**attributes, "shade": "dark"}, json.dumps(later).encode()) == (
         make_event(1)
     )
+
+
+def test_a_gap_that_is_sent_again_is_the_same() -> None:
+    """Its id tells it from others, and is the same when a broker has to be told again."""
+    writer, since = Writer("/test"), datetime(2026, 1, 1, tzinfo=timezone.utc)
+    gaps = [Gap(since, since, reason) for reason in ("overflow", "overflow", "retention")]
+    one, again, other = (writer.gap(gap)[0]["id"] for gap in gaps)
+    assert one == again != other
 
 
 def test_the_sdk_reads_it() -> None:

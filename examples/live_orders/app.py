@@ -44,6 +44,7 @@ def create_app() -> Flask:
     app = Flask(__name__)
     url = make_url(os.environ["PGSIGNALS_DSN"]).set(drivername="postgresql+psycopg2")
     app.config["SQLALCHEMY_DATABASE_URI"] = url
+    app.config.from_prefixed_env()  # FLASK_PGSIGNALS_DELIVERY=outbox, say.
     db.init_app(app)
     signals.init_app(app)
     app.register_blueprint(health)

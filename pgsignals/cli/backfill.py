@@ -84,10 +84,14 @@ def backfill(
         if wait:
             if not any(each.active for each in read_outbox(cursor).consumers if each.name == name):
                 notice(f"No process reads for {name} now: it begins once one does.")
+            remark = None
             with _progress(status) as tell:
                 while status.state == "running" and end.wait(_POLL_SECONDS) is None:
                     status = administration.backfill(cursor, number)
                     tell(status)
+                    if status.state == "running" and status.error not in (None, remark):
+                        remark = status.error
+                        notice(f"Backfill {number}: {remark}.")
     if as_json:
         click.echo(to_json(asdict(status)))
     if not wait:
@@ -188,11 +192,15 @@ def list_backfills(dsn: str, as_json: bool) -> None:
 @backfills.command("cancel", epilog=examples("pgsignals backfills cancel 3"))
 @click.argument("id", type=int)
 @dsn_option
-def cancel_backfill(id: int, dsn: str) -> None:  # noqa: A002
+@json_option
+def cancel_backfill(id: int, dsn: str, as_json: bool) -> None:  # noqa: A002
     """End one. What is with receivers is still delivered."""
     with opened(dsn) as cursor:
         require_outbox(cursor)
-        if administration.cancel(cursor, id):
-            click.echo(f"Cancelled backfill {id}.")
-        else:
-            click.echo(f"Backfill {id} had ended.")
+        cancelled = administration.cancel(cursor, id)
+    if as_json:
+        click.echo(to_json({"backfill": id, "cancelled": cancelled}))
+    elif cancelled:
+        click.echo(f"Cancelled backfill {id}.")
+    else:
+        click.echo(f"Backfill {id} had ended.")

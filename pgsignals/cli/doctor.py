@@ -15,6 +15,7 @@ from .options import (
     App,
     Watched,
     database_options,
+    delivery_option,
     given_watchers,
     watcher_options,
 )
@@ -27,6 +28,7 @@ _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
     epilog=examples("pgsignals doctor", "pgsignals doctor --app shop.signals:WATCHERS --json")
 )
 @watcher_options
+@delivery_option
 @database_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
@@ -34,19 +36,23 @@ def doctor(
     ctx: click.Context,
     watched: tuple[Watched, ...],
     app: App,
+    delivery: str,
     dsn: str,
     namespace: str,
     as_json: bool,
 ) -> None:
     """Check what pgsignals needs of the database.
 
-    Each check is one line, with the fix where one is due. With watchers it also checks whether
-    this role may install their triggers.
+    Each check is one line, with the fix where one is due. With watchers it also checks their
+    triggers, those of --delivery, and whether this role may install them. Where there is an outbox,
+    that and its consumers are checked too.
 
     Exit codes: 0 when nothing failed (warnings may be there), otherwise 1; 2 a wrong command line.
     """
     watchers = given_watchers(watched, app, required=False)
-    ctx.exit(print_findings(examine(dsn, watchers, all_resolvers(()), namespace), as_json))
+    durable = delivery == "outbox"
+    found = examine(dsn, watchers, all_resolvers(()), namespace, durable)
+    ctx.exit(print_findings(found, as_json))
 
 
 def print_findings(findings: Iterable[Finding], as_json: bool) -> int:

@@ -123,13 +123,17 @@ def list_consumers(dsn: str, as_json: bool) -> None:
 @consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
 @click.argument("name")
 @dsn_option
-def drop_consumer(name: str, dsn: str) -> None:
+@json_option
+def drop_consumer(name: str, dsn: str, as_json: bool) -> None:
     """Forget a consumer, so that the outbox keeps nothing for it any more.
 
     One that a process reads for is left alone: stop that first.
     """
     dead = _run(dsn, lambda cursor: administration.drop_consumer(cursor, name))
-    click.echo(f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it.")
+    if as_json:
+        click.echo(to_json({"dropped": name, "dead_letters": dead}))
+    else:
+        click.echo(f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it.")
 
 
 def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:
@@ -164,14 +168,18 @@ def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | dat
     "deliver again what happened from then on; in ISO 8601, and in UTC unless it has a zone.",
 )
 @dsn_option
-def reset_consumer(name: str, target: str | datetime, dsn: str) -> None:
+@json_option
+def reset_consumer(name: str, target: str | datetime, dsn: str, as_json: bool) -> None:
     """Have a consumer go on from somewhere else.
 
     One that a process reads for is left alone: stop that first. Where the outbox does not go back
     to TIME, the consumer gets a Gap.
     """
     lost_until = _run(dsn, lambda cursor: administration.reset_consumer(cursor, name, target))
-    click.echo(f"The consumer {name!r} goes on from {target}.")
+    if as_json:
+        click.echo(to_json({"reset": name, "to": str(target), "lost_until": lost_until}))
+    else:
+        click.echo(f"The consumer {name!r} goes on from {target}.")
     if lost_until is not None:
         click.echo(
             f"The outbox has nothing from before {lost_until} any more: the consumer will get a "
@@ -234,7 +242,8 @@ def _chosen(ids: tuple[int, ...], everything: bool) -> list[int] | None:
 @click.argument("ids", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that there are.")
 @dsn_option
-def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
+@json_option
+def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str, as_json: bool) -> None:
     """Have them delivered again, each to the receiver that could not take it.
 
     The active process of the consumer does it, at once, or as soon as there is one. What its
@@ -242,15 +251,22 @@ def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
     """
     chosen = _chosen(ids, everything)
     count = _run(dsn, lambda cursor: administration.retry(cursor, chosen))
-    click.echo(f"{amount(count, 'dead letter')} will be delivered again.")
+    if as_json:
+        click.echo(to_json({"retried": count}))
+    else:
+        click.echo(f"{amount(count, 'dead letter')} will be delivered again.")
 
 
 @dead_letters.command("drop", epilog=examples("pgsignals dead-letters drop --all"))
 @click.argument("ids", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All that there are.")
 @dsn_option
-def drop_letters(ids: tuple[int, ...], everything: bool, dsn: str) -> None:
+@json_option
+def drop_letters(ids: tuple[int, ...], everything: bool, dsn: str, as_json: bool) -> None:
     """Forget them."""
     chosen = _chosen(ids, everything)
     count = _run(dsn, lambda cursor: administration.drop_letters(cursor, chosen))
-    click.echo(f"{amount(count, 'dead letter')} dropped.")
+    if as_json:
+        click.echo(to_json({"dropped": count}))
+    else:
+        click.echo(f"{amount(count, 'dead letter')} dropped.")

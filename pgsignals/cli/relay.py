@@ -46,7 +46,7 @@ class _WrongConfiguration(click.ClickException):
 
 @click.command(
     epilog=examples(
-        "pgsignals relay --watch orders --to kafka://localhost:9092/?prefix=shop --name shop",
+        "pgsignals relay --watch orders --to 'kafka://localhost:9092/?prefix=shop' --name shop",
         "pgsignals relay --config pgsignals.toml --check",
         "pgsignals relay --config pgsignals.toml",
     )
@@ -74,7 +74,8 @@ class _WrongConfiguration(click.ClickException):
     help="A broker, or env:VARIABLE or file:PATH that has its URL; may be given several times.",
 )
 @click.option(
-    "--name", help="Its cursors are NAME/kafka and so on; relays of one name stand by for another."
+    "--name",
+    help="Its cursors are NAME/kafka and so on; relays of one name stand by for each other.",
 )
 @click.option(
     "--install",
@@ -131,7 +132,7 @@ def relay(
     is away is tried again for as long as it takes, and holds up no other. A second relay of the
     same name stands by, and takes over when the first one ends, however it does.
 
-    Options go before the file's keys; what it watches, and its targets, are added to theirs.
+    Options go before the file's keys; what they watch, and their targets, are added to its own.
 
     Exit codes: 0 ended by a signal; what a broker had not acknowledged waits in the outbox. 1 an
     error: the database cannot be used, or a check failed. 2 a wrong command line or file.
@@ -163,15 +164,19 @@ def _configured(
 ) -> RelayConfig:
     if path is None and not targets and _FILE.exists():
         path = _FILE
-    given = RelayConfig() if path is None else read_config(path)
-    changes: dict[str, Any] = {
+    given = {
         "name": name,
+        "dsn": dsn,
+        "namespace": namespace,
         "install": install,
         "metrics_port": metrics_port,
-        "dsn": dsn if _said(ctx, "dsn") or given.dsn is None else None,
-        "namespace": namespace if _said(ctx, "namespace") else None,
     }
-    found = replace(given, **{key: value for key, value in changes.items() if value is not None})
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    # From the environment, or from a framework's settings: what a file leaves out.
+    found = replace(RelayConfig(), **options)
+    if path is not None:
+        said = {key: value for key, value in options.items() if _said(ctx, key)}
+        found = replace(read_config(path, found), **said)
     watchers = [
         *found.watchers,
         *given_watchers(watched, app, required=False),
@@ -204,9 +209,8 @@ def _configured(
 
 
 def _said(ctx: click.Context, option: str) -> bool:
-    """Whether an option stands on the command line, or comes from a framework's settings."""
-    source = ctx.get_parameter_source(option)
-    return source not in (ParameterSource.DEFAULT, ParameterSource.ENVIRONMENT)
+    """Whether an option stands on the command line."""
+    return ctx.get_parameter_source(option) == ParameterSource.COMMANDLINE
 
 
 def _relay(

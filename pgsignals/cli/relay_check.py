@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from psycopg2.extensions import cursor as Cursor
 
@@ -20,19 +21,25 @@ from .options import opened
 from .relay_config import RelayConfig
 
 _SECONDS = 10.0
+# The first are those that notify; the others are for who looks after consumers.
+_LEFT_OUT = ("triggers", "consumers", "dead letters")
 
 
 def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) -> Iterator[Finding]:
     """Check the database, the triggers and each target; nothing is created anywhere."""
     resolvers = all_resolvers(())
     dsn = config.dsn or ""
-    # What it says of triggers is about those that notify; rights matter where some are missing.
-    rights = []
+    # Rights matter where triggers are missing.
+    rights, outbox = [], None
     reached = True
     for finding in examine(dsn, config.watchers, resolvers, config.namespace):
         if finding.check == "privileges":
             rights.append(finding)
-        elif finding.check != "triggers":
+        elif finding.check == "outbox":
+            outbox = finding
+        elif finding.check == "outbox privileges" and finding.level != OK:
+            yield replace(finding, level=FAIL)
+        elif finding.check not in _LEFT_OUT:
             yield finding
             reached = reached and (finding.check, finding.level) != ("connection", FAIL)
     tables: set[tuple[str, str]] = set()
@@ -44,9 +51,8 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
                 yield Finding("watchers", FAIL, str(error), "Mend the watcher or the table.")
             else:
                 tables = {(each.topic.schema, each.topic.table) for each in definitions}
-                schema = _schema(cursor, config)
                 triggers = _triggers(cursor, config)
-                yield schema
+                yield _schema(cursor, config) or outbox or Finding("outbox", OK, "it is there")
                 yield triggers
                 if config.install == "auto" and triggers.level != OK:
                     yield from rights
@@ -54,7 +60,7 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
         yield _target(name, broadcaster, sorted(tables))
 
 
-def _schema(cursor: Cursor, config: RelayConfig) -> Finding:
+def _schema(cursor: Cursor, config: RelayConfig) -> Finding | None:
     try:
         check_schema(cursor)
     except DriftError as error:
@@ -63,7 +69,7 @@ def _schema(cursor: Cursor, config: RelayConfig) -> Finding:
                 "outbox", WARN, "its schema is not there as it should be", "The relay makes it."
             )
         return Finding("outbox", FAIL, str(error), "See above.")
-    return Finding("outbox", OK, "its schema is there")
+    return None
 
 
 def _triggers(cursor: Cursor, config: RelayConfig) -> Finding:

@@ -73,8 +73,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
     dsn: str | None = None
     listen_dsn: str | None = None
-    namespace: str = "default"
-    install: Install = "auto"
+    namespace: str | None = None
+    install: Install | None = None
     prune: bool = False
     lease: float = 5.0
     queue_size: int = 10_000
@@ -84,8 +84,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     target: tuple[_Target, ...] = ()
 
 
-def read_config(path: Path) -> RelayConfig:
-    """Read a file, and look up the secrets that it names.
+def read_config(path: Path, base: RelayConfig) -> RelayConfig:
+    """Read a file, and look up the secrets that it names; what it leaves out is that of ``base``.
 
     Raises ConfigurationError that names the file and the key, and shows no value that may be a
     secret; MissingExtraError where this Python needs a package to read TOML.
@@ -111,10 +111,10 @@ def read_config(path: Path) -> RelayConfig:
 
     return RelayConfig(
         name=found.name,
-        dsn=look_up("dsn", found.dsn),
+        dsn=base.dsn if found.dsn is None else look_up("dsn", found.dsn),
         listen_dsn=look_up("listen_dsn", found.listen_dsn),
-        namespace=found.namespace,
-        install=found.install,
+        namespace=base.namespace if found.namespace is None else found.namespace,
+        install=base.install if found.install is None else found.install,
         prune=found.prune,
         lease=found.lease,
         queue_size=found.queue_size,

@@ -61,7 +61,7 @@ class _WatchersOp(MigrateOperation):
     def __init__(
         self,
         watchers: Sequence[Watcher] = (),
-        namespace: str = "default",
+        namespace: str | None = None,
         change: Change | None = None,
         delivery: str | None = None,
     ) -> None:
@@ -88,17 +88,18 @@ class InstallWatchersOp(_WatchersOp):
         operations: Operations,
         watchers: Iterable[Any] = (),
         *,
-        namespace: str = "default",
+        namespace: str | None = None,
         delivery: str | None = None,
         statements: Sequence[str] = (),
     ) -> None:
         """Install the triggers of watchers, those that are missing or outdated.
 
         ``watchers`` are what :func:`pgsignals.start` takes; tables by their names stay right when
-        the models change. ``delivery`` is that of ``start``, and by default what
-        ``context.configure`` got as ``pgsignals_delivery``, or else ``"notify"``; for ``"outbox"``
-        the schema ``pgsignals`` is made or upgraded too. ``statements``, as autogenerate writes
-        them, are run as they are instead, and are what ``--sql`` takes.
+        the models change. ``namespace`` and ``delivery`` are those of ``start``, and by default
+        what ``context.configure`` got as ``pgsignals_namespace`` and ``pgsignals_delivery``, or
+        else ``"default"`` and ``"notify"``; for ``"outbox"`` the schema ``pgsignals`` is made or
+        upgraded too. ``statements``, as autogenerate writes them, are run as they are instead, and
+        are what ``--sql`` takes.
 
         Raises ConfigurationError for watchers with ``--sql``, which cannot read the tables, and for
         an unknown delivery; InstallLockError for a table that somebody else holds locked.
@@ -125,7 +126,7 @@ class UninstallWatchersOp(_WatchersOp):
         operations: Operations,
         watchers: Iterable[Any] = (),
         *,
-        namespace: str = "default",
+        namespace: str | None = None,
         statements: Sequence[str] = (),
     ) -> None:
         """Remove the triggers of watchers, of either delivery, except where somebody needs them.
@@ -144,11 +145,13 @@ class UninstallWatchersOp(_WatchersOp):
 
 @Operations.implementation_for(InstallWatchersOp)
 def _install(operations: Operations, operation: InstallWatchersOp) -> None:
-    durable = is_durable(operation.delivery or _delivery(operations.get_context().opts))
+    options = operations.get_context().opts
+    durable = is_durable(operation.delivery or _delivery(options))
+    namespace = operation.namespace or _namespace(options)
 
     def change(cursor: Cursor) -> Change:
-        found = define(cursor, operation.watchers, all_resolvers(()), operation.namespace, durable)
-        return installing(cursor, operation.namespace, [each.trigger for each in found], durable)
+        found = define(cursor, operation.watchers, all_resolvers(()), namespace, durable)
+        return installing(cursor, namespace, [each.trigger for each in found], durable)
 
     _apply(operations, operation, change)
 
@@ -156,13 +159,18 @@ def _install(operations: Operations, operation: InstallWatchersOp) -> None:
 @Operations.implementation_for(UninstallWatchersOp)
 def _uninstall(operations: Operations, operation: UninstallWatchersOp) -> None:
     def change(cursor: Cursor) -> Change:
-        return removing(cursor, operation.namespace, operation.watchers, all_resolvers(()))
+        namespace = operation.namespace or _namespace(operations.get_context().opts)
+        return removing(cursor, namespace, operation.watchers, all_resolvers(()))
 
     _apply(operations, operation, change)
 
 
 def _delivery(options: Any) -> str:
     return str(options.get("pgsignals_delivery") or "notify")
+
+
+def _namespace(options: Any) -> str:
+    return str(options.get("pgsignals_namespace") or "default")
 
 
 def _apply(operations: Operations, operation: _WatchersOp, change: Any) -> None:
@@ -209,7 +217,7 @@ def _compare(
     connection = autogen_context.connection
     if given is None or connection is None:
         return
-    namespace = autogen_context.opts.get("pgsignals_namespace", "default")
+    namespace = _namespace(autogen_context.opts)
     delivery = _delivery(autogen_context.opts)
     durable = is_durable(delivery)
     resolvers = all_resolvers(())
@@ -283,7 +291,7 @@ def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
         lines.append("    [")
         lines += [f"        {source(each, model_name(each.model))}," for each in operation.watchers]
         lines.append("    ],")
-    if operation.namespace != "default":
+    if operation.namespace not in (None, "default"):
         lines.append(f"    namespace={operation.namespace!r},")
     if operation.watchers and operation.delivery not in (None, "notify"):
         lines.append(f"    delivery={operation.delivery!r},")

@@ -14,17 +14,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import psycopg2
 
 from ..connection import redact
 from ..errors import ConfigurationError, ConnectError, DatabaseError, StateError
-from ..events import Event, Gap, Message, Topic, model_identity
+from ..events import Event, Gap, Topic, model_identity
 from ..hub import Hub
 from ..outbox.places import ALL, Place, covers
-from ..payload import Broken
+from ..outbox.store import Row
 from ..tailing import Tail
 from .sse import (
     EVERYTHING,
@@ -324,6 +323,7 @@ class ExactClient:
         self._page: deque[tuple[Place, Event | Gap | None]] = deque()
         self._whole = False
         self._lost: str | None = None
+        self._epoch = feed.tail.signer.epoch
         self.wake = wake
         self.ended = False
 
@@ -371,6 +371,7 @@ class ExactClient:
     def _join(self, generation: int, number: int, place: Place) -> None:
         """Follow the feed from here on."""
         self._generation, self._number, self._known = generation, number, place
+        self._epoch = self._feed.tail.signer.epoch
         self._goal = None
 
     def _follow(self, number: int, frames: list[bytes]) -> bool:
@@ -390,6 +391,9 @@ class ExactClient:
         """Go on in the outbox; whether there may be more to do at once."""
         if self._page:
             self._tell(frames)
+            return True
+        if self._epoch != self._feed.tail.signer.epoch:
+            self._lose("restored")
             return True
         try:
             return self._turn_page()
@@ -438,22 +442,19 @@ class ExactClient:
         else:
             self._known, self._whole = place, found.whole
             for row in found.rows:
-                self._decode(row.id, row.channel, row.payload, place)
+                self._decode(row, place)
         return True
 
-    def _decode(self, row_id: int, channel: int, payload: str, window: Place) -> None:
-        message = self._feed.tail.decode(row_id, channel, payload)
-        if isinstance(message, Message) and self._feed.wants(message.topic):
-            for number, row in enumerate(message.rows):
-                event = Event(message, number, row)
-                place = _place_of(event, window)
-                if row_id > window.last_id or number > window.number:
-                    self._page.append((place, event))
-        elif isinstance(message, Broken):
-            at = datetime.fromtimestamp(message.at_us / 1e6, timezone.utc)
-            gap = Gap(at, at, "watcher_broken", message.error)
-            self._page.append((window.at(row_id, ALL), gap))
-        self._page.append((window.at(row_id, ALL), None))
+    def _decode(self, row: Row, window: Place) -> None:
+        found = self._feed.tail.decode(row)
+        if isinstance(found, Gap):
+            self._page.append((window.at(row.id, ALL), found))
+        elif found is not None and self._feed.wants(found.topic):
+            for number, values in enumerate(found.rows):
+                event = Event(found, number, values)
+                if row.id > window.last_id or number > window.number:
+                    self._page.append((_place_of(event, window), event))
+        self._page.append((window.at(row.id, ALL), None))
 
     def _lose(self, reason: str) -> None:
         """Say that something may be missing, and go on with what happens from now on."""

@@ -24,9 +24,16 @@ ROUND_TRIP_SECONDS = 5.0
 
 
 def examine(
-    dsn: str, watchers: Sequence[Watcher], resolvers: Sequence[Resolver], namespace: str
+    dsn: str,
+    watchers: Sequence[Watcher],
+    resolvers: Sequence[Resolver],
+    namespace: str,
+    durable: bool = False,
 ) -> Iterator[Finding]:
-    """Run every check, one after the other; the first failing connection is the last finding."""
+    """Run every check, one after the other; the first failing connection is the last finding.
+
+    ``durable``: the watchers' triggers are those of outbox delivery.
+    """
     try:
         connection = connect(dsn)
     except ConnectError as error:
@@ -43,7 +50,7 @@ def examine(
                 yield _round_trip(connection, cursor, dsn)
             yield _queue(cursor)
             yield _replication_role(cursor)
-            states = read_states(cursor, watchers, resolvers, namespace)
+            states = read_states(cursor, watchers, resolvers, namespace, durable)
             yield _triggers(states, namespace)
             yield from _privileges(cursor, watchers, resolvers, states)
             yield from examine_outbox(cursor)

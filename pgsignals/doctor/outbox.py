@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import timezone
 from itertools import groupby
 
 from psycopg2.extensions import cursor as Cursor
@@ -54,10 +55,37 @@ def examine_outbox(cursor: Cursor, held_seconds: float = HELD_SECONDS) -> Iterat
         return
     outbox, kept = read_outbox(cursor), read_retention(cursor)
     yield Finding("outbox privileges", OK, "this role may be a consumer")
+    yield _rights(cursor)
     yield _size(cursor, outbox, kept)
     yield _consumers(outbox, kept)
     yield _dead_letters(cursor)
     yield _partitions(cursor, held_seconds)
+
+
+def _rights(cursor: Cursor) -> Finding:
+    """Whether trigger functions lend a superuser's rights to the owner of a table."""
+    cursor.execute(
+        "SELECT DISTINCT n.nspname || '.' || c.relname, pg_catalog.pg_get_userbyid(c.relowner),"
+        " r.rolname"
+        " FROM pg_catalog.pg_trigger t"
+        " JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid AND p.prosecdef"
+        " JOIN pg_catalog.pg_roles r ON r.oid = p.proowner AND r.rolsuper"
+        " JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid"
+        " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE t.tgparentid = 0 AND p.proname LIKE 'pgsignals\\_%'"
+        " AND NOT pg_catalog.pg_has_role(c.relowner, p.proowner, 'MEMBER') ORDER BY 1"
+    )
+    found = cursor.fetchall()
+    if not found:
+        return Finding("trigger rights", OK, "no table's owner is lent a superuser's")
+    listed = "; ".join(f"{table}, of {owner!r}, those of {role!r}" for table, owner, role in found)
+    return Finding(
+        "trigger rights",
+        WARN,
+        f"the owner of a table could use a superuser's rights by its triggers: {listed}",
+        "Remove these triggers with `pgsignals uninstall`, and install them as that owner: with "
+        "options=-crole%3DOWNER in the connection's URL.",
+    )
 
 
 def _size(cursor: Cursor, outbox: OutboxState, kept: Retention) -> Finding:
@@ -103,16 +131,21 @@ def _lateness(
     name: str, parts: Sequence[ConsumerState], outbox: OutboxState, kept: Retention
 ) -> tuple[str, str]:
     """How bad it is, and what; nothing to say of a consumer that is not late."""
-    lag = sum(part.lag for part in parts)
+    # Each part counts the events of all.
+    lag = max(part.lag for part in parts)
+    dropped = (part.lost_until for part in parts if part.lost_until is not None)
+    lost = max((each.astimezone(timezone.utc) for each in dropped), default=None)
     seconds = max(part.lag_seconds for part in parts)
     active = all(part.active for part in parts)
+    if lost is not None:
+        return FAIL, f"{name!r} was so late that events up to {lost:%Y-%m-%d %H:%M}Z are dropped"
     if not lag or (active and seconds < LAG_SECONDS):
         return OK, ""
     share = max(seconds / kept.seconds, outbox.bytes / kept.bytes)
     who = "is behind" if active else "is behind, and no process reads for it"
-    lost = f", {share:.0%} of what is kept" if share >= SHARE_WARNING else ""
+    near = f", {share:.0%} of what is kept" if share >= SHARE_WARNING else ""
     level = FAIL if share >= SHARE_WARNING else WARN
-    return level, f"{name!r} {who}: {lag:,} events, {seconds:,.0f} s{lost}"
+    return level, f"{name!r} {who}: {lag:,} events, {seconds:,.0f} s{near}"
 
 
 def _dead_letters(cursor: Cursor) -> Finding:

@@ -33,8 +33,9 @@ _COUNTED = 100_000
 
 @dataclass(frozen=True)
 class BackfillState:
-    """A backfill: ``state`` is ``running``, ``done``, ``failed`` (``error``) or ``cancelled``.
+    """A backfill: ``state`` is ``running``, ``done``, ``failed`` or ``cancelled``.
 
+    ``error`` says why it failed or, while it is running, what it waits for.
     ``done`` counts the rows gone through, of about ``total``; ``delivered`` those that met the
     condition, as events that are acknowledged.
     """
@@ -62,7 +63,8 @@ class BackfillState:
 # Of a consumer with several parts, each goes through all rows.
 _STATES = """
 SELECT b.id, b.consumer, b.schema_name, b.table_name, b.label, b.condition,
-       CASE WHEN b.state = 'running' AND p.finished THEN 'done' ELSE b.state END, b.error,
+       CASE WHEN b.state = 'running' AND p.finished THEN 'done' ELSE b.state END,
+       CASE WHEN b.state <> 'running' OR NOT p.finished THEN b.error END,
        CASE WHEN b.state = 'running' AND p.finished THEN p.done ELSE greatest(b.total, p.done) END,
        p.done, p.delivered, b.started_at, greatest(b.changed_at, p.changed_at)
 FROM pgsignals.backfills AS b
@@ -275,7 +277,10 @@ def _check_condition(cursor: Cursor, source: sql.Composable, condition: str) -> 
 
 @dataclass
 class Task:
-    """A backfill that a part of a consumer has yet to end, and behind which key it goes on."""
+    """A backfill that a part of a consumer has yet to end, and behind which key it goes on.
+
+    ``retry_at`` (``time.monotonic()``): until then it waits for something, which ``remark`` says.
+    """
 
     reach: Reach
     schema: str
@@ -284,6 +289,8 @@ class Task:
     model: str | None
     chunk: int
     last_key: Sequence[str] | None
+    remark: str | None = None
+    retry_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -300,7 +307,7 @@ class Progress:
 
 _TASKS = """
 SELECT b.id, extract(epoch FROM b.started_at)::text, b.condition, b.search_path, b.schema_name,
-       b.table_name, b.label, b.model, b.chunk, p.last_key
+       b.table_name, b.label, b.model, b.chunk, p.last_key, b.error
 FROM pgsignals.backfills AS b JOIN pgsignals.backfill_parts AS p ON p.backfill = b.id
 WHERE b.consumer = %s AND p.part = %s AND b.state = 'running' AND NOT p.finished
 ORDER BY b.id
@@ -337,19 +344,7 @@ class BackfillStore:
     def tasks(self, part: int) -> list[Task]:
         """What a part has yet to do, the earliest first."""
         return [
-            Task(Reach(number, begun, condition, path), schema, table, label, model, chunk, key)
-            for (
-                number,
-                begun,
-                condition,
-                path,
-                schema,
-                table,
-                label,
-                model,
-                chunk,
-                key,
-            ) in self.execute(_TASKS, (self._consumer, part))
+            Task(Reach(*row[:4]), *row[4:]) for row in self.execute(_TASKS, (self._consumer, part))
         ]
 
     def note(self, claim: Claim, progress: Progress) -> None:
@@ -367,6 +362,13 @@ class BackfillStore:
                 "finished": progress.finished,
                 "number": progress.number,
             },
+        )
+
+    def remark(self, number: int, text: str | None) -> None:
+        """Say what a running backfill waits for, or that it waits no more."""
+        self.execute(
+            "UPDATE pgsignals.backfills SET error = %s WHERE id = %s AND state = 'running'",
+            (text, number),
         )
 
     def fail(self, number: int, error: str) -> None:

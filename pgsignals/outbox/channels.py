@@ -77,20 +77,20 @@ class Remains(Definition):
 
 def define_for(
     cursor: Cursor,
-    consumer: str,
+    consumers: Sequence[str],
     watchers: Sequence[Watcher],
     resolvers: Sequence[Resolver],
     namespace: str,
 ) -> list[Definition]:
-    """Like ``define``, for a consumer by name: what was committed for it is still its to deliver.
+    """Like ``define``, for consumers by name: what was committed for them is theirs to deliver.
 
-    A watcher whose table has gone, or no longer has a column that it asks for, has Remains, if the
-    consumer has read for it before. Raises what ``define`` does otherwise.
+    A watcher whose table has gone, or no longer has a column that it asks for, has Remains, if one
+    of them has read for it before. Raises what ``define`` does otherwise.
     """
     try:
         return define(cursor, watchers, resolvers, namespace, durable=True)
     except TableError:
-        known = _read_by(cursor, consumer)
+        known = _read_by(cursor, consumers)
         if not known:
             raise
     fitting: list[Watcher] = []
@@ -114,14 +114,14 @@ def define_for(
     return [*define(cursor, fitting, resolvers, namespace, durable=True), *found]
 
 
-def _read_by(cursor: Cursor, consumer: str) -> list[Channel]:
+def _read_by(cursor: Cursor, consumers: Sequence[str]) -> list[Channel]:
     if not read_version(cursor):
         return []
     cursor.execute(
         "SELECT DISTINCT d.channel, d.since, d.definition FROM pgsignals.consumers AS c"
-        " JOIN pgsignals.channels AS d ON d.channel = ANY (c.channels) WHERE c.name = %s"
+        " JOIN pgsignals.channels AS d ON d.channel = ANY (c.channels) WHERE c.name = ANY (%s)"
         " ORDER BY d.since DESC",
-        (consumer,),
+        (list(consumers),),
     )
     return [Channel(key, since, Layout.decode(text)) for key, since, text in cursor.fetchall()]
 

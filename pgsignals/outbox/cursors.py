@@ -48,6 +48,12 @@ class Snapshot:
         """Whether the transaction had ended, and is visible if it committed."""
         return txid < self.xmin or (txid < self.xmax and txid not in self.running)
 
+    def covers(self, other: Snapshot) -> bool:
+        """Whether it sees all that another one of the same database sees."""
+        if self.xmax != other.xmax:
+            return self.xmax > other.xmax
+        return set(self.running) <= set(other.running)
+
 
 # Sees nothing at all: whoever starts here gets everything that the outbox holds.
 BEGINNING = Snapshot(1, 1)

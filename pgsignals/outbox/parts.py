@@ -63,6 +63,8 @@ class Part:
         began_before = look.snapshot.xmin < first
         floor = self.acknowledged.floor if began_before else given_out
         self.acknowledged = Cursor(look.snapshot, floor)
+        # A tail tells of a Gap at once.
+        self.claim = replace(self.claim, told=self.telling)
         self._begin(self.acknowledged, None)
         self.floors.note(first, given_out)
 

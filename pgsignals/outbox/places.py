@@ -3,7 +3,9 @@
 It holds the snapshots of a window and the place in it, for the reasons that ``cursors`` gives: what
 commits late has a lower id than what was told long before. The text comes from elsewhere, and is
 signed, so that nobody makes one up. The key is the database's, so that each process knows it; the
-history that the text is of is signed too, so that it means nothing in another one.
+history that the text is of is signed too, so that it means nothing in another one. A crash of the
+server begins another one: it may give numbers again to other transactions that a snapshot, which
+nobody had written down, saw ended.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ class Signer:
     """Makes texts of places, and places of texts, for one history of a database."""
 
     def __init__(self, key: str, epoch: str) -> None:
+        self.epoch = epoch
         self._key = key.encode()
-        self._epoch = epoch.encode()
 
     def sign(self, place: Place) -> str:
         """The text."""
@@ -118,7 +120,8 @@ class Signer:
             return None
 
     def _signature(self, data: bytes) -> bytes:
-        message = len(self._epoch).to_bytes(2, "big") + self._epoch + data
+        epoch = self.epoch.encode()
+        message = len(epoch).to_bytes(2, "big") + epoch + data
         return hmac.new(self._key, message, hashlib.sha256).digest()[:_SIGNATURE]
 
 
@@ -162,10 +165,10 @@ def _unpack(data: bytes) -> Place:
             at += 1
             number |= (byte & 0x7F) << shift
             shift += 7
+            if number >> 63:
+                raise ValueError(number)
             if byte < 0x80:
                 return number
-            if shift > 63:
-                raise ValueError(number)
 
     def take_snapshot() -> Snapshot:
         xmin = take()
@@ -176,6 +179,8 @@ def _unpack(data: bytes) -> Place:
         running: list[int] = []
         for _ in range(count):
             running.append((running[-1] if running else xmin) + take())
+        if xmin == 0 or (running and running[-1] >= xmax):
+            raise ValueError(xmin)
         return Snapshot(xmin, xmax, tuple(running))
 
     if take() != _FORM:

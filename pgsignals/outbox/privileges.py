@@ -7,7 +7,15 @@ from psycopg2.extensions import cursor as Cursor
 
 from .schema import NAME, SLOTS
 
-_WRITTEN = ("consumers", "members", "dead_letters", "processed", "slots", "backfills")
+_WRITTEN = (
+    "consumers",
+    "members",
+    "dead_letters",
+    "processed",
+    "slots",
+    "backfills",
+    "backfill_parts",
+)
 _SEQUENCES = ("outbox_id", "outbox_full", "outbox_slot", "outbox_shed")
 
 

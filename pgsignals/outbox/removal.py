@@ -35,7 +35,8 @@ def survey(cursor: Cursor) -> Survey:
     lags: dict[str, int] = {}
     for each in read_outbox(cursor).consumers:
         if not each.ephemeral:
-            lags[each.name] = lags.get(each.name, 0) + each.lag
+            # Each part counts the events of all.
+            lags[each.name] = max(lags.get(each.name, 0), each.lag)
     cursor.execute("SELECT pg_catalog.count(*) FROM pgsignals.dead_letters")
     [(letters,)] = cursor.fetchall()
     return Survey(tuple(lags.items()), letters, tuple(_triggers(cursor)))

@@ -67,6 +67,11 @@ _VERSION_1 = (
   emptied_snapshot text
 )""",
     "INSERT INTO pgsignals.slots VALUES (0)",
+    # Empty after a crash, which may take back the numbers of transactions that were seen to end.
+    """CREATE UNLOGGED TABLE pgsignals.era (
+  one boolean PRIMARY KEY DEFAULT true CHECK (one),
+  era uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid()
+)""",
     """CREATE TABLE pgsignals.channels (
   channel bigint PRIMARY KEY,
   since bigint NOT NULL,

@@ -200,6 +200,10 @@ def read_chunk(
         if error.pgcode is not None:
             session.execute("ROLLBACK", timeout=timeout)
         raise
+    except UnicodeError as error:
+        # Of a database that holds any bytes, names and conditions are sent as Latin-1.
+        session.execute("ROLLBACK", timeout=timeout)
+        raise PayloadError(f"in a database of SQL_ASCII: {error}") from error
     session.execute("COMMIT", timeout=timeout)
     snapshot = Snapshot.parse(text)
     found = rows[0][1] if rows else 0

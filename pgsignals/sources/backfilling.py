@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +18,7 @@ from psycopg2 import errors as pg
 
 from ..connection import redact
 from ..errors import PayloadError
+from ..events import Topic
 from ..outbox.backfill import BackfillStore, Progress, Task
 from ..outbox.pages import Reign
 from ..outbox.parts import Part
@@ -32,6 +33,8 @@ SHORT_SECONDS, LONG_SECONDS = 0.1, 0.4
 # So many bytes of rows are with receivers at once.
 MOST_BYTES = 8 << 20
 RETRY_SECONDS = 1.0
+# How often one row may take too long before that is a failure.
+MOST_TIMEOUTS = 5
 
 # Errors that may be gone at the next try: conflicts, want of resources, locks, cancellation.
 _PASSING = ("40", "53", "55", "57")
@@ -52,19 +55,24 @@ class _Reading:
     doubtful: frozenset[int] = frozenset()
     ended: set[int] = field(default_factory=set)
     rows: int = FIRST_ROWS
-    chunk: Chunk | None = None
-    retry_at: float = 0.0
+    chunk: tuple[Task, Chunk] | None = None
+    timeouts: int = 0
+
+    def next(self) -> Task | None:
+        """The first that does not wait for something."""
+        now = time.monotonic()
+        return next((task for task in self.tasks if task.retry_at <= now), None)
 
 
 class Backfilling:
     """The backfills of one consumer, in its source's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[Topic], bool]) -> None:
+        self._heard = heard
         self._store: BackfillStore
         self._decoders: list[SnapshotDecoder] = []
         self._lease = 0.0
         self._readings: dict[int, _Reading] = {}
-        self._unknown: set[int] = set()
 
     def begin(self, store: BackfillStore, decoders: Sequence[Decoder], lease: float) -> None:
         """Go on in a new session."""
@@ -85,9 +93,7 @@ class Backfilling:
     def under_way(self, part: Part) -> bool:
         """Whether there is more to do than to wait for others."""
         reading = self._reading(part)
-        return reading.chunk is not None or (
-            bool(reading.tasks) and time.monotonic() >= reading.retry_at
-        )
+        return reading.chunk is not None or reading.next() is not None
 
     def take(self, part: Part) -> None:
         """Read the next chunk, if there is one to read, and have the window before it read."""
@@ -96,14 +102,18 @@ class Backfilling:
             return
         if not reading.known:
             self._look(part, reading)
-        now = time.monotonic()
-        if not reading.tasks or now < reading.retry_at or _under_way(part) >= MOST_BYTES:
+        task = reading.next()
+        if task is None or _under_way(part) >= MOST_BYTES:
             return
-        task = reading.tasks[0]
-        decoder = self._decoder(task)
-        if decoder is None:
-            reading.tasks.pop(0)
+        fitting = [each for each in self._decoders if _fits(each, task)]
+        if len(fitting) != 1:
+            self._put_off(task, f"a process with {'one' if fitting else 'a'} watcher for it")
             return
+        [decoder] = fitting
+        if not self._heard(decoder.topic):
+            self._put_off(task, "a receiver of its snapshots")
+            return
+        began = time.monotonic()
         asked = min(reading.rows, task.chunk)
         try:
             chunk = read_chunk(
@@ -122,27 +132,32 @@ class Backfilling:
         except psycopg2.Error as error:
             if error.pgcode is None:
                 raise
-            if error.pgcode[:2] in _PASSING:
-                self._put_off(reading, task, asked, error)
-            else:
+            if error.pgcode[:2] not in _PASSING:
                 self._fail(reading, task, error)
+            elif isinstance(error, pg.QueryCanceled):
+                self._shorten(reading, task, asked, error)
+            else:
+                self._put_off(task, f"the table: {redact(str(error)).strip()}")
             return
-        took = time.monotonic() - now
+        if task.remark is not None:
+            task.remark = None
+            self._store.remark(task.reach.number, None)
+        reading.timeouts = 0
+        took = time.monotonic() - began
         if chunk.cut:
             reading.rows = max(1, chunk.scanned)
         elif took < SHORT_SECONDS:
             reading.rows = min(task.chunk, 2 * asked)
         elif took > LONG_SECONDS:
             reading.rows = max(1, asked // 2)
-        reading.chunk = chunk
+        reading.chunk = task, chunk
         part.advance(chunk.snapshot)
 
     def give(self, part: Part) -> tuple[SnapshotMessage | None, Progress]:
         """The chunk's rows, now that it is their turn, and what their acknowledgement means."""
         reading = self._reading(part)
-        chunk, reading.chunk = reading.chunk, None
-        assert chunk is not None
-        task = reading.tasks[0]
+        assert reading.chunk is not None
+        (task, chunk), reading.chunk = reading.chunk, None
         number = task.reach.number
         message = chunk.message
         if message is not None:
@@ -150,7 +165,7 @@ class Backfilling:
         if chunk.last_key is not None:
             task.last_key = chunk.last_key
         if chunk.last:
-            reading.tasks.pop(0)
+            reading.tasks.remove(task)
             reading.ended.add(number)
             log.info("backfill %d: all rows have been read", number)
         return message, Progress(number, chunk.last_key, chunk.scanned, chunk.last, chunk.size)
@@ -190,42 +205,37 @@ class Backfilling:
         ]
         reading.known = True
 
-    def _decoder(self, task: Task) -> SnapshotDecoder | None:
-        fitting = [
-            each
-            for each in self._decoders
-            if each.source.fits(task.schema, task.table, task.label, task.model)
-        ]
-        if len(fitting) == 1:
-            return fitting[0]
-        if task.reach.number not in self._unknown:
-            self._unknown.add(task.reach.number)
+    def _put_off(self, task: Task, awaited: str) -> None:
+        """Go on with it later, and say once why."""
+        task.retry_at = time.monotonic() + RETRY_SECONDS
+        if task.remark is None:
+            task.remark = f"it waits for {awaited}"
             log.warning(
-                "backfill %d of %s.%s waits for a process with %s",
-                task.reach.number,
-                task.schema,
-                task.table,
-                "one watcher for it" if fitting else "a watcher for it",
+                "backfill %d of %s.%s: %s", task.reach.number, task.schema, task.table, task.remark
             )
-        return None
+            self._store.remark(task.reach.number, task.remark)
 
-    def _put_off(self, reading: _Reading, task: Task, asked: int, error: psycopg2.Error) -> None:
-        if isinstance(error, pg.QueryCanceled):
-            if asked == 1:
+    def _shorten(self, reading: _Reading, task: Task, asked: int, error: Exception) -> None:
+        """Ask for fewer rows, since so many took too long."""
+        reading.rows = max(1, asked // 4)
+        if asked == 1:
+            reading.timeouts += 1
+            if reading.timeouts >= MOST_TIMEOUTS:
                 self._fail(reading, task, error)
-                return
-            reading.rows = max(1, asked // 4)
-            return
-        log.info("backfill %d waits: %s", task.reach.number, redact(str(error)).strip())
-        reading.retry_at = time.monotonic() + RETRY_SECONDS
+            else:
+                self._put_off(task, f"the server: {redact(str(error)).strip()}")
 
     def _fail(self, reading: _Reading, task: Task, error: Exception) -> None:
         text = redact(str(error)).strip()
         log.error(
             "backfill %d of %s.%s failed: %s", task.reach.number, task.schema, task.table, text
         )
-        reading.tasks.pop(0)
+        reading.tasks.remove(task)
         self._store.fail(task.reach.number, text)
+
+
+def _fits(decoder: SnapshotDecoder, task: Task) -> bool:
+    return decoder.source.fits(task.schema, task.table, task.label, task.model)
 
 
 def _under_way(part: Part) -> int:

@@ -23,7 +23,7 @@ from psycopg2.extensions import cursor as DatabaseCursor
 
 from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
 from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError
-from ..events import Event, Gap, Message
+from ..events import Event, Gap, Message, Topic
 from ..metrics import Meter
 from ..outbox.backfill import NOTICE, BackfillStore, Progress
 from ..outbox.cursors import Snapshot
@@ -91,6 +91,9 @@ class DurableSink(Protocol):
 
     def redeliver(self, event: Event, letter: DeadLetter) -> bool:
         """Take an event for one receiver; whether there is that receiver."""
+
+    def hears(self, topic: Topic) -> bool:
+        """Whether somebody takes events of the topic."""
 
     def connected(self) -> None:
         """Tell the receivers that events can arrive from now on."""
@@ -175,7 +178,7 @@ class OutboxSource:
         self._turned_at = time.monotonic()
         self._own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
         self._state = Wakefulness()
-        self._backfilling = Backfilling()
+        self._backfilling = Backfilling(sink.hears)
         self.invalid = 0
         self.reconnects = 0
         self.received = 0
@@ -510,10 +513,7 @@ class OutboxSource:
         due = [
             (wanted, call)
             for wanted, call in self._awaited
-            if all(
-                part.since.xmax > wanted.xmax or part.since == wanted
-                for part in self._parts.values()
-            )
+            if all(part.since.covers(wanted) for part in self._parts.values())
         ]
         for each in due:
             self._awaited.remove(each)

@@ -17,7 +17,7 @@ from pgsignals.hub import Hub
 from pgsignals.inspection import Health, Status
 from pgsignals.runs import all_resolvers
 from pgsignals.tables import Resolver, resolve
-from pgsignals.watchers import OPERATIONS, Watcher, normalize, watch
+from pgsignals.watchers import EVENT_OPERATIONS, Watcher, normalize, watch
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _UNSAID: Any = object()
@@ -68,9 +68,9 @@ class Simulation:
         self._count = 0
         self._in_process = InProcess(hub._registry, hub._failed)
         if watchers is not None:
-            self._topics = [
-                self._topic(watcher, op) for watcher in normalize(watchers) for op in watcher.ops
-            ]
+            plan = normalize(watchers)
+            self._topics = [self._topic(watcher, op) for watcher in plan for op in watcher.ops]
+            self._topics += self._snapshots(plan)
 
     def emit(
         self,
@@ -93,10 +93,10 @@ class Simulation:
 
         Raises ConfigurationError for what no watcher delivers, and what a receiver raised.
         """
-        if op not in OPERATIONS:
+        if op not in EVENT_OPERATIONS:
             raise ConfigurationError(
-                f"{op!r} is not an operation{near(op, OPERATIONS)} "
-                f"Operations are {', '.join(map(repr, OPERATIONS))}."
+                f"{op!r} is not an operation{near(op, EVENT_OPERATIONS)} "
+                f"Operations are {', '.join(map(repr, EVENT_OPERATIONS))}."
             )
         topic = self._with_key(self._find(target, op, {**(old or {}), **(values or {})}), id)
         given, former = dict(values or {}), dict(old or {})
@@ -195,9 +195,21 @@ class Simulation:
             name="simulated",
         )
 
+    def _snapshots(self, watchers: Sequence[Watcher]) -> list[Topic]:
+        """As of a backfill: all that the watchers of a model, or of a label, ask for."""
+        found: dict[Any, Topic] = {}
+        for watcher in watchers:
+            if watcher.ops != ("truncated",):
+                topic = self._topic(watcher, "snapshot")
+                identity = topic.label, "" if topic.label else model_identity(topic.model)
+                former = found.setdefault(identity, topic)
+                values = tuple(dict.fromkeys((*former.values, *topic.values)))
+                found[identity] = replace(former, values=values)
+        return list(found.values())
+
     def _find(self, target: Any, op: str, values: Mapping[str, Any]) -> Topic:
         if self._topics is None:
-            bare = self._topic(watch(target, op), op)
+            bare = self._topic(watch(target), op)
             names = tuple(name for name in values if name not in bare.key)
             return replace(bare, values=names, compared=op == "updated" and bool(names))
         identity = model_identity(target)

@@ -24,6 +24,7 @@ from ..errors import (
     InstallLockError,
     PrivilegeError,
 )
+from ..tables import Table
 from . import names
 from .catalogue import Installed, read_installed
 from .sql import Trigger, drop_statement
@@ -245,6 +246,42 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
             '`pgsignals install` as the tables\' owner and start with install="check", or have '
             f"the owner run: {fix}."
         )
+    if trigger.spec.durable:
+        _check_definer(cursor, table)
+
+
+def _check_definer(cursor: Cursor, table: Table) -> None:
+    """Raise PrivilegeError where a superuser would run what another role can put in its way.
+
+    Functions that write to the outbox run with the rights of who installs them, on values of the
+    table's columns: whoever owns the table can change a column to a type of its own, whose casts
+    would then run with those rights.
+    """
+    cursor.execute(
+        "SELECT pg_catalog.pg_get_userbyid(c.relowner), current_user, r.rolsuper,"
+        " pg_catalog.pg_has_role(c.relowner, r.oid, 'MEMBER')"
+        " FROM pg_catalog.pg_class c, pg_catalog.pg_roles r"
+        " WHERE c.oid = %s AND r.rolname = current_user",
+        (table.oid,),
+    )
+    [(owner, role, superuser, trusted)] = cursor.fetchall()
+    if trusted:
+        return
+    if not superuser:
+        log.warning(
+            "the triggers on %s write to the outbox with the rights of the role %r, which the "
+            "table's owner %r could make use of: better install them as that",
+            table.qualified,
+            role,
+            owner,
+        )
+        return
+    raise PrivilegeError(
+        f"The triggers on {table.qualified} would write to the outbox with the rights of the "
+        f"superuser {role!r}, which the table's owner {owner!r} could make use of. Install them as "
+        f"that owner: add options=-crole%3D{owner} to the connection's URL, and give it what "
+        "docs/outbox.md says of installing, under Privileges."
+    )
 
 
 def check(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> None:

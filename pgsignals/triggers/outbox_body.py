@@ -85,10 +85,10 @@ BEGIN
             LOOP
               pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_size);
               EXIT WHEN pg_catalog.octet_length(pgs_piece) < pgs_size
-                OR position('\x0a'::pg_catalog.bytea IN pgs_piece) > 0;
+                OR position(E'\\x0a'::pg_catalog.bytea IN pgs_piece) > 0;
               pgs_size := pgs_size * 2;
             END LOOP;
-            pgs_size := position('\x0a'::pg_catalog.bytea IN pgs_piece) - 1;
+            pgs_size := position(E'\\x0a'::pg_catalog.bytea IN pgs_piece) - 1;
             IF pgs_size < 0 THEN
               pgs_size := pg_catalog.octet_length(pgs_piece);
             END IF;

@@ -325,10 +325,10 @@ BEGIN
             LOOP
               pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_size);
               EXIT WHEN pg_catalog.octet_length(pgs_piece) < pgs_size
-                OR position('\x0a'::pg_catalog.bytea IN pgs_piece) > 0;
+                OR position(E'\\x0a'::pg_catalog.bytea IN pgs_piece) > 0;
               pgs_size := pgs_size * 2;
             END LOOP;
-            pgs_size := position('\x0a'::pg_catalog.bytea IN pgs_piece) - 1;
+            pgs_size := position(E'\\x0a'::pg_catalog.bytea IN pgs_piece) - 1;
             IF pgs_size >= 0 THEN
               pgs_piece := substring(pgs_piece FROM 1 FOR pgs_size);
             END IF;
@@ -466,6 +466,10 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
             settings.append(sql.SQL("SET search_path TO pg_catalog, pg_temp"))
     if spec.when is not None:
         settings.append(sql.SQL("SET search_path TO {}").format(sql.SQL(search_path)))
+        if "\\" in spec.when:
+            # Otherwise the writer's session says whether a backslash escapes what follows it, the
+            # quote that ends a literal included: the function then did not compile.
+            settings.append(sql.SQL("SET standard_conforming_strings TO on"))
     rendered = (*spec.table.key_columns, *spec.tracked, *spec.columns)
     if not all(column.settled for column in rendered):
         settings += [

@@ -369,6 +369,12 @@ class Campaign:
             book = self._books[self.destination.consumer]
             if book.deliveries != len(book.uids):
                 found.append(f"{book.consumer}: {book.deliveries - len(book.uids)} are there twice")
+        if self.destination is not None:
+            # What a process has given to the broker's client may come behind what another, that
+            # has taken over, has sent since.
+            outdated = self._books[self.destination.consumer].outdated
+            if outdated:
+                outcome.remarks["a record ended with an older version"] += outdated
         gaps = [remark for remark in outcome.remarks if remark.startswith("gap")]
         found += [f"a Gap, where nothing was lost: {gap}" for gap in gaps]
         return found

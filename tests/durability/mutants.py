@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pgsignals import Gap, relaying
+from pgsignals import relaying
 from pgsignals.outbox import cursors, pages, parts, store
 from pgsignals.outbox.cursors import Snapshot, Window
 from pgsignals.outbox.store import Cursor, Look, Row
@@ -81,8 +81,8 @@ def trust_the_broker() -> None:
 
     def deliver(self: relaying.Relay, items: Sequence[Any]) -> bool:
         for item in items:
-            if not isinstance(item, Gap):
-                self._broadcaster.publish(item[0])
+            if item.events:
+                self._broadcaster.publish(item.events)
         return True
 
     relaying.Relay._deliver = deliver

@@ -21,6 +21,8 @@ class Book:
     uids: dict[Version, str] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
     heights: dict[int, int] = field(default_factory=dict)
+    latest: dict[int, int] = field(default_factory=dict)
+    """The n of each record's last occurrence, whether it was delivered before or not."""
     deliveries: int = 0
     unmarked: int = 0
     """Deliveries of what had been delivered, and that were not said to be ``redelivered``."""
@@ -29,6 +31,7 @@ class Book:
     def note(self, delivery: Delivery) -> None:
         """Take a delivery in, and check what can be checked without knowing what was committed."""
         self.deliveries += 1
+        self.latest[delivery.record] = delivery.n
         version = (delivery.record, delivery.n, delivery.nonce)
         known = self.uids.get(version)
         if known is not None:
@@ -48,6 +51,11 @@ class Book:
     def _complain(self, problem: str, delivery: Delivery) -> None:
         place = f"process {delivery.process}, its delivery {delivery.sequence}"
         self.problems.append(f"{self.consumer}: {problem} ({place})")
+
+    @property
+    def outdated(self) -> int:
+        """Records whose last occurrence is that of an older version."""
+        return sum(n < self.heights[record] for record, n in self.latest.items())
 
     def missing(self, committed: Iterable[Version]) -> set[Version]:
         """What was committed and has not been delivered."""

@@ -60,6 +60,11 @@ def default_delivery() -> str:
     return str(getattr(settings, "PGSIGNALS", {}).get("DELIVERY", "notify"))
 
 
+def default_namespace() -> str:
+    """Whose triggers the project's are."""
+    return str(getattr(settings, "PGSIGNALS", {}).get("NAMESPACE", "default"))
+
+
 def dsn_of(alias: str) -> str:
     """The connection string of one of Django's databases."""
     connection: Any = connections[alias]

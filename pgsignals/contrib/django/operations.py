@@ -29,7 +29,7 @@ from ..migrations import (
     run,
     source,
 )
-from .conf import default_delivery, dsn_of
+from .conf import default_delivery, default_namespace, dsn_of
 
 
 class InstallWatchers(Operation):
@@ -37,8 +37,8 @@ class InstallWatchers(Operation):
 
     ``watchers`` are what :func:`pgsignals.start` takes, with models as ``"app_label.Model"``, whose
     columns go by their fields' names as they are at this point of the migrations, or tables by
-    their names. ``namespace`` is that of PGSIGNALS. ``delivery`` is by default what PGSIGNALS says
-    when the migration runs; for ``"outbox"`` the schema ``pgsignals`` is made or upgraded too.
+    their names. ``namespace`` and ``delivery`` are by default what PGSIGNALS says when
+    the migration runs; for ``"outbox"`` the schema ``pgsignals`` is made or upgraded too.
 
     A trigger that is as it should be is left alone. Backwards, one that somebody listens to or that
     a consumer of the outbox reads is left, with a warning of PostgreSQL's, and the schema stays. A
@@ -50,7 +50,7 @@ class InstallWatchers(Operation):
     reversible = True
 
     def __init__(
-        self, watchers: Iterable[Any], namespace: str = "default", delivery: str | None = None
+        self, watchers: Iterable[Any], namespace: str | None = None, delivery: str | None = None
     ) -> None:
         if delivery is not None:
             is_durable(delivery)
@@ -71,8 +71,9 @@ class InstallWatchers(Operation):
 
         def change(cursor: Cursor) -> Change:
             durable = is_durable(self.delivery or default_delivery())
-            found = define(cursor, self.watchers, resolvers, self.namespace, durable)
-            return installing(cursor, self.namespace, [each.trigger for each in found], durable)
+            namespace = self.namespace or default_namespace()
+            found = define(cursor, self.watchers, resolvers, namespace, durable)
+            return installing(cursor, namespace, [each.trigger for each in found], durable)
 
         self._apply(schema_editor, resolvers, to_state.apps, change)
 
@@ -85,7 +86,8 @@ class InstallWatchers(Operation):
         resolvers = _resolvers(from_state.apps)
 
         def change(cursor: Cursor) -> Change:
-            return removing(cursor, self.namespace, self.watchers, resolvers)
+            namespace = self.namespace or default_namespace()
+            return removing(cursor, namespace, self.watchers, resolvers)
 
         self._apply(schema_editor, resolvers, from_state.apps, change)
 
