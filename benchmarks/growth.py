@@ -37,6 +37,11 @@ PROCESSES = (1, 2, 5, 10, 20, 50)
 Points = list[tuple[float, float]]
 
 
+def _points(bench: Bench, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Every other one where quickness counts more than truth."""
+    return sizes[::2] if bench.quick else sizes
+
+
 def _rounds(bench: Bench) -> int:
     """Fewer than elsewhere: a plot shows by its neighbours when a point is off."""
     return 1 if bench.quick else min(bench.rounds, 3)
@@ -44,7 +49,7 @@ def _rounds(bench: Bench) -> int:
 
 def by_rows(bench: Bench) -> list[Figure]:
     """From the start of an INSERT to the last receiver's call, for each of its rows; memory."""
-    sizes = [size for size in ROWS if size <= bench.scaled(ROWS[-1])]
+    sizes = [size for size in _points(bench, ROWS) if size <= bench.scaled(ROWS[-1])]
     found: dict[str, Points] = {"pgsignals": [], "row trigger": []}
     with ExitStack() as stack:
         dsns = {"pgsignals": bench.shop(), "row trigger": bench.shop(ROW_TRIGGER)}
@@ -89,7 +94,7 @@ def by_watchers(bench: Bench) -> list[Figure]:
     """The INSERT of one row into a table that many watchers watch, and what an event costs us."""
     statement: Points = []
     event: Points = []
-    for number in WATCHERS:
+    for number in _points(bench, WATCHERS):
         inserts = max(20, bench.scaled(10_000) // (number + 10))
         took, used = _many_watchers(bench.shop(), number, inserts)
         statement.append((number, 1e6 * took))
@@ -140,7 +145,7 @@ def by_writers(bench: Bench) -> list[Figure]:
         "row trigger": "row trigger",
     }
     found: dict[str, Points] = {name: [] for name in names}
-    for clients in WRITERS[::3] if bench.quick else WRITERS:
+    for clients in _points(bench, WRITERS):
         for name in names:
             found[name].append((clients, sides[name].run(clients, 1.0 if bench.quick else 2.0)))
     plot = Plot("writers", "Single-row writers", "clients", "transactions a second", found)
@@ -154,7 +159,7 @@ def by_subscriptions(bench: Bench) -> list[Figure]:
     """Our processor time for an event that one of many subscriptions to single records gets."""
     rows = bench.scaled(100_000)
     points: Points = []
-    for number in SUBSCRIPTIONS:
+    for number in _points(bench, SUBSCRIPTIONS):
         with closing(Subscribed(bench.shop(), number, rows)) as side:
             took = interleave(_rounds(bench), {"one": side.run}, warm_up=not bench.quick)
         points.append((number, statistics.median(took["one"])))
@@ -178,7 +183,7 @@ def by_processes(bench: Bench) -> list[Figure]:
     dsn = bench.shop()
     with ExitStack() as stack:
         listeners: list[Child] = []
-        for number in PROCESSES[:-1] if bench.quick else PROCESSES:
+        for number in _points(bench, PROCESSES):
             added = [
                 stack.enter_context(Child(__name__, dsn)) for _ in range(number - len(listeners))
             ]

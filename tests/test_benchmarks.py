@@ -193,7 +193,7 @@ def test_catching_up_notices_a_missing_event(tiny: Bench) -> None:
 
 def test_a_relay_notices_a_missing_record(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker is asked how much it has."""
-    monkeypatch.setattr(relay, "EVENTS", 1_000_000)
+    monkeypatch.setitem(relay.EVENTS, "NATS", 1_000_000)
     honest = relay.nats_records
     assert len(relay.nats(tiny)) == 6
     monkeypatch.setattr(relay, "nats_records", lambda *given: honest(*given) - 1)

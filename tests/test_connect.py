@@ -478,6 +478,7 @@ def test_the_primary_among_several_hosts(
 ) -> None:
     """With target_session_attrs=read-write the standby is passed over."""
     db = Database(server.dsn())
+    db("DROP TABLE IF EXISTS items")  # That of the standby of another version.
     db("CREATE TABLE items (id bigserial PRIMARY KEY)")
     db.connection.close()
     hosts = f"127.0.0.1:{standby.port},127.0.0.1:{server.port}"

@@ -147,6 +147,28 @@ def test_blinkers_own_receivers(hub: Hub, dsn: str, db: Database) -> None:
     assert sorted(map(str, seen)) == ["('users only', 1)", "('users', 1)"]
 
 
+def test_blinkers_own_receivers_beside_subscriptions(hub: Hub, dsn: str, db: Database) -> None:
+    """Who connects to a signal beside subscriptions is called until it disconnects."""
+    subscribed, connected = Recorder(), Recorder()
+    hub.start(dsn, ["users"])
+    hub.subscribe(subscribed, "users", "inserted")
+    signal = hub.signal("users", "inserted")
+
+    def receive(sender: object, event: object) -> None:
+        connected(event)
+
+    db("INSERT INTO users (name) VALUES ('a')")
+    subscribed.wait(1)
+    signal.connect(receive)
+    db("INSERT INTO users (name) VALUES ('b')")
+    [second] = connected.wait(1)
+    assert subscribed.wait(2)[1] is second
+    signal.disconnect(receive)
+    db("INSERT INTO users (name) VALUES ('c')")
+    subscribed.wait(3)
+    assert connected.items == [second]
+
+
 def test_a_lambda_stays(hub: Hub, dsn: str, db: Database, recorder: Recorder) -> None:
     """Receivers are held strongly, so that a lambda goes on receiving."""
     hub.start(dsn, ["users"])

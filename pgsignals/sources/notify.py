@@ -232,7 +232,6 @@ class NotifySource:
                 extra={"channel": notify.channel, **decoder.topic.fields},
             )
             return
-        log.debug("received %d bytes on %s", len(notify.payload), notify.channel)
         if isinstance(message, Message):
             self.received += len(message.rows)
             if self._sink.full:
@@ -250,6 +249,7 @@ class NotifySource:
                 extra={"channel": notify.channel, **decoder.topic.fields},
             )
             self._sink.gap(Gap(at, at, "watcher_broken", message.error))
+        log.debug("received %d bytes on %s", len(notify.payload), notify.channel)
 
     def _receive_own(self, payload: str) -> None:
         if not payload.startswith(_USAGE):
