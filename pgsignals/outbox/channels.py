@@ -217,6 +217,15 @@ def _note_loss(cursor: Cursor, missing: Sequence[Trigger]) -> None:
     if not missing:
         return
     cursor.execute(
+        "SELECT pg_catalog.has_table_privilege(c.oid, 'SELECT')"
+        " AND pg_catalog.has_table_privilege(c.oid, 'UPDATE')"
+        " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = 'pgsignals' AND c.relname = 'consumers'"
+    )
+    if cursor.fetchall() != [(True,)]:
+        log.info("this role may not note for consumers that a trigger was missing, if it was")
+        return
+    cursor.execute(
         "UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()"
         " WHERE channels && %s::bigint[] RETURNING name",
         ([names.channel_key(trigger.hash) for trigger in missing],),
