@@ -45,6 +45,7 @@ def leave_backlog(
                 delivery="outbox",
                 name=name,
                 backends=[backends[name]] if backends else [],
+                workers=0 if backends else 1,
             )
     if not single:
         connection = connect(dsn)

@@ -81,7 +81,7 @@ def _measure(
     leave_backlog(dsn, turns, count, single=False, backends=urls)
     bench.settle()
     used = {"database": 0.0, "our process": 0.0, "broker": 0.0}
-    ours, bare = [], []
+    ours, bare, taken = [], [], []
     for name in turns:
         pids = {"database": bench.server.pid, "broker": broker.process.pid}
         with Child(__name__, "relay", dsn, name, urls[name], count) as relay:
@@ -92,6 +92,7 @@ def _measure(
             for part, pid in pids.items():
                 used[part] += processor_seconds(pid) - before[part]
             used["our process"] += used_here
+            taken.append(used_here)
         ours.append(rate)
         _check(records(broker.url, name), count)
         with Child(__name__, client, dsn, broker.url, f"bare{name}") as loop:
@@ -104,6 +105,7 @@ def _measure(
         Figure(f"relay outbox → {what}, acknowledged", ours, "events/s", target, at_most=False),
         Figure(f"  a bare {client} loop over the same rows", bare, "events/s"),
         Figure("  ours ÷ that", ratios(ours, bare), ""),
+        Figure("  processor time of our process, an event", [1e6 * u / count for u in taken], "µs"),
         *(
             Figure(f"  share of the processor time, {part}", [100 * seconds / total], "%")
             for part, seconds in used.items()
@@ -185,6 +187,7 @@ class _Acknowledged:
 
 
 def _relay(dsn: str, name: str, url: str, count: str) -> None:
+    """What ``pgsignals relay`` does."""
     say()
     hear()
     used = time.process_time()
@@ -196,6 +199,7 @@ def _relay(dsn: str, name: str, url: str, count: str) -> None:
             delivery="outbox",
             name=name,
             backends=[url],
+            workers=0,
             metrics=acknowledged,
         )
         rate = acknowledged.wait()

@@ -195,7 +195,7 @@ def test_a_relay_notices_a_missing_record(tiny: Bench, monkeypatch: pytest.Monke
     """The broker is asked how much it has."""
     monkeypatch.setitem(relay.EVENTS, "NATS", 1_000_000)
     honest = relay.nats_records
-    assert len(relay.nats(tiny)) == 6
+    assert len(relay.nats(tiny)) == 7
     monkeypatch.setattr(relay, "nats_records", lambda *given: honest(*given) - 1)
     with pytest.raises(Miscounted, match="999 records of 1,000 rows"):
         relay.nats(tiny)
