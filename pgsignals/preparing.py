@@ -17,7 +17,6 @@ from .outbox.channels import (
     Remains,
     define_for,
     former_topic,
-    install_noting_losses,
     moved,
     note_moved,
     read_moved,
@@ -30,7 +29,7 @@ from .runs import Settings
 from .sources.outbox import ChannelDecoder
 from .triggers import names
 from .triggers.definitions import Definition, define
-from .triggers.installer import check, prune
+from .triggers.installer import check, install, prune
 
 log = logging.getLogger("pgsignals")
 
@@ -97,7 +96,7 @@ class DurablePreparer:
         if self._problem is not None:
             return
         if settings.install == "auto":
-            install_noting_losses(cursor, settings.namespace, triggers, settings.limits)
+            install(cursor, settings.namespace, triggers, settings.limits)
             self._moved = read_moved(cursor, settings.namespace, fitting)
             note_moved(cursor, self._moved)
             if not self._pruned:

@@ -11,6 +11,7 @@ from conftest import DEADLINE, Database, Recorder
 from test_outbox_relay import Broker
 
 import pgsignals
+from pgsignals.triggers import installer
 from tests.commands import run
 
 NAMED = pgsignals.watch("items", "inserted", extra=["name"])
@@ -259,9 +260,9 @@ def test_without_a_name(hub: pgsignals.Hub, shop: Database) -> None:
         start(hub, shop, NAMED, name=None)
 
 
-@pytest.mark.parametrize("deployed", [False, True], ids=["by start", "by the command"])
+@pytest.mark.parametrize("made", ["by start", "by the command", "by its SQL"])
 def test_what_was_written_without_a_trigger(
-    hub: pgsignals.Hub, shop: Database, recorder: Recorder, deployed: bool
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, made: str
 ) -> None:
     """A Gap, for each consumer that had it, says that a trigger was missing, and only then."""
     hub.on_gap(recorder)
@@ -270,13 +271,16 @@ def test_what_was_written_without_a_trigger(
         assert hub.stop()
     shop(f"DROP TABLE items; {ANEW}; INSERT INTO items VALUES (1, 'unseen')")
     [(before,)] = shop("SELECT clock_timestamp()")
-    if deployed:
+    if made != "by start":
         # Another watcher of the same, with the same triggers, makes them.
         app = ["items:inserted", "--delivery", "outbox", "--dsn", shop.dsn]
         with pgsignals.Hub() as other:
             start(other, shop, PLAIN, name="other")
         shop("DROP TABLE items; CREATE TABLE items (id bigint PRIMARY KEY, name text)")
-        assert run("install", *app).code == 0
+        if made == "by the command":
+            assert run("install", *app).code == 0
+        else:
+            shop("\n".join(run("sql", *app).out))
         gaps = Recorder()
         other.on_gap(gaps)
         with other:
@@ -293,3 +297,28 @@ def test_what_was_written_without_a_trigger(
     assert events.wait(1)
     assert hub.stop()
     assert len(recorder.items) == 1
+
+
+def test_two_that_start_at_once(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who finds triggers missing that another process then makes first is told of no loss."""
+    lock = installer.in_install_lock
+    with pgsignals.Hub() as other:
+
+        def lock_late(*args: Any) -> Any:
+            monkeypatch.undo()
+            start(other, shop, NAMED)
+            return lock(*args)
+
+        monkeypatch.setattr(installer, "in_install_lock", lock_late)
+        for each in (hub, other):
+            each.on_gap(recorder)
+        start(hub, shop, NAMED)
+        other.on("items", "inserted")(lambda event: recorder(event.id))
+        insert(shop, "items", 1, "seen")
+        assert recorder.wait(1) == [1]
+        other.stop()
+        hub.on("items", "inserted")(lambda event: recorder(event.id))
+        insert(shop, "items", 2, "seen")
+        assert recorder.wait(2) == [1, 2]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psycopg2
 import pytest
 from conftest import Database
 
+from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
 
@@ -114,6 +117,47 @@ def test_a_process_in_a_black_hole_ends_delivering(dsn: str, db: Database) -> No
             assert standby.out() == "ended"
             last = insert(db)
             assert active.out() == last
+
+
+@pytest.mark.parametrize("crash", ["the server", "a session"])
+def test_a_crash_of_the_server_ends_no_claim(
+    crash: str, connect: Callable[[str], Database]
+) -> None:
+    """One that is cut off does not know of it, and may deliver until its lease is over."""
+    with Server() as server, Proxy("127.0.0.1", server.port) as proxy:
+        dsn = server.create_database()
+        address, _, name = dsn.rpartition("/")
+        through = f"{address.rpartition(':')[0]}:{proxy.port}/{name}"
+        db = connect(dsn)
+        db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+        with consumers(through, dsn) as (active, standby):
+            assert insert(db) == active.out()
+            proxy.stall()
+            [(until,)] = db("SELECT lease_until FROM pgsignals.consumers")
+            if crash == "the server":
+                server.stop("immediate")
+                server.start()
+            else:
+                # The postmaster ends all others then, and goes on.
+                [(backend,)] = db("SELECT pg_backend_pid()")
+                os.kill(backend, signal.SIGKILL)
+            db = reconnected(connect, dsn)
+            fresh = insert(db)
+            while standby.out() != fresh:
+                pass
+            [(late,)] = db("SELECT clock_timestamp() > %s", (until,))
+            assert late
+
+
+def reconnected(connect: Callable[[str], Database], dsn: str) -> Database:
+    """A new connection, once the server takes any."""
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            return connect(dsn)
+        except psycopg2.OperationalError:
+            if time.monotonic() > deadline:
+                raise
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -6,7 +6,6 @@ import click
 
 from pgsignals.jsontext import to_json
 from pgsignals.outbox import removal
-from pgsignals.outbox.channels import install_noting_losses
 from pgsignals.outbox.schema import install_schema
 from pgsignals.runs import all_resolvers
 from pgsignals.triggers import installer
@@ -57,8 +56,7 @@ def install(
             install_schema(cursor)
         definitions = define(cursor, watchers, all_resolvers(()), namespace, durable)
         triggers = [each.trigger for each in definitions]
-        make = install_noting_losses if durable else installer.install
-        created = make(cursor, namespace, triggers)
+        created = installer.install(cursor, namespace, triggers)
     unchanged = len({each.trigger.name for each in definitions}) - len(created)
     if as_json:
         installed = [

@@ -360,5 +360,5 @@ def _definition(cursor: Cursor, item: Installed) -> list[str]:
         cursor.execute(_REGISTERED, (names.channel_key(item.hash),))
         registered = cursor.fetchone()
         if registered is not None:
-            statements.append(registration(item.hash, registered[0]))
+            statements += registration(item.hash, registered[0])
     return [statement.as_string(cursor) for statement in statements]

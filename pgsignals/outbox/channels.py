@@ -21,7 +21,6 @@ from ..tables import Resolver, Table, describe, resolve
 from ..triggers import names
 from ..triggers.catalogue import read_installed
 from ..triggers.definitions import Definition, RecordLoader, define
-from ..triggers.installer import DEFAULT_LIMITS, INSTALLED, Limits, install, plan
 from ..triggers.sql import Specification, Trigger
 from ..watchers import Watcher
 from .schema import read_version
@@ -194,44 +193,6 @@ def _nothing_left(watcher: Watcher) -> Any:
         )
 
     return load
-
-
-def install_noting_losses(
-    cursor: Cursor, namespace: str, triggers: Sequence[Trigger], limits: Limits = DEFAULT_LIMITS
-) -> list[Trigger]:
-    """Like ``install``; consumers for which a trigger that they had was missing get a Gap.
-
-    Its table was dropped and created anew, say: nobody has noted what was written since.
-    """
-    states = plan(triggers, read_installed(cursor, namespace)).states
-    standing = {state.name for state in states if state.status == INSTALLED}
-    missing = [t for t in triggers if t.name not in standing]
-    # Before, in case this process dies as soon as they are there; and after, for what came between.
-    _note_loss(cursor, missing)
-    created = install(cursor, namespace, triggers, limits)
-    _note_loss(cursor, missing)
-    return created
-
-
-def _note_loss(cursor: Cursor, missing: Sequence[Trigger]) -> None:
-    if not missing:
-        return
-    cursor.execute(
-        "SELECT pg_catalog.has_table_privilege(c.oid, 'SELECT')"
-        " AND pg_catalog.has_table_privilege(c.oid, 'UPDATE')"
-        " FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname = 'pgsignals' AND c.relname = 'consumers'"
-    )
-    if cursor.fetchall() != [(True,)]:
-        log.info("this role may not note for consumers that a trigger was missing, if it was")
-        return
-    cursor.execute(
-        "UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()"
-        " WHERE channels && %s::bigint[] RETURNING name",
-        ([names.channel_key(trigger.hash) for trigger in missing],),
-    )
-    for (name,) in cursor.fetchall():
-        log.error("the consumer %s has missed what was written while a trigger was missing", name)
 
 
 def read_moved(

@@ -161,6 +161,9 @@ WHERE size - pg_catalog.octet_length(payload) < {size}
 
 
 # While its session lives, a holder has the lock of its claim, whose key counts up with the token.
+# When it has ended, so has the holder, unless it was the server that ended it, or this is another
+# server: somebody who is cut off may not know yet, and delivers until the lease is over. A crash
+# resets the statistics, also one that the postmaster survives.
 # A claim, unlike an acknowledgement, must outlive a crash of the server: where a former holder had
 # left it clean, nobody else would know that what the new one delivers may have been delivered.
 _CLAIM = """
@@ -168,8 +171,12 @@ WITH free AS MATERIALIZED (
   SELECT name, part FROM pgsignals.consumers
   WHERE name = %(name)s AND part = %(part)s
     AND (holder IS NULL OR holder = %(holder)s OR lease_until < pg_catalog.clock_timestamp()
-         OR pg_catalog.pg_try_advisory_xact_lock(
-              %(class)s, ((%(key)s::bigint + token) %% 2147483647)::int))
+         OR (epoch = %(epoch)s
+             AND lease_until - %(lease)s * interval '1 s' > greatest(
+               pg_catalog.pg_postmaster_start_time(),
+               (SELECT stats_reset FROM pg_catalog.pg_stat_bgwriter))
+             AND pg_catalog.pg_try_advisory_xact_lock(
+               %(class)s, ((%(key)s::bigint + token) %% 2147483647)::int)))
   FOR UPDATE
 )
 UPDATE pgsignals.consumers AS c
@@ -312,10 +319,13 @@ class Store:
         )
         return int(present), bool(added)
 
-    def claim(self, part: int, lease: float, channels: Sequence[int]) -> Claim | None:
+    def claim(
+        self, part: int, lease: float, channels: Sequence[int], epoch: str
+    ) -> Claim | None:
         """Become the one who reads a part for ``lease`` seconds; None when somebody else is.
 
-        A holder whose session has ended, or whose lease is over, is no more.
+        A holder whose lease is over is no more; nor, in the same history of the same server, one
+        whose session has ended.
         """
         found = self._execute(
             _CLAIM,
@@ -327,6 +337,7 @@ class Store:
                 "key": names.cursor_key(self._consumer, part),
                 "lease": lease,
                 "channels": list(channels),
+                "epoch": epoch,
             },
         )
         if not found:

@@ -652,7 +652,7 @@ class OutboxSource:
             if len(self._parts) >= share:
                 break
             asked_at = time.monotonic()
-            claim = store.claim(number, lease, self._channels)
+            claim = store.claim(number, lease, self._channels, self._epoch)
             if claim is None:
                 continue
             log.info("reading part %d of %d for the consumer %s", number, parts, self.name)

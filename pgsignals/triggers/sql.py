@@ -498,7 +498,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     if spec.replicated:
         create.append(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
     if spec.durable:
-        create.append(_register(spec, hashed))
+        create += _register(spec, hashed)
     return Trigger(
         spec,
         hashed,
@@ -509,7 +509,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     )
 
 
-def _register(spec: Specification, hashed: str) -> sql.Composable:
+def _register(spec: Specification, hashed: str) -> list[sql.Composable]:
     """Says what the rows of this trigger are, for whoever reads them later, and since when.
 
     It runs after CREATE TRIGGER, which holds the table: whoever wrote to it before has ended, and
@@ -532,14 +532,39 @@ def _register(spec: Specification, hashed: str) -> sql.Composable:
     return registration(hashed, layout.encode())
 
 
-def registration(hashed: str, definition: str) -> sql.Composable:
-    """The statement by which readers of the outbox come to know a trigger's rows."""
-    return sql.SQL(
+def registration(hashed: str, definition: str) -> list[sql.Composable]:
+    """The statements by which readers of the outbox come to know a trigger's rows.
+
+    A consumer that reads them by now had a trigger that is gone (its table was dropped and created
+    anew, say), and has missed what was written since: it is marked to get a Gap. That is noted in
+    the transaction that creates the trigger, before which nobody is sure that it was missing.
+    """
+    channel = sql.Literal(names.channel_key(hashed))
+    statements = (
         "INSERT INTO pgsignals.channels (channel, since, definition)\n"
-        "  VALUES ({}, pg_catalog.nextval('pgsignals.outbox_id'), {})\n"
+        "  VALUES ({channel}, pg_catalog.nextval('pgsignals.outbox_id'), {definition})\n"
         "  ON CONFLICT (channel) DO UPDATE\n"
-        "    SET since = excluded.since, definition = excluded.definition"
-    ).format(sql.Literal(names.channel_key(hashed)), sql.Literal(definition))
+        "    SET since = excluded.since, definition = excluded.definition",
+        "DO $pgsignals$ DECLARE\n"
+        "  consumer text;\n"
+        "BEGIN\n"
+        "  IF pg_catalog.has_table_privilege('pgsignals.consumers', 'SELECT')\n"
+        "    AND pg_catalog.has_table_privilege('pgsignals.consumers', 'UPDATE')\n"
+        "  THEN\n"
+        "    FOR consumer IN\n"
+        "      UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()\n"
+        "      WHERE ({channel})::bigint OPERATOR(pg_catalog.=) ANY (channels) RETURNING name\n"
+        "    LOOP\n"
+        "      RAISE WARNING 'the consumer % has missed what was written while a trigger was"
+        " missing', consumer;\n"
+        "    END LOOP;\n"
+        "  END IF;\n"
+        "END $pgsignals$",
+    )
+    return [
+        sql.SQL(statement).format(channel=channel, definition=sql.Literal(definition))
+        for statement in statements
+    ]
 
 
 def fields(columns: Sequence[Column]) -> tuple[Field, ...]:

@@ -15,9 +15,15 @@ _WINDOW = "txid < $4 AND (txid >= $2 OR txid = ANY ($3)) AND txid <> ALL ($5)"
 _NO_WINDOW = "$2 + $4 > 0 AND ($3 || $5) IS NOT NULL"
 
 
-def _prepare(former: str, wrong: str) -> None:
-    assert former in store._PREPARE, store._PREPARE
-    store._PREPARE = store._PREPARE.replace(former, wrong)
+def _read_with(former: str, wrong: str) -> None:
+    statement = store.read_statement
+
+    def wrong_statement(name: str, rows: int, size: int) -> str:
+        right = statement(name, rows, size)
+        assert former in right, right
+        return right.replace(former, wrong)
+
+    store.read_statement = wrong_statement
 
 
 class _IdAlone:
@@ -43,7 +49,7 @@ def read_by_id() -> None:
             self.floors.last = rows[-1].id
         return turn(self, rows)
 
-    _prepare(_WINDOW, _NO_WINDOW)
+    _read_with(_WINDOW, _NO_WINDOW)
     parts.Floors = _IdAlone
     parts.Part.turn = turn_by_id
 
@@ -56,7 +62,7 @@ def read_by_transaction() -> None:
         seen = look(self, awake)
         return replace(seen, snapshot=Snapshot(seen.snapshot.xmin, seen.snapshot.xmin))
 
-    _prepare("ORDER BY id LIMIT", "ORDER BY txid, id LIMIT")
+    _read_with("ORDER BY id LIMIT", "ORDER BY txid, id LIMIT")
     store.Store.look = look_at_xmin
     parts.Floors.below = lambda self, txid: 0
 
