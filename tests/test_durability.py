@@ -49,7 +49,7 @@ def test_the_checker_finds_a_trusting_relay_out(tmp_path: Path) -> None:
     """A relay that acknowledges what its broker has not acknowledged does not pass."""
     campaign = Campaign(tmp_path, seed=3, mutant="trusting", drain=5.0, to="nats")
     with campaign.open():
-        found = next((found for _ in range(8) if (found := campaign.run_round())), [])
+        found = next((found for _ in range(20) if (found := campaign.run_round())), [])
     assert any("relay/nats" in each and "not delivered" in each for each in found), report(
         campaign.outcome
     )
@@ -77,5 +77,5 @@ def test_the_checker_finds_acknowledging_too_early_out(tmp_path: Path) -> None:
     """A consumer that acknowledges what it has read, and then is killed, does not pass."""
     campaign = Campaign(tmp_path, seed=3, mutant="early", drain=5.0, consumers=ALONE)
     with campaign.open():
-        found = next((found for _ in range(8) if (found := campaign.run_round())), [])
+        found = next((found for _ in range(20) if (found := campaign.run_round())), [])
     assert any("committed, but not delivered" in each for each in found), report(campaign.outcome)

@@ -319,9 +319,7 @@ class Store:
         )
         return int(present), bool(added)
 
-    def claim(
-        self, part: int, lease: float, channels: Sequence[int], epoch: str
-    ) -> Claim | None:
+    def claim(self, part: int, lease: float, channels: Sequence[int], epoch: str) -> Claim | None:
         """Become the one who reads a part for ``lease`` seconds; None when somebody else is.
 
         A holder whose lease is over is no more; nor, in the same history of the same server, one
