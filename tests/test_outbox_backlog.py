@@ -8,6 +8,7 @@ import pytest
 from conftest import DEADLINE, Database
 
 import pgsignals
+from pgsignals.sources import outbox
 
 
 def test_a_backlog_does_not_fill_the_memory(hub: pgsignals.Hub, dsn: str, db: Database) -> None:
@@ -41,3 +42,24 @@ def test_a_backlog_does_not_fill_the_memory(hub: pgsignals.Hub, dsn: str, db: Da
     finally:
         held.set()
         hub.stop(0.1)
+
+
+def test_reading_goes_on_between_acknowledgements(
+    hub: pgsignals.Hub, dsn: str, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What receivers have taken makes room, and not only once that has been written down."""
+    db("CREATE TABLE items (id bigint PRIMARY KEY)")
+    hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+    assert hub.stop()
+    db("INSERT INTO items SELECT generate_series(1, 100000)")
+    left, done = [100_000], threading.Event()
+
+    @hub.on("items", "inserted")
+    def receive(event: pgsignals.Event) -> None:
+        left[0] -= 1
+        if not left[0]:
+            done.set()
+
+    monkeypatch.setattr(outbox, "ACKNOWLEDGE_SECONDS", 3600.0)
+    hub.start(dsn, ["items"], delivery="outbox", name="mailer", queue_size=1000, lease=3600.0)
+    assert done.wait(DEADLINE), left

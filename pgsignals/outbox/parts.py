@@ -19,6 +19,7 @@ class Part:
         self.reign = Reign(lease_until)
         self.acknowledged = claim.cursor
         self.unsaved = 0
+        self._saved_told = claim.told
         self.leaving = False
         self._begin(self.acknowledged, None if claim.clean else look.snapshot)
 
@@ -120,9 +121,19 @@ class Part:
         """Whether all that there was at the last look has been acknowledged."""
         return not self.pages and self.window is None
 
-    def collect(self) -> bool:
-        """Take note of the pages that are done by now; whether there are new ones."""
-        before = self.unsaved, self.claim.told
+    @property
+    def dirty(self) -> bool:
+        """Whether what has been collected has yet to be saved."""
+        return bool(self.unsaved or self.progress or self.claim.told != self._saved_told)
+
+    def saved(self) -> None:
+        """What has been collected is in the database."""
+        self.unsaved = 0
+        self.progress.clear()
+        self._saved_told = self.claim.told
+
+    def collect(self) -> None:
+        """Take note of the pages that are done by now."""
         while self.pages and self.pages[0].done:
             page = self.pages.popleft()
             self.acknowledged = page.cursor
@@ -136,4 +147,3 @@ class Part:
                 self.progress[later.number] = former.then(later) if former is not None else later
         if self.current:
             self.acknowledged = self.position
-        return bool(self.progress) or (self.unsaved, self.claim.told) != before

@@ -502,6 +502,9 @@ class OutboxSource:
         found = more = stirred = filling = False
         for part in self._parts.values():
             self._note_shed(part, look)
+            if part.outstanding >= self._most:
+                # There may be room, which is not for the next acknowledgement to find.
+                part.collect()
             ready = not (
                 self._paused or part.leaving or self._sink.full or part.outstanding >= self._most
             )
@@ -692,9 +695,9 @@ class OutboxSource:
 
     def _acknowledge(self, store: Store, renew: bool) -> None:
         for number, part in list(self._parts.items()):
-            progress = part.collect()
+            part.collect()
             gone = part.leaving and not part.pages
-            if not (progress or renew or gone or part.reign.over):
+            if not (part.dirty or renew or gone or part.reign.over):
                 continue
             self._save(store, number, part, release=gone)
 
@@ -711,8 +714,7 @@ class OutboxSource:
             clean=not part.pages and part.doubtful is None,
             progress=list(part.progress.values()),
         )
-        part.unsaved = 0
-        part.progress.clear()
+        part.saved()
         if not ours:
             log.warning("another process has taken over part %d of %s", number, self.name)
         if not ours or release:

@@ -59,11 +59,9 @@ BEGIN
     IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
       RETURN NULL;
     END IF;
-    pgs_head := pg_catalog.concat({head}, ',"s":');
     pgs_slot := pg_catalog.pg_sequence_last_value('pgsignals.outbox_slot'::pg_catalog.regclass);
-    IF pgs_moved IS NULL AND pg_catalog.octet_length(pgs_lines) <= 3900 THEN
-      pgs_text := E'}}\n' || pgs_lines;
-    ELSE
+    IF pgs_moved IS NOT NULL OR pg_catalog.octet_length(pgs_lines) > 3900 THEN
+      pgs_head := pg_catalog.concat({head}, ',"s":');
       pgs_room := 8030 - pg_catalog.octet_length(pgs_head);
       pgs_pieces := '{{}}';
       pgs_flags := E'}}\n';
@@ -104,9 +102,8 @@ BEGIN
     -- The write must go on: what broke is reported in place of the rows.
     pgs_context := NULL;
     pgs_head := pg_catalog.concat({head}, ',"s":');
-    pgs_pieces := NULL;
-    pgs_text := pg_catalog.concat(
-      ',"error":', pg_catalog.to_json(pg_catalog.left(SQLERRM, 400)), '}}');
+    pgs_pieces := ARRAY[pg_catalog.concat(
+      ',"error":', pg_catalog.to_json(pg_catalog.left(SQLERRM, 400)), '}}')];
     BEGIN
       pgs_slot := pg_catalog.pg_sequence_last_value('pgsignals.outbox_slot'::pg_catalog.regclass);
     EXCEPTION WHEN OTHERS THEN
@@ -139,7 +136,8 @@ BEGIN
   -- Not in the block: its subtransaction would take a transaction id of its own for each statement.
   IF pgs_pieces IS NULL THEN
     INSERT INTO pgsignals.outbox (id, txid, channel, slot, payload)
-      VALUES (pgs_id, pgs_txid, {key}, pgs_slot, pg_catalog.concat(pgs_head, pgs_id, pgs_text));
+      VALUES (pgs_id, pgs_txid, {key}, pgs_slot,
+        pg_catalog.concat({head}, ',"s":', pgs_id, E'}}\n', pgs_lines));
   ELSE
     FOREACH pgs_text IN ARRAY pgs_pieces LOOP
       IF pgs_id IS NULL THEN
