@@ -34,6 +34,9 @@ SERVER_SETTINGS = {
     "max_connections": "60",
     "checkpoint_timeout": "30s",
     "restart_after_crash": "on",
+    # A connection that a black hole holds before it has said anything keeps even a fast shutdown
+    # waiting for so long.
+    "authentication_timeout": "5s",
     # Standbys and proxies that are cut fill the log otherwise.
     "log_min_messages": "warning",
 }
