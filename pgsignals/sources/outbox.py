@@ -44,6 +44,7 @@ from ..payload import Broken, Cast, Decoder
 from ..triggers import names
 from ..triggers.definitions import Definition
 from .backfilling import Backfilling
+from .letters import Letters
 from .notify import HEALTHY_SECONDS, Timing
 from .opening import (
     IN_RECOVERY,
@@ -172,7 +173,7 @@ class OutboxSource:
         # Until when, by the server's clock, all is known to have been acknowledged.
         self._settled_at: datetime | None = None
         self._enrolled_at = 0.0
-        self._letters: SimpleQueue[tuple[Letter | int, Callable[[], None]]] = SimpleQueue()
+        self._letters = Letters(meter)
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._awaited: list[tuple[Snapshot, Callable[[], None]]] = []
         self._redeliver = threading.Event()
@@ -263,12 +264,12 @@ class OutboxSource:
 
     def bury(self, letter: Letter, kept: Callable[[], None]) -> None:
         """Have an event kept as a dead letter, and ``kept`` called then."""
-        self._letters.put((letter, kept))
+        self._letters.bury(letter, kept)
         self._waiter.wake()
 
     def unbury(self, key: int) -> None:
         """Have a dead letter forgotten."""
-        self._letters.put((key, lambda: None))
+        self._letters.unbury(key)
         self._waiter.wake()
 
     def settle(self, call: Callable[[], None]) -> None:
@@ -443,7 +444,7 @@ class OutboxSource:
                 found, more = self._look_and_read(store, state)
                 if found:
                     state.wake(now)
-            self._store_letters(store)
+            self._letters.save(store)
             if self._parts and now >= acknowledge_at:
                 acknowledge_at = now + ACKNOWLEDGE_SECONDS
                 due = now >= renew_at
@@ -735,40 +736,14 @@ class OutboxSource:
             self._note_history(part, look)
         self._note_loss(part, lost_until)
 
-    def _store_letters(self, store: Store) -> None:
-        with contextlib.suppress(Empty):
-            while True:
-                letter, kept = self._letters.get_nowait()
-                if isinstance(letter, Letter):
-                    store.bury(letter)
-                    self._meter.count("dead_letters", receiver=letter.receiver)
-                else:
-                    store.unbury(letter)
-                kept()
-
     def _redeliver_letters(self, store: Store) -> None:
-        for letter in store.wanted_again():
-            found = self._decoders.get(letter.channel)
-            message = None
-            if found is not None:
-                with contextlib.suppress(PayloadError):
-                    message = found.decoder.decode(letter.payload)
-            if not isinstance(message, Message) or letter.number >= len(message.rows):
-                log.error("dead letter %d cannot be read any more", letter.key)
-                continue
-            message.redelivered = True
-            event = Event(message, letter.number, message.rows[letter.number])
-            if not self._sink.redeliver(event, letter):
-                log.error(
-                    "dead letter %d waits for the receiver %s, which this process does not have",
-                    letter.key,
-                    letter.receiver,
-                )
+        decoders = {key: found.decoder for key, found in self._decoders.items()}
+        self._letters.redeliver(store, decoders, self._sink.redeliver)
 
     def _leave(self) -> None:
         """Acknowledge for the last time, and let others read at once."""
         store = self._store
-        self._store_letters(store)
+        self._letters.save(store)
         for number, part in list(self._parts.items()):
             part.collect()
             self._save(store, number, part, release=True)
