@@ -141,20 +141,19 @@ def test_a_crash_of_the_server_ends_no_claim(
                 # The postmaster ends all others then, and goes on.
                 [(backend,)] = db("SELECT pg_backend_pid()")
                 os.kill(backend, signal.SIGKILL)
-            db = reconnected(connect, dsn)
-            fresh = insert(db)
+            fresh = insert_once_it_is_back(connect, dsn)
             while standby.out() != fresh:
                 pass
-            [(late,)] = db("SELECT clock_timestamp() > %s", (until,))
+            [(late,)] = connect(dsn)("SELECT clock_timestamp() > %s", (until,))
             assert late
 
 
-def reconnected(connect: Callable[[str], Database], dsn: str) -> Database:
-    """A new connection, once the server takes any."""
+def insert_once_it_is_back(connect: Callable[[str], Database], dsn: str) -> str:
+    """As soon as a server takes it, which may send away who comes before it knows of the crash."""
     deadline = time.monotonic() + 15
     while True:
         try:
-            return connect(dsn)
+            return insert(connect(dsn))
         except psycopg2.OperationalError:
             if time.monotonic() > deadline:
                 raise
