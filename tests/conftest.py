@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 import psycopg2
 import pytest
 from hypothesis import HealthCheck, settings
 from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import parse_dsn
+from psycopg2.sql import SQL, Identifier
 
 import pgsignals
 from pgsignals.hub import Delivery
@@ -28,18 +33,60 @@ settings.register_profile(
 settings.load_profile("any machine")
 
 
-def _started(version: int | None) -> Server:
-    server = Server(version=version, settings={"max_connections": "200"})
-    server.start()
-    return server
+# A database a test is gigabytes of files; the disk of a busy machine took half of the tests' time.
+MEMORY = Path("/dev/shm")
+MEMORY_NEEDED = 4 << 30
+
+
+def _in_memory() -> Path | None:
+    try:
+        return MEMORY if shutil.disk_usage(MEMORY).free > MEMORY_NEEDED else None
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _started(version: int | None) -> Iterator[Server]:
+    settings = {"max_connections": "200"}
+    with Server(version=version, settings=settings, folder=_in_memory()) as server:
+        yield server
+
+
+class Databases:
+    """Makes a fresh database a test, and drops it when the next one is made.
+
+    That is when all that was connected to it has gone, in whatever order a test's fixtures end.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._last: str | None = None
+
+    def create(self) -> str:
+        if self._last is not None:
+            self._drop(self._last)
+        self._last = self._server.create_database()
+        return self._last
+
+    def _drop(self, dsn: str) -> None:
+        name = Identifier(parse_dsn(dsn)["dbname"])
+        with closing(psycopg2.connect(self._server.dsn())) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """A running PostgreSQL, the version that the system has."""
-    running = _started(None)
-    yield running
-    running.close()
+    with _started(None) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def databases(server: Server) -> Databases:
+    """Makes the databases of ``dsn``."""
+    return Databases(server)
 
 
 @pytest.fixture(scope="session", params=[OLDEST, NEWEST], ids=["pg15", "pg18"])
@@ -57,21 +104,26 @@ def each_version(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def each_server(each_version: int) -> Iterator[Server]:
     """A running PostgreSQL, the oldest and then the newest version that is tested."""
-    running = _started(each_version)
-    yield running
-    running.close()
+    with _started(each_version) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def each_databases(each_server: Server) -> Databases:
+    """Makes the databases of ``each_dsn``."""
+    return Databases(each_server)
 
 
 @pytest.fixture
-def dsn(server: Server) -> str:
+def dsn(databases: Databases) -> str:
     """A fresh database, as its superuser."""
-    return server.create_database()
+    return databases.create()
 
 
 @pytest.fixture
-def each_dsn(each_server: Server) -> str:
+def each_dsn(each_databases: Databases) -> str:
     """A fresh database on each tested version, as its superuser."""
-    return each_server.create_database()
+    return each_databases.create()
 
 
 class Database:

@@ -155,6 +155,8 @@ class Server:
     :param version: The major version; by default that of the preferred installation.
     :param settings: Lines for ``postgresql.conf``, as in ``{"wal_level": "logical"}``.
     :param fsync: Whether commits wait for the disk. Off is faster, and enough for tests.
+    :param folder: Where its data lies, by default the system's folder for temporary files. One
+        in memory, like ``/dev/shm``, makes a server faster that is given many databases.
     :param password: The superuser's; without one, everybody on this machine is trusted.
     :param tls: Whether to offer TLS, with a self-signed certificate for ``localhost``. Needs
         the ``openssl`` program, and binaries built with TLS, which the extra's are not.
@@ -168,12 +170,14 @@ class Server:
         settings: Mapping[str, str] | None = None,
         fsync: bool = False,
         *,
+        folder: str | os.PathLike[str] | None = None,
         password: str | None = None,
         tls: bool = False,
     ) -> None:
         self.installation = _choose(version)
         self._settings = dict(settings or {})
         self._fsync = fsync
+        self._folder = folder
         self._password = password
         self._tls = tls
         self._owner = os.getpid()
@@ -311,7 +315,8 @@ class Server:
 
     def _create(self) -> Path:
         """Make the folder that holds all of the server, its data directory included."""
-        home = Path(tempfile.mkdtemp(prefix="pgsignals-", dir=self._account.temporary_folder()))
+        folder = self._folder or self._account.temporary_folder()
+        home = Path(tempfile.mkdtemp(prefix="pgsignals-", dir=folder))
         self._home = home
         self._owner = os.getpid()
         atexit.register(self.close)
