@@ -28,7 +28,8 @@ from .outbox.store import DeadLetter, Letter
 from .preparing import DurablePreparer
 from .relaying import Relay, relay_consumers
 from .runs import Audience, Lag, Settings
-from .sources.outbox import Consumer, OutboxSource
+from .sources.claims import Consumer
+from .sources.outbox import OutboxSource
 from .tailing import Tail
 
 log = logging.getLogger("pgsignals")
@@ -325,3 +326,25 @@ class DurableRun:
             payload = message.letter(event._number)
             letter = replace(letter, number=0, id=None, payload=payload)
         self.source.bury(letter, kept)
+
+
+def consumer_of(delivery: str, name: object, partitions: object, lease: object) -> Consumer | None:
+    """Who reads the outbox; None in another delivery. Raises ConfigurationError."""
+    if delivery != "outbox":
+        for option, given, default in (("name", name, None), ("partitions", partitions, 1)):
+            if given != default:
+                raise ConfigurationError(
+                    f'{option}={given!r} is of outbox delivery: add delivery="outbox".'
+                )
+        return None
+    if name is not None and (not isinstance(name, str) or not name or "\0" in name):
+        raise ConfigurationError(f"name={name!r}: give a text that is not empty.")
+    if not isinstance(partitions, int) or not 1 <= partitions <= 256:
+        raise ConfigurationError(f"partitions={partitions!r}: give a whole number from 1 to 256.")
+    if partitions > 1 and name is None:
+        raise ConfigurationError(
+            f"partitions={partitions!r} are shared by processes of one name: add name=."
+        )
+    if not isinstance(lease, int | float) or not 1 <= lease <= 3600:
+        raise ConfigurationError(f"lease={lease!r}: give seconds, from 1 to 3,600.")
+    return Consumer(name, partitions, float(lease))

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import functools
 import logging
-import os
-import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args, overload
@@ -22,19 +18,19 @@ from .backfills import Backfill
 from .backoff import Backoff
 from .batches import Batcher, BatchTimer
 from .broadcasters import Broadcaster
-from .connection import Engine, dsn_of, redact
+from .connection import Engine, dsn_of
 from .coroutines import CoroutineReceiver, LeftBehind
-from .durable import DurableRun
+from .durable import DurableRun, consumer_of
 from .errors import ConfigurationError, PgSignalsError, ReceiverError, StateError, WaitTimeout
 from .events import Batch, Event, Gap, model_name
 from .far import FarRun, FarSettings
 from .inspection import Health, Status
+from .lifetime import guard
 from .metrics import COUNTERS, Meter, Metrics, Tracer
-from .plugins import load_plugins
+from .plugins import Backends, broadcaster_makers
 from .receivers import Later, Receiver, Registry, Retrying, Subscription, receiver_name
 from .runs import Audience, DatabaseRun, Install, Run, Settings, all_resolvers
 from .sources.notify import Timing
-from .sources.outbox import Consumer
 from .streams import Ending, Stream
 from .tables import Resolver
 from .tailing import Tail
@@ -53,9 +49,7 @@ B = TypeVar("B", bound=BatchReceiver)
 G = TypeVar("G", bound=GapReceiver)
 
 Delivery = Literal["notify", "outbox"]
-Backends = Iterable[str | Broadcaster] | Mapping[str, str | Broadcaster]
 
-_EXIT_SECONDS = 5.0
 _GAP_REASONS = ("reconnected", "overflow", "watcher_broken", "retention", "restored")
 
 
@@ -187,7 +181,7 @@ class Hub:
             )
         if name is not None and (not isinstance(name, str) or not name):
             raise ConfigurationError(f"name={name!r}: give a text that is not empty, or None.")
-        makers, backend_names = _makers(backends)
+        makers, backend_names = broadcaster_makers(backends)
         if workers == 0 and delivery == "outbox" and makers:
             if self._registry.subscriptions:
                 raise ReceiverError(
@@ -215,7 +209,7 @@ class Hub:
                 meter,
                 restart_after_fork,
             )
-        consumer = _consumer(delivery, name, partitions, lease)
+        consumer = consumer_of(delivery, name, partitions, lease)
         settings = Settings(
             dsn=dsn,
             listen_dsn=dsn if listen_dsn is None else dsn_of(listen_dsn) or dsn,
@@ -557,8 +551,7 @@ class Hub:
 
     def _begin(self, make: Callable[[], Run]) -> None:
         # Before the lock is taken, which a fork during the start would leave locked in the child.
-        _hubs.add(self)
-        _guard_process()
+        guard(self)
         with self._lock:
             if self._run is not None:
                 raise StateError(
@@ -696,79 +689,3 @@ class Hub:
                 )
         self._send(self.gap, gap=gap)
         return told
-
-
-def _consumer(delivery: str, name: object, partitions: object, lease: object) -> Consumer | None:
-    if delivery != "outbox":
-        for option, given, default in (("name", name, None), ("partitions", partitions, 1)):
-            if given != default:
-                raise ConfigurationError(
-                    f'{option}={given!r} is of outbox delivery: add delivery="outbox".'
-                )
-        return None
-    if name is not None and (not isinstance(name, str) or not name or "\0" in name):
-        raise ConfigurationError(f"name={name!r}: give a text that is not empty.")
-    if not isinstance(partitions, int) or not 1 <= partitions <= 256:
-        raise ConfigurationError(f"partitions={partitions!r}: give a whole number from 1 to 256.")
-    if partitions > 1 and name is None:
-        raise ConfigurationError(
-            f"partitions={partitions!r} are shared by processes of one name: add name=."
-        )
-    if not isinstance(lease, int | float) or not 1 <= lease <= 3600:
-        raise ConfigurationError(f"lease={lease!r}: give seconds, from 1 to 3,600.")
-    return Consumer(name, partitions, float(lease))
-
-
-def _makers(backends: Backends) -> tuple[list[Callable[[], Broadcaster]], tuple[str, ...]]:
-    """What makes the broadcasters, in the child of a fork once more, and their names if any."""
-    if isinstance(backends, str) or not isinstance(backends, Iterable):
-        raise ConfigurationError(
-            f"backends={redact(repr(backends))}: give a list of URLs or broadcasters."
-        )
-    given: list[str | Broadcaster]
-    names: tuple[str, ...] = ()
-    if isinstance(backends, Mapping):
-        names, given = tuple(backends), list(backends.values())
-    else:
-        given = list(backends)
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise ConfigurationError(
-                f"backends has the name {name!r}: give letters, digits, '_', '-' and '.'."
-            )
-    plugins = load_plugins() if any(isinstance(each, str) for each in given) else None
-    found: list[Callable[[], Broadcaster]] = []
-    for each in given:
-        if isinstance(each, str):
-            assert plugins is not None
-            found.append(functools.partial(plugins.broadcaster, each))
-        elif all(callable(getattr(each, name, None)) for name in ("publish", "flush", "close")):
-            found.append(functools.partial(lambda broadcaster: broadcaster, each))
-        else:
-            raise ConfigurationError(
-                f"backends has {each!r:.80}: give a URL such as 'kafka://localhost:9092/?prefix="
-                "shop', or an object with publish, flush, announce and close."
-            )
-    return found, names
-
-
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
-
-
-@functools.cache
-def _guard_process() -> None:
-    """Look after the process's end and its forks, from the first start on."""
-    atexit.register(_stop_at_exit)
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _stop_at_exit() -> None:
-    deadline = time.monotonic() + _EXIT_SECONDS
-    for hub in list(_hubs):
-        hub.stop(max(0.0, deadline - time.monotonic()))
-
-
-def _after_fork_in_child() -> None:
-    for hub in list(_hubs):
-        hub._forked()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pgsignals")
 
 T = TypeVar("T")
+
+Backends = Iterable[str | Broadcaster] | Mapping[str, str | Broadcaster]
 
 # Where to get what a URL asks for, when no plugin that is installed knows it.
 _PACKAGES = {"kafka": "pgsignals-kafka", "nats": "pgsignals-nats"}
@@ -162,3 +166,41 @@ def load_plugins() -> Plugins:
     plugins = Plugins()
     plugins.load()
     return plugins
+
+
+def broadcaster_makers(
+    backends: Backends,
+) -> tuple[list[Callable[[], Broadcaster]], tuple[str, ...]]:
+    """What makes the broadcasters, in the child of a fork once more, and their names if any.
+
+    Raises ConfigurationError.
+    """
+    if isinstance(backends, str) or not isinstance(backends, Iterable):
+        raise ConfigurationError(
+            f"backends={redact(repr(backends))}: give a list of URLs or broadcasters."
+        )
+    given: list[str | Broadcaster]
+    names: tuple[str, ...] = ()
+    if isinstance(backends, Mapping):
+        names, given = tuple(backends), list(backends.values())
+    else:
+        given = list(backends)
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ConfigurationError(
+                f"backends has the name {name!r}: give letters, digits, '_', '-' and '.'."
+            )
+    plugins = load_plugins() if any(isinstance(each, str) for each in given) else None
+    found: list[Callable[[], Broadcaster]] = []
+    for each in given:
+        if isinstance(each, str):
+            assert plugins is not None
+            found.append(functools.partial(plugins.broadcaster, each))
+        elif all(callable(getattr(each, name, None)) for name in ("publish", "flush", "close")):
+            found.append(functools.partial(lambda broadcaster: broadcaster, each))
+        else:
+            raise ConfigurationError(
+                f"backends has {each!r:.80}: give a URL such as 'kafka://localhost:9092/?prefix="
+                "shop', or an object with publish, flush, announce and close."
+            )
+    return found, names

@@ -19,7 +19,8 @@ from .metrics import Meter
 from .outbox.pages import Page
 from .outbox.store import DeadLetter
 from .runs import Settings
-from .sources.outbox import Consumer, OutboxPreparer, OutboxSource
+from .sources.claims import Consumer
+from .sources.outbox import OutboxPreparer, OutboxSource
 
 log = logging.getLogger("pgsignals")
 

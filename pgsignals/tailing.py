@@ -29,7 +29,8 @@ from .outbox.places import Place, Signer
 from .outbox.store import DeadLetter, Row, Store
 from .payload import Broken, Cast
 from .runs import Settings
-from .sources.outbox import ChannelDecoder, Consumer, OutboxSource
+from .sources.claims import Consumer
+from .sources.outbox import ChannelDecoder, OutboxSource
 from .triggers import names
 from .triggers.definitions import Definition
 
@@ -329,26 +330,19 @@ class _TailSource(OutboxSource):
             super()._register(store, session)
 
     def _claim(self, store: Store) -> None:
-        known = set(map(id, self._parts.values()))
         with self._tail.holding_gaps():
             super()._claim(store)
-            for part in self._parts.values():
-                if id(part) not in known:
-                    self._begin(store, part)
 
-    def _save(self, store: Store, number: int, part: Part, release: bool = False) -> None:
-        reign = part.reign
+    def _acknowledge(self, store: Store, renew: bool) -> None:
         with self._tail.holding_gaps():
-            super()._save(store, number, part, release)
-            if part.reign is not reign:
-                self._begin(store, part)
+            super()._acknowledge(store, renew)
 
-    def _begin(self, store: Store, part: Part) -> None:
+    def _begun(self, store: Store, part: Part) -> None:
         """Leave out what came before, which readers have, or read again by themselves."""
         given_out = store.look(awake=True).given_out
         first = store.begin() + 1
         part.start_at(store.look(awake=True), first, given_out)
-        self._tail.began(_place(part, part.since), self._epoch)
+        self._tail.began(_place(part, part.since), self._claims.epoch)
 
     def _read_page(self, store: Store, part: Part) -> bool:
         assert part.window is not None

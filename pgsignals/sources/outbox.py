@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import random
 import secrets
@@ -13,16 +12,16 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Protocol
 
 import psycopg2
 from psycopg2.extensions import cursor as DatabaseCursor
 
 from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
-from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError, PrivilegeError
+from ..errors import ConnectError, PayloadError, PgSignalsError, PrivilegeError
 from ..events import Event, Gap, Message, Topic
 from ..metrics import Meter
 from ..outbox.backfill import NOTICE, BackfillStore
@@ -34,7 +33,6 @@ from ..outbox.store import (
     Cursor,
     DeadLetter,
     Letter,
-    Look,
     Progress,
     Row,
     Store,
@@ -44,6 +42,7 @@ from ..payload import Broken, Cast, Decoder
 from ..triggers import names
 from ..triggers.definitions import Definition
 from .backfilling import Backfilling
+from .claims import Claims, Consumer
 from .letters import Letters
 from .notify import HEALTHY_SECONDS, Timing
 from .opening import (
@@ -61,19 +60,6 @@ ACKNOWLEDGE_SECONDS = 0.2
 NOTE_SECONDS = 0.1
 # How often a part that another process reads is asked for.
 CLAIM_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Consumer:
-    """Who reads: ``name`` None reads for this process alone, and is forgotten with it.
-
-    ``parts`` share the records among as many processes. A process that does not renew its claim for
-    ``lease`` seconds is taken for hung.
-    """
-
-    name: str | None = None
-    parts: int = 1
-    lease: float = 5.0
 
 
 class DurableSink(Protocol):
@@ -165,14 +151,9 @@ class OutboxSource:
         self._cast: Cast
         self._definitions: Sequence[Definition] = ()
         self._decoders: Mapping[int, ChannelDecoder] = {}
-        self._parts_known = consumer.parts
-        self._parts: dict[int, Part] = {}
-        self._epoch = ""
+        self._claims = Claims(consumer, self.name, sink.gap, self.now, self._begun)
         self._given_out = 0
         self._noted_at = 0.0
-        # Until when, by the server's clock, all is known to have been acknowledged.
-        self._settled_at: datetime | None = None
-        self._enrolled_at = 0.0
         self._letters = Letters(meter)
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._awaited: list[tuple[Snapshot, Callable[[], None]]] = []
@@ -194,7 +175,7 @@ class OutboxSource:
     @property
     def is_active(self) -> bool:
         """Whether it reads, rather than standing by for another process."""
-        return bool(self._parts)
+        return bool(self._claims.parts)
 
     @property
     def is_alive(self) -> bool:
@@ -206,7 +187,7 @@ class OutboxSource:
     @property
     def outstanding(self) -> int:
         """Events that have been read and not been acknowledged."""
-        return sum(part.outstanding for part in list(self._parts.values()))
+        return self._claims.outstanding
 
     def now(self) -> datetime:
         """The server's clock, late by a network's delay at most."""
@@ -257,8 +238,7 @@ class OutboxSource:
     def abandon(self) -> None:
         """In the child of a fork: close our copies of the descriptors, and say nothing."""
         self._waiter.close()
-        for part in self._parts.values():
-            part.reign.end()
+        self._claims.drop()
         if self._session is not None:
             self._session.abandon()
 
@@ -373,9 +353,9 @@ class OutboxSource:
             "SELECT pg_catalog.clock_timestamp()", timeout=self._timing.timeout
         )
         self._clock_offset = server - datetime.now(timezone.utc)
-        self._epoch = store.epoch()
         self._decoders = self._preparer.decoders(store.channels(), self._cast)
-        self._enrol(store)
+        channels = [names.channel_key(each.trigger.hash) for each in self._definitions]
+        self._claims.enrol(store, store.epoch(), channels)
         self._backfilling.begin(
             BackfillStore(session, self.name, self._timing.timeout),
             [each.decoder for each in self._decoders.values()],
@@ -386,39 +366,8 @@ class OutboxSource:
         self._claim(store)
         store.wake_others()
 
-    @property
-    def _channels(self) -> list[int]:
-        """Those of our own definitions, whose triggers nobody may remove while we are away."""
-        return [names.channel_key(each.trigger.hash) for each in self._definitions]
-
-    def _enrol(self, store: Store) -> None:
-        """Make the consumer known, at first and whenever it has been removed since."""
-        present, new = store.register(
-            self._consumer.parts,
-            self._consumer.name is None,
-            self._epoch,
-            self._channels,
-            self._settled_at,
-        )
-        if present != self._consumer.parts:
-            raise DatabaseError(
-                f"The consumer {self.name!r} has {present} partitions, and this process was told "
-                f"partitions={self._consumer.parts}: a record's events would go to two. Stop its "
-                "processes, run `pgsignals consumers drop`, and start all with the same number."
-            )
-        now = self.now()
-        if new and self._settled_at is None:
-            log.info("the consumer %s begins here", self.name)
-        elif new:
-            log.error("the consumer %s had been removed, and begins anew", self.name)
-        if new or self._settled_at is None:
-            self._settled_at = now
-        self._enrolled_at = time.monotonic()
-
     def _close(self) -> None:
-        for part in self._parts.values():
-            part.reign.end()
-        self._parts.clear()
+        self._claims.drop()
         session, self._session = self._session, None
         if session is not None:
             with contextlib.suppress(psycopg2.Error):
@@ -428,6 +377,7 @@ class OutboxSource:
         """Read, acknowledge and keep the claims until paused and stopped."""
         session, store, state = self._session, self._store, self._state
         assert session is not None
+        parts = self._claims.parts
         self._sink.connected()
         acknowledge_at = claim_at = renew_at = time.monotonic()
         while not self._stopping:
@@ -437,15 +387,15 @@ class OutboxSource:
             if now >= claim_at:
                 self._claim(store)
                 claim_at = now + CLAIM_SECONDS * random.uniform(0.8, 1.2)
-                if all(part in self._parts for part in range(self._consumer.parts)):
+                if self._claims.complete:
                     claim_at = now + self._consumer.lease / 3
             found = more = False
-            if self._parts:
+            if parts:
                 found, more = self._look_and_read(store, state)
                 if found:
                     state.wake(now)
             self._letters.save(store)
-            if self._parts and now >= acknowledge_at:
+            if parts and now >= acknowledge_at:
                 acknowledge_at = now + ACKNOWLEDGE_SECONDS
                 due = now >= renew_at
                 if due:
@@ -456,11 +406,11 @@ class OutboxSource:
             if more:
                 continue
             done = time.monotonic()
-            pause = state.pause(store, done, done - now) if self._parts else CLAIM_SECONDS
+            pause = state.pause(store, done, done - now) if parts else CLAIM_SECONDS
             wake_at = claim_at
-            if self._parts:
+            if parts:
                 wake_at = min(wake_at, renew_at)
-                if any(part.busy for part in self._parts.values()):
+                if any(part.busy for part in parts.values()):
                     wake_at = min(wake_at, acknowledge_at)
             session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
 
@@ -485,6 +435,7 @@ class OutboxSource:
 
     def _look_and_read(self, store: Store, state: Wakefulness) -> tuple[bool, bool]:
         """One look, and a page for each part that wants one; whether there was, and is more."""
+        parts = self._claims.parts.values()
         asked: list[Callable[[], None]] = []
         with contextlib.suppress(Empty):
             while True:
@@ -497,12 +448,12 @@ class OutboxSource:
         if state.awake and self._turned_at - self._noted_at >= NOTE_SECONDS:
             self._noted_at = self._turned_at
             first = store.begin() + 1
-            for part in self._parts.values():
+            for part in parts:
                 part.floors.note(first, given_out)
         self._awaited += [(look.snapshot, call) for call in asked]
         found = more = stirred = filling = False
-        for part in self._parts.values():
-            self._note_shed(part, look)
+        for part in parts:
+            self._claims.note_shed(part, look)
             if part.outstanding >= self._most:
                 # There may be room, which is not for the next acknowledgement to find.
                 part.collect()
@@ -535,7 +486,7 @@ class OutboxSource:
         due = [
             (wanted, call)
             for wanted, call in self._awaited
-            if all(part.since.covers(wanted) for part in self._parts.values())
+            if all(part.since.covers(wanted) for part in self._claims.parts.values())
         ]
         for each in due:
             self._awaited.remove(each)
@@ -613,128 +564,15 @@ class OutboxSource:
             message.position = str(row.id)
         return message
 
-    def _note_shed(self, part: Part, look: Look) -> None:
-        """Announce what writers left out, since the outbox was full and nobody there to read it."""
-        if look.shed > part.telling.shed:
-            log.error("%d statements found the outbox full", look.shed - part.telling.shed)
-            detail = "the outbox was full, and no consumer was there"
-            gap = Gap(part.claim.acknowledged_at, self.now(), "retention", detail)
-            self._tell(part, gap, shed=look.shed)
-
-    def _note_loss(self, part: Part, lost_until: datetime | None) -> None:
-        """Announce that rows were dropped which had not been read."""
-        known = part.telling.lost_until
-        if lost_until is not None and (known is None or lost_until > known):
-            detail = (
-                "events were dropped before they were read, or never noted: the consumer was late, "
-                "or had been removed, or a trigger was missing"
-            )
-            log.error("%s has lost events: %s", self.name, detail)
-            gap = Gap(part.claim.acknowledged_at, lost_until, "retention", detail)
-            self._tell(part, gap, lost_until=lost_until)
-
-    def _tell(self, part: Part, gap: Gap, **known: Any) -> None:
-        """Announce a loss, which stays marked until receivers have been told.
-
-        Should this process die before, whoever reads next announces it.
-        """
-        self._sink.gap(gap, part.tell(replace(part.telling, **known)))
-
     def _claim(self, store: Store) -> None:
-        """See that this process reads its share of the parts."""
-        parts, lease = self._consumer.parts, self._consumer.lease
-        share = parts
-        if parts > 1:
-            share = math.ceil(parts / max(1, store.members(lease)))
-        if self._paused:
-            return
-        for part in [*self._parts.values()][share:]:
-            part.leaving = True
-        wanted = [number for number in range(parts) if number not in self._parts]
-        random.shuffle(wanted)
-        for number in wanted:
-            if len(self._parts) >= share:
-                break
-            asked_at = time.monotonic()
-            claim = store.claim(number, lease, self._channels, self._epoch)
-            if claim is None:
-                continue
-            log.info("reading part %d of %d for the consumer %s", number, parts, self.name)
-            # Only now has the former holder acknowledged, and delivered, for the last time.
-            look = store.look(awake=True)
-            part = self._parts[number] = Part(claim, look, asked_at + lease)
-            self._note_history(part, look)
-            self._note_loss(part, claim.lost_until)
-        if not self._parts and time.monotonic() - self._enrolled_at >= lease:
-            # Where the consumer itself is gone, there is nothing to claim: a process without a name
-            # that was away for long is forgotten, and a consumer at work may be dropped.
-            self._enrol(store)
-
-    def _note_history(self, part: Part, look: Look) -> None:
-        """Announce that what was acknowledged is of a history that is not the database's any more.
-
-        In another database, or another past, that says nothing: all that is there is read again.
-        """
-        cluster, _, timeline = part.telling.epoch.partition("/")
-        our_cluster, _, our_timeline = self._epoch.partition("/")
-        detail = ""
-        if cluster != our_cluster:
-            detail = f"cluster and database are others: {our_cluster}, and were {cluster}"
-        elif part.acknowledged.snapshot.xmax > look.snapshot.xmax:
-            detail = "the database has gone back in time"
-        if detail:
-            part.start_over(look)
-        elif timeline != our_timeline:
-            detail = (
-                f"the server was promoted (timeline {our_timeline}, and was {timeline}): what was "
-                "committed just before may be gone"
-            )
-        if detail:
-            log.error("the history of the database has changed: %s", detail)
-            gap = Gap(part.claim.acknowledged_at, self.now(), "restored", detail)
-            self._tell(part, gap, epoch=self._epoch)
+        if not self._paused:
+            self._claims.claim(store)
 
     def _acknowledge(self, store: Store, renew: bool) -> None:
-        for number, part in list(self._parts.items()):
-            part.collect()
-            gone = part.leaving and not part.pages
-            if not (part.dirty or renew or gone or part.reign.over):
-                continue
-            self._save(store, number, part, release=gone)
+        self._claims.acknowledge(store, renew)
 
-    def _save(self, store: Store, number: int, part: Part, release: bool = False) -> None:
-        asked_at = time.monotonic()
-        lease = self._consumer.lease
-        ours, lost_until = store.acknowledge(
-            part.claim,
-            part.acknowledged,
-            part.unsaved,
-            lease,
-            current=part.current,
-            release=release,
-            clean=not part.pages and part.doubtful is None,
-            progress=list(part.progress.values()),
-        )
-        part.saved()
-        if not ours:
-            log.warning("another process has taken over part %d of %s", number, self.name)
-        if not ours or release:
-            part.reign.end()
-            del self._parts[number]
-            return
-        if part.current and lost_until is None:
-            part.claim = replace(part.claim, acknowledged_at=self.now())
-            if all(each.current for each in self._parts.values()):
-                self._settled_at = part.claim.acknowledged_at
-        if part.reign.holds():
-            part.reign.deadline = asked_at + lease
-        else:
-            log.warning("the lease was over for a while: reading part %d again", number)
-            look = store.look(awake=True)
-            part.rewind(look)
-            part.reign.deadline = asked_at + lease
-            self._note_history(part, look)
-        self._note_loss(part, lost_until)
+    def _begun(self, store: Store, part: Part) -> None:
+        """A part is read from where it was acknowledged."""
 
     def _redeliver_letters(self, store: Store) -> None:
         decoders = {key: found.decoder for key, found in self._decoders.items()}
@@ -744,9 +582,7 @@ class OutboxSource:
         """Acknowledge for the last time, and let others read at once."""
         store = self._store
         self._letters.save(store)
-        for number, part in list(self._parts.items()):
-            part.collect()
-            self._save(store, number, part, release=True)
+        self._claims.release(store)
         if self._consumer.name is None:
             store.forget()
         if self._consumer.parts > 1:
