@@ -14,7 +14,7 @@ demo: $(VENV)/installed-demo,cli ## show live signals from a throwaway PostgreSQ
 	$(BIN)/pgsignals demo --seconds 10
 
 test: $(VENV)/installed-test ## run the tests; ARGS='-k name' passes options to pytest
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 # The test extra is here because mypy must see the packages that the integrations import.
 check: $(VENV)/installed-dev,docs,test ## formatting, lint, types, import contracts, documentation

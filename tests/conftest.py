@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ from pgsignals.hub import Delivery
 from pgsignals.testing import Server, find_installations
 from tests.brokers import PASSWORD, Kafka, Nats, tls_files
 
-DEADLINE = 15.0
+# Seconds after which a test gives up: a busy machine is slow, and only a failure waits for it.
+DEADLINE = 60.0
 OLDEST, NEWEST = 15, 18
 
 # How long an example takes is the machine's affair: a busy one failed tests at random.
@@ -32,6 +34,11 @@ settings.register_profile(
 )
 settings.load_profile("any machine")
 
+
+# Started in the background by a shell, this process ignores Ctrl-C, and so would all that it
+# starts; what has a handler here has the default there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A database a test is gigabytes of files; the disk of a busy machine took half of the tests' time.
 MEMORY = Path("/dev/shm")

@@ -11,7 +11,7 @@ import pytest
 import pgsignals
 from pgsignals import Hub
 from tests.commands import Command, run
-from tests.conftest import Database, Recorder
+from tests.conftest import DEADLINE, Database, Recorder
 from tests.test_cli_terminal import ESCAPE, Terminal, terminal
 
 __all__ = ["terminal"]
@@ -63,7 +63,7 @@ def test_without_waiting(dsn: str, hub: Hub, recorder: Recorder) -> None:
     assert interrupted.err == ["Backfill 2 goes on: see `pgsignals backfills list`."]
     assert run("backfills", "cancel", "1", dsn=dsn).out == ["Cancelled backfill 1."]
     hub.start(dsn, ["users"], delivery="outbox", name="mailer")
-    assert pgsignals.Backfill(dsn, 2).wait(15)
+    assert pgsignals.Backfill(dsn, 2).wait(DEADLINE)
     assert len(recorder.items) == 300
     assert hub.status().outbox is not None
     assert hub.status().outbox.backfills == ()

@@ -14,7 +14,7 @@ from pgsignals import Hub
 from pgsignals.outbox import administration
 from pgsignals.outbox.housekeeping import tidy
 from tests.commands import run
-from tests.conftest import Database, Recorder
+from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
 
@@ -122,8 +122,8 @@ def test_dead_letters(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> N
 
     hub.start(dsn, ["orders"], delivery="outbox", name="mailer")
     db("INSERT INTO orders VALUES (1), (2)")
-    assert kept.acquire(timeout=15)
-    assert kept.acquire(timeout=15)
+    assert kept.acquire(timeout=DEADLINE)
+    assert kept.acquire(timeout=DEADLINE)
     hub.stop()
     listed = json.loads(text(run("dead-letters", "list", "--json", "--dsn", dsn).out))
     first, second = (each["id"] for each in listed["dead_letters"])

@@ -17,7 +17,7 @@ from sqlalchemy import orm
 
 import pgsignals
 from pgsignals import ConfigurationError, Hub, ReceiverError, WatcherError, watch
-from tests.conftest import Database, Recorder
+from tests.conftest import DEADLINE, Database, Recorder
 
 
 class Base(orm.DeclarativeBase):
@@ -66,7 +66,7 @@ def sentinel(db: Database, hub: Hub) -> Callable[[], None]:
     def wait() -> None:
         with hub.stream("sentinel") as events:
             db("INSERT INTO sentinel DEFAULT VALUES")
-            assert events.get(15) is not None
+            assert events.get(DEADLINE) is not None
 
     return wait
 

@@ -127,7 +127,7 @@ def test_whatever_breaks_every_loss_lies_in_a_gap(proxy_server: Server) -> None:
         chosen = random.Random(7).choices(faults.all, k=20)
         for number, fault in enumerate(chosen, 1):
             fault()
-            assert back.acquire(timeout=30), f"no Gap after fault {number}, {fault.__name__}"
+            assert back.acquire(timeout=DEADLINE), f"no Gap after fault {number}, {fault.__name__}"
             writer.wrote(5)
         writer.wrote(20)
         writer.stop()

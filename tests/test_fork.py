@@ -40,7 +40,7 @@ def receive(event):
     arrived.release()
 
 def wait():
-    assert arrived.acquire(timeout=15)
+    assert arrived.acquire(timeout=60)
 """
 
 
@@ -131,7 +131,7 @@ def test_the_child_may_start_by_itself(dsn: str) -> None:
         parent = os.getpid()
 
         def work():
-            assert ready.wait(15)
+            assert ready.wait(60)
             insert()
             wait()
 

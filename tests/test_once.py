@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import psycopg2
 import pytest
-from conftest import Database, Recorder
 
 import pgsignals
+from tests.conftest import Database, Recorder
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 import pytest
-from conftest import DEADLINE, Database
 
 import pgsignals
 from pgsignals.sources import outbox
+from tests.conftest import DEADLINE, Database
 
 
 def test_a_backlog_does_not_fill_the_memory(hub: pgsignals.Hub, dsn: str, db: Database) -> None:

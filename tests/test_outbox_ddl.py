@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, Database, Recorder
-from test_outbox_relay import Broker
 
 import pgsignals
 from pgsignals.triggers import installer
 from tests.commands import run
+from tests.conftest import DEADLINE, Database, Recorder
+from tests.test_outbox_relay import Broker
 
 NAMED = pgsignals.watch("items", "inserted", extra=["name"])
 PLAIN = pgsignals.watch("items", "inserted")

@@ -7,7 +7,6 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import DEADLINE, Database, Recorder
 
 import pgsignals
 from pgsignals.outbox import housekeeping
@@ -17,6 +16,7 @@ from pgsignals.triggers import names
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import prune
 from tests.commands import run
+from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
 

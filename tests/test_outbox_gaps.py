@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 
 import pytest
-from conftest import Database, Recorder
-from test_outbox_relay import Broker
 
 import pgsignals
 from tests.commands import Program
+from tests.conftest import DEADLINE, Database, Recorder
+from tests.test_outbox_relay import Broker
 from tests.waiting import eventually
 
 CONSUME = """
@@ -139,7 +139,7 @@ def test_a_consumer_that_was_removed(hub: pgsignals.Hub, shop: Database) -> None
 
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
     shop("DELETE FROM pgsignals.consumers")
-    assert called.wait(15)
+    assert called.wait(DEADLINE)
     other, gaps = pgsignals.Hub(), Recorder()
     other.on_gap(gaps)
     try:
@@ -161,7 +161,7 @@ def test_a_broker_that_is_away_when_something_is_lost(hub: pgsignals.Hub, shop: 
     away.away.set()
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[away])
     # It has been told, and does not acknowledge.
-    assert away.refused.wait(15)
+    assert away.refused.wait(DEADLINE)
     assert not hub.stop(0.5)
     back = Broker()
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[back])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import closing
 
 import psycopg2
-from conftest import DEADLINE, Recorder
 from psycopg2 import sql
 
 import pgsignals
 from pgsignals.testing import Server
+from tests.conftest import DEADLINE, Recorder
 
 
 def test_a_promotion_is_noticed_at_once(hub: pgsignals.Hub, recorder: Recorder) -> None:

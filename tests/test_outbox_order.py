@@ -6,10 +6,10 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import Database, Recorder
 
 import pgsignals
 from pgsignals.testing import Server
+from tests.conftest import Database, Recorder
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import DEADLINE, Database, Recorder
 
 import pgsignals
 from pgsignals.outbox.store import Store
 from pgsignals.sources.outbox import OutboxSource
+from tests.conftest import DEADLINE, Database, Recorder
 
 
 @pytest.fixture

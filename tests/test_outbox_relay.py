@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from conftest import Database, Recorder
 
 import pgsignals
+from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
 
@@ -62,7 +62,7 @@ def test_a_broker_that_is_away(hub: pgsignals.Hub, shop: Database, recorder: Rec
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
     shop("INSERT INTO items SELECT generate_series(1, 1000)")
     assert len(recorder.wait(1000)) == 1000
-    assert broker.refused.wait(15)
+    assert broker.refused.wait(DEADLINE)
     [backend] = eventually(lambda: hub.status().backends, lambda found: found[0].depth == 1000)
     assert not backend.ready
     assert backend.active
@@ -77,7 +77,7 @@ def test_it_goes_on_where_the_broker_was(hub: pgsignals.Hub, shop: Database) -> 
     broker.away.set()
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
     shop("INSERT INTO items VALUES (1)")
-    assert broker.refused.wait(15)
+    assert broker.refused.wait(DEADLINE)
     assert not hub.stop(0.5)
     names = shop("SELECT name, acknowledged FROM pgsignals.consumers ORDER BY name")
     assert names == [("mailer", 1), ("mailer/broker", 0)]
@@ -140,7 +140,7 @@ def test_a_backend_keeps_its_cursor_by_its_name(hub: pgsignals.Hub, shop: Databa
     hub.start(shop.dsn, ["items"], backends={"gone": gone, "kept": kept}, **start)
     shop("INSERT INTO items VALUES (1)")
     gone.acknowledged.wait(1)
-    assert kept.refused.wait(15)
+    assert kept.refused.wait(DEADLINE)
     assert not hub.stop(0.1)
     back = Broker()
     hub.start(shop.dsn, ["items"], backends={"kept": back}, **start)
@@ -161,16 +161,16 @@ def test_a_backfill_for_the_broker(hub: pgsignals.Hub, shop: Database, recorder:
     hub.on("items")(recorder)
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
     backfill = hub.backfill("items", name="mailer/broker", chunk=100)
-    assert broker.refused.wait(15)
+    assert broker.refused.wait(DEADLINE)
     assert backfill.done == 0
     broker.away.clear()
-    assert backfill.wait(15)
+    assert backfill.wait(DEADLINE)
     events = broker.acknowledged.wait(1000)
     assert [(event.op, event.id) for event in events] == [
         ("snapshot", number) for number in range(1, 1001)
     ]
     assert not recorder.items
-    assert hub.backfill("items", where="id = 7").wait(15)
+    assert hub.backfill("items", where="id = 7").wait(DEADLINE)
     assert [event.id for event in recorder.items] == [7]
     assert len(broker.acknowledged.items) == 1000
 
@@ -182,7 +182,7 @@ def test_a_table_that_went_before_a_relay_came_back(hub: pgsignals.Hub, shop: Da
     away.away.set()
     hub.start(shop.dsn, ["items"], backends={"main": away}, **start)
     shop("INSERT INTO items VALUES (1), (2)")
-    assert away.refused.wait(15)
+    assert away.refused.wait(DEADLINE)
     hub.stop(0.1)
     shop("DROP TABLE items")
     back = Broker()
@@ -198,7 +198,7 @@ def test_backfill_of_a_relay(hub: pgsignals.Hub, shop: Database) -> None:
     hub.start(shop.dsn, ["items"], delivery="outbox", name="shop", backends=backends, workers=0)
     with pytest.raises(pgsignals.ConfigurationError, match="'shop/first', 'shop/second'"):
         hub.backfill("items")
-    assert hub.backfill("items", name="shop/second").wait(15)
+    assert hub.backfill("items", name="shop/second").wait(DEADLINE)
     events = second.acknowledged.wait(50)
     assert [(event.op, event.id) for event in events] == [("snapshot", n) for n in range(1, 51)]
     assert first.acknowledged.items == []
@@ -211,7 +211,7 @@ def test_at_the_end_no_backend_reads_on(hub: pgsignals.Hub, shop: Database) -> N
     backends = {"away": away, "there": there}
     hub.start(shop.dsn, ["items"], delivery="outbox", name="shop", backends=backends, workers=0)
     shop("INSERT INTO items VALUES (0)")
-    assert away.refused.wait(15)
+    assert away.refused.wait(DEADLINE)
     there.acknowledged.wait(1)
     stopping = threading.Thread(target=hub.stop, args=(3.0,))
     stopping.start()
@@ -233,7 +233,7 @@ def test_what_another_process_sends_is_given_up(hub: pgsignals.Hub, shop: Databa
     broker.away.set()
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
     shop("INSERT INTO items VALUES (1)")
-    assert broker.refused.wait(15)
+    assert broker.refused.wait(DEADLINE)
     own = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
     before = {pid for (pid,) in shop(own)}
     second = pgsignals.Hub()
@@ -252,6 +252,6 @@ def test_what_another_process_sends_is_given_up(hub: pgsignals.Hub, shop: Databa
 
         eventually(taken_over, bool)
         assert [event.id for event in other.acknowledged.wait(1)] == [1]
-        assert broker.closed.wait(15)
+        assert broker.closed.wait(DEADLINE)
     finally:
         second.stop()

@@ -10,10 +10,10 @@ import threading
 
 import psycopg2
 import pytest
-from conftest import DEADLINE, Database, Recorder
 
 import pgsignals
 from pgsignals.outbox.housekeeping import tidy
+from tests.conftest import DEADLINE, Database, Recorder
 
 RETENTION = 4_000_000
 # Rows of 100,000 bytes.

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import psycopg2
 import pytest
-from conftest import Database
 
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
+from tests.conftest import Database
 
 CONSUME = """
 import os, sys

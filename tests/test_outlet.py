@@ -14,7 +14,7 @@ import pgsignals
 from pgsignals.cloudevents import Received, read
 from pgsignals.testing.proxy import Proxy
 from tests.brokers import Kafka, as_written, free_port, read_all
-from tests.conftest import Database, Recorder
+from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
 
@@ -76,7 +76,7 @@ def test_a_slow_broker_alone_misses_events(
         recorder.wait(first + 500)
         fast.arrived.wait(first + 500)
         most = max(most, hub.status().backends[0].depth)
-    assert slow.stuck.wait(15)
+    assert slow.stuck.wait(DEADLINE)
     # One message more than there is room for, at most.
     assert 1000 <= most < 2000
     status = hub.status().backends[0]

@@ -389,10 +389,10 @@ def test_stop_before_the_restart_after_a_fork(dsn: str) -> None:
         admin.cursor().execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         pid = os.fork()
         if pid == 0:
-            assert tried.wait(15)
+            assert tried.wait(60)
             [restart] = [t for t in threading.enumerate() if t.name == "pgsignals-restart"]
             assert pgsignals.stop()
-            restart.join(15)
+            restart.join(60)
             os._exit(int(restart.is_alive() or hub.running))
         _, status = os.waitpid(pid, 0)
         admin.cursor().execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")

@@ -149,7 +149,7 @@ class KafkaBroker:
             consumer.assign(places)
             found: list[int] = []
             while len(found) < sum(ends):
-                arrived = consumer.consume(10_000, timeout=DEADLINE)
+                arrived = consumer.consume(sum(ends) - len(found), timeout=DEADLINE)
                 assert arrived, f"{len(found)} of {sum(ends)}"
                 found += [json.loads(each.value())["key"]["id"] for each in arrived]
             return found
