@@ -250,6 +250,16 @@ def test_close_leaves_nothing() -> None:
     server.close()
 
 
+def test_its_data_lies_in_the_folder_given() -> None:
+    """The folder holds all that the server has, and nothing after it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        folder.chmod(0o755)
+        with Server(folder=folder) as server:
+            assert home_of(server).parent == folder
+        assert list(folder.iterdir()) == []
+
+
 def test_a_failed_start_shows_the_log_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting that PostgreSQL refuses is in the error's text, and no folder remains."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

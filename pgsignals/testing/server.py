@@ -156,7 +156,8 @@ class Server:
     :param settings: Lines for ``postgresql.conf``, as in ``{"wal_level": "logical"}``.
     :param fsync: Whether commits wait for the disk. Off is faster, and enough for tests.
     :param folder: Where its data lies, by default the system's folder for temporary files. One
-        in memory, like ``/dev/shm``, makes a server faster that is given many databases.
+        in memory, like ``/dev/shm``, makes a server faster that is given many databases. The user
+        that the server runs as must be allowed to enter it.
     :param password: The superuser's; without one, everybody on this machine is trusted.
     :param tls: Whether to offer TLS, with a self-signed certificate for ``localhost``. Needs
         the ``openssl`` program, and binaries built with TLS, which the extra's are not.
