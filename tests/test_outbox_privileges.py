@@ -337,6 +337,30 @@ def test_an_installer_that_lacks_a_right(
     assert db("SELECT count(*) FROM pgsignals.outbox") == [(len(grants),)]
 
 
+def test_an_installer_tells_consumers_what_they_missed(
+    hub: Hub, dsn: str, db: Database, role: str, as_role: Database, recorder: Recorder
+) -> None:
+    """With exactly the documented rights, creating a trigger that was missing gives them a Gap."""
+    hub.on_gap(recorder)
+    db(f"GRANT CREATE ON SCHEMA public TO {role}")
+    theirs = "CREATE TABLE theirs (id int PRIMARY KEY)"
+    as_role(theirs)
+    Hub().start(dsn, ["orders"], delivery="outbox").stop()
+    for grant in documented_grants("installer"):
+        db(f"GRANT {grant} TO {role}")
+    as_installer = dsn.replace("postgres@", f"{role}@")
+    install = ("install", "theirs", "--delivery", "outbox")
+    assert run(*install, dsn=as_installer).code == 0
+    consumer = {"delivery": "outbox", "name": "mailer", "install": "check"}
+    with hub.start(dsn, ["theirs"], **consumer):
+        pass
+    as_role(f"DROP TABLE theirs; {theirs}; INSERT INTO theirs VALUES (1)")
+    installed = run(*install, dsn=as_installer)
+    assert installed.code == 0
+    hub.start(dsn, ["theirs"], **consumer)
+    assert [gap.reason for gap in recorder.wait(1)] == ["retention"]
+
+
 @pytest.fixture
 def consumer(dsn: str, db: Database, role: str, as_role: Database) -> Database:
     """A session of a role with exactly the rights that the documentation gives a consumer."""

@@ -252,13 +252,14 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
         _check_definer(cursor, table)
 
 
-# What the functions do that write to the outbox, with the rights of who installs them; and noting
-# what they write.
+# What the functions do that write to the outbox, with the rights of who installs them; noting what
+# they write; and, where a trigger was missing, that consumers have lost events.
 _OUTBOX_RIGHTS = """
 SELECT needed.privilege, needed.kind, needed.relation
 FROM (VALUES ('INSERT', 'TABLE', 'outbox'), ('SELECT', 'TABLE', 'settings'),
-             ('SELECT', 'TABLE', 'channels'), ('INSERT', 'TABLE', 'channels'),
-             ('UPDATE', 'TABLE', 'channels'), ('UPDATE', 'SEQUENCE', 'outbox_id'),
+             ('SELECT', 'TABLE', 'consumers'), ('SELECT', 'TABLE', 'channels'),
+             ('INSERT', 'TABLE', 'channels'), ('UPDATE', 'TABLE', 'channels'),
+             ('UPDATE', 'SEQUENCE', 'outbox_id'),
              ('UPDATE', 'SEQUENCE', 'outbox_shed'), ('UPDATE', 'SEQUENCE', 'outbox_full'),
              ('SELECT', 'SEQUENCE', 'outbox_full'), ('SELECT', 'SEQUENCE', 'outbox_slot')
      ) AS needed (privilege, kind, relation)
@@ -267,6 +268,11 @@ JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = needed.rela
 WHERE NOT CASE needed.kind
   WHEN 'TABLE' THEN pg_catalog.has_table_privilege(c.oid, needed.privilege)
   ELSE pg_catalog.has_sequence_privilege(c.oid, needed.privilege) END
+UNION ALL
+SELECT 'UPDATE (lost_until)', 'TABLE', 'consumers'
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = 'pgsignals' AND c.relname = 'consumers'
+  AND NOT pg_catalog.has_column_privilege(c.oid, 'lost_until', 'UPDATE')
 UNION ALL
 SELECT 'EXECUTE', 'FUNCTION', 'has_room'
 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace

@@ -546,17 +546,13 @@ def registration(hashed: str, definition: str) -> list[sql.Composable]:
         "DO $pgsignals$ DECLARE\n"
         "  consumer text;\n"
         "BEGIN\n"
-        "  IF pg_catalog.has_table_privilege('pgsignals.consumers', 'SELECT')\n"
-        "    AND pg_catalog.has_table_privilege('pgsignals.consumers', 'UPDATE')\n"
-        "  THEN\n"
-        "    FOR consumer IN\n"
-        "      UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()\n"
-        "      WHERE ({channel})::bigint OPERATOR(pg_catalog.=) ANY (channels) RETURNING name\n"
-        "    LOOP\n"
-        "      RAISE WARNING 'the consumer % has missed what was written while a trigger was"
+        "  FOR consumer IN\n"
+        "    UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()\n"
+        "    WHERE ({channel})::bigint OPERATOR(pg_catalog.=) ANY (channels) RETURNING name\n"
+        "  LOOP\n"
+        "    RAISE WARNING 'the consumer % has missed what was written while a trigger was"
         " missing', consumer;\n"
-        "    END LOOP;\n"
-        "  END IF;\n"
+        "  END LOOP;\n"
         "END $pgsignals$",
     )
     return [
