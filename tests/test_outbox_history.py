@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from contextlib import closing
+from pathlib import Path
 
 import psycopg2
+import pytest
 from psycopg2 import sql
 
 import pgsignals
 from pgsignals.testing import Server
-from tests.conftest import DEADLINE, Recorder
+from tests.conftest import DEADLINE, Database, Recorder
 
 
 def test_a_promotion_is_noticed_at_once(hub: pgsignals.Hub, recorder: Recorder) -> None:
@@ -65,6 +68,44 @@ def test_a_restored_database_is_noticed(
     hub.start(f"{address}/{name}_restored", ["items"], delivery="outbox", name="mailer")
     [gap] = recorder.wait(1)
     assert gap.reason == "restored"
+
+
+@pytest.mark.parametrize("meanwhile", ["it runs", "it is down"])
+def test_a_restore_over_the_database_is_noticed(
+    server: Server,
+    dsn: str,
+    db: Database,
+    hub: pgsignals.Hub,
+    recorder: Recorder,
+    tmp_path: Path,
+    meanwhile: str,
+) -> None:
+    """``pg_restore --clean`` takes back what was delivered: a Gap says so, and events go on."""
+    db("CREATE TABLE items (id bigint PRIMARY KEY)")
+    gaps = Recorder()
+    hub.on_gap(gaps)
+    hub.on("items", "inserted")(recorder)
+    hub.start(dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
+    db("INSERT INTO items VALUES (1)")
+    recorder.wait(1)
+    dump = tmp_path / "dump"
+    programs = server.installation.bindir
+    subprocess.run([programs / "pg_dump", "-Fc", f"--file={dump}", dsn], check=True)
+    db("INSERT INTO items VALUES (2)")
+    recorder.wait(2)
+    if meanwhile == "it is down":
+        assert hub.stop()
+    # In one transaction, so that no consumer finds half of it.
+    restore = [programs / "pg_restore", "--clean", "--if-exists", "-1", f"--dbname={dsn}", dump]
+    subprocess.run(restore, check=True)
+    assert db("SELECT id FROM items") == [(1,)]
+    if meanwhile == "it is down":
+        hub.start(dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
+    assert "restored" in [
+        gap.reason for gap in gaps.wait_until(lambda gap: gap.reason == "restored")
+    ]
+    db("INSERT INTO items VALUES (3)")
+    recorder.wait_until(lambda event: event.id == 3)
 
 
 def test_a_claim_outlives_a_crash_of_the_server(hub: pgsignals.Hub) -> None:

@@ -276,19 +276,24 @@ class Store:
             (names.LOCK_CLASS, names.ALIVE_LOCK),
         )
 
-    def epoch(self) -> str:
-        """Names this history: the cluster and the database, and the promotions that led here.
+    def surroundings(self) -> tuple[str, bool]:
+        """The name of this history, and whether other consumers live.
 
-        The control file knows of a promotion only after the next checkpoint; names of WAL files do
-        at once.
+        The history is that of the cluster, the database and its outbox, which a restore over them
+        makes anew, and of the promotions that led here. The control file knows of a promotion only
+        after the next checkpoint; names of WAL files do at once.
         """
-        [(cluster, database, timeline)] = self._execute(
-            "SELECT system_identifier, d.oid, pg_catalog.left("
-            "pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8)"
+        [(cluster, database, outbox, timeline, consumers)] = self._execute(
+            "SELECT system_identifier, d.oid, 'pgsignals.outbox'::pg_catalog.regclass::oid,"
+            " pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8),"
+            " (SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks"
+            " WHERE locktype = 'advisory' AND classid = %s AND objid = %s AND objsubid = 2"
+            " AND mode = 'ShareLock' AND granted AND database = d.oid)"
             " FROM pg_catalog.pg_control_system(), pg_catalog.pg_database AS d"
-            " WHERE d.datname = pg_catalog.current_database()"
+            " WHERE d.datname = pg_catalog.current_database()",
+            (names.LOCK_CLASS, names.ALIVE_LOCK),
         )
-        return f"{cluster}-{database}/{int(timeline, 16)}"
+        return f"{cluster}-{database}-{outbox}/{int(timeline, 16)}", consumers > 1
 
     def register(
         self,
@@ -443,17 +448,6 @@ class Store:
     def wake_others(self) -> None:
         """Tell the other consumers that there may be something."""
         self._execute(f"NOTIFY {WAKE_CHANNEL}, 'awake'")
-
-    def company(self) -> bool:
-        """Whether other consumers live."""
-        [(count,)] = self._execute(
-            "SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks"
-            " WHERE locktype = 'advisory' AND classid = %s AND objid = %s AND objsubid = 2"
-            " AND mode = 'ShareLock' AND granted AND database = (SELECT oid FROM"
-            " pg_catalog.pg_database WHERE datname = pg_catalog.current_database())",
-            (names.LOCK_CLASS, names.ALIVE_LOCK),
-        )
-        return int(count) > 1
 
     def writers_under_way(self) -> bool:
         """Whether a transaction that has written to the outbox goes on."""

@@ -204,7 +204,7 @@ class Claims:
         our_cluster, _, our_timeline = self.epoch.partition("/")
         detail = ""
         if cluster != our_cluster:
-            detail = f"cluster and database are others: {our_cluster}, and were {cluster}"
+            detail = f"cluster, database or outbox are others: {our_cluster}, and were {cluster}"
         elif part.acknowledged.snapshot.xmax > look.snapshot.xmax:
             detail = "the database has gone back in time"
         if detail:

@@ -21,7 +21,7 @@ import psycopg2
 from psycopg2.extensions import cursor as DatabaseCursor
 
 from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
-from ..errors import ConnectError, PayloadError, PgSignalsError, PrivilegeError
+from ..errors import ConnectError, DatabaseError, PayloadError, PgSignalsError, PrivilegeError
 from ..events import Event, Gap, Message, Topic
 from ..metrics import Meter
 from ..outbox.backfill import NOTICE, BackfillStore
@@ -355,7 +355,8 @@ class OutboxSource:
         self._clock_offset = server - datetime.now(timezone.utc)
         self._decoders = self._preparer.decoders(store.channels(), self._cast)
         channels = [names.channel_key(each.trigger.hash) for each in self._definitions]
-        self._claims.enrol(store, store.epoch(), channels)
+        epoch, _ = store.surroundings()
+        self._claims.enrol(store, epoch, channels)
         self._backfilling.begin(
             BackfillStore(session, self.name, self._timing.timeout),
             [each.decoder for each in self._decoders.values()],
@@ -400,7 +401,7 @@ class OutboxSource:
                 due = now >= renew_at
                 if due:
                     renew_at = now + self._consumer.lease / 3
-                    state.company = store.company()
+                    self._look_around(store)
                     self._redeliver_letters(store)
                 self._acknowledge(store, due)
             if more:
@@ -413,6 +414,12 @@ class OutboxSource:
                 if any(part.busy for part in parts.values()):
                     wake_at = min(wake_at, acknowledge_at)
             session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
+
+    def _look_around(self, store: Store) -> None:
+        epoch, self._state.company = store.surroundings()
+        if epoch != self._claims.epoch:
+            # Beginning anew, receivers get a Gap.
+            raise DatabaseError("the outbox has been made anew, by a restore say")
 
     def _heard(self, session: Session) -> bool:
         """Whether somebody says that there may be something."""
