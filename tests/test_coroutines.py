@@ -172,7 +172,8 @@ def test_batches_and_gaps(hub: Hub, dsn: str, db: Database, recorder: Recorder) 
         db(WRITE, [1])
         recorder.wait(1)
         db(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            "SELECT pg_terminate_backend(pid, 20000) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid()"
             " AND application_name = 'pgsignals' AND datname = current_database()"
         )
         assert recorder.wait(2) == [[1], "reconnected"]

@@ -360,7 +360,8 @@ def test_a_dead_connection_heals(migrated: Project, db: Database) -> None:
         assert listener.out() == f"order {number}: new -> paid"
         # Everything but the listening itself, which has its own ways of healing.
         db(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+            "SELECT pg_terminate_backend(pid, 20000) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid()"
             " AND datname = current_database() AND application_name <> 'pgsignals'"
         )
 
@@ -382,7 +383,7 @@ def test_connections_do_not_leak(migrated: Project, db: Database, age: str) -> N
         assert listener.out() == f"order {number} of Ann: nothing yet"
         assert eventually(lambda: len(db(others)), lambda count: count == expected) == expected
         if age == "None":
-            db(f"SELECT pg_terminate_backend(pid) FROM ({others}) AS cut")
+            db(f"SELECT pg_terminate_backend(pid, 20000) FROM ({others}) AS cut")
 
 
 def free_port() -> int:
@@ -486,7 +487,8 @@ def test_a_gap_comes_with_healthy_connections(migrated: Project, db: Database) -
     db("INSERT INTO shop_order (customer) VALUES ('Ann')")
     listener.out()
     db(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        "SELECT pg_terminate_backend(pid, 20000) FROM pg_stat_activity"
+        " WHERE pid <> pg_backend_pid()"
         " AND datname = current_database()"
     )
     assert listener.out() == "gap, 1 orders"
