@@ -262,7 +262,9 @@ def test_an_id_of_another_database(
 ) -> None:
     """An id means nothing in another database, nor in another history of the same one."""
     theirs = process().position
-    monkeypatch.setattr("pgsignals.outbox.store.Store.epoch", lambda store: "1-2/3")
+    monkeypatch.setattr(
+        "pgsignals.outbox.store.Store.surroundings", lambda store: ("1-2-3/4", False)
+    )
     assert Tab(process(), Browser(last_id=theirs)).wait(1) == ["unknown_id"]
 
 
@@ -383,9 +385,13 @@ def test_statements_that_found_the_outbox_full(process: Process, shop: Database)
         ),
         lambda found: found == [(0,)],
     )
+    # Of fifty writers, one looks whether it is full.
+    [(most,)] = shop("SELECT retention_bytes FROM pgsignals.settings")
+    shop("UPDATE pgsignals.settings SET retention_bytes = 0")
     shop("SELECT setval('pgsignals.outbox_full', 1)")
     shop("INSERT INTO items VALUES (2)")
     shop("SELECT setval('pgsignals.outbox_full', 0)")
+    shop("UPDATE pgsignals.settings SET retention_bytes = %s", [most])
     assert Tab(process(), tab.browser).wait(2) == [1, "retention"]
 
 
