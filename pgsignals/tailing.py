@@ -339,9 +339,9 @@ class _TailSource(OutboxSource):
 
     def _begun(self, store: Store, part: Part) -> None:
         """Leave out what came before, which readers have, or read again by themselves."""
-        given_out = store.look(awake=True).given_out
-        first = store.begin() + 1
-        part.start_at(store.look(awake=True), first, given_out)
+        before = store.look(awake=True, begin=True)
+        assert before.began is not None
+        part.start_at(store.look(awake=True), before.began + 1, before.given_out)
         self._tail.began(_place(part, part.since), self._claims.epoch)
 
     def _read_page(self, store: Store, part: Part) -> bool:

@@ -8,7 +8,8 @@ import pytest
 
 import pgsignals
 from pgsignals.sources import outbox
-from tests.conftest import DEADLINE, Database
+from tests.conftest import DEADLINE, Database, Recorder
+from tests.waiting import eventually
 
 
 def test_a_backlog_does_not_fill_the_memory(hub: pgsignals.Hub, dsn: str, db: Database) -> None:
@@ -63,3 +64,33 @@ def test_reading_goes_on_between_acknowledgements(
     monkeypatch.setattr(outbox, "ACKNOWLEDGE_SECONDS", 3600.0)
     hub.start(dsn, ["items"], delivery="outbox", name="mailer", queue_size=1000, lease=3600.0)
     assert done.wait(4 * DEADLINE), left
+
+
+def test_a_page_does_not_look_through_former_ones(
+    hub: pgsignals.Hub,
+    dsn: str,
+    db: Database,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However fast rows come, each is looked at a few dozen times at most."""
+    monkeypatch.setattr(outbox, "NOTE_SECONDS", 1e9)
+    db("CREATE TABLE items (id bigint PRIMARY KEY)")
+    hub.on("items", "inserted")(recorder)
+    hub.start(dsn, ["items"], delivery="outbox", name="mailer")
+    rows = 400
+    for number in range(rows):
+        db("INSERT INTO items VALUES (%s)", (number,))
+        recorder.wait(number + 1)
+    assert hub.stop()
+
+    def seen() -> int:
+        [(count,)] = db(
+            "SELECT sum(idx_tup_read)::bigint FROM pg_stat_user_indexes"
+            " WHERE schemaname = 'pgsignals' AND relname LIKE 'outbox%'"
+        )
+        return int(count)
+
+    # Counts come once the session has gone.
+    found = eventually(seen, lambda count: count >= rows)
+    assert found < 2 * outbox.NOTE_ROWS * rows

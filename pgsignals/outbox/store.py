@@ -65,12 +65,17 @@ class Claim:
 
 @dataclass(frozen=True)
 class Look:
-    """The database at one moment: its snapshot, and a later count of ids and of what was shed."""
+    """The database at one moment: its snapshot, and a later count of ids and of what was shed.
+
+    ``began``, if asked for, is the id of a transaction of ours: those above it began after so many
+    ids had been given out.
+    """
 
     snapshot: Snapshot
     given_out: int
     shed: int
     awake: bool
+    began: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,12 @@ class Progress:
 
 
 _PREPARE = f"""
-PREPARE pgsignals_look (boolean) AS
+PREPARE pgsignals_look (boolean, boolean) AS
 SELECT pg_catalog.pg_current_snapshot()::text, i.last_value, s.last_value,
        CASE WHEN $1 THEN true
-            ELSE pg_catalog.pg_try_advisory_lock({names.LOCK_CLASS}, {names.AWAKE_LOCK}) END
+            ELSE pg_catalog.pg_try_advisory_lock({names.LOCK_CLASS}, {names.AWAKE_LOCK}) END,
+       -- Begun once that has been read, on which it depends.
+       CASE WHEN $2 AND i.last_value >= 0 THEN pg_catalog.pg_current_xact_id() END::text
 FROM pgsignals.outbox_id AS i, pgsignals.outbox_shed AS s
 """
 
@@ -413,17 +420,17 @@ class Store:
         """Remove the consumer and its cursor."""
         self._execute("DELETE FROM pgsignals.consumers WHERE name = %s", (self._consumer,))
 
-    def look(self, awake: bool) -> Look:
-        """What there is by now; unless ``awake`` already, try to be who is."""
-        [(snapshot, given_out, shed, awake)] = self._execute(
-            "EXECUTE pgsignals_look (%s)", (awake,)
-        )
-        return Look(Snapshot.parse(snapshot), given_out, shed, awake)
+    def look(self, awake: bool, begin: bool = False) -> Look:
+        """What there is by now; unless ``awake`` already, try to be who is.
 
-    def begin(self) -> int:
-        """The id of a transaction of ours: those above it begin later."""
-        [(txid,)] = self._execute("SELECT pg_catalog.pg_current_xact_id()::text")
-        return int(txid)
+        With ``begin`` it takes a transaction's id, of which there are so many.
+        """
+        [(snapshot, given_out, shed, awake, began)] = self._execute(
+            "EXECUTE pgsignals_look (%s, %s)", (awake, begin)
+        )
+        return Look(
+            Snapshot.parse(snapshot), given_out, shed, awake, None if began is None else int(began)
+        )
 
     def read(self, window: Window, last_id: int) -> list[Row]:
         """The next rows of a window, by id; none when it is at its end."""

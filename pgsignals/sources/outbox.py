@@ -56,7 +56,9 @@ from .opening import (
 log = logging.getLogger("pgsignals")
 
 ACKNOWLEDGE_SECONDS = 0.2
-# How often, awake, it notes from which id on later transactions write: at the price of an id.
+# How often, awake, it notes from which id on later transactions write, at the price of a
+# transaction's id: after so many rows, which it would read again with each page, or so long.
+NOTE_ROWS = 50
 NOTE_SECONDS = 0.1
 # How often a part that another process reads is asked for.
 CLAIM_SECONDS = 0.5
@@ -152,7 +154,7 @@ class OutboxSource:
         self._definitions: Sequence[Definition] = ()
         self._decoders: Mapping[int, ChannelDecoder] = {}
         self._claims = Claims(consumer, self.name, sink.gap, self.now, self._begun)
-        self._given_out = 0
+        self._given_out = self._noted = 0
         self._noted_at = 0.0
         self._letters = Letters(meter)
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -447,16 +449,17 @@ class OutboxSource:
         with contextlib.suppress(Empty):
             while True:
                 asked.append(self._asked.get_nowait())
-        look = store.look(awake=state.held or not state.awake)
+        new = self._given_out - self._noted
+        note = new >= NOTE_ROWS or (new > 0 and self._turned_at - self._noted_at >= NOTE_SECONDS)
+        look = store.look(awake=state.held or not state.awake, begin=state.awake and note)
         if state.awake:
             state.held = look.awake
         state.seen = look.snapshot
-        given_out, self._given_out = self._given_out, look.given_out
-        if state.awake and self._turned_at - self._noted_at >= NOTE_SECONDS:
-            self._noted_at = self._turned_at
-            first = store.begin() + 1
+        self._given_out = look.given_out
+        if look.began is not None:
+            self._noted, self._noted_at = look.given_out, self._turned_at
             for part in parts:
-                part.floors.note(first, given_out)
+                part.floors.note(look.began + 1, look.given_out)
         self._awaited += [(look.snapshot, call) for call in asked]
         found = more = stirred = filling = False
         for part in parts:

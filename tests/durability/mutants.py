@@ -58,8 +58,8 @@ def read_by_transaction() -> None:
     """``txid < xmin``, by transactions: one that began earlier and wrote later comes first."""
     look = store.Store.look
 
-    def look_at_xmin(self: store.Store, awake: bool) -> Look:
-        seen = look(self, awake)
+    def look_at_xmin(self: store.Store, awake: bool, begin: bool = False) -> Look:
+        seen = look(self, awake, begin)
         return replace(seen, snapshot=Snapshot(seen.snapshot.xmin, seen.snapshot.xmin))
 
     _read_with("ORDER BY id LIMIT", "ORDER BY txid, id LIMIT")
