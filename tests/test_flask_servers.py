@@ -19,6 +19,7 @@ import pytest
 
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,7 +115,7 @@ def test_gunicorn(dsn: str, db: Database, listener: socket.socket, arguments: li
         line = f"shop item {item} 1"
         served.read_until(lambda: all(line in served.heard[each] for each in workers))
         assert dict(served.heard) == {each: ["connected", line] for each in workers}
-        assert listeners(db) == 2
+        assert eventually(lambda: listeners(db), lambda count: count == 2) == 2
     finally:
         served.end()
 
@@ -170,7 +171,7 @@ def test_flask_run_with_the_reloader(dsn: str, db: Database, project: Path) -> N
         process = int(served.request())
         served.read_until(lambda: served.heard[process] == ["connected"])
         assert process != program.process.pid
-        assert listeners(db) == 1
+        assert eventually(lambda: listeners(db), lambda count: count == 1) == 1
 
         code = (project / "shop.py").read_text()
         (project / "shop.py").write_text(code.replace('"item"', '"changed item"'))
@@ -184,7 +185,7 @@ def test_flask_run_with_the_reloader(dsn: str, db: Database, project: Path) -> N
             process: ["connected"],
             reloaded: ["connected", "shop changed item 1 1"],
         }
-        assert listeners(db) == 1
+        assert eventually(lambda: listeners(db), lambda count: count == 1) == 1
     finally:
         # The reloader's parent does not tell its child of a signal; Ctrl-C in a terminal does.
         for each in [*served.heard, program.process.pid]:
