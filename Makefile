@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: demo test check bench docs clean help
+.PHONY: demo test check bench docs dist clean help
 
 demo: $(VENV)/installed-demo,cli ## show live signals from a throwaway PostgreSQL for 10 seconds
 	$(BIN)/pgsignals demo --seconds 10
@@ -30,8 +30,15 @@ bench: $(VENV)/installed-bench ## measure the figures that the documentation sta
 docs: $(VENV)/installed-docs ## build the documentation into docs/_build
 	$(BIN)/sphinx-build -W -q docs docs/_build
 
+dist: $(VENV)/installed-dist ## build into dist/ what is released, and try each in a fresh environment
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/python -m build --quiet --outdir dist pgsignals_kafka
+	$(BIN)/python -m build --quiet --outdir dist pgsignals_nats
+	$(BIN)/python -m tests.distributions dist $(ARGS)
+
 clean: ## remove the virtual environment, the caches and everything built
-	rm -rf $(VENV) build dist docs/_build *.egg-info .*_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info */*.egg-info .*_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## list the targets
@@ -41,7 +48,7 @@ help: ## list the targets
 $(BIN)/pip:
 	$(PYTHON) -m venv --clear $(VENV)
 
-$(VENV)/installed-%: pyproject.toml | $(BIN)/pip
+$(VENV)/installed-%: $(wildcard pyproject.toml */pyproject.toml) | $(BIN)/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	$(if $(findstring test,$*)$(findstring bench,$*),$(BIN)/pip install --quiet --disable-pip-version-check \
 		--editable ./pgsignals_kafka --editable ./pgsignals_nats)

@@ -5,8 +5,9 @@ The functions here act on one default Hub; ``Hub()`` makes further ones, for a s
 
 from __future__ import annotations
 
-from .backfills import Backfill
-from .errors import (
+from .consumers.backfills.requests import Backfill
+from .consumers.once import once
+from .core.errors import (
     BrokerError,
     ConfigurationError,
     ConnectError,
@@ -25,18 +26,18 @@ from .errors import (
     WaitTimeout,
     WatcherError,
 )
-from .events import Batch, Event, Gap
-from .hookspecs import hookimpl
-from .hub import Hub
-from .inspection import Health, Status
-from .outbox.once import once
-from .receivers import Subscription
-from .streams import Stream
-from .tables import Column, Resolver, Table, TableRef
-from .transaction import context, muted
-from .watchers import Watcher, watch
+from .core.events import Batch, Event, Gap
+from .core.home import Home
+from .core.tables import Column, Resolver, Table, TableRef
+from .core.watchers import Watcher, watch
+from .dispatch.registry import Subscription
+from .dispatch.streams import Stream
+from .hub.hub import Hub
+from .hub.status import Health, Status
+from .plugins.hookspecs import hookimpl
+from .postgres.transaction import context, muted
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 default_hub = Hub()
 """The Hub that the functions of this module act on."""
@@ -73,6 +74,7 @@ __all__ = [
     "Event",
     "Gap",
     "Health",
+    "Home",
     "Hub",
     "InstallLockError",
     "MissingExtraError",

@@ -1,4 +1,4 @@
-"""What pgsignals asks of this package when it meets a URL ``kafka://…``."""
+"""The hooks that pgsignals calls for ``kafka://`` URLs."""
 
 from __future__ import annotations
 

@@ -5,6 +5,6 @@ from __future__ import annotations
 from .broadcaster import NatsBroadcaster
 from .source import NatsSource
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["NatsBroadcaster", "NatsSource"]

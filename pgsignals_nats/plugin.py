@@ -1,4 +1,4 @@
-"""What pgsignals asks of this package when it meets a URL ``nats://…``."""
+"""The hooks that pgsignals calls for ``nats://`` URLs."""
 
 from __future__ import annotations
 

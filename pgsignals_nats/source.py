@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
-import hashlib
-import json
 import logging
-import re
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
 from urllib.parse import unquote
 
 import nats.errors
@@ -20,124 +16,89 @@ import nats.js.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerConfig, ConsumerInfo, DeliverPolicy
 
-from pgsignals import BrokerError, ConfigurationError, Gap, PgSignalsError
+from pgsignals import BrokerError, Gap, PgSignalsError
 from pgsignals.backoff import Backoff
+from pgsignals.cloudevents import attributes_of
 from pgsignals.sources import RemoteSink, Wanted
+from pgsignals.sources.missed import announce_missed
+from pgsignals.urls import taking
 
-from .connection import SUBJECT, Loop, Server, read_url, stream_error
+from .connection import PREFIX, Loop, connect, stream_error, within
+from .consumer import MOST, Consumer
+from .options import Options, SendingOptions
+from .progress import Progress
+from .pulling import AT_ONCE, Pull
 
 log = logging.getLogger("pgsignals.nats")
 
-_AT_ONCE = 500
-# Messages that receivers may have at a time.
-_MOST = 10_000
-# A pull request ends after so long and is made anew, so that a server which has forgotten it, and
-# a consumer that is gone, are noticed.
-_PULL_SECONDS = 5.0
-_ACK_SECONDS = 30.0
-# What ending a request may take.
-_DRAIN_SECONDS = 2.0
-# How soon a loss is noticed.
+# A loss is noticed this soon.
 _LOOK_SECONDS = 2.0
-# A consumer without a name is forgotten by the server when nobody has read for so long.
-_FORGOTTEN_SECONDS = 300.0
+_CONNECT_SECONDS = 20.0
+# The longest pause between tries to connect, or to find the stream, is that of Kafka's client.
+_BACKOFF_SECONDS = 5.0
 
 
 class NatsSource:
     """Reads the subjects of the watched tables from their stream.
 
     With a name it is a durable consumer of that name, which begins with what comes after its first
-    start; without, it reads all from now on. Raises ConfigurationError for what cannot be.
+    start; without, it reads all from now on. Its keywords are the options of ``nats://`` URLs for
+    both sides, ``user``, ``password`` and ``config``. Raises ConfigurationError for an option that
+    is wrong.
     """
 
-    def __init__(
-        self,
-        *hosts: str,
-        prefix: str = "pgsignals",
-        subject: str = SUBJECT,
-        stream: str | None = None,
-        tls: bool = False,
-        ca: str | None = None,
-        cert: str | None = None,
-        key: str | None = None,
-        creds: str | None = None,
-        nkey: str | None = None,
-        user: str | None = None,
-        password: str | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._set_up(
-            Server(
-                hosts,
-                *(prefix, subject, stream, tls, ca, cert, key, creds, nkey, user, password),
-                config or {},
-            )
-        )
+    _sink: RemoteSink
+    _consumer: Consumer
+    _awake: asyncio.Event
+    _jetstream: JetStreamContext
+    _pull: Pull
+
+    @taking(Options)
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._loop: Loop | None = None
+        self._client: Client | None = None
+        self._reading: concurrent.futures.Future[None] | None = None
+        self._stopping = False
+        self._progress = Progress()
+        # The Gap to announce once there is a consumer.
+        self._missed: Gap | None = None
+        self._arrived: list[Msg] = []
+        # Groups of messages that receivers have; the loop's thread counts them.
+        self._pending = 0
 
     @classmethod
     def from_url(cls, url: str) -> NatsSource:
         """``nats://user:password@host:port/?prefix=…``; ``nats://token@host`` for a token."""
-        server, options = read_url(url)
-        if options:
-            raise ConfigurationError(
-                f"nats://…?{next(iter(options))}=… is for backends=, where events are sent to: "
-                "leave it out where they are read."
-            )
-        found = cls.__new__(cls)
-        found._set_up(server)
-        return found
-
-    def _set_up(self, server: Server) -> None:
-        self._server = server
-        self._loop: Loop | None = None
-        self._client: Client | None = None
-        self._stopping = False
-        # Whether what still comes is left to others.
-        self._deaf = False
-        self._consumer = ""
-        # The last message of the stream that has been read, or was none of ours.
-        self._floor = 0
-        # The first that was skipped, when it is not known yet whether it is there and not ours.
-        self._skipped: int | None = None
-        self._heard: datetime | None = None
-        self._arrived: list[Msg] = []
-        self._unsettled: dict[int, Msg] = {}
-        # What is not to come again though nobody could take it, and why.
-        self._refused: dict[int, str] = {}
-        self._pending = 0
-        self._settled = threading.Condition()
+        return cls(**Options.read(url, sending=SendingOptions))
 
     def __str__(self) -> str:
-        return str(self._server)
+        return str(self._options)
 
     def __repr__(self) -> str:
         return f"<NatsSource {self}>"
 
     @property
     def is_connected(self) -> bool:
-        """See RemoteSource."""
         return self._client is not None and self._client.is_connected
 
     @property
     def is_alive(self) -> bool:
-        """See RemoteSource."""
-        return self._loop is not None and self._loop.is_alive and not self._reading.done()
+        loop, reading = self._loop, self._reading
+        return loop is not None and loop.is_alive and reading is not None and not reading.done()
 
     def start(self, wanted: Sequence[Wanted], name: str | None, sink: RemoteSink) -> None:
-        """See RemoteSource."""
         self._sink = sink
-        self._name = name
-        self._durable = None if name is None else _consumer_name(name)
-        self._filters = sorted(
-            {self._server.filter_of(w.schema, w.table, op) for w in wanted for op in w.ops}
-            | {self._server.gap_subject}
-        )
-        self._heard = datetime.now(timezone.utc)
+        options = self._options
+        filters = {options.filter_of(w.schema, w.table, op) for w in wanted for op in w.ops}
+        filters.add(options.gap_subject)
+        self._consumer = Consumer(options, name, filters, self._progress)
+        if name is None:
+            self._progress.heard = datetime.now(timezone.utc)
         loop = Loop()
         try:
-            loop.run(self._connect(), 20.0)
+            loop.run(self._connect(), _CONNECT_SECONDS)
         except TimeoutError as error:
             loop.close()
             raise BrokerError(f"{self}: not connected: {error}") from error
@@ -145,30 +106,28 @@ class NatsSource:
             loop.close()
             raise
         self._loop = loop
-        self._reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop.loop)
+        self._reading = asyncio.run_coroutine_threadsafe(self._read(), loop.loop)
 
     def refuse(self, position: str, reason: str) -> None:
-        """See RemoteSource: it is terminated, which the server publishes an advisory of."""
-        self._refused[int(position.rpartition("/")[2])] = reason
+        """Terminate the message once it is settled; the server publishes an advisory of that."""
+        self._progress.refused[int(position.rpartition("/")[2])] = reason
 
     def stop(self, timeout: float) -> None:
-        """See RemoteSource."""
-        loop = self._loop
-        if loop is None or not hasattr(self, "_reading"):
+        loop, reading = self._loop, self._reading
+        if loop is None or reading is None:
             return
         self._stopping = True
         loop.call(self._wake)
         try:
-            self._reading.result(timeout)
-        except (TimeoutError, asyncio.CancelledError):
+            reading.result(timeout)
+        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
             log.debug("%s: still reading", self)
 
     def close(self, timeout: float) -> None:
-        """See RemoteSource."""
         loop, self._loop = self._loop, None
         if loop is None or loop.inherited:
             return
-        if hasattr(self, "_reading"):
+        if self._reading is not None:
             self._reading.cancel()
         try:
             loop.run(self._leave(), max(1.0, timeout))
@@ -177,75 +136,34 @@ class NatsSource:
         loop.close()
 
     def abandon(self) -> None:
-        """See RemoteSource."""
         self._loop = None
 
     async def _connect(self) -> None:
         self._awake = asyncio.Event()
-        client = await self._server.connect(self._closed)
+        progress = self._progress
+        client = await connect(self._options, self._closed)
         jetstream = client.jetstream(timeout=5)
         try:
-            state = (await jetstream.stream_info(self._server.stream_name)).state
-            info = await self._find_consumer(jetstream, state.last_seq)
-            self._inbox = client.new_inbox()
-            self._subscription = await client.subscribe(
-                self._inbox, cb=self._take, pending_msgs_limit=-1, pending_bytes_limit=-1
-            )
+            stream = await jetstream.stream_info(self._options.stream_name)
+            if found := await progress.history.other_now(jetstream, stream):
+                progress.begin_anew()
+                self._missed = Gap(progress.heard, progress.heard, "restored", found)
+            info, gap = await self._consumer.find(jetstream, stream)
+            self._missed = gap or self._missed
+            self._pull = Pull(client, self._take, self._wake, self._lose_consumer)
+            await self._pull.open()
         except (nats.errors.Error, asyncio.TimeoutError) as error:
             await client.close()
-            raise stream_error(self._server, error) from error
-        self._consumer = info.name
+            raise stream_error(self._options, error) from error
+        progress.history.follow(stream)
+        self._consumer.adopt(info)
         self._jetstream = jetstream
-        self._asked = 0
-        self._asked_at = 0.0
         self._client = client
-        self._announce_loss(state.first_seq)
-
-    async def _find_consumer(self, jetstream: JetStreamContext, last: int) -> ConsumerInfo:
-        stream = self._server.stream_name
-        if self._durable is not None:
-            try:
-                info: ConsumerInfo = await jetstream.consumer_info(stream, self._durable)
-            except nats.js.errors.NotFoundError:
-                pass
-            else:
-                if sorted(info.config.filter_subjects or ()) != self._filters:
-                    info = await jetstream.add_consumer(
-                        stream,
-                        info.config,
-                        filter_subjects=self._filters,
-                        filter_subject=None,
-                    )
-                if not self._floor:
-                    floor = info.ack_floor.stream_seq if info.ack_floor is not None else 0
-                    idle = not info.num_pending and not info.num_ack_pending
-                    self._floor = last if idle else floor
-                return info
-        elif self._consumer:
-            try:
-                found: ConsumerInfo = await jetstream.consumer_info(stream, self._consumer)
-                return found
-            except nats.js.errors.NotFoundError:
-                log.debug("%s: the consumer is gone, making another", self)
-        # One that is made again goes on where the former was.
-        again = bool(self._floor)
-        self._floor = self._floor or last
-        return await jetstream.add_consumer(
-            stream,
-            ConsumerConfig(
-                durable_name=self._durable,
-                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                opt_start_seq=self._first_unsettled() if again else self._floor + 1,
-                ack_policy=AckPolicy.EXPLICIT,
-                ack_wait=_ACK_SECONDS,
-                max_ack_pending=_MOST,
-                filter_subjects=self._filters,
-                inactive_threshold=None if self._durable else _FORGOTTEN_SECONDS,
-            ),
-        )
-
-    def _first_unsettled(self) -> int:
-        return min((*self._unsettled, self._floor + 1))
+        # Behind the consumer, which has what comes from now on.
+        progress.anew = None
+        missed, self._missed = self._missed, None
+        self._announce(missed)
+        self._announce(progress.lost(self._options.stream_name, stream.state.first_seq))
 
     async def _closed(self) -> None:
         self._wake()
@@ -254,12 +172,12 @@ class NatsSource:
         self._awake.set()
 
     async def _read(self) -> None:
-        backoff = Backoff()
+        backoff = Backoff(most=_BACKOFF_SECONDS)
         self._sink.connected()
         while not self._stopping:
             try:
                 await self._keep_reading()
-                await self._stop_pulling()
+                await self._pull.stop()
             except (nats.errors.Error, asyncio.TimeoutError, OSError, PgSignalsError) as error:
                 failure: Exception = error
             # Whatever it is, reading must go on.
@@ -294,101 +212,63 @@ class NatsSource:
         while not self._stopping:
             if not client.is_connected:
                 raise nats.errors.ConnectionClosedError
-            await self._pull(client)
-            self._awake.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._awake.wait(), 0.1 if self._sink.full else 1.0)
+            if not self._sink.full and len(self._progress.unsettled) + AT_ONCE <= MOST:
+                await self._pull.ask(self._options.stream_name, self._consumer.name)
+            await self._sleep(0.1 if self._sink.full else 1.0)
             now = time.monotonic()
             if now - looked_at >= _LOOK_SECONDS:
                 looked_at = now
                 await self._look(client)
 
-    async def _stop_pulling(self) -> None:
-        """Take what is on its way, and have the server give our request nothing more.
+    async def _sleep(self, seconds: float) -> None:
+        """Wait until something happens, or for so long."""
+        self._awake.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await within(seconds, self._awake.wait())
 
-        What it gave to one that is gone would come a long time after what came later.
-        """
-        try:
-            await asyncio.wait_for(self._subscription.drain(), _DRAIN_SECONDS)
-        finally:
-            self._deaf = True
-
-    async def _pull(self, client: Client) -> None:
-        """Ask for more when there is room and the former request is over."""
-        now = time.monotonic()
-        if now - self._asked_at > _PULL_SECONDS + 1:
-            self._asked = 0  # Its end has got lost.
-        if self._asked > 0 or self._sink.full or len(self._unsettled) + _AT_ONCE > _MOST:
-            return
-        self._asked, self._asked_at = _AT_ONCE, now
-        request = {"batch": _AT_ONCE, "expires": int(_PULL_SECONDS * 1e9)}
-        await client.publish(
-            f"$JS.API.CONSUMER.MSG.NEXT.{self._server.stream_name}.{self._consumer}",
-            json.dumps(request).encode(),
-            reply=self._inbox,
-        )
-
-    async def _take(self, message: Msg) -> None:
+    def _take(self, message: Msg) -> None:
         headers = message.headers or {}
-        if (status := headers.get("Status")) is not None:
-            if status != "100":
-                self._asked = 0
-                self._wake()
-            if status in ("404", "408"):
-                return
-            description = headers.get("Description", "")
-            if status == "409" and "Deleted" not in description:
-                return
-            if status not in ("100", "404", "408"):
-                if self._stopping:
-                    return
-                # The consumer is gone: connecting again makes another.
-                log.warning("%s: %s %s", self, status, description)
-                if self._client is not None:
-                    await self._client.close()
-            return
-        self._asked -= 1
-        if self._asked <= 0:
-            self._wake()
-        if self._deaf:
-            return  # Not acknowledged: whoever comes next gets it.
-        metadata = message.metadata
-        sequence = metadata.sequence.stream
-        if sequence > self._floor + 1 and self._skipped is None:
-            self._skipped = self._floor + 1
-        self._floor = max(self._floor, sequence)
-        self._heard = metadata.timestamp
-        self._unsettled[sequence] = message
+        sequence = self._progress.saw(message, headers)
         self._sink.receive(
             _attributes(headers),
             message.data,
-            position=f"{self._server.stream_name}/{sequence}",
-            redelivered=metadata.num_delivered > 1,
+            position=f"{self._options.stream_name}/{sequence}",
+            redelivered=message.metadata.num_delivered > 1,
         )
         if not self._arrived:
             asyncio.get_running_loop().call_soon(self._settle)
         self._arrived.append(message)
 
+    async def _lose_consumer(self, why: str) -> None:
+        """End the connection, since connecting again makes another consumer."""
+        if not self._stopping:
+            log.warning("%s: %s", self, why)
+            if self._client is not None:
+                await self._client.close()
+
     def _settle(self) -> None:
-        """Have what has just come acknowledged once receivers are done with it."""
+        """Acknowledge the messages that have just come once receivers are done with them."""
         arrived, self._arrived = self._arrived, []
         loop = self._loop
         if not arrived or loop is None:
             return
-        with self._settled:
-            self._pending += 1
+        generation = self._progress.generation
+        self._pending += 1
 
         def settled() -> None:
-            loop.call(lambda: asyncio.ensure_future(self._acknowledge(arrived)))
+            loop.call(lambda: asyncio.ensure_future(self._acknowledge(arrived, generation)))
 
         self._sink.settle(settled)
 
-    async def _acknowledge(self, messages: Sequence[Msg]) -> None:
+    async def _acknowledge(self, messages: Sequence[Msg], generation: int) -> None:
+        progress = self._progress
         try:
             for message in messages:
+                if generation != progress.generation:
+                    return  # It would acknowledge the message that has the same number now.
                 sequence = message.metadata.sequence.stream
-                self._unsettled.pop(sequence, None)
-                reason = self._refused.pop(sequence, None)
+                progress.unsettled.pop(sequence, None)
+                reason = progress.refused.pop(sequence, None)
                 client = self._client
                 if client is None or not client.is_connected:
                     continue  # It comes again.
@@ -397,66 +277,47 @@ class NatsSource:
         except (nats.errors.Error, OSError) as error:
             log.debug("%s: could not acknowledge: %r", self, error)
         finally:
-            with self._settled:
-                self._pending -= 1
+            self._pending -= 1
             self._wake()
 
     async def _look(self, client: Client) -> None:
         """Say that receivers are still at it, and see whether the stream lost what was to come."""
-        for message in list(self._unsettled.values()):
+        progress = self._progress
+        for message in list(progress.unsettled.values()):
             await client.publish(message.reply, b"+WPI")
-        state = (await self._jetstream.stream_info(self._server.stream_name)).state
-        info = await self._jetstream.consumer_info(self._server.stream_name, self._consumer)
-        self._announce_loss(state.first_seq)
-        delivered = info.delivered.stream_seq if info.delivered is not None else 0
-        # What another member of the name has, or nobody wants, is not lost to us.
-        self._floor = max(self._floor, state.last_seq if not info.num_pending else delivered)
+        name = self._options.stream_name
+        info = await self._jetstream.consumer_info(name, self._consumer.name)
+        # Behind the consumer's, which a purge moves past what it removes.
+        stream = await self._jetstream.stream_info(name)
+        if self._consumer.is_other(info) or progress.history.other(stream):
+            raise nats.errors.Error(f"{name}, or its consumer {info.name}, was made anew")
+        progress.history.follow(stream)
+        self._announce(progress.lost(name, stream.state.first_seq))
+        progress.looked(info, stream.state.last_seq)
 
-    def _announce_loss(self, first: int) -> None:
-        expected, self._skipped = self._skipped or self._floor + 1, None
-        if first <= expected:
-            return
-        detail = f"the stream {self._server.stream_name} begins at {first}, and {expected} was next"
-        log.error("%s: events were deleted before they were read: %s", self, detail)
-        now = datetime.now(timezone.utc)
-        self._sink.gap(Gap(self._heard or now, now, "retention", detail))
-        self._floor = max(self._floor, first - 1)
+    def _announce(self, gap: Gap | None) -> None:
+        if gap is not None:
+            announce_missed([gap], self._sink, log, self)
 
     async def _leave(self) -> None:
         """Send the acknowledgements that are due, and close the connection."""
-        client, self._client = self._client, None
+        client = self._client
         if client is None:
             return
-        self._client = client
         deadline = time.monotonic() + 1.0
         while self._pending and time.monotonic() < deadline:
-            self._awake.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._awake.wait(), 0.1)
+            await self._sleep(0.1)
         if client.is_connected:
-            # What is not acknowledged is not refused either: the server would bring what is refused
-            # in any order, and brings in the right one what it takes for lost.
+            # A message that is not acknowledged is not refused either: the server would bring
+            # refused ones in any order, and brings in the right one those that it takes for lost.
             await client.flush(2)
-            if self._durable is None and self._consumer:
+            if self._consumer.durable is None and self._consumer.name:
                 with contextlib.suppress(nats.js.errors.APIError):  # It is gone already.
-                    await self._jetstream.delete_consumer(self._server.stream_name, self._consumer)
+                    await self._jetstream.delete_consumer(
+                        self._options.stream_name, self._consumer.name
+                    )
         await client.close()
 
 
 def _attributes(headers: Mapping[str, str]) -> dict[str, str]:
-    found = {}
-    for name, text in headers.items():
-        lower = name.lower()
-        if lower == "content-type":
-            found["datacontenttype"] = unquote(text)
-        elif lower.startswith("ce-"):
-            found[lower.removeprefix("ce-")] = unquote(text)
-    return found
-
-
-def _consumer_name(name: str) -> str:
-    """The durable's name: what it may not have is replaced, and told apart by a hash."""
-    if re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', name)}-{digest}"
+    return attributes_of(((n.lower(), unquote(text)) for n, text in headers.items()), PREFIX)

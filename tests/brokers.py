@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import signal
 import socket
@@ -18,16 +17,11 @@ from typing import Any
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
+from tests.missing import missing, program
+
 _POM = Path(__file__).parent / "kafka" / "pom.xml"
 START_SECONDS = 90.0
 PASSWORD = "s3cret-of-ann"
-
-
-def missing(what: str) -> None:
-    """Skip the test, or fail it where everything has to be there."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 def free_port() -> int:
@@ -40,8 +34,7 @@ def free_port() -> int:
 
 def tls_files(folder: Path) -> Mapping[str, str]:
     """Broker settings for TLS with a certificate of its own, and ``ca.pem`` to trust it by."""
-    if shutil.which("openssl") is None:
-        missing("openssl is not installed")
+    program("openssl", package="openssl")
     key, certificate = folder / "key.pem", folder / "ca.pem"
     subprocess.run(
         [
@@ -82,6 +75,10 @@ class Process:
             else:
                 return
 
+    def start(self) -> None:
+        """Start it, again too, and return when it takes connections."""
+        raise NotImplementedError
+
     def stop(self, how: int = signal.SIGTERM) -> None:
         """End it; its data stay."""
         if self.process is not None:
@@ -112,9 +109,8 @@ class Process:
 @functools.cache
 def kafka_classpath() -> str:
     """The jars of Apache Kafka, in Maven's local repository."""
-    for tool in ("java", "mvn"):
-        if shutil.which(tool) is None:
-            missing(f"{tool} is not installed: Apache Kafka needs a Java runtime and Maven")
+    program("java", package="openjdk-17-jre-headless")
+    program("mvn", package="maven")
     with tempfile.NamedTemporaryFile("r") as found:
         for offline in (["--offline"], []):
             done = subprocess.run(
@@ -129,8 +125,9 @@ def kafka_classpath() -> str:
             )
             if done.returncode == 0:
                 return Path(found.name).read_text()
-    missing(f"Maven could not bring Apache Kafka: {done.stdout[-2000:]}")
-    raise AssertionError
+    errors = [line.partition("[ERROR] ")[2] for line in done.stdout.splitlines()]
+    cause = next(filter(None, errors), "it does not say why")
+    return missing(f"Maven could not bring Apache Kafka: {cause}")
 
 
 class Kafka(Process):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -125,3 +126,13 @@ class Command(Program):
 def run(*arguments: str, dsn: str = "", cwd: Path | None = None) -> Result:
     """Run a command to its end."""
     return Command(*arguments, dsn=dsn, cwd=cwd).end()
+
+
+def examined(
+    *arguments: str, dsn: str, cwd: Path | None = None
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The exit code, and what --json says, by check."""
+    result = run("doctor", "--json", *arguments, dsn=dsn, cwd=cwd)
+    report = json.loads(result.out[0])
+    assert report["ok"] == (result.code == 0)
+    return result.code, {each["check"]: each for each in report["checks"]}

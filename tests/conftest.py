@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -20,13 +21,20 @@ from psycopg2.extensions import parse_dsn
 from psycopg2.sql import SQL, Identifier
 
 import pgsignals
-from pgsignals.hub import Delivery
+from pgsignals.hub.hub import Delivery
 from pgsignals.testing import Server, find_installations
 from tests.brokers import PASSWORD, Kafka, Nats, tls_files
+from tests.missing import Missing, missing
 
 # Seconds after which a test gives up: a busy machine is slow, and only a failure waits for it.
 DEADLINE = 60.0
 OLDEST, NEWEST = 15, 18
+VERSIONS = [OLDEST, NEWEST]
+
+# One version for all tests, the programs that they start included.
+if (only := os.environ.get("PGSIGNALS_TEST_POSTGRES")) is not None:
+    VERSIONS = [int(only)]
+    os.environ["PGSIGNALS_POSTGRES_BIN"] = str(Server(int(only)).installation.bindir)
 
 # How long an example takes is the machine's affair: a busy one failed tests at random.
 settings.register_profile(
@@ -43,6 +51,38 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A database a test is gigabytes of files; the disk of a busy machine took half of the tests' time.
 MEMORY = Path("/dev/shm")
 MEMORY_NEEDED = 4 << 30
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Give all that one missing program has skipped the same place, and so a line together."""
+    report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, Missing):
+        place = call.excinfo.traceback[-1]
+        reason = f"Skipped: {call.excinfo.value.msg}"
+        report.longrepr = str(place.path), place.lineno + 1, reason
+    return report
+
+
+def _threads() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if each.name.startswith("pgsignals")}
+
+
+@pytest.fixture(autouse=True)
+def _threads_end() -> Iterator[None]:
+    """Have nothing of ours run on behind a test, where another would see it.
+
+    A stop() that is out of time leaves a thread to end with the call that it is in.
+    """
+    before = _threads()
+    yield
+    # One that ends may have started others.
+    while left := _threads() - before:
+        for thread in left:
+            thread.join(DEADLINE)
+            assert not thread.is_alive(), f"{thread.name} runs on behind the test"
 
 
 def _in_memory() -> Path | None:
@@ -96,15 +136,12 @@ def databases(server: Server) -> Databases:
     return Databases(server)
 
 
-@pytest.fixture(scope="session", params=[OLDEST, NEWEST], ids=["pg15", "pg18"])
+@pytest.fixture(scope="session", params=VERSIONS, ids="pg{}".format)
 def each_version(request: pytest.FixtureRequest) -> int:
-    """The oldest and then the newest version of PostgreSQL that is tested."""
+    """The oldest and then the newest version of PostgreSQL that is tested, or the only one."""
     version: int = request.param
     if version not in {i.version for i in find_installations()}:
-        message = f"PostgreSQL {version} is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
+        missing(f"PostgreSQL {version} is not installed")
     return version
 
 
@@ -187,6 +224,30 @@ def hub() -> Iterator[pgsignals.Hub]:
     made = pgsignals.Hub()
     yield made
     made.stop()
+
+
+class _Deaths(logging.Handler):
+    """Keeps what is said of threads that have ended by an error, and of records that are wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno == logging.CRITICAL or "cannot be filled in: TypeError" in text:
+            self.told.append(f"{text}\n{record.exc_text}")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_dies(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test in which a thread of the library's ends by an error, unless it wants that."""
+    handler, logger = _Deaths(), logging.getLogger("pgsignals")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    if request.node.get_closest_marker("threads_die") is None:
+        assert handler.told == []
 
 
 class Recorder:

@@ -19,15 +19,16 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 import pgsignals
 from pgsignals import Backfill, ConfigurationError, Hub
+from pgsignals.consumers import dead_letters
+from pgsignals.consumers.backfills import runner
+from pgsignals.consumers.backfills.requests import request
 from pgsignals.outbox import administration
-from pgsignals.outbox.backfill import request
 from pgsignals.outbox.housekeeping import tidy
-from pgsignals.sources import backfilling
-from pgsignals.sources.outbox import _part_of
+from pgsignals.sources.polling import part_of
 from pgsignals.testing import Server
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
-from tests.test_roles import documented_grants
+from tests.grants import documented_grants
 from tests.waiting import eventually
 
 
@@ -386,7 +387,7 @@ def test_a_failing_receiver(dsn: str, db: Database, hub: Hub, recorder: Recorder
     assert "user 77" in payload
     broken.clear()
     with db.connection.cursor() as cursor:
-        assert administration.retry(cursor, None) == 1
+        assert dead_letters.retry(cursor, None) == 1
     letter = recorder.wait(500)[-1]
     assert (letter.uid, letter.id, letter.values) == (uid, 77, {"name": "user 77"})
     assert letter.redelivered
@@ -422,6 +423,30 @@ def test_a_table_that_changes_meanwhile(
     recorder.wait(1)
 
 
+def test_a_table_that_is_made_anew_meanwhile(dsn: str, db: Database, hub: Hub) -> None:
+    """The backfill fails: the key that it had come to says nothing of the new one's rows."""
+    entered, leave = threading.Event(), threading.Event()
+
+    @hub.on("users", "snapshot")
+    def receive(event: pgsignals.Event) -> None:
+        entered.set()
+        assert leave.wait(DEADLINE)
+
+    watchers = [pgsignals.watch("users", extra=["name"])]
+    hub.start(dsn, watchers, delivery="outbox", name="mailer", queue_size=5)
+    backfill = hub.backfill("users", chunk=3)
+    assert entered.wait(DEADLINE)
+    db(
+        "BEGIN; ALTER TABLE users RENAME TO former;"
+        " CREATE TABLE users (LIKE former INCLUDING ALL);"
+        " INSERT INTO users SELECT id, 'new ' || id FROM former; COMMIT"
+    )
+    leave.set()
+    with pytest.raises(pgsignals.DatabaseError, match="made anew meanwhile"):
+        backfill.wait(DEADLINE)
+    assert backfill.state == "failed"
+
+
 def test_a_table_that_is_locked(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
     """Other events do not wait for its lock; behind that, its rows come as they are then."""
     db("CREATE TABLE orders (id serial PRIMARY KEY)")
@@ -435,8 +460,9 @@ def test_a_table_that_is_locked(dsn: str, db: Database, hub: Hub, recorder: Reco
         cursor.execute("ALTER TABLE users ALTER name TYPE text USING upper(name)")
         db(
             "WITH asked AS (INSERT INTO pgsignals.backfills"
-            " (consumer, schema_name, table_name, search_path, chunk, total)"
-            " VALUES ('mailer', 'public', 'users', '', 100, 500) RETURNING id)"
+            " (consumer, schema_name, table_name, table_oid, search_path, chunk, total)"
+            " VALUES ('mailer', 'public', 'users', 'users'::regclass, '', 100, 500)"
+            " RETURNING id)"
             " INSERT INTO pgsignals.backfill_parts (backfill, part) SELECT id, 0 FROM asked"
         )
         db("NOTIFY pgsignals_wake, 'backfill'")
@@ -747,7 +773,7 @@ def test_other_receivers(dsn: str, hub: Hub, recorder: Recorder) -> None:
 def test_the_parts_of_bytea_keys() -> None:
     """A record is in the same part whatever the address of its key."""
     keys = [(memoryview(b"key"), 1) for _ in range(50)]
-    assert len({_part_of(key, 64) for key in keys}) == 1
+    assert len({part_of(key, 64) for key in keys}) == 1
 
 
 def test_a_role_of_its_own(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
@@ -862,7 +888,7 @@ def test_rows_that_are_slow_to_read(
     dsn: str, db: Database, hub: Hub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks shrink until they are read in time; a row that takes too long by itself is the end."""
-    monkeypatch.setattr(backfilling, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.01)
     hub.on("users")(recorder)
     hub.start(dsn, ["users"], delivery="outbox", name="mailer", lease=1.0)
     slow = "pg_sleep(0.02) IS NOT NULL"

@@ -15,8 +15,8 @@ from urllib.parse import quote
 import pytest
 
 import pgsignals
-from pgsignals.hub import Delivery
-from pgsignals.plugins import load_plugins
+from pgsignals.hub.hub import Delivery
+from pgsignals.plugins.loader import load_plugins
 from pgsignals.testing.conformance import DEADLINE
 from tests.brokers import PASSWORD, Kafka, Nats, free_port, tls_files
 from tests.conftest import Database, Recorder

@@ -141,7 +141,7 @@ def live_through(dsn: str, port: int) -> None:
         hub.receiver_failed.connect(lambda hub, error, **_: show(error), weak=False)
         hub.disconnected.connect(lambda hub, error: show(error), weak=False)
         hub.start(dsn.replace(str(port), str(proxy.port)), ["items"])
-        db = Database(pgsignals.connection.libpq_dsn(dsn))
+        db = Database(pgsignals.postgres.dsn.libpq_dsn(dsn))
         db("INSERT INTO items DEFAULT VALUES")
         print(got.wait(1), hub, hub.status())
         for mistake in (

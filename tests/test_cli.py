@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pgsignals.cli import main
 from pgsignals.cli.options import Watched, parse_watched
 from pgsignals.cli.output import printable
-from pgsignals.jsontext import to_json
-from pgsignals.resolvers.plain import parse_name, quoted
-from pgsignals.watchers import DEFAULT_OPERATIONS, OPERATIONS
+from pgsignals.core.json import to_json
+from pgsignals.core.watchers import DEFAULT_OPERATIONS, OPERATIONS
+from pgsignals.triggers.quoting import quoted
+from pgsignals.triggers.resolvers.plain import parse_name
 
 NAMES = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1)
 

@@ -12,9 +12,8 @@ import pgsignals
 from pgsignals import Hub
 from tests.commands import Command, run
 from tests.conftest import DEADLINE, Database, Recorder
-from tests.test_cli_terminal import ESCAPE, Terminal, terminal
-
-__all__ = ["terminal"]
+from tests.terminal import ESCAPE, Terminal
+from tests.terminal import terminal as terminal
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,8 @@ WATCHERS = [
 '''
 
 INSTALLED = """
-SELECT 'function', pg_get_functiondef(p.oid), obj_description(p.oid, 'pg_proc'), p.proacl::text
+SELECT 'function', regexp_replace(pg_get_functiondef(p.oid), '{[0-9,]+}', '{oids}', 'g'),
+       obj_description(p.oid, 'pg_proc'), p.proacl::text
 FROM pg_proc p WHERE p.proname LIKE 'pgsignals%'
 UNION ALL
 SELECT 'trigger', pg_get_triggerdef(t.oid), obj_description(t.oid, 'pg_trigger'),

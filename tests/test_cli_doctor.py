@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from psycopg2.sql import SQL, Identifier
 
 from pgsignals.testing import Server
-from tests.commands import run
+from tests.commands import examined, run
 from tests.conftest import NEWEST, Database
 
 
@@ -22,16 +20,6 @@ from tests.conftest import NEWEST, Database
 def orders(db: Database) -> None:
     """A table of orders."""
     db("CREATE TABLE orders (id serial PRIMARY KEY, status text)")
-
-
-def examined(
-    *arguments: str, dsn: str, cwd: Path | None = None
-) -> tuple[int, dict[str, dict[str, Any]]]:
-    """The exit code, and what --json says, by check."""
-    result = run("doctor", "--json", *arguments, dsn=dsn, cwd=cwd)
-    report = json.loads(result.out[0])
-    assert report["ok"] == (result.code == 0)
-    return result.code, {each["check"]: each for each in report["checks"]}
 
 
 def test_a_healthy_database_has_nothing_to_mend(dsn: str) -> None:

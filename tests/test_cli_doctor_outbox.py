@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from pgsignals import Hub
-from pgsignals.doctor import Finding
-from pgsignals.doctor.outbox import _consumers, examine_outbox
+from pgsignals.cli.checks import Finding
+from pgsignals.cli.checks.outbox import _consumers, examine_outbox
 from pgsignals.outbox.inspection import ConsumerState, OutboxState
-from pgsignals.outbox.retention import Retention
+from pgsignals.outbox.retention_settings import Retention
 from pgsignals.outbox.schema import RETENTION_BYTES, RETENTION_SECONDS
+from tests.commands import examined
 from tests.conftest import Database
-from tests.test_cli_doctor import examined
-from tests.test_roles import documented_grants
+from tests.grants import documented_grants
 
 
 @pytest.fixture(autouse=True)
@@ -79,12 +79,13 @@ def test_without_an_outbox_nothing_is_said(db: Database) -> None:
 @pytest.mark.parametrize(
     ("comment", "message"),
     [
-        ("pgsignals: durable delivery, version 99", "newer pgsignals"),
+        ("pgsignals: durable delivery, version 99, for programs from 98 on", "newer pgsignals"),
+        ("pgsignals: durable delivery, version 1", "pgsignals uninstall --schema"),
         ("somebody else's", "did not make"),
     ],
 )
 def test_a_schema_that_does_not_fit(dsn: str, db: Database, comment: str, message: str) -> None:
-    """A schema that is newer or not ours fails, and says what to do."""
+    """A schema that is too new, too old or not ours fails, and says what to do."""
     db(f"COMMENT ON SCHEMA pgsignals IS $${comment}$$")
     code, checks = examined(dsn=dsn)
     assert (code, checks["outbox"]["level"]) == (1, "fail")
@@ -93,7 +94,7 @@ def test_a_schema_that_does_not_fit(dsn: str, db: Database, comment: str, messag
 
 def test_a_schema_that_is_older(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A schema that has not been upgraded fails, and nothing else is looked at."""
-    monkeypatch.setattr("pgsignals.doctor.outbox.VERSION", 99)
+    monkeypatch.setattr("pgsignals.outbox.schema.VERSION", 99)
     [finding] = found(db).values()
     assert finding.level == "fail"
     assert "pgsignals install --delivery outbox" in finding.fix

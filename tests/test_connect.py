@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import socket
 import subprocess
 import threading
@@ -22,19 +21,17 @@ from hypothesis import strategies as st
 
 import pgsignals
 from pgsignals import ConnectError, Hub
-from pgsignals.connection import (
-    Backoff,
-    Session,
-    Waiter,
-    _Selector,
-    connect,
-    display,
-    redact,
-)
-from pgsignals.sources import notify
-from pgsignals.testing import Server, find_installations
+from pgsignals.core.backoff import Backoff
+from pgsignals.core.redaction import redact
+from pgsignals.postgres.connection import connect
+from pgsignals.postgres.dsn import display
+from pgsignals.postgres.session import Session
+from pgsignals.postgres.waiter import Waiter, _Selector
+from pgsignals.sources import thread
+from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.missing import program, tls
 
 SECRET = "p@ss/w:rd%"
 ESCAPED = quote(SECRET, safe="")
@@ -133,15 +130,9 @@ def test_no_tls(server: Server) -> None:
     assert "the server offers no TLS" in refused(f"{server.dsn()}?sslmode=require")
 
 
-def lacking(what: str) -> None:
-    """Skip the test, or fail it in CI, which installs everything."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {what}")
-
-
 def test_a_certificate_that_is_not_trusted(tmp_path: Path) -> None:
     """A certificate signed by nobody whom we trust is told, and so is a missing list of them."""
-    if shutil.which("openssl") is None or find_installations()[0].origin == "extra":
-        lacking("openssl and a PostgreSQL with TLS, which the extra's has not")
+    tls()
     with Server(tls=True) as server:
         for trusted in ("system", tmp_path / "missing.crt"):
             message = refused(f"{server.dsn()}?sslmode=verify-full&sslrootcert={trusted}")
@@ -274,9 +265,9 @@ def test_a_dsn_that_is_no_text(hub: Hub, given: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_pauses_of_the_backoff(seed: int) -> None:
+def test_the_pauses_of_the_backoff(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pause is somewhere between nothing and a bound that doubles up to the most, for ever."""
-    random.seed(seed)
+    monkeypatch.setattr("pgsignals.core.backoff.chance", random.Random(seed))
     rounds = [Backoff(0.1, 30.0) for _ in range(200)]
     for tries in [*range(12), *[100] * 500]:
         bound = min(30.0, 0.1 * 2**tries)
@@ -316,11 +307,11 @@ def test_only_a_healthy_connection_resets_the_backoff(
     expected: int,
 ) -> None:
     """A server that takes connections only to drop them is asked ever more rarely."""
-    monkeypatch.setattr(notify, "HEALTHY_SECONDS", healthy_seconds)
+    monkeypatch.setattr(thread, "HEALTHY_SECONDS", healthy_seconds)
     hub.start(dsn, ["items"])
     hub.on_gap(recorder)
     backoff: Any = CountingBackoff()
-    hub._run.source._backoff = backoff  # type: ignore[union-attr]
+    hub._delivery.source._backoff = backoff  # type: ignore[union-attr]
     for number in range(1, 4):
         db(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -345,7 +336,7 @@ def test_it_tries_for_ever(hub: Hub, each_version: int) -> None:
         gaps = Recorder()
         hub.on_gap(gaps)
         hub.start(server.dsn(), ["items"])
-        hub._run.source._backoff = Impatient()  # type: ignore[union-attr]
+        hub._delivery.source._backoff = Impatient()  # type: ignore[union-attr]
         server.stop("immediate")
         for _ in range(200):
             assert tried.acquire(timeout=DEADLINE)
@@ -534,7 +525,7 @@ def test_a_read_only_database(hub: Hub, dsn: str, db: Database, recorder: Record
 class PgBouncer:
     """A running PgBouncer in front of a server; ``dsn`` leads through it."""
 
-    def __init__(self, server: Server, folder: Path, **settings: object) -> None:
+    def __init__(self, program: str, server: Server, folder: Path, **settings: object) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         config = folder / "pgbouncer.ini"
@@ -549,7 +540,7 @@ class PgBouncer:
         for path in (config, folder, *folder.parents[:-2]):
             path.chmod(path.stat().st_mode | 0o755)
         self._process = subprocess.Popen(
-            ["pgbouncer", config],
+            [program, config],
             stderr=subprocess.PIPE,
             text=True,
             # It refuses to run as root.
@@ -577,12 +568,11 @@ class PgBouncer:
 @pytest.fixture
 def pgbouncer(server: Server, tmp_path: Path) -> Iterator[Callable[..., PgBouncer]]:
     """Starts PgBouncers."""
-    if shutil.which("pgbouncer") is None:
-        lacking("PgBouncer")
+    path = program("pgbouncer", package="pgbouncer")
     made: list[PgBouncer] = []
 
     def make(**settings: object) -> PgBouncer:
-        made.append(PgBouncer(server, tmp_path, **settings))
+        made.append(PgBouncer(path, server, tmp_path, **settings))
         return made[-1]
 
     yield make
@@ -592,11 +582,19 @@ def pgbouncer(server: Server, tmp_path: Path) -> Iterator[Callable[..., PgBounce
 
 @pytest.mark.parametrize("pool_mode", ["transaction", "statement"])
 def test_listening_through_a_pool_of_transactions(
-    dsn: str, items: None, pgbouncer: Callable[..., PgBouncer], pool_mode: str
+    dsn: str,
+    db: Database,
+    items: None,
+    pgbouncer: Callable[..., PgBouncer],
+    connect: Callable[[str], Database],
+    pool_mode: str,
 ) -> None:
-    """It is named at once, with the way out."""
+    """It is named at once, with the way out, and sets nothing for who comes next in the pool."""
     pooled = pgbouncer(pool_mode=pool_mode).dsn(dsn)
     message = refused(pooled)
+    next_one = connect(pooled)
+    for setting in ("idle_in_transaction_session_timeout", "default_transaction_isolation"):
+        assert next_one(f"SHOW {setting}") == db(f"SHOW {setting}")
     assert "PgBouncer with pool_mode=transaction" in message
     assert "listen_dsn=" in message
     assert "pool_mode=transaction" in refused(dsn, listen_dsn=pooled, heartbeat_timeout=0.5)
@@ -639,7 +637,13 @@ def test_a_direct_connection_beside_the_pool(
     db(f"SELECT pg_terminate_backend(pid) {listener}")
     assert gaps.wait(1)[0].reason == "reconnected"
     # Whatever the pooled backends were left with, the next client would get.
-    for setting in ("lock_timeout", "search_path", "statement_timeout", "DateStyle"):
+    for setting in (
+        "lock_timeout",
+        "search_path",
+        "statement_timeout",
+        "idle_in_transaction_session_timeout",
+        "DateStyle",
+    ):
         assert writer(f"SHOW {setting}") == db(f"SHOW {setting}")
     assert writer("SELECT count(*) FROM pg_prepared_statements") == [(0,)]
     assert writer("SELECT count(*) FROM pg_listening_channels()") == [(0,)]
@@ -670,4 +674,4 @@ def test_a_platform_without_poll(
     """Where there is no poll(), as on Windows or under eventlet, events arrive all the same."""
     monkeypatch.delattr("select.poll")
     delivers(hub, dsn, dsn, recorder)
-    assert isinstance(hub._run.source._waiter._poll, _Selector)  # type: ignore[union-attr]
+    assert isinstance(hub._delivery.source._waiter._poll, _Selector)  # type: ignore[union-attr]

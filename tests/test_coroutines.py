@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,10 @@ import pytest
 
 import pgsignals
 from pgsignals import Batch, Event, Gap, Hub, ReceiverError, StateError
-from pgsignals.coroutines import CoroutineReceiver, Coroutines, LeftBehind
-from pgsignals.receivers import receiver_name
+from pgsignals.dispatch.coroutines import CoroutineReceiver, Coroutines, LeftBehind, within
+from pgsignals.dispatch.registry import receiver_name
 from pgsignals.testing import simulated
+from pgsignals_nats.connection import within as nats_within
 from tests.conftest import DEADLINE, Database, Recorder
 
 WRITE = "INSERT INTO items (name) SELECT 'a' FROM generate_series(1, %s)"
@@ -375,3 +376,62 @@ def test_their_names_in_messages() -> None:
     prefix = f"{__name__}.test_their_names_in_messages.<locals>"
     for fn, name in ((functools.partial(named, "a"), "named"), (Receiver(), "Receiver")):
         assert receiver_name(CoroutineReceiver(fn, Coroutines())) == f"{prefix}.{name}"
+
+
+@pytest.mark.parametrize("limit", [within, nats_within])
+def test_a_cancellation_that_meets_the_end(limit: Callable[..., Any]) -> None:
+    """Whoever is cancelled at the moment that the work ends is cancelled, and so is the work."""
+
+    async def main() -> None:
+        for rounds in range(5):
+            work: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            task = asyncio.ensure_future(limit(DEADLINE, work))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            work.set_result(1)
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            cancelled = task.cancel()
+            await asyncio.wait({task})
+            assert task.cancelled() == cancelled
+        ended: list[str] = []
+
+        async def endless() -> None:
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                ended.append("work")
+
+        task = asyncio.ensure_future(limit(DEADLINE, endless()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert (task.cancelled(), ended) == (True, ["work"])
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE))
+
+
+@pytest.mark.parametrize("limit", [within, nats_within])
+def test_work_within_a_time(limit: Callable[..., Any]) -> None:
+    """It returns or raises what the work does, or TimeoutError, once the work has ended."""
+    ended: list[str] = []
+
+    async def slow() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("slow")
+
+    async def failing() -> None:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        assert await limit(DEADLINE, asyncio.sleep(0, "slept")) == "slept"
+        with pytest.raises(ZeroDivisionError):
+            await limit(DEADLINE, failing())
+        with pytest.raises(asyncio.TimeoutError):
+            await limit(0.01, slow())
+        assert ended == ["slow"]
+
+    asyncio.run(main())

@@ -3,57 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from pgsignals.dispatch import Dispatcher
-from pgsignals.events import Event, Message, Topic
+from pgsignals.core.events import Event
+from pgsignals.dispatch.dispatcher import Dispatcher
+from tests.broadcasters import Collector, message
 from tests.conftest import DEADLINE
-
-
-def topic(key: tuple[str, ...] = ("id",)) -> Topic:
-    """A topic of updates without values."""
-    return Topic("t", "updated", None, "public", "t", key, (), False, lambda session, ids: [])
-
-
-def message(number: int, *rows: tuple[Any, ...], moved: bool = False) -> Message:
-    """A message that carries the rows."""
-    return Message(TOPIC, 1, number, 0, {}, rows, moved)
-
-
-TOPIC = topic()
-
-
-class Collector:
-    """A broadcaster that notes what each thread was given."""
-
-    def __init__(self) -> None:
-        self.by_id: dict[Any, list[int]] = defaultdict(list)
-        self.threads: dict[Any, set[str]] = defaultdict(set)
-        self.order: list[tuple[int, Any]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.closed = False
-
-    def publish(self, events: Any) -> None:
-        """Note the events, once the gate is open."""
-        self.gate.wait(DEADLINE)
-        for event in events:
-            self.by_id[str(event.id)].append(event._message.sequence)
-            self.threads[str(event.id)].add(threading.current_thread().name)
-            self.order.append((event._message.sequence, event.id))
-
-    def flush(self, timeout: float) -> bool:
-        """Nothing is ever under way."""
-        return True
-
-    def close(self) -> None:
-        """Note that it was closed."""
-        self.closed = True
 
 
 @pytest.fixture

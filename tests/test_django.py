@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,58 +16,13 @@ from pathlib import Path
 import pytest
 from psycopg2.extensions import parse_dsn
 
+from pgsignals.testing import Server
 from tests.commands import Program, Result
 from tests.conftest import DEADLINE, Database
+from tests.django_project import PROJECT, Project
 from tests.waiting import eventually
 
-PROJECT = Path(__file__).parent.parent / "examples" / "django_shop"
 BOTH_DRIVERS = pytest.mark.parametrize("project", ["psycopg", "psycopg2"], indirect=True)
-
-
-def variables(dsn: str) -> dict[str, str]:
-    """A connection string as libpq's variables."""
-    given = parse_dsn(dsn)
-    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
-    return {variable: given[name] for name, variable in names.items()}
-
-
-class Project:
-    """A copy of the example on a fresh database, run by its command line."""
-
-    def __init__(self, path: Path, dsn: str, driver: str = "psycopg") -> None:
-        shutil.copytree(PROJECT, path, ignore=shutil.ignore_patterns("__pycache__"))
-        self.path = path
-        if driver == "psycopg2":
-            # Django prefers psycopg where it is installed.
-            self.write("manage.py", "import sys\n", "import sys\n\nsys.modules['psycopg'] = None\n")
-        self._variables = variables(dsn) | {"DJANGO_SETTINGS_MODULE": "project.settings"}
-        self._started: list[Program] = []
-
-    def start(self, *arguments: str, **more: str) -> Program:
-        """Start a command of manage.py."""
-        environment = {**self._variables, **more}
-        self._started.append(Program("manage.py", *arguments, cwd=self.path, **environment))
-        return self._started[-1]
-
-    def run(self, *arguments: str) -> Result:
-        """Run a command of manage.py to its end, which is a good one."""
-        result = self.start(*arguments).end()
-        assert result.code == 0, result
-        return result
-
-    def write(self, name: str, old: str, new: str) -> None:
-        """Edit a file."""
-        path = self.path / name
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-
-    def close(self) -> None:
-        """End what still runs."""
-        for program in self._started:
-            if program.process.poll() is None:
-                program.process.kill()
-                program.process.wait(DEADLINE)
 
 
 @pytest.fixture
@@ -492,3 +446,72 @@ def test_a_gap_comes_with_healthy_connections(migrated: Project, db: Database) -
         " AND datname = current_database()"
     )
     assert listener.out() == "gap, 1 orders"
+
+
+ROUTER = """
+class Reports:
+    def db_for_write(self, model, **hints):
+        return "reports" if model._meta.app_label == "billing" else None
+
+    db_for_read = db_for_write
+
+    def allow_migrate(self, db, app_label, **hints):
+        return (db == "reports") == (app_label == "billing")
+"""
+
+
+def test_two_databases(
+    project: Project, server: Server, db: Database, connect: Callable[[str], Database]
+) -> None:
+    """Each has its triggers, its check and its listener; neither watches the other's models."""
+    dsn = server.create_database()
+    reports = connect(dsn)
+    (project.path / "project/routers.py").write_text(ROUTER)
+    key = """("order", models.ForeignKey("shop.order", django.db.models.deletion.CASCADE))"""
+    number = "models.BigIntegerField()"
+    project.write("billing/migrations/0001_initial.py", key, f'("order_id", {number})')
+    field = "order = models.ForeignKey(Order, models.CASCADE)"
+    project.write("billing/models.py", field, f"order_id = {number}")
+    with (project.path / "project/settings.py").open("a") as settings:
+        settings.write(
+            'DATABASE_ROUTERS = ["project.routers.Reports"]\n'
+            f'reports = {{"NAME": {parse_dsn(dsn)["dbname"]!r}}}\n'
+            'DATABASES["reports"] = DATABASES["default"] | reports\n'
+        )
+    for alias in ("default", "reports"):
+        project.run("migrate", "--database", alias, "--verbosity", "0", "--skip-checks")
+    assert triggers(db) == ["shop_order"] * 3
+    assert triggers(reports) == ["billing_payment"]
+
+    refused = project.start("pgsignals", "listen").end()
+    assert refused.code == 1
+    assert "Payment is of the database 'reports' of DATABASES" in "\n".join(refused.err)
+    checked = project.start("check", "--database", "default").end()
+    assert "pgsignals.E001" in "\n".join(checked.err)
+
+    declared = "\n\nhub = pgsignals.Hub()\nPAYMENTS = ["
+    project.write("billing/signals.py", "\n\nWATCHERS = [", declared)
+    project.write("billing/signals.py", "@pgsignals.on", "@hub.on")
+    with (project.path / "project/settings.py").open("a") as settings:
+        settings.write(
+            'PGSIGNALS["DATABASES"] = {"reports": {"WATCHERS": "billing.signals.PAYMENTS",'
+            ' "HUB": "billing.signals.hub"}}\n'
+        )
+    for alias in ("default", "reports"):
+        project.run("check", "--database", alias, "--fail-level", "INFO")
+        assert project.run("pgsignals", "--database", alias, "status").code == 0
+    mains = project.start("pgsignals", "listen")
+    others = project.start("pgsignals", "--database", "reports", "listen")
+    assert mains.err() == others.err() == "Listening. Press Ctrl-C to stop."
+    db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+    assert mains.out() == "order 1 of Ann: nothing yet"
+    reports("INSERT INTO billing_payment (order_id, amount) VALUES (1, 5)")
+    assert others.out() == "payment 1: 5.00"
+    assert mains.out() == "order 1: new -> paid"
+    reports(
+        "DROP FUNCTION "
+        + reports("SELECT proname FROM pg_proc WHERE proname ~ '^pgsig'")[0][0]
+        + " CASCADE"
+    )
+    checked = project.start("check", "--database", "reports").end()
+    assert "pgsignals.W001" in "\n".join(checked.err)

@@ -14,9 +14,10 @@ import pytest
 
 import pgsignals
 import pgsignals.testing
-from pgsignals import Hub, hookspecs
+from pgsignals import Hub
 from pgsignals.cli import main
 from pgsignals.contrib.flask import PgSignals
+from pgsignals.plugins import hookspecs
 from tests.conftest import Database, Recorder
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -106,7 +107,9 @@ def test_commands(name: str) -> None:
     assert [option for option in options if not mentioned(option, PAGES["cli"])] == []
 
 
-@pytest.mark.parametrize("reason", ["reconnected", "overflow", "watcher_broken", "retention"])
+@pytest.mark.parametrize(
+    "reason", ["reconnected", "overflow", "watcher_broken", "retention", "restored", "unknown_name"]
+)
 def test_reasons_of_gaps(reason: str) -> None:
     """Every reason of a Gap that its docstring names is explained."""
     assert f"``{reason}``" in str(pgsignals.Gap.__doc__)
@@ -124,7 +127,14 @@ def test_no_other_reasons_of_gaps() -> None:
     }
     # What comes from a broker has the reason that it was sent with.
     given.remove("gap.reason")
-    assert given == {"reconnected", "overflow", "watcher_broken", "retention", "restored"}
+    assert given == {
+        "reconnected",
+        "overflow",
+        "watcher_broken",
+        "retention",
+        "restored",
+        "unknown_name",
+    }
 
 
 def reasons_given(tree: ast.AST) -> Iterator[str]:

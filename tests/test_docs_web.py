@@ -18,7 +18,7 @@ import pgsignals
 from pgsignals.contrib.flask import PgSignals
 from tests.browser import chromium
 from tests.conftest import DEADLINE, Database, Recorder
-from tests.test_sse import Browser
+from tests.event_source import Browser
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -57,7 +57,7 @@ def started() -> Iterator[list[PgSignals]]:
 
 def test_flask(dsn: str, shop: Database, started: list[PgSignals], recorder: Recorder) -> None:
     """The application calls its receiver, is healthy, and streams, started as gunicorn does."""
-    application, hook = blocks("flask.md", "python")
+    application, hook, *_ = blocks("flask.md", "python")
     names = run(application, dsn, print=lambda *words: recorder(words))
     started.append(names["signals"])
     app = names["create_app"]()

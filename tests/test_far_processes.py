@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import pgsignals
-from pgsignals.plugins import load_plugins
+from pgsignals.plugins.loader import load_plugins
 from pgsignals.testing.conformance import DEADLINE, make_event
 from tests.conftest import Database, Recorder
 

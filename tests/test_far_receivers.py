@@ -15,7 +15,7 @@ import pytest
 
 import pgsignals
 from pgsignals.broadcasters import Broadcaster
-from pgsignals.plugins import load_plugins
+from pgsignals.plugins.loader import load_plugins
 from pgsignals.testing.conformance import DEADLINE, make_event
 from tests.brokers import Nats
 from tests.conftest import Recorder
@@ -181,6 +181,22 @@ def test_without_a_name_there_is_one_try(
     assert calls == [1, 2]
 
 
+def test_coroutine_functions(url: str, send: Send, hub: pgsignals.Hub, recorder: Recorder) -> None:
+    """They run on the loop in which start() was called, or that it was given."""
+
+    async def received(event: pgsignals.Event) -> None:
+        recorder(event)
+
+    async def serve() -> None:
+        hub.start(url, ["conformance"])
+        await asyncio.to_thread(send, 1)
+        await asyncio.to_thread(recorder.wait, 1)
+        await hub.astop()
+
+    hub.subscribe(received, "conformance")
+    asyncio.run(serve())
+
+
 def test_receivers_that_wait_to_be_tried_again_bound_what_is_read(
     url: str, send: Send, hub: pgsignals.Hub, recorder: Recorder
 ) -> None:
@@ -312,3 +328,30 @@ def test_who_joins_and_who_leaves_share_the_events(
         second.stop()
     assert sorted(map(number, recorder.items)) == list(range(1, 501))
     assert not any(event.redelivered for event in recorder.items)
+
+
+@pytest.mark.parametrize("name", ["mailer", None])
+def test_one_that_hangs_holds_up_nobody(
+    name: str | None, url: str, send: Send, hub: pgsignals.Hub, recorder: Recorder
+) -> None:
+    """With several workers the others go on; under a name, what it has not taken is not over."""
+    gate, stuck = threading.Event(), Recorder()
+
+    @hub.on("conformance")
+    def hangs(event: pgsignals.Event) -> None:
+        gate.wait(2 * DEADLINE)
+        stuck(number(event))
+
+    hub.on("conformance")(recorder)
+    try:
+        hub.start(url, ["conformance"], name=name, workers=4)
+        send(*range(1, 41), record=None)
+        assert {number(event) for event in recorder.wait(40)} == set(range(1, 41))
+        [aside] = hub.status().aside
+        assert aside.endswith("hangs")
+        assert hub.health().aside == (aside,)
+        assert hub.status().unacknowledged == (40 if name is not None else 0)
+    finally:
+        gate.set()
+    assert set(stuck.wait(40)) == set(range(1, 41))
+    eventually(hub.status, lambda status: not status.unacknowledged)

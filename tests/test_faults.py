@@ -15,7 +15,7 @@ import pytest
 
 import pgsignals
 from pgsignals import Gap, Hub
-from pgsignals.connection import Backoff
+from pgsignals.core.backoff import Backoff
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
@@ -63,15 +63,15 @@ def test_a_black_hole_is_noticed(hub: Hub, dsn: str, db: Database, proxy: Proxy)
 def test_a_quiet_connection_is_left_alone(hub: Hub, dsn: str, proxy: Proxy) -> None:
     """Heartbeats that are answered cause neither a Gap nor a new connection."""
     hub.start(dsn, ["items"], listen_dsn=through(proxy, dsn), heartbeat=0.01)
-    session = hub._run.source._session
+    session = hub._delivery.source._session
     deadline = time.monotonic() + DEADLINE
-    heard = hub._run.source._heard
+    heard = hub._delivery.source._heard
     for _ in range(5):
-        while hub._run.source._heard == heard:
+        while hub._delivery.source._heard == heard:
             assert time.monotonic() < deadline
             threading.Event().wait(0.005)
-        heard = hub._run.source._heard
-    assert hub._run.source._session is session
+        heard = hub._delivery.source._heard
+    assert hub._delivery.source._session is session
     assert hub.status().reconnects == 0
 
 
@@ -116,7 +116,7 @@ def test_whatever_breaks_every_loss_lies_in_a_gap(proxy_server: Server) -> None:
             back.release()
 
         hub.start(dsn, ["items"], listen_dsn=through(proxy, dsn), **HEARTBEAT)
-        source = hub._run.source
+        source = hub._delivery.source
         source._backoff = Backoff(0.05, 0.3)
         thread = source._thread
         writer = Writer(dsn)

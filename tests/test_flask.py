@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from flask import Flask, current_app, g
+from flask import Flask, current_app, g, has_app_context
 from flask_sqlalchemy import SQLAlchemy
 from psycopg2.extensions import parse_dsn
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -20,6 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 import pgsignals
 from pgsignals import Hub
 from pgsignals.contrib.flask import PgSignals, health
+from pgsignals.hub.hub import Delivery
 from pgsignals.testing import Server, simulated
 from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
@@ -107,7 +108,7 @@ def test_receivers_run_in_an_application_context(
         ("batch", "the-app", 1),
     }
     assert (1, "what it raised") in [(mark, str(error)) for mark, error in torn.wait(3)]
-    hub._send_gap(pgsignals.Gap(*2 * [recorder_time()], "reconnected"))
+    hub._callbacks.tell_gap(pgsignals.Gap(*2 * [recorder_time()], "reconnected"))
     assert recorder.wait(4)[3] == ("gap", "the-app")
 
 
@@ -144,6 +145,70 @@ def test_a_tracer_that_fails(dsn: str, db: Database, hub: Hub, recorder: Recorde
     signals.start(app)
     db("INSERT INTO items DEFAULT VALUES")
     assert recorder.wait(1) == ["shop"]
+
+
+def test_each_call_has_a_context_of_its_own(
+    each_dsn: str, each_db: Database, hub: Hub, delivery: Delivery
+) -> None:
+    """Also where one statement brings many events: nothing of one call is there in the next."""
+    each_db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+    app = application(each_dsn, PGSIGNALS_DELIVERY=delivery)
+    signals = PgSignals(app, watchers=WATCHERS, hub=hub)
+    steps = Recorder()
+    app.teardown_appcontext(lambda error: steps(("end", g.get("mark"))))
+
+    @signals.on("items")
+    def mark(event: pgsignals.Event) -> None:
+        steps(("begin", g.get("mark")))
+        g.mark = event.id
+
+    signals.start(app)
+    before = len(steps.items)
+    each_db("INSERT INTO items SELECT FROM generate_series(1, 3)")
+    expected: list[Any] = []
+    for number in (1, 2, 3):
+        expected += [("begin", None), ("end", number)]
+    assert steps.wait(before + 6)[before:] == expected
+
+
+def test_what_a_teardown_raises(
+    each_dsn: str, each_db: Database, hub: Hub, delivery: Delivery
+) -> None:
+    """It is the receiver's failure, since what the teardown was to commit is not there."""
+    each_db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+    app = application(each_dsn, PGSIGNALS_DELIVERY=delivery)
+    signals = PgSignals(app, watchers=WATCHERS, hub=hub)
+    calls, failures = Recorder(), Recorder()
+    hub.receiver_failed.connect(
+        lambda hub, receiver, event, error: failures(str(error)), weak=False
+    )
+    signals.on("items")(lambda event: calls(g.setdefault("mark", event.id)))
+
+    @app.teardown_appcontext
+    def commit(error: BaseException | None) -> None:
+        if "mark" in g and len(calls.items) == 1:
+            raise LookupError("it could not commit")
+
+    signals.start(app)
+    each_db("INSERT INTO items DEFAULT VALUES")
+    assert failures.wait(1) == ["it could not commit"]
+    if delivery != "notify":
+        assert calls.wait(2) == [1, 1]
+
+
+def test_a_context_ends_with_the_run(dsn: str, db: Database, hub: Hub) -> None:
+    """A Hub that the program starts after the application has stopped it is the program's own."""
+    app = application(dsn)
+    signals = PgSignals(app, watchers=WATCHERS, hub=hub)
+    found = Recorder()
+    signals.on("items")(lambda event: found(has_app_context()))
+    signals.start(app)
+    db("INSERT INTO items DEFAULT VALUES")
+    found.wait(1)
+    signals.stop(app)
+    hub.start(dsn, WATCHERS)
+    db("INSERT INTO items DEFAULT VALUES")
+    assert found.wait(2) == [True, False]
 
 
 class Base(DeclarativeBase):
@@ -242,7 +307,8 @@ def test_every_option_of_start_is_a_setting(dsn: str, hub: Hub) -> None:
 
     hub.start = start  # type: ignore[method-assign]
     signals.start(app)
-    del started["tracer"]
+    assert started.pop("dsn") == dsn
+    assert [watcher.model for watcher in started.pop("watchers")] == WATCHERS
     assert started == {"workers": 3, "namespace": "mine", "prune": False}
     for name in set(inspect.signature(Hub.start).parameters) - {"self"}:
         assert f"``PGSIGNALS_{name.upper()}``" in str(PgSignals.__doc__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import re
 import shutil
@@ -11,51 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
+from tests.served import Served
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
-
-
-class Served:
-    """A server of tests.flask_shop, and what its processes have printed."""
-
-    def __init__(self, program: Program, port: int) -> None:
-        self.program = program
-        self.port = port
-        self.heard: dict[int, list[str]] = defaultdict(list)
-
-    def request(self, method: str = "GET", path: str = "/") -> str:
-        """The body of an answer that is well."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE)
-        try:
-            connection.request(method, path)
-            answer = connection.getresponse()
-            body = answer.read().decode()
-        finally:
-            connection.close()
-        assert answer.status == 200, body
-        return body
-
-    def read_until(self, done: Callable[[], bool]) -> None:
-        """Read what the processes print until ``done()``."""
-        while not done():
-            # Flask announces itself on stdout too.
-            if found := re.fullmatch(r"(\d+) (.*\S) *", self.program.out()):
-                self.heard[int(found[1])].append(found[2])
-
-    def end(self) -> None:
-        """End it at SIGTERM; nothing is left to read, and no process raised anything."""
-        self.program.process.terminate()
-        end = self.program.end()
-        assert not any("Traceback" in line for line in end.err), end.err
 
 
 @pytest.fixture(autouse=True)

@@ -18,15 +18,18 @@ from typing import Any
 import psycopg2
 import pytest
 from flask import Flask, Response
+from psycopg2.extensions import make_dsn, parse_dsn
 
 import pgsignals
 from pgsignals import Hub
 from pgsignals.contrib.flask import PgSignals, position, sse
 from pgsignals.contrib.flask.extension import Process
 from pgsignals.contrib.sse import HEADERS
+from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
-from tests.test_sse import Browser
+from tests.event_source import Browser
+from tests.served import Tab
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,39 +38,6 @@ ROOT = Path(__file__).parent.parent
 def items(db: Database) -> None:
     """The table of the application."""
     db("CREATE TABLE items (id bigserial PRIMARY KEY, tenant integer NOT NULL DEFAULT 1)")
-
-
-class Tab:
-    """A browser's tab with an EventSource, over a real connection."""
-
-    def __init__(self, port: int, path: str = "/events", browser: Browser | None = None) -> None:
-        self.browser = browser or Browser()
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        headers = {"Last-Event-ID": self.browser.last_id} if self.browser.last_id else {}
-        self.connection.request("GET", path, headers=headers)
-        self.response = self.connection.getresponse()
-        assert self.response.status == 200
-        self._buffer = b""
-
-    def more(self) -> bool:
-        """Take in the next piece; whether there was one."""
-        piece = self.response.read1()
-        self._buffer += piece
-        whole, end, self._buffer = self._buffer.rpartition(b"\n\n")
-        self.browser.receive(whole + end)
-        return bool(piece)
-
-    def wait(self, count: int) -> list[Any]:
-        """The ids, or reasons of gaps, of the first messages."""
-        messages = self.browser.messages
-        while len(messages) < count:
-            assert self.more(), f"the stream ended after {messages}"
-        return [data["reason"] if kind == "gap" else data["id"] for kind, data in messages[:count]]
-
-    def close(self) -> None:
-        """Close the tab."""
-        self.response.close()
-        self.connection.close()
 
 
 class Server:
@@ -481,6 +451,84 @@ def test_a_stream_waits_for_the_start_of_another_request(
     assert len(answers) == 2
     for answer in answers:
         assert answer.startswith(b"retry: 3000\nid: ")
+
+
+@pytest.fixture
+def stalling(dsn: str) -> Iterator[tuple[str, Proxy]]:
+    """The database through a proxy, and the proxy."""
+    given = parse_dsn(dsn)
+    with Proxy("127.0.0.1", int(given["port"])) as proxy:
+        yield make_dsn(**given | {"host": "127.0.0.1", "port": proxy.port}), proxy
+
+
+def outbox_app(dsn: str) -> Flask:
+    """An application in outbox delivery with a Hub of its own, which is started."""
+    app = Flask(__name__)
+    app.config.update(PGSIGNALS_DSN=dsn, PGSIGNALS_DELIVERY="outbox")
+    signals = PgSignals(app, watchers=["items"], hub=Hub)
+    app.add_url_rule("/events", "events", lambda: sse("items"))
+    app.add_url_rule("/position", "position", lambda: position("items"))
+    signals.start(app)
+    return app
+
+
+def test_a_database_that_does_not_answer(
+    dsn: str, stalling: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who wants a stream of it waits for a while, and the requests for others do not."""
+    far, proxy = stalling
+    stuck, other = outbox_app(far), outbox_app(dsn)
+    try:
+        proxy.stall()
+        monkeypatch.setattr("pgsignals.contrib.feeds.PATIENCE_SECONDS", 0.01)
+        assert stuck.test_client().get("/events").data == b"retry: 3000\n\n"
+        monkeypatch.setattr("pgsignals.contrib.feeds.PATIENCE_SECONDS", DEADLINE)
+        answers: list[bytes] = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(stuck.test_client().get("/position").data)
+        )
+        waiting.start()
+        assert other.test_client().get("/position").status_code == 200
+        assert not answers
+        proxy.resume()
+        waiting.join(DEADLINE)
+        # Not the same: transactions of others move it.
+        assert [len(each) for each in answers] == [len(stuck.test_client().get("/position").data)]
+    finally:
+        for each in (stuck, other):
+            each.extensions["pgsignals"].stop(each)
+
+
+def test_a_start_that_fails(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is tried again, which may take long each time, browsers are told to come back."""
+    tried, go = threading.Semaphore(0), threading.Event()
+
+    def start(*_: Any, **__: Any) -> Any:
+        tried.release()
+        if not tried_once:
+            tried_once.append(True)
+            raise pgsignals.ConnectError("it is away")
+        assert go.wait(DEADLINE)
+        raise pgsignals.StateError("enough")
+
+    tried_once: list[bool] = []
+    before = set(threading.enumerate())
+    monkeypatch.setattr(app.extensions["pgsignals"].hub, "start", start)
+    client = app.test_client()
+    try:
+        assert client.get("/events").data == b"retry: 3000\n\n"
+        for _ in range(2):
+            assert tried.acquire(timeout=DEADLINE)
+        monkeypatch.setattr("pgsignals.contrib.flask.extension._START_SECONDS", DEADLINE)
+        assert client.get("/events").data == b"retry: 3000\n\n"
+    finally:
+        go.set()
+        # Once nothing is in its way, trying again would start the Hub behind the test.
+        process = app.extensions["pgsignals.process"]
+        for thread in set(threading.enumerate()) - before:
+            while thread.is_alive():
+                process._error = None
+                thread.join(0.05)
 
 
 def test_what_no_watcher_delivers(app: Flask) -> None:

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 
+from pgsignals.hub.hub import Delivery
 from tests.conftest import DEADLINE, Database
 
 PRELUDE = """
@@ -225,3 +226,180 @@ pgsignals.wait()
     _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == -15
     assert errors == ""
+
+
+# A fork in C, as uWSGI makes it, calls none of the hooks of Python. PyDLL keeps the global lock,
+# which the child could not take from a thread that is not there; an alarm ends a child that hangs.
+# The interpreter itself may hang it, in its global lock where a thread waited for that, say, which
+# its hooks would have made anew: such a child is made again, where a lock of ours would hang each
+# of them. At the fork a thread that is not in the child holds the ``locks``.
+IN_C = """
+import contextlib, ctypes, signal
+
+@contextlib.contextmanager
+def held(locks):
+    ready, over = threading.Event(), threading.Event()
+
+    def hold():
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            ready.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    ready.wait()
+    yield
+    over.set()
+    thread.join()
+
+def fork_in_c(work, end=os._exit, locks=None):
+    sys.stdout.flush()
+    for _ in range(8):
+        with contextlib.nullcontext() if locks is None else held(locks):
+            pid = ctypes.PyDLL(None).fork()
+            if pid == 0:
+                signal.alarm(15)
+                try:
+                    work()
+                except BaseException:
+                    import traceback
+                    traceback.print_exc()
+                    os._exit(1)
+                end(0)
+        _, status = os.waitpid(pid, 0)
+        if status != signal.SIGALRM:
+            break
+    assert status == 0, status
+"""
+
+
+def test_a_fork_without_hooks_is_noticed(dsn: str, delivery: Delivery) -> None:
+    """Whatever the child asks first, it is told of itself, and the parent loses nothing by it."""
+    out = run(
+        dsn,
+        IN_C
+        + f"delivery = {delivery!r}\n"
+        + """
+import asyncio, types
+from pgsignals.contrib.feeds import Feeds
+gauges = []
+metrics = types.SimpleNamespace(
+    count=lambda *_, **__: None, gauge=lambda name, read, **_: gauges.append(read)
+)
+hub = pgsignals.default_hub
+items = pgsignals.watch("items", extra=["id"])
+subscription = pgsignals.subscribe(receive, "items", id=-1)
+options = {"delivery": delivery}
+pgsignals.start(dsn, [items], metrics=metrics, **options)
+pgsignals.on("items")(receive)
+gaps, lost = [], []
+pgsignals.on_gap(gaps.append)
+pgsignals.disconnected.connect(lambda hub, error: lost.append(error), weak=False)
+stream = pgsignals.stream("items")
+
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except pgsignals.StateError:
+        return True
+
+async def next_of(stream):
+    return [event async for event in stream]
+
+QUESTIONS = {
+    "running": lambda: not hub.running,
+    "repr": lambda: repr(hub) == "<Hub stopped>",
+    "health": lambda: not hub.health().alive and not hub.health().connected,
+    "status": lambda: refused(hub.status),
+    "backfill": lambda: refused(hub.backfill, "items"),
+    "settle": lambda: refused(hub._settle, 1),
+    "wait": lambda: hub.wait(),
+    "run": lambda: hub.run(),
+    "stop": lambda: hub.stop(),
+    "astop": lambda: asyncio.run(hub.astop()),
+    "stream": lambda: stream.get() is None,
+    "iteration": lambda: list(stream) == [],
+    "async iteration": lambda: asyncio.run(next_of(stream)) == [],
+    "closing": lambda: stream.close() is None,
+    "wait_for": lambda: hub.wait_for("items", id=1, timeout=0.01),
+    "cancel": lambda: subscription.cancel() is None,
+    "subscribe": lambda: hub.subscribe(receive, "items").cancel() is None,
+    "on_gap": lambda: hub.on_gap(print) is print,
+    "signal": lambda: hub.signal("items", "inserted") is not None,
+    "feed": lambda: refused(feeds.open, ["items"], 10, True),
+    "client": lambda: client.read() == b"" and client.ended,
+    "gauge": lambda: all(read() == 0.0 for read in gauges),
+    "start": lambda: hub.start(dsn, [items], **options) is hub,
+}
+feeds = Feeds(hub)
+feed = feeds.open(["items"], 10, True).wait(60)
+client = feed.connect(None, lambda: None)
+
+def ask(name, answer):
+    try:
+        right = answer()
+    except pgsignals.WaitTimeout:
+        right = name == "wait_for"
+    if not right:
+        print(name, "was wrong")
+    if name == "start":
+        insert()
+        wait()
+        hub.stop()
+
+for name, answer in QUESTIONS.items():
+    locks = hub._registry._lock, hub._lock, stream._condition, feed._lock, feeds._lock
+    fork_in_c(lambda: ask(name, answer), locks=locks)
+wait()      # the row of the child that has started
+insert()
+wait()
+assert not gaps and not lost, (gaps, lost)
+hub.stop()
+""",
+    )
+    assert out == ""
+
+
+def test_a_child_without_hooks_may_start_by_itself(dsn: str) -> None:
+    """With restart_after_fork it listens once it is asked anything."""
+    run(
+        dsn,
+        IN_C
+        + """
+pgsignals.start(dsn, ["items"], restart_after_fork=True)
+pgsignals.on("items")(receive)
+ready = threading.Event()
+pgsignals.connected.connect(lambda hub: os.getpid() != parent and ready.set(), weak=False)
+parent = os.getpid()
+
+def work():
+    assert not pgsignals.health().ready
+    assert ready.wait(60)
+    insert()
+    wait()
+    assert pgsignals.health().ready
+
+fork_in_c(work, end=sys.exit)
+wait()
+""",
+    )
+
+
+def test_a_child_without_hooks_ends(dsn: str) -> None:
+    """Its end neither waits for the parent's threads, nor starts anything, nor ends a session."""
+    run(
+        dsn,
+        IN_C
+        + """
+pgsignals.start(dsn, ["items"], restart_after_fork=True)
+pgsignals.on("items")(receive)
+lost = []
+pgsignals.disconnected.connect(lambda hub, error: lost.append(error), weak=False)
+fork_in_c(lambda: None, end=sys.exit)
+insert()
+wait()
+assert not lost, lost
+""",
+    )

@@ -85,7 +85,7 @@ def stranger(server: Server, dsn: str, connect: Callable[[str], Database]) -> Da
 
 def channels(hub: Hub) -> list[str]:
     """The channels that the Hub listens to."""
-    return sorted(hub._run.source._decoders)
+    return sorted(hub._delivery.source._decoders)
 
 
 def captured(db: Database, names: list[str], writes: list[str]) -> list[str]:
@@ -133,7 +133,7 @@ def test_payloads_of_a_stranger(
     )
     hub.subscribe(read, "items")
     hub.subscribe(read, "renamed")
-    source = hub._run.source
+    source = hub._delivery.source
     names, session, thread = channels(hub), source._session, source._thread
     valid = captured(
         connect(dsn),

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from pgsignals import Event, Gap, dispatch
-from pgsignals.broadcasters.inprocess import InProcess
-from pgsignals.dispatch import Dispatcher
-from pgsignals.receivers import Registry, Subscription
+from pgsignals import Event, Gap
+from pgsignals.dispatch import isolation
+from pgsignals.dispatch.dispatcher import Dispatcher
+from pgsignals.dispatch.in_process import InProcess
+from pgsignals.dispatch.registry import Registry, Subscription
+from tests.broadcasters import TOPIC, message
 from tests.conftest import DEADLINE, Recorder
-from tests.test_dispatch import TOPIC, message
 
 WORKERS = 4
 
@@ -61,7 +62,7 @@ class Setup:
 
     def until_aside(self, count: int = 1) -> None:
         """Wait until so many receivers are set aside."""
-        _wait_for(lambda: len({aside.key for aside in self.dispatcher._asides}) == count)
+        _wait_for(lambda: len({each.key for each in self.dispatcher.isolated}) == count)
 
 
 def _threads() -> list[str]:
@@ -105,7 +106,9 @@ def gate() -> Iterator[threading.Event]:
 
 
 # Records of which each of the workers has one.
-RECORDS = [next(i for i in range(1000) if hash((i,)) % WORKERS == lane) for lane in range(WORKERS)]
+RECORDS = [
+    next(i for i in range(1000) if hash((i,)) % WORKERS == worker) for worker in range(WORKERS)
+]
 
 
 @pytest.mark.parametrize("events", [1, 20])
@@ -169,7 +172,7 @@ def test_who_is_alone_may_take_its_time(setup: Setup, gate: threading.Event) -> 
     setup.on(lambda event: (entered(event), gate.wait(DEADLINE)))
     setup.emit(RECORDS[0])
     entered.wait(1)
-    threading.Event().wait(4 * dispatch.SLOW_SECONDS)  # More than the watchman takes.
+    threading.Event().wait(4 * isolation.SLOW_SECONDS)  # More than the monitor takes.
     assert setup.dispatcher.aside == ()
     others = Recorder()
     setup.on(others)
@@ -253,7 +256,7 @@ def test_one_that_only_catches_up_loses_nothing(
         setup.until_aside()
         gate.set()
         # Not in time for a machine that is busy otherwise.
-        monkeypatch.setattr(dispatch, "SLOW_SECONDS", DEADLINE)
+        monkeypatch.setattr(isolation, "SLOW_SECONDS", DEADLINE)
         for _ in range(1000):
             setup.emit(RECORDS[0])
         setup.settle()
@@ -265,7 +268,7 @@ def test_it_goes_back_to_the_workers(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
     """After a time without slow calls, its thread and queue are given back."""
-    monkeypatch.setattr(dispatch, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(isolation, "QUIET_SECONDS", 0.1)
     seen = Recorder()
 
     def slow(event: Event) -> None:
@@ -287,13 +290,13 @@ def test_it_goes_back_to_the_workers(
 def test_threads_are_bounded(setup: Setup, gate: threading.Event) -> None:
     """Beyond eight receivers set aside, a worker waits for the ninth that is slow."""
     seen = Recorder()
-    for _ in range(dispatch.MOST_ASIDE + 3):
+    for _ in range(isolation.MOST_ISOLATED + 3):
         setup.on(lambda event: gate.wait(DEADLINE))
     setup.on(seen)
     setup.emit(*RECORDS)
-    setup.until_aside(dispatch.MOST_ASIDE)
-    threading.Event().wait(4 * dispatch.SLOW_SECONDS)  # More than the watchman takes.
-    assert len(_threads()) <= (dispatch.MOST_ASIDE + 1) * WORKERS + 1
+    setup.until_aside(isolation.MOST_ISOLATED)
+    threading.Event().wait(4 * isolation.SLOW_SECONDS)  # More than the monitor takes.
+    assert len(_threads()) <= (isolation.MOST_ISOLATED + 1) * WORKERS + 1
     assert seen.items == []
     gate.set()
     seen.wait(WORKERS)
@@ -308,7 +311,7 @@ def test_settle_waits_for_those_set_aside(setup: Setup, gate: threading.Event) -
     setup.emit(RECORDS[0])
     setup.dispatcher.settle(settled.set)
     others.wait(1)
-    assert not settled.wait(4 * dispatch.SLOW_SECONDS)
+    assert not settled.wait(4 * isolation.SLOW_SECONDS)
     gate.set()
     assert settled.wait(DEADLINE)
 
@@ -436,8 +439,8 @@ def test_a_record_that_moves_past_one_set_aside(setup: Setup, gate: threading.Ev
 @pytest.mark.parametrize("seed", range(4))
 def test_order_per_record_over_all_changes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However receivers go aside and come back, each gets each record's events once, in order."""
-    monkeypatch.setattr(dispatch, "SLOW_SECONDS", 0.002)
-    monkeypatch.setattr(dispatch, "QUIET_SECONDS", 0.004)
+    monkeypatch.setattr(isolation, "SLOW_SECONDS", 0.002)
+    monkeypatch.setattr(isolation, "QUIET_SECONDS", 0.004)
     choose = random.Random(seed)
     with running(queue_size=400_000) as setup:
         # By receiver and record, what came; a record goes by its number, over its keys.

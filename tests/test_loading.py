@@ -176,7 +176,7 @@ def test_the_dsn_of_an_engine(url: str, expected: str) -> None:
     """What an engine's URL says of the database is what libpq is told, whatever its driver."""
     from psycopg2.extensions import parse_dsn
 
-    from pgsignals.connection import dsn_of
+    from pgsignals.postgres.dsn import dsn_of
 
     engine: Any = (
         create_async_engine(url)

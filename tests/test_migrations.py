@@ -23,14 +23,19 @@ def test_the_outbox_from_any_version(db: Database, monkeypatch: pytest.MonkeyPat
     assert version(db) == known
 
     table = "CREATE TABLE pgsignals.more (at timestamptz DEFAULT now())"
-    monkeypatch.setattr(schema, "UPGRADES", (*schema.UPGRADES, (table,)))
+    column = "ALTER TABLE pgsignals.outbox ADD COLUMN more text"
+    upgrade = schema.Upgrade(known + 1, known, (table,), (column,))
+    monkeypatch.setattr(schema, "UPGRADES", (*schema.UPGRADES, upgrade))
     monkeypatch.setattr(schema, "VERSION", known + 1)
     second = schema.ensuring_statement()
     db(second)
     db(second)
     assert version(db) == known + 1
+    monkeypatch.undo()
     db(first)
     assert version(db) == known + 1
+    assert db("SELECT more FROM pgsignals.outbox") == []
+    monkeypatch.setattr(schema, "VERSION", known + 1)
     db("DROP SCHEMA pgsignals CASCADE")
     db(second)
     assert version(db) == known + 1

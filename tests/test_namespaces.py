@@ -12,13 +12,14 @@ from psycopg2.extensions import cursor as Cursor
 
 import pgsignals
 from pgsignals import Hub, watch
-from pgsignals.hub import Delivery
+from pgsignals.core.transport import Transport
+from pgsignals.core.watchers import normalize
+from pgsignals.hub.hub import Delivery
 from pgsignals.outbox.schema import install_schema
 from pgsignals.resolvers import BUILTIN
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import install, prune, uninstall
-from pgsignals.watchers import normalize
 from tests.conftest import Database, Recorder
 
 WATCHERS = ["orders", watch("orders", "updated", columns=["status"], label="changed")]
@@ -64,11 +65,10 @@ def everything(db: Database) -> set[tuple[Any, ...]]:
 
 def install_in(dsn: str, namespace: str, delivery: Delivery) -> None:
     """Install the watchers without listening."""
-    durable = delivery == "outbox"
     with session(dsn) as cursor:
-        if durable:
+        if delivery == "outbox":
             install_schema(cursor)
-        definitions = define(cursor, normalize(WATCHERS), BUILTIN, namespace, durable)
+        definitions = define(cursor, normalize(WATCHERS), BUILTIN, namespace, Transport(delivery))
         install(cursor, namespace, [definition.trigger for definition in definitions])
 
 

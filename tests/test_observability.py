@@ -29,6 +29,7 @@ import pgsignals
 from pgsignals import Event, Gap, Health, Hub, MissingExtraError, watch
 from pgsignals.contrib.otel import OpenTelemetryTracer, _writer
 from pgsignals.contrib.prometheus import PrometheusMetrics
+from pgsignals.hub.hub import Delivery
 from pgsignals.sources import notify
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
@@ -128,7 +129,14 @@ def test_counters_begin_at_zero(
         "pgsignals_invalid_payloads_total hub=default": 0,
         **{
             f"pgsignals_gaps_total hub=default reason={reason}": 0
-            for reason in ("reconnected", "overflow", "watcher_broken", "retention", "restored")
+            for reason in (
+                "reconnected",
+                "overflow",
+                "watcher_broken",
+                "retention",
+                "restored",
+                "unknown_name",
+            )
         },
         **{
             f"pgsignals_events_total hub=default op={op} table=public.items": 0
@@ -163,8 +171,8 @@ def test_what_is_counted(
     hub.start(dsn, ["items"], metrics=PrometheusMetrics(registry))
     db("INSERT INTO items (name) SELECT 'a' FROM generate_series(1, 3)")
     db("UPDATE items SET name = 'b' WHERE id <= 2")
-    assert hub._run is not None
-    channel = next(iter(hub._run.source._decoders))  # type: ignore[attr-defined]
+    assert hub._delivery is not None
+    channel = next(iter(hub._delivery.source._decoders))  # type: ignore[attr-defined]
     db("SELECT pg_notify(%s, 'forged')", (channel,))
     db("DELETE FROM items WHERE id = 1")
     recorder.wait(6)
@@ -237,17 +245,18 @@ def test_lag_is_by_the_servers_clock(hub: Hub, dsn: str, db: Database, recorder:
     """An event that was committed late is as old as its statement, whatever this clock says."""
     hub.subscribe(recorder, "items")
     hub.start(dsn, ["items"])
-    assert hub._run is not None
-    source = hub._run.source  # type: ignore[attr-defined]
+    assert hub._delivery is not None
+    source = hub._delivery.source  # type: ignore[attr-defined]
     db("INSERT INTO items DEFAULT VALUES")
     recorder.wait(1)
     assert 0 <= hub.health().lag < DEADLINE
     db("BEGIN")
     [(began,)] = db("INSERT INTO items DEFAULT VALUES RETURNING statement_timestamp()")
-    db("SELECT pg_sleep(0.3)")
+    db("SELECT pg_sleep(0.5)")
     db("COMMIT")
     [_, event] = recorder.wait(2)
     assert event.at >= began
+    # The server's clock is known but for the time that a question to it takes.
     assert 0.3 <= hub.health().lag <= (source.now() - event.at).total_seconds()
 
 
@@ -529,8 +538,8 @@ def test_health_of_a_thread_that_hangs(
     entered, gate = threading.Event(), threading.Event()
     hub.subscribe(recorder, "items")
     hub.start(dsn, ["items"], heartbeat=0.05, heartbeat_timeout=0.1)
-    assert hub._run is not None
-    source = hub._run.source  # type: ignore[attr-defined]
+    assert hub._delivery is not None
+    source = hub._delivery.source  # type: ignore[attr-defined]
     receive = source._receive
 
     def hang(message: Any) -> None:
@@ -550,6 +559,25 @@ def test_health_of_a_thread_that_hangs(
     finally:
         gate.set()
     recorder.wait(1)
+
+
+def test_deliveries_at_debug(
+    hub: Hub,
+    dsn: str,
+    db: Database,
+    recorder: Recorder,
+    delivery: Delivery,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each event is logged with how many receivers get it, before the first does."""
+    caplog.set_level(logging.DEBUG, "pgsignals")
+    hub.subscribe(recorder, "items")
+    hub.start(dsn, ["items"], delivery=delivery)
+    db("INSERT INTO items VALUES (7)")
+    recorder.wait(1)
+    [record] = [each for each in caplog.records if each.msg.startswith("delivering")]
+    assert record.getMessage() == "delivering <Event public.items inserted id=7> to 1 receivers"
+    assert vars(record)["event_uid"] == recorder.items[0].uid
 
 
 def test_the_fields_of_log_records(
@@ -593,7 +621,8 @@ def test_the_fields_of_log_records(
         hub.stop()
     finally:
         logger.removeHandler(handler)
-    raised, broken = failures
+    # Two threads log, in either order: the source of its watcher, a worker of the receiver.
+    broken, raised = sorted(failures, key=lambda record: hasattr(record, "receiver"))
     where = f"{__name__}.test_the_fields_of_log_records.<locals>"
     assert (
         vars(raised).items()

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import pgsignals
-from pgsignals.sources import outbox
+from pgsignals.sources import durable, polling
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
@@ -61,7 +61,7 @@ def test_reading_goes_on_between_acknowledgements(
         if not left[0]:
             done.set()
 
-    monkeypatch.setattr(outbox, "ACKNOWLEDGE_SECONDS", 3600.0)
+    monkeypatch.setattr(durable, "ACKNOWLEDGE_SECONDS", 3600.0)
     hub.start(dsn, ["items"], delivery="outbox", name="mailer", queue_size=1000, lease=3600.0)
     assert done.wait(4 * DEADLINE), left
 
@@ -74,7 +74,7 @@ def test_a_page_does_not_look_through_former_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However fast rows come, each is looked at a few dozen times at most."""
-    monkeypatch.setattr(outbox, "NOTE_SECONDS", 1e9)
+    monkeypatch.setattr(polling, "NOTE_SECONDS", 1e9)
     db("CREATE TABLE items (id bigint PRIMARY KEY)")
     hub.on("items", "inserted")(recorder)
     hub.start(dsn, ["items"], delivery="outbox", name="mailer")
@@ -93,4 +93,4 @@ def test_a_page_does_not_look_through_former_ones(
 
     # Counts come once the session has gone.
     found = eventually(seen, lambda count: count >= rows)
-    assert found < 2 * outbox.NOTE_ROWS * rows
+    assert found < 2 * polling.NOTE_ROWS * rows

@@ -10,9 +10,9 @@ import pytest
 
 import pgsignals
 from pgsignals.triggers import installer
+from tests.broadcasters import Broker
 from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
-from tests.test_outbox_relay import Broker
 
 NAMED = pgsignals.watch("items", "inserted", extra=["name"])
 PLAIN = pgsignals.watch("items", "inserted")

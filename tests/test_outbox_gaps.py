@@ -7,9 +7,9 @@ import threading
 import pytest
 
 import pgsignals
+from tests.broadcasters import Broker
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
-from tests.test_outbox_relay import Broker
 from tests.waiting import eventually
 
 CONSUME = """
@@ -74,7 +74,7 @@ def until_heard(program: Program, line: str) -> list[str]:
 
 def until_renewed(shop: Database) -> None:
     """Wait until the claim has been renewed."""
-    renewals = "SELECT lease_until FROM pgsignals.consumers"
+    renewals = "SELECT beat FROM pgsignals.consumers"
     before = shop(renewals)
     eventually(lambda: shop(renewals), lambda now: now != before)
 

@@ -11,16 +11,18 @@ from psycopg2 import sql
 
 import pgsignals
 from pgsignals import Hub, watch
+from pgsignals.consumers import dead_letters
+from pgsignals.core.transport import Transport
+from pgsignals.core.watchers import normalize
 from pgsignals.outbox import administration
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.resolvers import BUILTIN
 from pgsignals.triggers import names
 from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import install
-from pgsignals.watchers import normalize
 from tests.commands import run
 from tests.conftest import Database, Recorder
-from tests.test_roles import documented_grants
+from tests.grants import documented_grants
 from tests.waiting import eventually
 
 
@@ -78,7 +80,7 @@ def test_a_writer_has_no_right_on_the_schema(db: Database, writer: Database) -> 
             with pytest.raises(pg.InsufficientPrivilege):
                 writer(sql.SQL(attempt).format(place))
     with pytest.raises(pg.InsufficientPrivilege):
-        writer("INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 0, 'forged')")
+        writer("INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 1, 0, 'forged')")
 
 
 def test_even_with_the_schema_opened(db: Database, role: str, writer: Database) -> None:
@@ -86,9 +88,10 @@ def test_even_with_the_schema_opened(db: Database, role: str, writer: Database) 
     db(f"GRANT USAGE ON SCHEMA pgsignals TO {role}")
     for attempt in (
         "SELECT pgsignals.has_room()",
+        "SELECT pgsignals.put(1, 1, 1, 1, 0, 'forged', true)",
         "SELECT * FROM pgsignals.outbox",
         "SELECT * FROM pgsignals.outbox_0",
-        "INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 0, 'forged')",
+        "INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 1, 0, 'forged')",
         "UPDATE pgsignals.consumers SET snapshot = '1:1:'",
         "SELECT nextval('pgsignals.outbox_id')",
         "SELECT setval('pgsignals.outbox_full', 1)",
@@ -98,27 +101,69 @@ def test_even_with_the_schema_opened(db: Database, role: str, writer: Database) 
             writer(attempt)
 
 
+_TRAP = """
+CREATE TABLE seen (who text);
+GRANT INSERT ON seen TO PUBLIC;
+CREATE TYPE trap AS ENUM ('a', 'b');
+CREATE FUNCTION spring(trap) RETURNS text LANGUAGE plpgsql
+  AS $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN 'a'; END$$;
+CREATE CAST (trap AS text) WITH FUNCTION spring(trap) AS IMPLICIT
+"""
+
+
 def test_functions_are_nobody_elses(db: Database, writer: Database) -> None:
-    """The trigger functions run as their owner, for the triggers alone that the owner made."""
+    """The trigger functions run as their owner, and for nothing but the table they were made for.
+
+    Whoever adds a partition must have the right to execute them.
+    """
     functions = db(
         "SELECT proname, prosecdef, proconfig FROM pg_proc WHERE proname LIKE 'pgsignals\\_%'"
     )
     assert len(functions) == 3
+    db(_TRAP)
     for name, definer, config in functions:
         assert definer
         # They qualify what they use, which costs a writer less than setting its search_path.
         assert config is None
-        with pytest.raises(pg.InsufficientPrivilege):
+        with pytest.raises(pg.FeatureNotSupported, match="only be called as triggers"):
             writer(f"SELECT {name}()")
-        writer("CREATE TEMP TABLE IF NOT EXISTS own (id bigint, note text)")
-        with pytest.raises(pg.InsufficientPrivilege):
-            writer(f"CREATE TRIGGER own AFTER INSERT ON own EXECUTE FUNCTION {name}()")
         with pytest.raises(pg.InsufficientPrivilege):
             writer(f"ALTER FUNCTION {name}() SECURITY INVOKER")
+        for kind in ("", " PARTITION BY LIST (id)"):
+            writer(f"CREATE TEMP TABLE own (id bigint, note trap){kind}")
+            if kind:
+                writer("CREATE TEMP TABLE part PARTITION OF own DEFAULT")
+            for event in ("INSERT", "UPDATE", "DELETE"):
+                writer(
+                    f"CREATE TRIGGER {event} AFTER {event} ON own FOR EACH ROW"
+                    f" EXECUTE FUNCTION {name}()"
+                )
+            writer("INSERT INTO own VALUES (1, 'a')")
+            writer("UPDATE own SET note = 'b'")
+            writer("DELETE FROM own")
+            writer("DROP TABLE own")
+    assert db("SELECT count(*) FROM pgsignals.outbox") == [(0,)]
+    assert db("SELECT last_value FROM pgsignals.outbox_shed") == [(0,)]
+    assert db("SELECT who FROM seen") == []
 
 
 # What is called without being looked up.
-_SYNTAX = {"and", "as", "case", "coalesce", "exists", "filter", "from", "if", "in", "join", "not"}
+_SYNTAX = {
+    "and",
+    "any",
+    "as",
+    "case",
+    "elsif",
+    "else",
+    "coalesce",
+    "exists",
+    "filter",
+    "from",
+    "if",
+    "in",
+    "join",
+    "not",
+}
 _SYNTAX |= {"operator", "or", "over", "position", "substring", "then", "values", "when", "where"}
 
 
@@ -141,7 +186,11 @@ def test_functions_qualify_all_that_they_use(
     assert len(sources) == 3
     for (source,) in sources:
         code = re.sub(r"--.*|E?'(?:[^']|'')*'", "''", source).lower()
-        assert not set(re.findall(r"(?<![\w.])([a-z_]\w*) *\(", code)) - _SYNTAX - {"pgs_new"}
+        assert (
+            not set(re.findall(r"(?<![\w.])([a-z_]\w*) *\(", code))
+            - _SYNTAX
+            - {"pgs_new", "pgs_each"}
+        )
         assert not re.findall(r"::(?!pg_catalog\.)\w+", code)
         bare = re.sub(r"operator\(pg_catalog\.[^)]+\)|:=|[(,] *-\d+\)", "", code)
         assert not re.findall(r"[-+*/<>=~|!%^&]+", re.sub(r"\(\*\)|, \*", "", bare))
@@ -252,15 +301,7 @@ def test_a_superuser_does_not_lend_its_rights(dsn: str, db: Database, role: str)
     assert installed.out[-1] == "3 triggers installed, 0 already there."
 
 
-_CAST = """
-CREATE TABLE seen (who text);
-GRANT INSERT ON seen TO PUBLIC;
-CREATE TYPE trap AS ENUM ('a', 'b');
-CREATE FUNCTION spring(trap) RETURNS text LANGUAGE plpgsql
-  AS $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN 'a'; END$$;
-CREATE CAST (trap AS text) WITH FUNCTION spring(trap) AS IMPLICIT;
-ALTER TABLE theirs ALTER n TYPE trap USING 'a'
-"""
+_CAST = f"{_TRAP}; ALTER TABLE theirs ALTER n TYPE trap USING 'a'"
 
 
 def test_the_owner_of_a_table_gains_nothing(
@@ -317,7 +358,7 @@ def test_an_installer_that_lacks_a_right(
 
     def install_on(table: str) -> None:
         with as_role.connection.cursor() as cursor:
-            definitions = define(cursor, normalize([table]), BUILTIN, "default", durable=True)
+            definitions = define(cursor, normalize([table]), BUILTIN, "default", Transport.OUTBOX)
             install(cursor, "default", [each.trigger for each in definitions])
 
     for left_out, lacking in enumerate(grants):
@@ -396,7 +437,7 @@ def test_the_documented_grants_of_a_consumer(
     eventually(lambda: db("SELECT consumer FROM pgsignals.dead_letters"), lambda rows: bool(rows))
     broken = False
     with consumer.connection.cursor() as cursor:
-        assert administration.retry(cursor, None) == 1
+        assert dead_letters.retry(cursor, None) == 1
         assert recorder.wait(2)[1].id == 1
         eventually(lambda: db("SELECT FROM pgsignals.dead_letters"), lambda rows: not rows)
         eventually(
@@ -426,10 +467,10 @@ def test_once_and_backfills_of_a_consumer(consumer: Database) -> None:
 def test_what_a_consumer_may_not(consumer: Database) -> None:
     """A consumer forges no event, changes no cap and no definition, and installs nothing."""
     for attempt in (
-        "INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 0, 'forged')",
+        "INSERT INTO pgsignals.outbox VALUES (1, 1, 1, 1, 0, 'forged')",
         "UPDATE pgsignals.outbox SET payload = 'forged'",
         "UPDATE pgsignals.settings SET retention_seconds = 1",
-        "INSERT INTO pgsignals.channels VALUES (1, 1, '{}')",
+        "INSERT INTO pgsignals.channels VALUES (1, 1, 1, '{}')",
         "CREATE TABLE pgsignals.mine (id int)",
         "DROP SCHEMA pgsignals CASCADE",
     ):

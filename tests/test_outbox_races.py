@@ -9,8 +9,8 @@ import psycopg2
 import pytest
 
 import pgsignals
-from pgsignals.outbox.store import Store
-from pgsignals.sources.outbox import OutboxSource
+from pgsignals.consumers.consumer_store import ConsumerStore
+from pgsignals.sources.polling import Poller
 from tests.conftest import DEADLINE, Database, Recorder
 
 
@@ -58,14 +58,14 @@ def test_events_dropped_as_the_consumer_stops(
 ) -> None:
     """Retention's mark that comes with the last acknowledgement is for whoever comes next."""
     start(hub, shop, name="mailer")
-    acknowledge = Store.acknowledge
+    acknowledge = ConsumerStore.acknowledge
 
-    def marked(self: Store, *args: Any, **options: Any) -> Any:
+    def marked(self: ConsumerStore, *args: Any, **options: Any) -> Any:
         if options.get("release"):
             shop("UPDATE pgsignals.consumers SET lost_until = now()")
         return acknowledge(self, *args, **options)
 
-    monkeypatch.setattr(Store, "acknowledge", marked)
+    monkeypatch.setattr(ConsumerStore, "acknowledge", marked)
     assert hub.stop()
     hub.on_gap(recorder)
     start(hub, shop, name="mailer")
@@ -105,7 +105,7 @@ def test_a_stop_before_what_a_killed_process_left(
     # As if it had been killed before it acknowledged.
     shop("UPDATE pgsignals.consumers SET snapshot = %s, floor = %s, clean = false", cursor)
     with monkeypatch.context() as patch:
-        patch.setattr(OutboxSource, "_look_and_read", lambda *_: (False, False))
+        patch.setattr(Poller, "read", lambda *_: (False, False))
         start(hub, shop, name="mailer")
         assert hub.stop()
     start(hub, shop, name="mailer")
@@ -121,9 +121,9 @@ def test_a_claim_right_after_an_acknowledgement(
     hub.on_gap(gaps)
     start(hub, shop, name="mailer")
     assert hub.stop()
-    claim, before = Store.claim, [True]
+    claim, before = ConsumerStore.claim, [True]
 
-    def claimed(self: Store, *args: Any) -> Any:
+    def claimed(self: ConsumerStore, *args: Any) -> Any:
         if before:
             # It delivers one, acknowledges it, delivers another, and is killed.
             before.clear()
@@ -133,7 +133,7 @@ def test_a_claim_right_after_an_acknowledgement(
             shop("UPDATE pgsignals.consumers SET clean = false")
         return claim(self, *args)
 
-    monkeypatch.setattr(Store, "claim", claimed)
+    monkeypatch.setattr(ConsumerStore, "claim", claimed)
     start(hub, shop, name="mailer")
     shop("INSERT INTO items VALUES (3)")
     assert recorder.wait(2) == [True, False]

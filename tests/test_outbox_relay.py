@@ -5,46 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
 
 import pytest
 
 import pgsignals
+from tests.broadcasters import Broker
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
-
-
-class Broker:
-    """A broadcaster that can be away, and remembers what it has acknowledged."""
-
-    def __init__(self) -> None:
-        self.away = threading.Event()
-        self.refused = threading.Event()
-        self.closed = threading.Event()
-        self.acknowledged = Recorder()
-        self._published: list[pgsignals.Event | pgsignals.Gap] = []
-
-    def __str__(self) -> str:
-        return "broker://test"
-
-    def publish(self, events: Sequence[pgsignals.Event]) -> None:
-        self._published += events
-
-    def flush(self, timeout: float) -> bool:
-        published, self._published = self._published, []
-        if self.away.is_set():
-            if published:
-                self.refused.set()
-            return False
-        for item in published:
-            self.acknowledged(item)
-        return True
-
-    def announce(self, gap: pgsignals.Gap) -> None:
-        self._published.append(gap)
-
-    def close(self) -> None:
-        self.closed.set()
 
 
 @pytest.fixture
@@ -231,22 +198,19 @@ def test_what_another_process_sends_is_given_up(hub: pgsignals.Hub, shop: Databa
     """Once another has its claim, a relay has its broadcaster forget what is not acknowledged."""
     broker, other = Broker(), Broker()
     broker.away.set()
-    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[broker])
+    first = f"{shop.dsn}?application_name=first"
+    hub.start(first, ["items"], delivery="outbox", name="mailer", backends=[broker])
     shop("INSERT INTO items VALUES (1)")
     assert broker.refused.wait(DEADLINE)
-    own = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-    before = {pid for (pid,) in shop(own)}
     second = pgsignals.Hub()
     second.start(shop.dsn, ["items"], delivery="outbox", name="mailer", backends=[other])
     try:
-        standing_by = {pid for (pid,) in shop(own)} - before
 
         def taken_over() -> bool:
             # The first may be back before the second has noticed.
             shop(
-                f"SELECT pg_terminate_backend(pid) FROM ({own}) AS a"
-                " WHERE pid <> pg_backend_pid() AND pid <> ALL (%s)",
-                (list(standing_by),),
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name = 'first'"
             )
             return second.status().backends[0].active
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgsignals.core.events import Message, Topic
+from pgsignals.core.payload import MAX_FRAGMENTS, SILENT, VERSION, Broken, Decoder, Field
 from pgsignals.errors import PayloadError
-from pgsignals.events import Message, Topic
-from pgsignals.payload import MAX_FRAGMENTS, VERSION, Broken, Decoder, Field
 
 INT = Field(23, "int4")
 TEXT = Field(25, "text")
@@ -79,9 +79,9 @@ def line(key: list[Any], values: list[Any]) -> str:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@given(payload=st.text())
+@given(payload=st.text().filter(lambda text: text != SILENT))
 def test_any_text(shape: str, payload: str) -> None:
-    """Arbitrary text never raises anything else."""
+    """Arbitrary text, but for what a trigger says that can say nothing, raises nothing else."""
     with pytest.raises(PayloadError):
         SHAPES[shape].decode(payload)
 

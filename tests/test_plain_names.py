@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pgsignals.errors import ModelError
-from pgsignals.resolvers.plain import parse_name, quoted
+from pgsignals.triggers.quoting import quoted
+from pgsignals.triggers.resolvers.plain import parse_name
 
 NAMES = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1)
 BARE_NAMES = NAMES.filter(lambda name: not set(name) & {'"', "."})

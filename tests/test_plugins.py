@@ -8,16 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import pgsignals
-from pgsignals.plugins import load_plugins
+from pgsignals.plugins.loader import load_plugins
 from tests.brokers import Nats, free_port
 from tests.conftest import Database, Recorder
+from tests.distributions import Environment, run
 
 # The first test builds the wheels.
 pytestmark = pytest.mark.timeout(400)
@@ -26,34 +26,9 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = Path("examples/plugin_audit")
 
 
-class Environment:
-    """A virtual environment with some distributions and what they depend on, from wheels alone."""
-
-    def __init__(self, folder: Path, wheels: Path, *distributions: str) -> None:
-        venv.create(folder, with_pip=False)
-        self._bin = folder / "bin"
-        self._folder = folder
-        run(
-            *(sys.executable, "-m", "pip", "--python", str(self._bin / "python"), "install"),
-            *("--quiet", "--no-index", "--find-links", str(wheels), *distributions),
-        )
-
-    def run(self, program: str, *arguments: str) -> str:
-        """What a program of it prints; it is run away from the checkout."""
-        return run(str(self._bin / program), *arguments, cwd=self._folder)
-
-    def python(self, code: str, *arguments: str) -> str:
-        """What Python code prints."""
-        return self.run("python", "-c", code, *arguments)
-
-
-def run(*command: str, cwd: Path | None = None) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_FIND_LINKS")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=cwd, env=environment
-    )
-    assert done.returncode == 0, f"{command}: {done.stdout[-3000:]} {done.stderr[-3000:]}"
-    return done.stdout
+def offline(folder: Path, wheels: Path, *distributions: str) -> Environment:
+    """An environment with some distributions and what they depend on, from wheels alone."""
+    return Environment(folder, "--no-index", "--find-links", str(wheels), *distributions)
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +51,13 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Environment:
     """An environment with the core alone."""
-    return Environment(tmp_path_factory.mktemp("core"), wheels, "pgsignals")
+    return offline(tmp_path_factory.mktemp("core"), wheels, "pgsignals")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Environment:
     """An environment with the core, both brokers' packages and the example."""
-    return Environment(
+    return offline(
         tmp_path_factory.mktemp("whole"),
         wheels,
         "pgsignals[kafka,nats]",
@@ -131,7 +106,7 @@ def test_all_of_it(whole: Environment, nats_server: Nats, prefix: str) -> None:
     text = whole.python(
         """
 import pgsignals, sys
-from pgsignals.plugins import load_plugins
+from pgsignals.plugins.loader import load_plugins
 broadcaster = load_plugins().broadcaster(sys.argv[1])
 print(broadcaster.flush(30))
 broadcaster.close()

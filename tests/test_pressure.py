@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from pgsignals import Gap, Hub, batches
-from pgsignals.dispatch import Dispatcher
+from pgsignals import Gap, Hub
+from pgsignals.dispatch import batches
+from pgsignals.dispatch.dispatcher import Dispatcher
 from pgsignals.sources import notify
 from pgsignals.testing import Server
+from tests.broadcasters import Collector, message
 from tests.conftest import DEADLINE, NEWEST, Database, Recorder
-from tests.test_dispatch import Collector, message
 
 TOTAL = 200_000
 # Two records of which each of two workers has one.
@@ -362,7 +363,7 @@ def test_memory_is_bounded_with_one_worker(
     before = memory("VmRSS")
     for _ in range(20):
         db("INSERT INTO items SELECT FROM generate_series(1, 10000)")
-    _wait_for(lambda: hub._run.source.received == TOTAL, 4 * DEADLINE)
+    _wait_for(lambda: hub._delivery.source.received == TOTAL, 4 * DEADLINE)
     growth = memory("VmHWM") - before
     status = hub.status()
     record_property("memory growth, MB", round(growth, 1))
@@ -397,10 +398,10 @@ def test_a_batch_receiver_that_is_too_slow(
     for _ in range(20):
         db("INSERT INTO items SELECT FROM generate_series(1, 1000)")
     _wait_for(lambda: hub.status().shed > 5000, DEADLINE)
-    [batcher] = hub._timer._batchers
+    [batcher] = hub._callbacks.timer._batchers
     assert len(batcher._latest) <= 100 + batches.SPARE
     if workers > 1:
-        _wait_for(lambda: hub._run.source.received == 20_001, DEADLINE)
+        _wait_for(lambda: hub._delivery.source.received == 20_001, DEADLINE)
         assert hub.status().aside[0].endswith("slow")
         db("UPDATE items SET id = id WHERE id = 1")
         assert others.wait(1)[0].id == 1
@@ -426,7 +427,7 @@ def test_a_batch_receiver_that_stops_the_hub_while_it_is_behind(
     hub.start(dsn, ["items"], queue_size=50_000)
     db("INSERT INTO items DEFAULT VALUES")
     db("INSERT INTO items SELECT FROM generate_series(1, 20000)")
-    [batcher] = hub._timer._batchers
+    [batcher] = hub._callbacks.timer._batchers
     _wait_for(lambda: len(batcher._latest) == 1 + batches.SPARE, DEADLINE)
     full.set()
     [(drained, seconds)] = outcome.wait(1)
@@ -487,10 +488,10 @@ def test_the_log_warns_while_reading_pauses(
 
 def _heartbeat(hub: Hub) -> None:
     """Until a heartbeat that begins after this call has come back."""
-    heard = hub._run.source._usage_read_at
+    heard = hub._delivery.source._usage_read_at
     for _ in range(2):
-        _wait_for(lambda heard=heard: hub._run.source._usage_read_at > heard, DEADLINE)
-        heard = hub._run.source._usage_read_at
+        _wait_for(lambda heard=heard: hub._delivery.source._usage_read_at > heard, DEADLINE)
+        heard = hub._delivery.source._usage_read_at
 
 
 def _wait_for(condition: Callable[[], object], seconds: float) -> None:

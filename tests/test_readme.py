@@ -16,10 +16,17 @@ from tests.conftest import DEADLINE, Database
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
-# Around the example, so that the test knows when to write.
+# Around the example, so that the test knows when it runs: before that, Ctrl-C is Python's affair.
 WRAPPER = """
-import sys, pgsignals
-pgsignals.connected.connect(lambda hub: print("connected", flush=True), weak=False)
+import signal, sys, pgsignals
+install = signal.signal
+def installed(number, handler):
+    former = install(number, handler)
+    if number == signal.SIGINT:
+        signal.signal = install
+        print("handles signals", flush=True)
+    return former
+signal.signal = installed
 exec(compile(sys.argv[1], "README.md", "exec"))
 """
 
@@ -44,7 +51,7 @@ def test_the_ten_lines(dsn: str, db: Database) -> None:
     )
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "connected\n"
+        assert process.stdout.readline() == "handles signals\n"
         db(update)
         assert process.stdout.readline() == f"{printed}\n"
         process.send_signal(signal.SIGINT)
@@ -52,6 +59,16 @@ def test_the_ten_lines(dsn: str, db: Database) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_its_commands_are_the_gate() -> None:
+    """Continuous integration runs the commands as they are printed, each with nothing set up."""
+    [block] = re.findall(r"^In a clone, with Python .*?^```sh\n(.*?)^```$", README, re.S | re.M)
+    printed = [line.partition("#")[0].strip() for line in block.splitlines()]
+    gate = (ROOT / ".ci" / "run").read_text().splitlines()
+    apart = [step for command in printed for step in ("make clean", command)]
+    made = [line for line in gate if line.startswith("make ")]
+    assert made == [*apart, "make check", "make dist"]
 
 
 def test_links() -> None:

@@ -226,6 +226,20 @@ def test_an_idle_listener_holds_no_transaction(hub: Hub, each_dsn: str, each_db:
     assert eventually(states, lambda found: len(found) == 1) == [("idle", None)]
 
 
+def test_heartbeats_that_are_answered_late(
+    hub: Hub, each_dsn: str, each_db: Database, recorder: Recorder
+) -> None:
+    """A server that takes longer to answer than the next heartbeat is far is no lost connection."""
+    each_db("CREATE TABLE items (id bigserial PRIMARY KEY)")
+    hub.subscribe(recorder, "items")
+    hub.on_gap(recorder)
+    hub.start(each_dsn, ["items"], heartbeat=0.001)
+    for number in range(1, 21):
+        each_db("INSERT INTO items DEFAULT VALUES")
+        assert recorder.wait(number)[-1].id == number
+    assert hub.status().reconnects == 0
+
+
 def test_many_descriptors(dsn: str, db: Database, recorder: Recorder) -> None:
     """With more than 1,024 descriptors open, where select() itself fails, everything works."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

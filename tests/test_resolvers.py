@@ -29,9 +29,10 @@ from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.hybrid import hybrid_property
 
+from pgsignals.core.tables import Table, TableRef
 from pgsignals.errors import ModelError
 from pgsignals.resolvers import BUILTIN, DjangoResolver, PlainResolver, SQLAlchemyResolver
-from pgsignals.tables import Table, TableRef, describe, resolve
+from pgsignals.triggers.table_lookup import describe, resolve
 
 SQLALCHEMY, DJANGO, PLAIN = SQLAlchemyResolver(), DjangoResolver(), PlainResolver()
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 
 import psycopg2
 import pytest
 
 import pgsignals
 from pgsignals import Hub, watch
-from pgsignals.hub import Delivery
+from pgsignals.core.transport import Transport
+from pgsignals.core.watchers import normalize
+from pgsignals.hub.hub import Delivery
 from pgsignals.outbox.schema import install_schema
 from pgsignals.resolvers import BUILTIN
 from pgsignals.testing import Server
 from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import install, uninstall
-from pgsignals.watchers import normalize
 from tests.conftest import Database, Recorder
+from tests.grants import documented_grants
 
 WATCHERS = [
     "shop.orders",
@@ -82,14 +82,6 @@ DML = (
 )
 
 
-def documented_grants(role: str) -> tuple[str, ...]:
-    """What docs/outbox.md has a role granted that it calls ``role``, as ``make_role`` takes it."""
-    page = (Path(__file__).parent.parent / "docs/outbox.md").read_text()
-    found = re.findall(rf"^GRANT ([^;]*) TO {role};", page, re.MULTILINE)
-    assert found, role
-    return tuple(found)
-
-
 def with_path(dsn: str, path: str) -> str:
     """The same address with a search path."""
     return f"{dsn}?options=-csearch_path%3D{path}"
@@ -97,12 +89,11 @@ def with_path(dsn: str, path: str) -> str:
 
 def install_as(dsn: str, delivery: Delivery) -> int:
     """What ``pgsignals install`` does; how many triggers it created."""
-    durable = delivery == "outbox"
     with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
         connection.autocommit = True
-        if durable:
+        if delivery == "outbox":
             install_schema(cursor)
-        definitions = define(cursor, normalize(WATCHERS), BUILTIN, "default", durable)
+        definitions = define(cursor, normalize(WATCHERS), BUILTIN, "default", Transport(delivery))
         return len(install(cursor, "default", [each.trigger for each in definitions]))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
@@ -17,48 +17,18 @@ from hypothesis import strategies as st
 
 import pgsignals
 from pgsignals.contrib import sse
+from pgsignals.contrib.ring import Entry, Ring
 from pgsignals.contrib.sse import Feed, View, encode, last_event_id
+from pgsignals.contrib.sse import _Position as Position
 from pgsignals.testing import Simulation, simulated
+from pgsignals.testing.conformance import make_event
+from tests.event_source import Browser
 
 WATCHERS = [
     pgsignals.watch("orders", "inserted", "updated", extra=["tenant"]),
     "users",
     pgsignals.watch("orders", "inserted", label="new_order"),
 ]
-
-
-@dataclass
-class Browser:
-    """What an EventSource makes of a stream: messages, and the id to go on from."""
-
-    messages: list[tuple[str, Any]] = field(default_factory=list)
-    last_id: str = ""
-    retry: int | None = None
-    comments: int = 0
-
-    def receive(self, stream: bytes) -> list[tuple[str, Any]]:
-        """The messages of ``stream``, whose data is JSON."""
-        before = len(self.messages)
-        data: list[str] = []
-        kind = ""
-        for line in stream.decode().split("\n"):
-            name, _, value = line.partition(":")
-            value = value.removeprefix(" ")
-            if not line:
-                if data:
-                    self.messages.append((kind or "message", json.loads("\n".join(data))))
-                data, kind = [], ""
-            elif not name:
-                self.comments += 1
-            elif name == "data":
-                data.append(value)
-            elif name == "event":
-                kind = value
-            elif name == "id":
-                self.last_id = value
-            elif name == "retry":
-                self.retry = int(value)
-        return self.messages[before:]
 
 
 @pytest.fixture
@@ -225,6 +195,22 @@ def test_another_process_goes_on_too(source: tuple[pgsignals.Hub, Simulation]) -
     assert _ids(other.receive(_connect(local[1], other).read())) == ["unknown_id"]
 
 
+def test_a_uid_of_a_former_history(source: tuple[pgsignals.Hub, Simulation]) -> None:
+    """What has the uid of an earlier event is another one behind a Gap, and a repetition if not."""
+    hub, _ = source
+    feed, browser = Feed(hub, "users"), Browser()
+    client = _connect(feed, browser)
+    feed.put(make_event(1, record=1))
+    feed.put(make_event(1, record=1))
+    assert _ids(browser.receive(client.read())) == [1]
+    now = datetime.now(timezone.utc)
+    feed.put(pgsignals.Gap(now, now, "reconnected"))
+    feed.put(make_event(1, record=2))
+    assert _ids(browser.receive(client.read())) == ["reconnected", 2]
+    feed.put(make_event(2, record=3))
+    assert _ids(browser.receive(_connect(feed, browser).read())) == [3]
+
+
 @pytest.mark.parametrize("last_id", ["gone", "0.0", "deadbeef.1", "users-1-1-0"])
 def test_an_id_that_is_not_known_is_a_gap(
     source: tuple[pgsignals.Hub, Simulation], last_id: str
@@ -299,6 +285,20 @@ def test_a_message_holds_a_bounded_number_of_events(
     sizes = [len(browser.receive(client.read())) for _ in range(4)]
     assert sizes == [100, 100, 50, 0]
     assert _ids(browser.messages) == list(range(250))
+
+
+def test_a_ring_that_is_cleared() -> None:
+    """Its numbers go on, and who had read to its end is as far behind as everybody else."""
+    ring = Ring(2)
+    entries = [Entry(None, Position("token", 0)) for _ in range(4)]
+    assert [ring.put(entry) for entry in entries[:3]] == [None, None, entries[0]]
+    assert ring.page(0) == (1, entries[1:3])
+    end = ring.next
+    assert ring.page(end) == (end, [])
+    ring.clear()
+    assert ring.oldest == ring.next > end
+    ring.put(entries[3])
+    assert ring.page(end) == (end + 1, [entries[3]])
 
 
 def test_who_waits_is_woken_once(source: tuple[pgsignals.Hub, Simulation]) -> None:

@@ -9,63 +9,28 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from typing import Any
 
 import psycopg2
 import pytest
+from psycopg2.extensions import make_dsn, parse_dsn
 
 import pgsignals
 from pgsignals import Hub
-from pgsignals.contrib.exact import ExactClient, ExactFeed, open_feed
-from pgsignals.contrib.sse import EVERYTHING, View
+from pgsignals.contrib.resumable import ResumableFeed, open_feed
+from pgsignals.contrib.sse import View
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.testing import Server
+from pgsignals.testing.proxy import Proxy
 from pgsignals.testing.server import StopMode
 from pgsignals.triggers import names
 from tests.conftest import DEADLINE, Database
-from tests.test_roles import documented_grants
-from tests.test_sse import Browser
+from tests.event_source import Browser, Tab, told
+from tests.grants import documented_grants
 from tests.waiting import eventually
 
 ITEMS = pgsignals.watch("items", "inserted", "updated", extra=["tenant", "n"])
-
-
-class Tab:
-    """A browser that reads a feed from a thread of its own server."""
-
-    def __init__(self, feed: ExactFeed, browser: Browser, view: View = EVERYTHING) -> None:
-        self._woken = threading.Event()
-        self.browser = browser
-        self.client: ExactClient = feed.connect(browser.last_id or None, self._woken.set, view)
-        browser.receive(self.client.opening())
-
-    def more(self) -> bytes:
-        """The next piece, as soon as there is one; empty at the end."""
-        while True:
-            self._woken.clear()
-            if (piece := self.client.read()) or self.client.ended:
-                return piece
-            assert self._woken.wait(DEADLINE), f"only {self.browser.messages}"
-
-    def wait(self, count: int) -> list[Any]:
-        """The ids, or reasons of gaps, of all messages so far, which are so many at least."""
-        while len(self.browser.messages) < count:
-            self.browser.receive(self.more())
-        return told(self.browser)
-
-    def stay(self) -> None:
-        """Have what is not for this browser, or for nobody, move its id on."""
-        before = self.browser.last_id
-        deadline = time.monotonic() + DEADLINE
-        while self.browser.last_id == before:
-            assert time.monotonic() < deadline
-            self.browser.receive(self.client.read() + self.client.keepalive())
-            time.sleep(0.001)
-
-
-def told(browser: Browser) -> list[Any]:
-    """The ids, or reasons of gaps, of the messages."""
-    return [data["reason"] if kind == "gap" else data["id"] for kind, data in browser.messages]
 
 
 @pytest.fixture
@@ -76,16 +41,16 @@ def shop(db: Database) -> Database:
 
 
 @pytest.fixture
-def process(shop: Database) -> Iterator[Callable[..., ExactFeed]]:
+def process(shop: Database) -> Iterator[Callable[..., ResumableFeed]]:
     """Starts Hubs, each as another process would, and gives a feed of each."""
     hubs: list[Hub] = []
 
-    def start(size: int = 1000, **options: Any) -> ExactFeed:
+    def start(size: int = 1000, **options: Any) -> ResumableFeed:
         hub = Hub()
         hubs.append(hub)
         hub.start(shop.dsn, [ITEMS], delivery="outbox", **options)
         feed = open_feed(hub, "items", size=size, ordered=True)
-        assert isinstance(feed, ExactFeed)
+        assert isinstance(feed, ResumableFeed)
         return feed
 
     yield start
@@ -93,7 +58,7 @@ def process(shop: Database) -> Iterator[Callable[..., ExactFeed]]:
         hub.stop()
 
 
-Process = Callable[..., ExactFeed]
+Process = Callable[..., ResumableFeed]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -181,7 +146,7 @@ def test_who_reads_slowly_misses_nothing(process: Process, shop: Database) -> No
         shop("INSERT INTO items SELECT generate_series(%s, %s)", (10 * number - 9, 10 * number))
     assert quick.wait(1000) == list(range(1, 1001))
     assert tab.wait(1000) == list(range(1, 1001))
-    assert len(feed._ring) == 10
+    assert len(feed._ring.entries) == 10
 
 
 def test_a_row_that_is_long(process: Process, shop: Database) -> None:
@@ -263,7 +228,8 @@ def test_an_id_of_another_database(
     """An id means nothing in another database, nor in another history of the same one."""
     theirs = process().position
     monkeypatch.setattr(
-        "pgsignals.outbox.store.Store.surroundings", lambda store: ("1-2-3/4", False)
+        "pgsignals.outbox.log.OutboxLog.surroundings",
+        lambda store: ("1-2-3/4", False, datetime.now(timezone.utc)),
     )
     assert Tab(process(), Browser(last_id=theirs)).wait(1) == ["unknown_id"]
 
@@ -271,10 +237,10 @@ def test_an_id_of_another_database(
 def test_one_from_the_future(process: Process, shop: Database) -> None:
     """A place that the database has not reached, since it has gone back in time, is a gap."""
     feed = process()
-    place = feed._latest_mark().place
+    place = feed._latest_mark().position.point
     since = type(place.since)(place.since.xmin + 1000, place.since.xmax + 1000)
     ahead = type(place)(since, place.floor, place.high, place.shed)
-    assert Tab(feed, Browser(last_id=feed._signer.sign(ahead))).wait(1) == ["unknown_id"]
+    assert Tab(feed, Browser(last_id=feed.codec.encode(ahead))).wait(1) == ["unknown_id"]
 
 
 def turn(shop: Database) -> None:
@@ -290,11 +256,13 @@ def emptied(shop: Database) -> list[int]:
 
 
 def wait_until_emptied(shop: Database) -> None:
-    """Empty the first partition, as soon as everybody has read it."""
-    deadline = time.monotonic() + DEADLINE
-    while emptied(shop) != [0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    """Empty the first partition, as soon as everybody has read it; or let a Hub's thread do it."""
+
+    def after() -> list[tuple[int]]:
+        emptied(shop)
+        return shop("SELECT slot FROM pgsignals.slots WHERE emptied_id IS NOT NULL")
+
+    eventually(after, lambda slots: slots == [(0,)])
 
 
 def test_what_is_no_longer_kept_is_a_gap(process: Process, shop: Database) -> None:
@@ -341,7 +309,7 @@ def test_a_long_transaction_is_no_gap(process: Process, shop: Database) -> None:
         tab.wait(2)
         tab.stay()
         tab.client.close()
-        assert tab.client._place.since.running
+        assert tab.client._known.point.since.running
         shop("UPDATE pgsignals.settings SET keep_seconds = 0")
         wait_until_emptied(shop)
         shop("INSERT INTO items VALUES (3)")
@@ -409,12 +377,12 @@ def test_a_role_that_does_not_own_the_schema(
         for grant in documented_grants("consumer"):
             if granted or ("keep_seconds" not in grant and "era" not in grant):
                 shop(f"GRANT {grant} TO {role}")
-        feeds: list[ExactFeed] = []
+        feeds: list[ResumableFeed] = []
         for hub in hubs:
             dsn = server.dsn(shop.connection.info.dbname, role)
             hub.start(dsn, [ITEMS], delivery="outbox", install="check", prune=False)
             feed = open_feed(hub, "items", size=10, ordered=True)
-            assert isinstance(feed, ExactFeed)
+            assert isinstance(feed, ResumableFeed)
             feeds.append(feed)
         tab = Tab(feeds[0], Browser())
         shop("INSERT INTO items VALUES (1)")
@@ -571,7 +539,7 @@ def test_the_child_of_a_fork(process: Process, shop: Database) -> None:
             assert tab.client.ended
             hub.start(shop.dsn, [ITEMS], delivery="outbox")
             own = open_feed(hub, "items", size=10, ordered=True)
-            assert isinstance(own, ExactFeed)
+            assert isinstance(own, ResumableFeed)
             assert Tab(own, Browser(last_id=tab.browser.last_id)).wait(1) == [2]
             hub.stop()
             code = 0
@@ -595,7 +563,7 @@ def test_postgresql_restarts(mode: StopMode) -> None:
         hub.start(dsn, [ITEMS], delivery="outbox", heartbeat=1.0)
         try:
             feed = open_feed(hub, "items", size=100, ordered=True)
-            assert isinstance(feed, ExactFeed)
+            assert isinstance(feed, ResumableFeed)
             tab, away = Tab(feed, Browser()), Tab(feed, Browser())
             before("INSERT INTO items VALUES (1)")
             assert (tab.wait(1), away.wait(1)) == ([1], [1])
@@ -619,3 +587,31 @@ def test_postgresql_restarts(mode: StopMode) -> None:
             after.connection.close()
         finally:
             hub.stop()
+
+
+def test_a_database_that_does_not_answer(shop: Database, hub: Hub) -> None:
+    """Who comes back and reads the outbox again waits alone: the feed goes on, and ends."""
+    given = parse_dsn(shop.dsn)
+    with Proxy("127.0.0.1", int(given["port"])) as proxy:
+        dsn = make_dsn(**given | {"host": "127.0.0.1", "port": proxy.port})
+        hub.start(dsn, [ITEMS], delivery="outbox")
+        feed = open_feed(hub, "items", size=3, ordered=True)
+        assert isinstance(feed, ResumableFeed)
+        tab = Tab(feed, Browser())
+        shop("INSERT INTO items VALUES (1), (2), (3)")
+        tab.wait(3)
+        first = feed.connect(None, lambda: None)
+        shop("INSERT INTO items VALUES (4), (5), (6)")
+        tab.wait(6)
+        shop("INSERT INTO items VALUES (7)")
+        tab.wait(7)
+        eventually(lambda: proxy.connections, lambda count: count == 2)
+        proxy.stall()
+        pieces: list[bytes] = []
+        reading = threading.Thread(target=lambda: pieces.append(first.read()))
+        reading.start()
+        eventually(lambda: proxy.connections, lambda count: count == 3)
+        feed.close()
+        proxy.resume()
+        reading.join(DEADLINE)
+        assert b'"id":4' in pieces[0]

@@ -21,10 +21,13 @@ import psycopg2
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from psycopg2.extensions import make_dsn, parse_dsn
+from starlette.concurrency import run_in_threadpool
 
 import pgsignals
-from pgsignals import ConfigurationError, Event, Hub
-from pgsignals.contrib.starlette import _feeds, position, sse
+from pgsignals import ConfigurationError, Event, Hub, ReceiverError, StateError
+from pgsignals.contrib.starlette import _feeds, aposition, position, sse
+from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
 from tests.waiting import eventually
@@ -271,18 +274,157 @@ def test_a_browser_that_stops_reading(serve: Callable[..., Site], db: Database) 
                 ):
                     pass
         [feed] = _feeds[site.hub].values()
-        assert len(feed._ring) == 100
+        assert len(feed._ring.entries) == 100
+
+
+SCOPE = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+
+
+class Visit:
+    """A browser without a network: it takes what is sent, until it goes."""
+
+    def __init__(self, hub: Hub, **options: Any) -> None:
+        self.taken: list[bytes] = []
+        self._gone, self._more = asyncio.Event(), asyncio.Event()
+        self.response = sse(Request(SCOPE, self._receive), "items", hub=hub, **options)
+        self.task = asyncio.ensure_future(self.response(SCOPE, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.taken.append(message.get("body", b""))
+        self._more.set()
+
+    async def until(self, text: bytes) -> None:
+        """Take what comes until it has the text."""
+        while text not in b"".join(self.taken):
+            self._more.clear()
+            await self._more.wait()
+
+    async def leave(self) -> None:
+        """Go, and wait for the end of the stream."""
+        self._gone.set()
+        await self.task
+
+
+def test_a_browser_that_goes_while_something_is_sent(dsn: str, hub: Hub) -> None:
+    """Its stream ends, in whichever turn of the event loop the two meet."""
+    hub.start(dsn, ["items"])
+
+    async def main() -> None:
+        for turns in range(12):
+            gone = asyncio.Event()
+
+            async def receive(gone: asyncio.Event = gone) -> dict[str, Any]:
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any, gone: asyncio.Event = gone, turns: int = turns) -> None:
+                if message.get("body"):
+                    gone.set()
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+
+            await sse(Request(SCOPE, receive), "items", hub=hub)(SCOPE, receive, send)
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE))
+
+
+@pytest.fixture
+def stalling(dsn: str) -> Iterator[tuple[str, Proxy]]:
+    """The database through a proxy, and the proxy."""
+    given = parse_dsn(dsn)
+    with Proxy("127.0.0.1", int(given["port"])) as proxy:
+        yield make_dsn(**given | {"host": "127.0.0.1", "port": proxy.port}), proxy
+
+
+def test_a_database_that_does_not_answer(
+    stalling: tuple[str, Proxy], hub: Hub, db: Database
+) -> None:
+    """Streams and positions begin when it does, and the event loop goes on meanwhile."""
+    dsn, proxy = stalling
+    hub.start(dsn, ["items"], delivery="outbox")
+
+    async def main() -> None:
+        proxy.stall()
+        visit = Visit(hub)
+        with pytest.raises(StateError, match="cannot be read now"):
+            position("items", hub=hub)
+        place = asyncio.ensure_future(aposition("items", hub=hub))
+        # Neither the loop nor the threads of the application wait for them.
+        assert await run_in_threadpool(lambda: 1) == 1
+        assert not visit.taken
+        assert not place.done()
+        proxy.resume()
+        at = await place
+        await visit.until(b"id: ")
+        assert position("items", hub=hub) == at
+        db("INSERT INTO items (owner) VALUES (7)")
+        await visit.until(b"inserted")
+        await visit.leave()
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE))
+
+
+def test_an_outbox_that_cannot_be_read(
+    stalling: tuple[str, Proxy], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser is told to come back, with a status that it survives."""
+    dsn, proxy = stalling
+    hub.start(dsn, ["items"], delivery="outbox")
+
+    async def main() -> None:
+        proxy.refuse()
+        proxy.cut()
+        visit = Visit(hub)
+        await visit.task
+        assert visit.taken == [b"", b"retry: 15000\n\n"]
+        proxy.accept()
+        with pytest.raises(ReceiverError, match="'itmes', which no watcher delivers"):
+            await aposition("itmes", hub=hub)
+        assert await aposition("items", hub=hub)
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE))
+
+
+def test_streams_that_wait_hold_up_nobody_else(dsn: str, hub: Hub, db: Database) -> None:
+    """However many wait inside ``visible``, the threads of the application are free."""
+    hub.start(dsn, ["items"])
+    go, waiting = threading.Event(), threading.Semaphore(0)
+
+    def visible(event: Event) -> bool:
+        waiting.release()
+        return go.wait(DEADLINE)
+
+    async def main() -> None:
+        visits = [Visit(hub, visible=visible) for _ in range(50)]
+        for visit in visits:
+            await visit.until(b"id: ")
+        db("INSERT INTO items (owner) VALUES (7)")
+        for _ in range(40):
+            assert await asyncio.to_thread(waiting.acquire, timeout=DEADLINE)
+        try:
+            assert await run_in_threadpool(lambda: 1) == 1
+        finally:
+            go.set()
+        for visit in visits:
+            await visit.until(b"inserted")
+            await visit.leave()
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE))
 
 
 def test_streams_end_after_their_lifetime(serve: Callable[..., Site]) -> None:
     """A stream ends by itself, so that the browser is authorised again."""
-    site = serve(lifetime=0.1)
+    site = serve(lifetime=1.0)
     began = time.monotonic()
     with Browser(f"{site.url}/events") as browser:
         assert browser.message() == {"": ""}
-        assert time.monotonic() - began >= 0.1
         with pytest.raises(EOFError):
             browser.message()
+        assert time.monotonic() - began >= 1.0
 
 
 def test_without_a_running_hub(dsn: str) -> None:

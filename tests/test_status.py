@@ -11,11 +11,12 @@ import pytest
 
 import pgsignals
 from pgsignals import Hub, watch
-from pgsignals.inspection import read_queue_usage, read_states
+from pgsignals.core.watchers import normalize
+from pgsignals.postgres.notification_queue import read_queue_usage
 from pgsignals.resolvers import BUILTIN
 from pgsignals.triggers.definitions import define
+from pgsignals.triggers.inspection import read_states
 from pgsignals.triggers.installer import State, install
-from pgsignals.watchers import normalize
 from tests.conftest import Database, Recorder
 
 

@@ -97,7 +97,7 @@ def test_a_forgotten_stream_goes(hub: Hub) -> None:
     del events
     gc.collect()
     assert len(hub._registry._subscriptions) == 0
-    assert not hub._gap_receivers
+    assert not hub._callbacks.gap_receivers
 
 
 def test_maxsize_is_checked(hub: Hub) -> None:

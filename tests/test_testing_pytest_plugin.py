@@ -53,8 +53,10 @@ def inner(pytester: pytest.Pytester, server: Server) -> pytest.Pytester:
 
 
 def run(pytester: pytest.Pytester) -> pytest.RunResult:
-    """Run the project's tests in a process of their own, as a user would."""
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "--timeout=60")
+    """Run the project's tests in a process of their own, as a user would, in their order."""
+    return pytester.runpytest_subprocess(
+        *("-p", "no:cacheprovider", "-p", "no:randomly", "--timeout=60")
+    )
 
 
 def test_waiting_for_events(inner: pytest.Pytester) -> None:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ import pytest
 from pgsignals.errors import PgSignalsError, StateError
 from pgsignals.testing import Installation, Server, ServerFailed, ServerNotFound, find_installations
 from pgsignals.testing import server as module
+from tests.conftest import DEADLINE
+from tests.missing import tls
+from tests.waiting import eventually
 
 INSTALLATIONS = find_installations()
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has to give up privileges")
@@ -233,6 +237,30 @@ def test_a_killed_server_starts_again() -> None:
         assert ask(server.dsn(), "SELECT 1") == 1
 
 
+def test_a_start_waits_for_what_a_killed_server_has_left(each_version: int) -> None:
+    """A server starts once the processes of its postmaster that was killed have gone."""
+    with Server(each_version) as server:
+        # It says which processes it has a moment after it takes connections.
+        checkpointer = (
+            "SELECT pg_catalog.max(pid) FROM pg_stat_activity WHERE backend_type = 'checkpointer'"
+        )
+        left = eventually(lambda: ask(server.dsn(), checkpointer), bool)
+        os.kill(left, signal.SIGSTOP)
+        try:
+            os.kill(server.pid, signal.SIGKILL)
+            server.stop()
+            mark = len(server.log_text())
+            with ThreadPoolExecutor() as pool:
+                start = pool.submit(server.start)
+                eventually(lambda: "memory block" in server.log_text()[mark:], bool)
+                os.kill(left, signal.SIGCONT)
+                start.result(DEADLINE)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(left, signal.SIGCONT)
+        assert ask(server.dsn(), "SELECT 1") == 1
+
+
 def test_close_leaves_nothing() -> None:
     """Neither a process nor a folder is left after the context, and nothing can be asked of it."""
     with Server() as server:
@@ -300,10 +328,9 @@ def test_a_password_is_demanded() -> None:
         assert not (home_of(server) / "password").exists()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
-@pytest.mark.skipif(INSTALLATIONS[0].origin == "extra", reason="the extra has no TLS")
 def test_tls_is_offered() -> None:
     """With tls, a client may verify the server by its own certificate."""
+    tls()
     with Server(tls=True) as server:
         certificate = home_of(server) / "data" / "server.crt"
         dsn = f"{server.dsn()}?sslmode=verify-full&sslrootcert={certificate}"

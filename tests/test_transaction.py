@@ -23,7 +23,7 @@ from psycopg2.extensions import parse_dsn
 from sqlalchemy import orm
 
 from pgsignals.errors import ConfigurationError, StateError
-from pgsignals.transaction import context, muted
+from pgsignals.postgres.transaction import context, muted
 
 
 @dataclass

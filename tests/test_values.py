@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from psycopg2 import sql
 
 from pgsignals import Event, Hub, watch
-from pgsignals.hub import Delivery
+from pgsignals.hub.hub import Delivery
 from pgsignals.testing import Server
 from tests.conftest import DEADLINE, Database, Recorder
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import pgsignals
 from pgsignals import Hub, ReceiverError, TableError, WatcherError, watch
+from pgsignals.core.watchers import OPERATIONS, Watcher, normalize
 from pgsignals.resolvers import BUILTIN
 from pgsignals.triggers.definitions import define
-from pgsignals.watchers import OPERATIONS, Watcher, normalize
 from tests.conftest import Database, Recorder
 
 

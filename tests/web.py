@@ -54,7 +54,34 @@ def _disconnected(hub: pgsignals.Hub, error: BaseException) -> None:
     _print("disconnected", error)
 
 
+@app.get("/health")
+def health() -> str:
+    """Why this process is not ready."""
+    return pgsignals.health().reason
+
+
 def listening() -> Flask:
-    """The application, which listens already: in gunicorn's master, with ``--preload``."""
+    """The application, which listens already: in the master of a server that forks afterwards."""
     pgsignals.start(DSN, ["items"], restart_after_fork=True)
     return app
+
+
+def listening_once() -> Flask:
+    """The same, without listening in the children of the master."""
+    pgsignals.start(DSN, ["items"])
+    return app
+
+
+def hooked() -> Flask:
+    """The same, with a hook of its own in uWSGI."""
+    if os.environ["HOOK"] == "decorated":
+        from uwsgidecorators import postfork
+
+        postfork(lambda: _print("hook"))
+        return listening()
+    import uwsgi
+
+    if os.environ["HOOK"] == "late":
+        pgsignals.start(DSN, ["items"], restart_after_fork=True)
+    uwsgi.post_fork_hook = lambda: _print("hook")
+    return app if pgsignals.default_hub.running else listening()

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 import pgsignals
-from pgsignals.contrib.starlette import position, sse
+from pgsignals.contrib.starlette import aposition, sse
 
 log = logging.getLogger("uvicorn.error")
 dsn = os.environ.get("PGSIGNALS_DSN", "postgresql://")
@@ -87,5 +87,5 @@ PAGE = """<!doctype html>
 @app.get("/", response_class=HTMLResponse)
 async def page() -> str:
     """The page, which hears of everything that comes after it was read."""
-    at = position(Order)
+    at = await aposition(Order)
     return PAGE.format(orders=await orders(), position=at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pgsignals import __version__
-from pgsignals.plugins import load_plugins
+from pgsignals.plugins.loader import load_plugins
 
 from .backfill import backfill, backfills
 from .demo import demo

@@ -6,20 +6,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 
 import click
+from psycopg2.extensions import cursor as Cursor
 
-from pgsignals.jsontext import to_json
-from pgsignals.outbox import backfill as administration
-from pgsignals.outbox.backfill import BackfillState
+from pgsignals.consumers.backfills import requests as administration
+from pgsignals.consumers.backfills.requests import BackfillState
+from pgsignals.core.json import to_json
 from pgsignals.outbox.inspection import read_outbox
-from pgsignals.resolvers.plain import PlainResolver
-from pgsignals.tables import describe, resolve
+from pgsignals.triggers.resolvers.plain import PlainResolver
+from pgsignals.triggers.table_lookup import describe, resolve
 
 from .interrupt import interruptible
-from .options import opened
-from .outbox import dsn_option, json_option, progress_text, require_outbox
+from .options import dsn_option, json_option
+from .outbox import Answer, asking_outbox, opened_outbox, progress_text
 from .output import amount, examples, notice, print_table
 
 _POLL_SECONDS = 0.2
@@ -69,8 +70,7 @@ def backfill(
     Exit codes: 0 done, or with --no-wait asked for; 1 failed, cancelled, or an error; 2 a wrong
     command line; 130 Ctrl-C, which ends the waiting and not the backfill.
     """
-    with opened(dsn) as cursor, interruptible() as end:
-        require_outbox(cursor)
+    with opened_outbox(dsn) as cursor, interruptible() as end:
         ref, _ = resolve(table, [PlainResolver()])
         found = describe(cursor, ref)
         administration.check_delivered(cursor, name, found.schema, found.name, label)
@@ -93,7 +93,7 @@ def backfill(
                         remark = status.error
                         notice(f"Backfill {number}: {remark}.")
     if as_json:
-        click.echo(to_json(asdict(status)))
+        click.echo(to_json(status))
     if not wait:
         return
     if status.state == "running":
@@ -158,49 +158,37 @@ def backfills() -> None:
 
 
 @backfills.command("list", epilog=examples("pgsignals backfills list --json"))
-@dsn_option
-@json_option
-def list_backfills(dsn: str, as_json: bool) -> None:
+@asking_outbox
+def list_backfills(cursor: Cursor) -> Answer:
     """List them, the latest last; those that ended days ago are forgotten."""
-    with opened(dsn) as cursor:
-        require_outbox(cursor)
-        found = administration.backfills(cursor)
-    if as_json:
-        click.echo(to_json({"backfills": [asdict(each) for each in found]}))
-    elif found:
-        print_table(
-            ("ID", "CONSUMER", "OF", "STATE", "DONE", "TOTAL", "EVENTS", "WHERE", "ERROR"),
-            [
-                (
-                    str(each.id),
-                    each.consumer,
-                    each.target,
-                    each.state,
-                    str(each.done),
-                    str(each.total),
-                    str(each.delivered),
-                    each.condition or "",
-                    each.error or "",
-                )
-                for each in found
-            ],
-        )
-    else:
-        click.echo("There are no backfills.")
+    found = administration.backfills(cursor)
+    table = partial(
+        print_table,
+        ("ID", "CONSUMER", "OF", "STATE", "DONE", "TOTAL", "EVENTS", "WHERE", "ERROR"),
+        [
+            (
+                str(each.id),
+                each.consumer,
+                each.target,
+                each.state,
+                str(each.done),
+                str(each.total),
+                str(each.delivered),
+                each.condition or "",
+                each.error or "",
+            )
+            for each in found
+        ],
+        "There are no backfills.",
+    )
+    return {"backfills": found}, table
 
 
 @backfills.command("cancel", epilog=examples("pgsignals backfills cancel 3"))
 @click.argument("id", type=int)
-@dsn_option
-@json_option
-def cancel_backfill(id: int, dsn: str, as_json: bool) -> None:  # noqa: A002
+@asking_outbox
+def cancel_backfill(cursor: Cursor, id: int) -> Answer:  # noqa: A002
     """End one. What is with receivers is still delivered."""
-    with opened(dsn) as cursor:
-        require_outbox(cursor)
-        cancelled = administration.cancel(cursor, id)
-    if as_json:
-        click.echo(to_json({"backfill": id, "cancelled": cancelled}))
-    elif cancelled:
-        click.echo(f"Cancelled backfill {id}.")
-    else:
-        click.echo(f"Backfill {id} had ended.")
+    cancelled = administration.cancel(cursor, id)
+    text = f"Cancelled backfill {id}." if cancelled else f"Backfill {id} had ended."
+    return {"backfill": id, "cancelled": cancelled}, text

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from pgsignals.demo import Display, Seen, run
-from pgsignals.events import Event
+from pgsignals.cli.demo_shop import Display, Seen, run
+from pgsignals.core.events import Event
 from pgsignals.testing import Server
 
 from .interrupt import interruptible

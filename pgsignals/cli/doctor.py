@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 
 import click
 
-from pgsignals.doctor import FAIL, OK, WARN, Finding, examine
-from pgsignals.jsontext import to_json
-from pgsignals.runs import all_resolvers
+from pgsignals.cli.checks import FAIL, OK, WARN, Finding, examine
+from pgsignals.core.json import to_json
+from pgsignals.hub.options import all_resolvers
 
-from .options import (
-    App,
-    Watched,
-    database_options,
-    delivery_option,
-    given_watchers,
-    watcher_options,
-)
+from .options import Scope, json_option, scope_options
 from .output import coloured, examples, printable
 
 _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
@@ -27,20 +19,10 @@ _COLOURS = {OK: "green", WARN: "yellow", FAIL: "red"}
 @click.command(
     epilog=examples("pgsignals doctor", "pgsignals doctor --app shop.signals:WATCHERS --json")
 )
-@watcher_options
-@delivery_option
-@database_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@scope_options
+@json_option
 @click.pass_context
-def doctor(
-    ctx: click.Context,
-    watched: tuple[Watched, ...],
-    app: App,
-    delivery: str,
-    dsn: str,
-    namespace: str,
-    as_json: bool,
-) -> None:
+def doctor(ctx: click.Context, scope: Scope, as_json: bool) -> None:
     """Check what pgsignals needs of the database.
 
     Each check is one line, with the fix where one is due. With watchers it also checks their
@@ -49,9 +31,8 @@ def doctor(
 
     Exit codes: 0 when nothing failed (warnings may be there), otherwise 1; 2 a wrong command line.
     """
-    watchers = given_watchers(watched, app, required=False)
-    durable = delivery == "outbox"
-    found = examine(dsn, watchers, all_resolvers(()), namespace, durable)
+    watchers = scope.watchers(required=False)
+    found = examine(scope.dsn, watchers, all_resolvers(()), scope.namespace, scope.delivery)
     ctx.exit(print_findings(found, as_json))
 
 
@@ -67,5 +48,5 @@ def print_findings(findings: Iterable[Finding], as_json: bool) -> int:
             click.echo(f"{level}  {printable(text + fix)}")
     healthy = all(finding.level != FAIL for finding in done)
     if as_json:
-        click.echo(to_json({"ok": healthy, "checks": [asdict(each) for each in done]}))
+        click.echo(to_json({"ok": healthy, "checks": done}))
     return 0 if healthy else 1

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from pgsignals.watchers import Watcher
+from pgsignals.hub.options import Options
 
 # What an application has no use for.
 _NOT_OF_AN_APPLICATION = frozenset({"demo", "plugins"})
 
 
-@dataclass(frozen=True)
-class Application:
-    """What the application says in place of the command line."""
-
-    dsn: str
-    namespace: str
-    delivery: str
-    install: str
-    watchers: tuple[Watcher, ...]
-
-
-_FROM_APPLICATION: dict[str, Callable[[Application, dict[str, Any]], object]] = {
-    "dsn": lambda application, _: application.dsn,
-    "namespace": lambda application, _: application.namespace,
-    "delivery": lambda application, _: application.delivery,
-    "install": lambda application, _: application.install,
+# What the application's options say in place of the command line.
+_FROM_APPLICATION: dict[str, Callable[[Options, dict[str, Any]], object]] = {
+    "dsn": lambda options, _: options.dsn,
+    "namespace": lambda options, _: options.namespace,
+    "delivery": lambda options, _: options.transport,
+    "install": lambda options, _: options.install,
     # Without WATCH arguments, all that the application watches.
-    "app": lambda application, given: () if given.get("watched") else application.watchers,
+    "app": lambda options, given: () if given.get("watched") else options.watchers,
 }
 
 
 def commands_for(
-    main: click.Group, application: Callable[[], Application], program: str
+    main: click.Group, application: Callable[[], Options], program: str
 ) -> dict[str, click.Command]:
     """The commands of ``main`` for an application, by name; ``program`` is how they are called."""
     with click.Context(main) as ctx:
@@ -49,7 +38,7 @@ def commands_for(
 
 
 def _for_application(
-    command: click.Command, application: Callable[[], Application], program: str
+    command: click.Command, application: Callable[[], Options], program: str
 ) -> click.Command:
     call = command.callback
     assert call is not None

@@ -6,11 +6,14 @@ import click
 from flask import current_app
 from flask.cli import AppGroup, with_appcontext
 
-from pgsignals.contrib.flask.extension import process_of
+from pgsignals.contrib.flask.extension import Process, process_of
+from pgsignals.hub.options import Options
 
 from . import main
-from .embedded import Application, commands_for
+from .embedded import commands_for
 from .groups import ErrorsAsMessages, log_to_stderr
+
+_BIND_KEY = "pgsignals.bind_key"
 
 
 class _Group(ErrorsAsMessages, AppGroup):
@@ -19,8 +22,14 @@ class _Group(ErrorsAsMessages, AppGroup):
 
 @click.group("pgsignals", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-v", "--verbose", is_flag=True, help="Tell each step on stderr.")
+@click.option(
+    "--bind",
+    "bind_key",
+    metavar="KEY",
+    help="The database of this key in SQLALCHEMY_BINDS, that of a PgSignals(bind_key=KEY).",
+)
 @click.pass_context
-def group(ctx: click.Context, verbose: bool) -> None:
+def group(ctx: click.Context, verbose: bool, bind_key: str | None) -> None:
     """Signals from PostgreSQL: triggers, events, and a process that listens.
 
     The database, the namespace and the watchers are those of the application: its PGSIGNALS_…
@@ -34,17 +43,15 @@ def group(ctx: click.Context, verbose: bool) -> None:
       flask pgsignals run
     """
     log_to_stderr(ctx, verbose)
+    ctx.meta[_BIND_KEY] = bind_key
 
 
-def _application() -> Application:
-    settings = process_of(None).settings()
-    return Application(
-        settings.dsn,
-        settings.namespace,
-        settings.delivery,
-        str(settings.options.get("install", "auto")),
-        settings.watchers,
-    )
+def _process() -> Process:
+    return process_of(None, click.get_current_context().meta.get(_BIND_KEY))
+
+
+def _application() -> Options:
+    return _process().settings()
 
 
 def _in_context(command: click.Command) -> None:
@@ -78,6 +85,6 @@ def run(ctx: click.Context, timeout: float) -> None:
 
     Exit codes: 0 well, 1 an error, or receivers still at work after --timeout seconds.
     """
-    hub = process_of(None).start()
+    hub = _process().start()
     click.echo(f"Listening for {current_app.name!r}. Press Ctrl-C to stop.", err=True)
     ctx.exit(0 if hub.run(timeout) else 1)

@@ -7,8 +7,8 @@ import logging
 import click
 import psycopg2
 
-from pgsignals.connection import redact
-from pgsignals.errors import PgSignalsError
+from pgsignals.core.errors import PgSignalsError
+from pgsignals.core.redaction import redact
 
 from .output import notice
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
-from pgsignals.jsontext import to_json
 from pgsignals.outbox import removal
 from pgsignals.outbox.schema import install_schema
-from pgsignals.runs import all_resolvers
+from pgsignals.postgres.connection import opened
 from pgsignals.triggers import installer
-from pgsignals.triggers.definitions import define
+from pgsignals.triggers.catalogue import Installed
 
-from .options import (
-    App,
-    Watched,
-    database_options,
-    delivery_option,
-    given_watchers,
-    opened,
-    watcher_options,
-)
-from .output import amount, examples, notice
+from .options import Scope, database_options, json_option, scope_options
+from .output import amount, emit, examples, notice
 
 
 @click.command(
@@ -30,18 +23,16 @@ from .output import amount, examples, notice
         "pgsignals install orders --delivery outbox",
     )
 )
-@watcher_options
-@delivery_option
-@database_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def install(
-    watched: tuple[Watched, ...],
-    app: App,
-    delivery: str,
-    dsn: str,
-    namespace: str,
-    as_json: bool,
-) -> None:
+@scope_options
+@click.option(
+    "--prune",
+    "pruning",
+    is_flag=True,
+    help="Also remove triggers of the namespace that none of these watchers needs, unless somebody "
+    "listens to them or a consumer reads what they write.",
+)
+@json_option
+def install(scope: Scope, pruning: bool, as_json: bool) -> None:
     """Install the triggers that watchers need, and for outbox delivery its schema.
 
     It runs no DDL when nothing is missing or outdated. Run it as the owner of the tables; the
@@ -49,26 +40,29 @@ def install(
 
     Exit codes: 0 well, also when nothing was to be done; 1 an error; 2 a wrong command line.
     """
-    watchers = given_watchers(watched, app)
-    with opened(dsn) as cursor:
-        durable = delivery == "outbox"
-        if durable:
+    watchers = scope.watchers()
+    with opened(scope.dsn) as cursor:
+        if scope.delivery.durable:
             install_schema(cursor)
-        definitions = define(cursor, watchers, all_resolvers(()), namespace, durable)
-        triggers = [each.trigger for each in definitions]
-        created = installer.install(cursor, namespace, triggers)
-    unchanged = len({each.trigger.name for each in definitions}) - len(created)
-    if as_json:
-        installed = [
-            {"schema": t.spec.table.schema, "table": t.spec.table.name, "op": t.spec.op}
-            for t in created
-        ]
-        answer = {"namespace": namespace, "installed": installed, "unchanged": unchanged}
-        click.echo(to_json(answer))
-        return
-    for trigger in created:
-        click.echo(f"installed {trigger.spec.op} on {trigger.spec.table.qualified}")
-    click.echo(f"{amount(len(created), 'trigger')} installed, {unchanged} already there.")
+        triggers = [each.trigger for each in scope.define(cursor, watchers)]
+        created = installer.install(cursor, scope.namespace, triggers)
+        removed = installer.prune(cursor, scope.namespace, triggers) if pruning else []
+    unchanged = len({each.name for each in triggers}) - len(created)
+    specs = [each.spec for each in created]
+    answer = {
+        "namespace": scope.namespace,
+        "installed": [
+            {"schema": spec.table.schema, "table": spec.table.name, "op": spec.op} for spec in specs
+        ],
+        "unchanged": unchanged,
+        "removed": _listed(removed),
+    }
+    lines = [
+        *(f"installed {spec.op} on {spec.table.qualified}" for spec in specs),
+        *_lines(removed),
+        f"{amount(len(created), 'trigger')} installed, {unchanged} already there.",
+    ]
+    emit(as_json, answer, "\n".join(lines))
 
 
 @click.command(
@@ -88,7 +82,7 @@ def install(
 )
 @click.option("--yes", is_flag=True, help="With --schema: do not ask.")
 @database_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def uninstall(
     force: bool, whole_schema: bool, yes: bool, dsn: str, namespace: str, as_json: bool
 ) -> None:
@@ -109,14 +103,9 @@ def uninstall(
         raise click.UsageError("--yes answers what --schema asks, and nothing else asks.")
     with opened(dsn) as cursor:
         removed = installer.uninstall(cursor, namespace, force=force)
-    if as_json:
-        gone = [{"schema": i.schema, "table": i.table, "op": i.tag.op} for i in removed]
-        click.echo(to_json({"namespace": namespace, "removed": gone}))
-        return
-    for item in removed:
-        where = item.schema if item.table is None else f"{item.schema}.{item.table}"
-        click.echo(f"removed {item.tag.op} on {where}")
-    click.echo(f"{amount(len(removed), 'trigger')} removed from namespace {namespace!r}.")
+    count = f"{amount(len(removed), 'trigger')} removed from namespace {namespace!r}."
+    answer = {"namespace": namespace, "removed": _listed(removed)}
+    emit(as_json, answer, "\n".join([*_lines(removed), count]))
 
 
 def _uninstall_schema(dsn: str, yes: bool, as_json: bool) -> None:
@@ -125,15 +114,30 @@ def _uninstall_schema(dsn: str, yes: bool, as_json: bool) -> None:
         if not yes:
             notice(
                 f"The schema pgsignals of {cursor.connection.info.dbname!r} has "
-                f"{amount(len(found.consumers), 'consumer')}"
-                + "".join(f", {name!r} with {lag:,} events unread" for name, lag in found.consumers)
-                + f"; {amount(found.dead_letters, 'dead letter')}; "
-                f"{amount(len(found.triggers), 'trigger')} that write to it."
+                f"{_contents(found)}; {amount(len(found.triggers), 'trigger')} that write to it."
             )
             click.confirm("Remove all that?", abort=True, err=True)
         removed = removal.remove(cursor)
-    if as_json:
-        gone = [{"schema": i.schema, "table": i.table, "op": i.tag.op} for i in removed]
-        click.echo(to_json({"schema": "pgsignals", "removed": gone}))
-        return
-    click.echo(f"{amount(len(removed), 'trigger')} and the schema pgsignals removed.")
+    text = f"{amount(len(removed), 'trigger')} and the schema pgsignals removed."
+    emit(as_json, {"schema": "pgsignals", "removed": _listed(removed)}, text)
+
+
+def _listed(removed: Sequence[Installed]) -> list[dict[str, str | None]]:
+    return [{"schema": i.schema, "table": i.table, "op": i.tag.op} for i in removed]
+
+
+def _lines(removed: Sequence[Installed]) -> list[str]:
+    return [
+        f"removed {item.tag.op} on {'.'.join(filter(None, (item.schema, item.table)))}"
+        for item in removed
+    ]
+
+
+def _contents(found: removal.Survey) -> str:
+    if found.consumers is None or found.dead_letters is None:
+        return "a version that this pgsignals cannot count the consumers of"
+    lags = "".join(f", {name!r} with {lag:,} events unread" for name, lag in found.consumers)
+    return (
+        f"{amount(len(found.consumers), 'consumer')}{lags};"
+        f" {amount(found.dead_letters, 'dead letter')}"
+    )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from types import FrameType
 
+from ..core.termination import take
+
 
 class End:
     """Where the main thread waits for a reason to end; the first one given counts."""
@@ -23,7 +25,7 @@ class End:
     def wait(self, timeout: float | None = None) -> str | None:
         """The reason, or None when there is none within ``timeout`` seconds."""
         try:
-            return self._reasons.get(timeout=timeout)
+            return take(self._reasons, timeout)
         except Empty:
             return None
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import click
 from psycopg2.extensions import cursor as Cursor
 
-from pgsignals.connection import connect
-from pgsignals.errors import ModelError, near
-from pgsignals.resolvers.plain import parse_name
-from pgsignals.watchers import DEFAULT_OPERATIONS, OPERATIONS, Watcher, normalize, watch
+from pgsignals.core.errors import ModelError, near
+from pgsignals.core.redaction import described
+from pgsignals.core.transport import Transport
+from pgsignals.core.watchers import DEFAULT_OPERATIONS, OPERATIONS, Watcher, normalize, watch
+from pgsignals.hub.options import all_resolvers
+from pgsignals.triggers.definitions import Definition, define
+from pgsignals.triggers.resolvers.plain import parse_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,54 +77,83 @@ def parse_names(text: str) -> tuple[str, ...]:
     return names
 
 
+dsn_option = click.option(
+    "--dsn",
+    default="",
+    envvar="PGSIGNALS_DSN",
+    show_envvar=True,
+    help="A connection string; what it leaves out comes from libpq's PG… variables.",
+)
+namespace_option = click.option(
+    "--namespace",
+    default="default",
+    show_default=True,
+    help="Whose triggers: as start(namespace=…).",
+)
+delivery_option = click.option(
+    "--delivery",
+    type=click.Choice([each.value for each in Transport]),
+    callback=lambda ctx, option, value: Transport(value),
+    default="notify",
+    show_default=True,
+    help="As start(delivery=…): triggers that notify, or that write to the outbox.",
+)
+app_option = click.option(
+    "--app",
+    metavar="MODULE:OBJECT",
+    help="Take watchers from code: a list, a function that returns one, or anything with an "
+    "attribute WATCHERS. Modules are found from the current directory too.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
 def database_options(function: F) -> F:
     """``--dsn`` and ``--namespace``."""
-    for option in (
-        click.option(
-            "--namespace",
-            default="default",
-            show_default=True,
-            help="Whose triggers: as start(namespace=…).",
-        ),
-        click.option(
-            "--dsn",
-            default="",
-            envvar="PGSIGNALS_DSN",
-            show_envvar=True,
-            help="A connection string; what it leaves out comes from libpq's PG… variables.",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def delivery_option(function: F) -> F:
-    """``--delivery``."""
-    option = click.option(
-        "--delivery",
-        type=click.Choice(("notify", "outbox")),
-        default="notify",
-        show_default=True,
-        help="As start(delivery=…): triggers that notify, or that write to the outbox.",
-    )
-    return option(function)
-
-
-def app_option(function: F) -> F:
-    """``--app``."""
-    option = click.option(
-        "--app",
-        metavar="MODULE:OBJECT",
-        help="Take watchers from code: a list, a function that returns one, or anything with an "
-        "attribute WATCHERS. Modules are found from the current directory too.",
-    )
-    return option(function)
+    return dsn_option(namespace_option(function))
 
 
 def watcher_options(function: F) -> F:
     """``WATCH …`` and ``--app``."""
     argument = click.argument("watched", metavar="[WATCH]...", nargs=-1, type=parse_watched)
     return app_option(argument(function))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The database, the triggers there and the watchers that a command is about."""
+
+    watched: tuple[Watched, ...]
+    app: App
+    delivery: Transport
+    dsn: str
+    namespace: str
+
+    def watchers(self, *, required: bool = True) -> tuple[Watcher, ...]:
+        """The watchers: see ``given_watchers``."""
+        return given_watchers(self.watched, self.app, required=required)
+
+    def define(self, cursor: Cursor, watchers: Sequence[Watcher]) -> list[Definition]:
+        """The triggers that watchers need."""
+        return define(cursor, watchers, all_resolvers(()), self.namespace, self.delivery)
+
+
+def scoped(function: Callable[..., object]) -> Callable[..., object]:
+    """Give a command a Scope in place of the options that say it.
+
+    They are those of ``watcher_options``, ``delivery_option`` and ``database_options``.
+    """
+
+    @functools.wraps(function)
+    def call(**given: Any) -> object:
+        scope = Scope(**{each.name: given.pop(each.name) for each in fields(Scope)})
+        return function(scope, **given)
+
+    return call
+
+
+def scope_options(function: Callable[..., object]) -> Callable[..., object]:
+    """The options that a Scope takes, before those of ``function``, and the Scope for it."""
+    return watcher_options(delivery_option(database_options(scoped(function))))
 
 
 def given_watchers(
@@ -160,7 +192,7 @@ def load_app(app: App) -> list[Watcher]:
             found = found()
     # Whatever the user's code raises: it is theirs to mend, and the message says where it was.
     except Exception as error:
-        raise click.ClickException(f"--app {app}: {type(error).__name__}: {error}") from error
+        raise click.ClickException(f"--app {app}: {described(error)}") from error
     if isinstance(found, Watcher):
         found = [found]
     if not isinstance(found, list | tuple | set | frozenset):
@@ -169,14 +201,3 @@ def load_app(app: App) -> list[Watcher]:
             "that returns one, or something with an attribute WATCHERS."
         )
     return list(normalize(found))
-
-
-@contextmanager
-def opened(dsn: str) -> Iterator[Cursor]:
-    """A cursor of a new connection in autocommit mode."""
-    connection = connect(dsn)
-    try:
-        with connection.cursor() as cursor:
-            yield cursor
-    finally:
-        connection.close()

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial, wraps
 from typing import Any
 
 import click
 from psycopg2.extensions import cursor as Cursor
 
-from pgsignals.errors import DatabaseError
-from pgsignals.jsontext import to_json
+from pgsignals.consumers import dead_letters as letters
+from pgsignals.consumers.backfills.requests import BackfillState
+from pgsignals.core.errors import DatabaseError
 from pgsignals.outbox import administration
-from pgsignals.outbox.backfill import BackfillState
 from pgsignals.outbox.inspection import OutboxState, read_outbox
 from pgsignals.outbox.schema import read_version
+from pgsignals.postgres.connection import opened
 
-from .options import opened
-from .output import amount, examples, print_table
+from .options import dsn_option, json_option
+from .output import amount, emit, examples, print_table, printable
 
-dsn_option = click.option(
-    "--dsn",
-    default="",
-    envvar="PGSIGNALS_DSN",
-    show_envvar=True,
-    help="A connection string; what it leaves out comes from libpq's PG… variables.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+Answer = tuple[object, str | Callable[[], object]]
+Command = Callable[..., object]
 
 
 def print_outbox(outbox: OutboxState) -> None:
@@ -68,6 +64,12 @@ def print_outbox(outbox: OutboxState) -> None:
     for each in outbox.consumers:
         if each.lost_until is not None:
             click.echo(f"{each.name} will get a Gap: events of before {each.lost_until} are lost.")
+    for parked in outbox.parked:
+        click.echo(
+            f"{parked.consumer}: {amount(parked.events, 'event')} kept for the receiver "
+            f"{parked.receiver}, which is slow, the oldest since "
+            f"{parked.since:%Y-%m-%d %H:%M:%S%z}; the others have gone on."
+        )
     for backfill in outbox.backfills:
         click.echo(
             f"Backfill {backfill.id} of {backfill.target} for {backfill.consumer}: "
@@ -81,19 +83,33 @@ def progress_text(status: BackfillState) -> str:
     return f"{status.done:,} of about {amount(status.total, 'row')} ({share:.0%})"
 
 
-def require_outbox(cursor: Cursor) -> None:
-    """Raise DatabaseError when the database has no outbox."""
-    if not read_version(cursor):
-        raise DatabaseError(
-            "There is no outbox in this database: no schema 'pgsignals'. Give the database "
-            "with --dsn, or run `pgsignals install --delivery outbox` first."
-        )
-
-
-def _run(dsn: str, act: Callable[[Cursor], Any]) -> Any:
+@contextmanager
+def opened_outbox(dsn: str) -> Iterator[Cursor]:
+    """A cursor of a new connection. Raises DatabaseError when the database has no outbox."""
     with opened(dsn) as cursor:
-        require_outbox(cursor)
-        return act(cursor)
+        if not read_version(cursor):
+            raise DatabaseError(
+                "There is no outbox in this database: no schema 'pgsignals'. Give the database "
+                "with --dsn, or run `pgsignals install --delivery outbox` first."
+            )
+        yield cursor
+
+
+def asking_outbox(function: Callable[..., Answer]) -> Command:
+    """Make a command, with ``--dsn`` and ``--json``, of a function of a cursor.
+
+    The function returns what ``emit`` takes: the answer for JSON, and that for people.
+    """
+
+    @dsn_option
+    @json_option
+    @wraps(function)
+    def call(dsn: str, as_json: bool, **given: Any) -> None:
+        with opened_outbox(dsn) as cursor:
+            answer, tell = function(cursor, **given)
+        emit(as_json, answer, tell)
+
+    return call
 
 
 @click.group(
@@ -107,31 +123,25 @@ def consumers() -> None:
 
 
 @consumers.command("list", epilog=examples("pgsignals consumers list --json"))
-@dsn_option
-@json_option
-def list_consumers(dsn: str, as_json: bool) -> None:
+@asking_outbox
+def list_consumers(cursor: Cursor) -> Answer:
     """List the consumers, and how far each is behind."""
-    outbox: OutboxState = _run(dsn, read_outbox)
-    if as_json:
-        click.echo(to_json({"consumers": [asdict(each) for each in outbox.consumers]}))
-    else:
-        print_outbox(outbox)
+    outbox = read_outbox(cursor)
+    answer = {"consumers": outbox.consumers, "parked": outbox.parked}
+    return answer, partial(print_outbox, outbox)
 
 
 @consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
 @click.argument("name")
-@dsn_option
-@json_option
-def drop_consumer(name: str, dsn: str, as_json: bool) -> None:
+@asking_outbox
+def drop_consumer(cursor: Cursor, name: str) -> Answer:
     """Forget a consumer, so that the outbox keeps nothing for it any more.
 
     One that a process reads for is left alone: stop that first.
     """
-    dead = _run(dsn, lambda cursor: administration.drop_consumer(cursor, name))
-    if as_json:
-        click.echo(to_json({"dropped": name, "dead_letters": dead}))
-    else:
-        click.echo(f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it.")
+    dead = administration.drop_consumer(cursor, name)
+    text = f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it."
+    return {"dropped": name, "dead_letters": dead}, text
 
 
 def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:
@@ -173,11 +183,10 @@ def reset_consumer(name: str, target: str | datetime, dsn: str, as_json: bool) -
     One that a process reads for is left alone: stop that first. Where the outbox does not go back
     to TIME, the consumer gets a Gap.
     """
-    lost_until = _run(dsn, lambda cursor: administration.reset_consumer(cursor, name, target))
-    if as_json:
-        click.echo(to_json({"reset": name, "to": str(target), "lost_until": lost_until}))
-    else:
-        click.echo(f"The consumer {name!r} goes on from {target}.")
+    with opened_outbox(dsn) as cursor:
+        lost_until = administration.reset_consumer(cursor, name, target)
+    answer = {"reset": name, "to": str(target), "lost_until": lost_until}
+    emit(as_json, answer, f"The consumer {name!r} goes on from {target}.")
     if lost_until is not None:
         click.echo(
             f"The outbox has nothing from before {lost_until} any more: the consumer will get a "
@@ -198,73 +207,65 @@ def dead_letters() -> None:
 
 
 @dead_letters.command("list", epilog=examples("pgsignals dead-letters list --json"))
-@dsn_option
-@json_option
-def list_letters(dsn: str, as_json: bool) -> None:
+@asking_outbox
+def list_letters(cursor: Cursor) -> Answer:
     """List them, the latest last."""
-    found = _run(dsn, administration.dead_letters)
-    if as_json:
-        click.echo(to_json({"dead_letters": [asdict(each) for each in found]}))
-    elif found:
-        print_table(
-            ("ID", "CONSUMER", "RECEIVER", "EVENT", "TRIES", "ERROR"),
-            [(str(e.id), e.consumer, e.receiver, e.uid, str(e.attempts), e.error) for e in found],
-        )
-    else:
-        click.echo("There are no dead letters.")
+    found = letters.dead_letters(cursor)
+    table = partial(
+        print_table,
+        ("ID", "CONSUMER", "RECEIVER", "EVENT", "TRIES", "ERROR"),
+        [(str(e.id), e.consumer, e.receiver, e.uid, str(e.attempts), e.error) for e in found],
+        "There are no dead letters.",
+    )
+    return {"dead_letters": found}, table
 
 
 @dead_letters.command("show", epilog=examples("pgsignals dead-letters show 1"))
 @click.argument("id", type=int)
-@dsn_option
-@json_option
-def show_letter(id: int, dsn: str, as_json: bool) -> None:  # noqa: A002
-    """Show one, with its message and the traceback."""
-    found = _run(dsn, lambda cursor: administration.dead_letter(cursor, id))
-    if as_json:
-        click.echo(to_json(asdict(found)))
-        return
-    click.echo(f"{found.uid} for {found.receiver} of {found.consumer}, {found.at}")
-    click.echo(f"row {found.number} of the message:")
-    click.echo(found.payload)
-    click.echo(found.traceback)
+@asking_outbox
+def show_letter(cursor: Cursor, id: int) -> Answer:  # noqa: A002
+    """Show one, with its record's row, below the header of its message, and the traceback."""
+    found = letters.dead_letter(cursor, id)
+    # What a row or an error holds may not move the terminal's cursor.
+    lines = (
+        printable(f"{found.uid} for {found.receiver} of {found.consumer}, {found.at}"),
+        printable(found.payload, "\n\t"),
+        printable(found.traceback, "\n"),
+    )
+    return found, "\n".join(lines)
 
 
-def _chosen(ids: tuple[int, ...], everything: bool) -> list[int] | None:
-    if bool(ids) == everything:
-        raise click.UsageError("Give the ids of dead letters, or --all.")
-    return None if everything else list(ids)
+def _chosen(command: Command) -> Command:
+    """``ID …`` or ``--all``, as the parameter ``keys``."""
+
+    @click.argument("ids", type=int, nargs=-1)
+    @click.option("--all", "everything", is_flag=True, help="All that there are.")
+    @wraps(command)
+    def call(ids: tuple[int, ...], everything: bool, **given: Any) -> object:
+        if bool(ids) == everything:
+            raise click.UsageError("Give the ids of dead letters, or --all.")
+        return command(keys=None if everything else ids, **given)
+
+    return call
 
 
 @dead_letters.command("retry", epilog=examples("pgsignals dead-letters retry 1 2"))
-@click.argument("ids", type=int, nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="All that there are.")
-@dsn_option
-@json_option
-def retry_letters(ids: tuple[int, ...], everything: bool, dsn: str, as_json: bool) -> None:
+@_chosen
+@asking_outbox
+def retry_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
     """Have them delivered again, each to the receiver that could not take it.
 
     The active process of the consumer does it, at once, or as soon as there is one. What its
     receiver takes is a dead letter no more.
     """
-    chosen = _chosen(ids, everything)
-    count = _run(dsn, lambda cursor: administration.retry(cursor, chosen))
-    if as_json:
-        click.echo(to_json({"retried": count}))
-    else:
-        click.echo(f"{amount(count, 'dead letter')} will be delivered again.")
+    count = letters.retry(cursor, keys)
+    return {"retried": count}, f"{amount(count, 'dead letter')} will be delivered again."
 
 
 @dead_letters.command("drop", epilog=examples("pgsignals dead-letters drop --all"))
-@click.argument("ids", type=int, nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="All that there are.")
-@dsn_option
-@json_option
-def drop_letters(ids: tuple[int, ...], everything: bool, dsn: str, as_json: bool) -> None:
+@_chosen
+@asking_outbox
+def drop_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
     """Forget them."""
-    chosen = _chosen(ids, everything)
-    count = _run(dsn, lambda cursor: administration.drop_letters(cursor, chosen))
-    if as_json:
-        click.echo(to_json({"dropped": count}))
-    else:
-        click.echo(f"{amount(count, 'dead letter')} dropped.")
+    count = letters.drop_letters(cursor, keys)
+    return {"dropped": count}, f"{amount(count, 'dead letter')} dropped."

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import click
 
-from pgsignals.events import Event
-from pgsignals.watchers import Watcher
+from pgsignals.core.events import Event
+from pgsignals.core.json import to_json
+from pgsignals.core.watchers import Watcher
 
 _COLOURS = {
     "inserted": "green",
@@ -124,8 +125,24 @@ def event_line(event: Event, unchanged: Collection[str] = ()) -> str:
     return "  ".join((*start, *map(printable, parts))).rstrip()
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table: rich's on a terminal where it is installed, otherwise columns of plain text."""
+def emit(as_json: bool, answer: object, tell: str | Callable[[], object]) -> None:
+    """Print an answer as one JSON object, or else the text, or what the function prints."""
+    if as_json:
+        click.echo(to_json(answer))
+    elif isinstance(tell, str):
+        click.echo(tell)
+    else:
+        tell()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "") -> None:
+    """A table: rich's on a terminal where it is installed, otherwise columns of plain text.
+
+    Without rows it is the line ``empty``, if there is one.
+    """
+    if empty and not rows:
+        click.echo(empty)
+        return
     if sys.stdout.isatty():
         try:
             from rich.console import Console

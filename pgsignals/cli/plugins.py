@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from functools import partial
 
 import click
 
-from pgsignals.jsontext import to_json
-from pgsignals.plugins import load_plugins
+from pgsignals.plugins.loader import load_plugins
 
-from .output import examples, print_table
+from .options import json_option
+from .output import emit, examples, print_table
 
 
 @click.command(epilog=examples("pgsignals plugins", "pgsignals plugins --json"))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def plugins(ctx: click.Context, as_json: bool) -> None:
     """List the installed plugins, their hooks, and why one cannot be used.
@@ -21,13 +21,11 @@ def plugins(ctx: click.Context, as_json: bool) -> None:
     Exit codes: 0 when all can be used, otherwise 1; 2 a wrong command line.
     """
     found = load_plugins().states()
-    if as_json:
-        click.echo(to_json({"plugins": [asdict(each) for each in found]}))
-    elif found:
-        print_table(
-            ("PLUGIN", "PACKAGE", "VERSION", "HOOKS", "ERROR"),
-            [(p.name, p.distribution, p.version, ", ".join(p.hooks), p.error) for p in found],
-        )
-    else:
-        click.echo("No plugins are installed.")
+    table = partial(
+        print_table,
+        ("PLUGIN", "PACKAGE", "VERSION", "HOOKS", "ERROR"),
+        [(p.name, p.distribution, p.version, ", ".join(p.hooks), p.error) for p in found],
+        "No plugins are installed.",
+    )
+    emit(as_json, {"plugins": found}, table)
     ctx.exit(1 if any(each.error for each in found) else 0)

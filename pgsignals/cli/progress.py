@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from types import TracebackType
 
 import click
 
-from pgsignals.broadcasters.outlet import BackendStatus
-from pgsignals.inspection import Health
-from pgsignals.jsontext import to_json
+from pgsignals.core.json import to_json
+from pgsignals.dispatch.backend_status import BackendStatus
+from pgsignals.hub.status import Health
 
 from .output import abandon_stdout, coloured, notice, printable, standing
 
@@ -61,15 +60,8 @@ class Progress:
         self.pause = min(1.0, every)
         self._told: dict[str, tuple[float, int, str]] = {}
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Take away the block of lines."""
         if self._terminal:
             standing.show(())
 

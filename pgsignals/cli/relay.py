@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pgsignals.connection import redact
-from pgsignals.errors import ConfigurationError, MissingExtraError, PluginError
-from pgsignals.hub import Hub
-from pgsignals.metrics import Metrics
-from pgsignals.plugins import load_plugins
-from pgsignals.watchers import normalize
+from pgsignals.core.errors import ConfigurationError, MissingExtraError, PluginError
+from pgsignals.core.metrics import Metrics
+from pgsignals.core.redaction import redact
+from pgsignals.core.watchers import normalize
+from pgsignals.hub.hub import Hub
+from pgsignals.plugins.loader import load_plugins
 
 from .doctor import print_findings
 from .interrupt import interruptible
@@ -112,19 +113,16 @@ class _WrongConfiguration(click.ClickException):
 @click.pass_context
 def relay(
     ctx: click.Context,
+    /,
     path: Path | None,
     watched: tuple[Watched, ...],
     app: App,
     targets: tuple[str, ...],
-    name: str | None,
-    install: str | None,
-    dsn: str,
-    namespace: str,
     check: bool,
     timeout: float,
     every: float,
-    metrics_port: str | None,
     as_json: bool,
+    **given: str | None,
 ) -> None:
     """Pass the events of tables on to brokers, from the outbox, until SIGTERM or Ctrl-C.
 
@@ -138,9 +136,7 @@ def relay(
     error: the database cannot be used, or a check failed. 2 a wrong command line or file.
     """
     try:
-        config = _configured(
-            ctx, path, watched, app, targets, name, install, dsn, namespace, metrics_port
-        )
+        config = _configured(ctx, path, watched, app, targets, given)
         plugins = load_plugins()
         broadcasters = {
             each.name: plugins.broadcaster(each.url, f"The target {each.name!r}")
@@ -160,21 +156,11 @@ def _configured(
     watched: Sequence[Watched],
     app: App,
     targets: Sequence[str],
-    name: str | None,
-    install: str | None,
-    dsn: str,
-    namespace: str,
-    metrics_port: str | None,
+    given: Mapping[str, str | None],
 ) -> RelayConfig:
+    """The configuration; ``given`` are the options that are named as its fields."""
     if path is None and not targets and _FILE.exists():
         path = _FILE
-    given = {
-        "name": name,
-        "dsn": dsn,
-        "namespace": namespace,
-        "install": install,
-        "metrics_port": metrics_port,
-    }
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     # From the environment, or from a framework's settings: what a file leaves out.
     found = replace(RelayConfig(), **options)
@@ -224,27 +210,14 @@ def _relay(
     assert config.name is not None
     with interruptible() as end:
         try:
-            hub.start(
-                config.dsn or "",
-                config.watchers,
-                delivery="outbox",
-                name=config.name,
-                backends={target.name: target.url for target in config.targets},
-                workers=0,
-                install=config.install,
-                namespace=config.namespace,
-                prune=config.prune,
-                listen_dsn=config.listen_dsn,
-                lease=config.lease,
-                queue_size=config.queue_size,
-                metrics=metrics,
-            )
+            backends = {target.name: target.url for target in config.targets}
+            hub.start(**config.given | {"backends": backends, "metrics": metrics})
             names = [target.name for target in config.targets]
             notice(
                 f"Relaying {listed(config.watchers)} to {', '.join(names)} as {config.name!r}. "
                 "Press Ctrl-C to stop."
             )
-            with Progress(config.name, names, hub.health, every, as_json) as progress:
+            with closing(Progress(config.name, names, hub.health, every, as_json)) as progress:
                 while end.wait(progress.pause) is None:
                     progress.tell()
                 notice("Ending: brokers acknowledge what was read.")

@@ -7,17 +7,18 @@ from dataclasses import replace
 
 from psycopg2.extensions import cursor as Cursor
 
-from pgsignals.broadcasters import Broadcaster, Checkable
-from pgsignals.connection import redact
-from pgsignals.doctor import FAIL, OK, WARN, Finding, examine
-from pgsignals.errors import DriftError, PgSignalsError, WatcherError
-from pgsignals.inspection import read_states
+from pgsignals.cli.checks import FAIL, OK, WARN, Finding, examine
+from pgsignals.core.errors import DriftError, PgSignalsError, WatcherError
+from pgsignals.core.redaction import described, error_text
+from pgsignals.core.transport import Transport
+from pgsignals.hub.options import all_resolvers
 from pgsignals.outbox.schema import check_schema
-from pgsignals.runs import all_resolvers
+from pgsignals.plugins.broadcaster import Broadcaster, Checkable
+from pgsignals.postgres.connection import opened
 from pgsignals.triggers.definitions import define
+from pgsignals.triggers.inspection import read_states
 from pgsignals.triggers.installer import MISSING, OUTDATED
 
-from .options import opened
 from .relay_config import RelayConfig
 
 _SECONDS = 10.0
@@ -28,11 +29,10 @@ _LEFT_OUT = ("triggers", "consumers", "dead letters")
 def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) -> Iterator[Finding]:
     """Check the database, the triggers and each target; nothing is created anywhere."""
     resolvers = all_resolvers(())
-    dsn = config.dsn or ""
     # Rights matter where triggers are missing.
     rights, outbox = [], None
     reached = True
-    for finding in examine(dsn, config.watchers, resolvers, config.namespace):
+    for finding in examine(config.dsn, config.watchers, resolvers, config.namespace):
         if finding.check == "privileges":
             rights.append(finding)
         elif finding.check == "outbox":
@@ -44,9 +44,11 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
             reached = reached and (finding.check, finding.level) != ("connection", FAIL)
     tables: set[tuple[str, str]] = set()
     if reached:
-        with opened(dsn) as cursor:
+        with opened(config.dsn) as cursor:
             try:
-                definitions = define(cursor, config.watchers, resolvers, config.namespace, True)
+                definitions = define(
+                    cursor, config.watchers, resolvers, config.namespace, Transport.OUTBOX
+                )
             except WatcherError as error:
                 yield Finding("watchers", FAIL, str(error), "Mend the watcher or the table.")
             else:
@@ -73,7 +75,9 @@ def _schema(cursor: Cursor, config: RelayConfig) -> Finding | None:
 
 
 def _triggers(cursor: Cursor, config: RelayConfig) -> Finding:
-    states = read_states(cursor, config.watchers, all_resolvers(()), config.namespace, True)
+    states = read_states(
+        cursor, config.watchers, all_resolvers(()), config.namespace, Transport.OUTBOX
+    )
     wrong = [
         f"{state.op} on {state.schema}.{state.table} is {state.status}"
         for state in states
@@ -100,10 +104,10 @@ def _target(name: str, broadcaster: Broadcaster, tables: list[tuple[str, str]]) 
             message = f"{broadcaster} does not answer within {_SECONDS:g} s"
             return Finding(what, FAIL, message, "Start the broker, or correct the address.")
     except PgSignalsError as error:
-        return Finding(what, FAIL, redact(str(error)), "Mend the broker or the target.")
+        return Finding(what, FAIL, error_text(error), "Mend the broker or the target.")
     # Whatever a plugin raises, the other targets are checked too.
     except Exception as error:
-        message = f"{broadcaster}: {type(error).__name__}: {redact(str(error))}"
+        message = f"{broadcaster}: {described(error)}"
         return Finding(what, FAIL, message, "See what the plugin says of this.")
     finally:
         broadcaster.close()

@@ -7,20 +7,21 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
 
-from pgsignals.errors import ConfigurationError, MissingExtraError, PgSignalsError, near
-from pgsignals.urls import scheme_of
-from pgsignals.watchers import DEFAULT_OPERATIONS, Watcher, watch
+from pgsignals.core.errors import ConfigurationError, MissingExtraError, PgSignalsError, near
+from pgsignals.core.transport import Delivery
+from pgsignals.core.watchers import DEFAULT_OPERATIONS, Watcher, watch
+from pgsignals.hub.options import Install, Options
+from pgsignals.plugins.urls import scheme_of
 
 T = TypeVar("T")
-
-Install = Literal["auto", "check", "off"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SOURCES = "'env:VARIABLE', 'file:PATH' or 'credential:NAME'"
@@ -34,21 +35,15 @@ class Target:
     url: str = field(repr=False)
 
 
-@dataclass(frozen=True)
-class RelayConfig:
-    """What to relay, from where, to where. ``watchers`` come beside those of ``app``."""
+@dataclass(frozen=True, kw_only=True)
+class RelayConfig(Options):
+    """The options of the Hub that relays; ``watchers`` come beside those of ``app``."""
 
-    name: str | None = None
-    dsn: str | None = field(default=None, repr=False)
-    listen_dsn: str | None = field(default=None, repr=False)
-    namespace: str = "default"
-    install: Install = "auto"
+    delivery: Delivery = "outbox"
+    workers: int = 0
     prune: bool = False
-    lease: float = 5.0
-    queue_size: int = 10_000
     metrics_port: str | None = None
     app: str | None = None
-    watchers: tuple[Watcher, ...] = ()
     targets: tuple[Target, ...] = ()
 
 
@@ -106,26 +101,21 @@ def read_config(path: Path, base: RelayConfig) -> RelayConfig:
         raise ConfigurationError(f"{path}:{key} {what}.") from None
     folder = path.parent
 
-    def look_up(key: str, text: str | None) -> str | None:
-        return None if text is None else _within(path, key, lambda: look_up_secret(text, folder))
-
-    return RelayConfig(
-        name=found.name,
-        dsn=base.dsn if found.dsn is None else look_up("dsn", found.dsn),
-        listen_dsn=look_up("listen_dsn", found.listen_dsn),
-        namespace=base.namespace if found.namespace is None else found.namespace,
-        install=base.install if found.install is None else found.install,
-        prune=found.prune,
-        lease=found.lease,
-        queue_size=found.queue_size,
-        metrics_port=None if found.metrics_port is None else str(found.metrics_port),
-        app=found.app,
+    said = {key: getattr(found, key) for key in data if key not in ("watch", "target")}
+    for key in ("dsn", "listen_dsn"):
+        if key in said:
+            said[key] = _within(path, key, partial(look_up_secret, said[key], folder))
+    if "metrics_port" in said:
+        said["metrics_port"] = str(said["metrics_port"])
+    return replace(
+        base,
+        **said,
         watchers=tuple(
-            _within(path, f"watch[{number}]", lambda each=each: _watcher(each))  # type: ignore[misc]
+            _within(path, f"watch[{number}]", partial(_watcher, each))
             for number, each in enumerate(found.watch)
         ),
         targets=tuple(
-            _within(path, f"target[{number}]", lambda each=each: _target(each, folder))  # type: ignore[misc]
+            _within(path, f"target[{number}]", partial(_target, each, folder))
             for number, each in enumerate(found.target)
         ),
     )
@@ -203,15 +193,8 @@ def _target(given: _Target, folder: Path) -> Target:
 
 
 def _watcher(given: _Watch) -> Watcher:
-    return watch(
-        given.table,
-        *given.operations,
-        columns=given.columns,
-        when=given.when,
-        extra=given.extra,
-        label=given.label,
-        replicated=given.replicated,
-    )
+    options = msgspec.structs.asdict(given)
+    return watch(options.pop("table"), *options.pop("operations"), **options)
 
 
 def _within(path: Path, key: str, call: Callable[[], T]) -> T:

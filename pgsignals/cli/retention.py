@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import click
-from psycopg2.extensions import cursor as Cursor
 
-from pgsignals.jsontext import to_json
 from pgsignals.outbox.inspection import OutboxState, read_outbox
-from pgsignals.outbox.retention import Retention, read_retention, set_retention
+from pgsignals.outbox.retention_settings import Retention, read_retention, set_retention
 
-from .outbox import _run, dsn_option, json_option
-from .output import examples, notice
+from .options import dsn_option, json_option
+from .outbox import opened_outbox
+from .output import emit, examples, notice
 from .units import parse_size, parse_time, size_text, time_text
 
 
@@ -32,21 +31,18 @@ def retention(seconds: float | None, size: int | None, dsn: str, as_json: bool) 
 
     Exit codes: 0 well; 1 an error; 2 a wrong command line.
     """
-
-    def act(cursor: Cursor) -> tuple[Retention, OutboxState]:
+    with opened_outbox(dsn) as cursor:
         if seconds is None and size is None:
-            return read_retention(cursor), read_outbox(cursor)
-        return set_retention(cursor, seconds, size), read_outbox(cursor)
-
-    kept, outbox = _run(dsn, act)
-    if as_json:
-        answer = {"seconds": kept.seconds, "bytes": kept.bytes, "used_bytes": outbox.bytes}
-        click.echo(to_json(answer))
-    else:
-        click.echo(
-            f"What is not read is kept for {time_text(kept.seconds)}, in up to "
-            f"{size_text(kept.bytes)}. The outbox has {size_text(outbox.bytes)} now."
-        )
+            kept = read_retention(cursor)
+        else:
+            kept = set_retention(cursor, seconds, size)
+        outbox = read_outbox(cursor)
+    answer = {"seconds": kept.seconds, "bytes": kept.bytes, "used_bytes": outbox.bytes}
+    text = (
+        f"What is not read is kept for {time_text(kept.seconds)}, in up to "
+        f"{size_text(kept.bytes)}. The outbox has {size_text(outbox.bytes)} now."
+    )
+    emit(as_json, answer, text)
     for late in _late(outbox, kept):
         notice(f"{late}: consumers at work will drop what it has not read, which is a Gap.")
 

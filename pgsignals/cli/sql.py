@@ -7,21 +7,12 @@ from collections.abc import Iterable
 import click
 
 from pgsignals.outbox.schema import read_version, upgrade_statements
-from pgsignals.runs import all_resolvers
+from pgsignals.postgres.connection import opened
 from pgsignals.triggers.catalogue import read_installed
-from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import plan
 from pgsignals.triggers.sql import drop_statement
 
-from .options import (
-    App,
-    Watched,
-    database_options,
-    delivery_option,
-    given_watchers,
-    opened,
-    watcher_options,
-)
+from .options import Scope, database_options, delivery_option, scoped, watcher_options
 from .output import examples
 
 
@@ -44,15 +35,8 @@ from .output import examples
 )
 @delivery_option
 @database_options
-def sql(
-    watched: tuple[Watched, ...],
-    app: App,
-    everything: bool,
-    removing: bool,
-    delivery: str,
-    dsn: str,
-    namespace: str,
-) -> None:
+@scoped
+def sql(scope: Scope, everything: bool, removing: bool) -> None:
     """Print the SQL that install would run.
 
     It is one transaction, for `psql -v ON_ERROR_STOP=1 -f` or a migration. The database is read
@@ -60,12 +44,10 @@ def sql(
 
     Exit codes: 0 well, also when there is nothing to do; 1 an error; 2 a wrong command line.
     """
-    watchers = given_watchers(watched, app, required=not removing)
-    with opened(dsn) as cursor:
-        durable = delivery == "outbox"
-        definitions = define(cursor, watchers, all_resolvers(()), namespace, durable)
-        triggers = [each.trigger for each in definitions]
-        installed = read_installed(cursor, namespace)
+    watchers = scope.watchers(required=not removing)
+    with opened(scope.dsn) as cursor:
+        triggers = [each.trigger for each in scope.define(cursor, watchers)]
+        installed = read_installed(cursor, scope.namespace)
         statements: list[str] = []
         if removing and triggers:
             for trigger in triggers:
@@ -74,9 +56,9 @@ def sql(
             for item in installed:
                 statements.append(drop_statement(cursor, item.function_schema, item.name))
         else:
-            if durable:
+            if scope.delivery.durable:
                 version = 0 if everything else read_version(cursor)
-                statements += upgrade_statements(cursor, version)
+                statements += upgrade_statements(version)
             statements += plan(triggers, [] if everything else installed).statements
     if statements:
         click.echo(script(statements))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import threading
@@ -14,33 +13,32 @@ import click
 import psycopg2
 from psycopg2.extensions import cursor as Cursor
 
-from pgsignals.connection import redact
-from pgsignals.errors import PgSignalsError
-from pgsignals.events import Event
-from pgsignals.hub import Delivery, Hub
-from pgsignals.jsontext import to_json
-from pgsignals.runs import all_resolvers
-from pgsignals.tables import describe, resolve
+from pgsignals.core.errors import PgSignalsError
+from pgsignals.core.events import Event
+from pgsignals.core.json import to_json
+from pgsignals.core.logging import log
+from pgsignals.core.redaction import error_text
+from pgsignals.core.watchers import Watcher, normalize
+from pgsignals.core.watchers import watch as make_watcher
+from pgsignals.hub.hub import Hub
+from pgsignals.hub.options import all_resolvers
+from pgsignals.postgres.connection import opened
 from pgsignals.triggers.catalogue import read_installed
-from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import prune
-from pgsignals.watchers import Watcher, normalize
-from pgsignals.watchers import watch as make_watcher
+from pgsignals.triggers.table_lookup import describe, resolve
 
 from .interrupt import End, interruptible
 from .options import (
-    App,
+    Scope,
     Watched,
     database_options,
     delivery_option,
     load_app,
-    opened,
     parse_names,
+    scoped,
     watcher_options,
 )
 from .output import abandon_stdout, amount, event_line, examples, listed, notice, value_text
-
-log = logging.getLogger("pgsignals")
 
 _TIMED_OUT = 124  # as timeout(1) has it
 _RELEASE_SECONDS = 5.0
@@ -100,15 +98,12 @@ class _Columns:
     "when it fails, that is told there too.",
 )
 @click.option("--keep", is_flag=True, help="Leave the triggers that this installs.")
+@scoped
 @click.pass_context
 def watch(
     ctx: click.Context,
-    watched: tuple[Watched, ...],
-    app: App,
-    delivery: Delivery,
+    scope: Scope,
     name: str | None,
-    dsn: str,
-    namespace: str,
     columns: tuple[str, ...] | None,
     extra: tuple[str, ...] | None,
     all_columns: bool,
@@ -135,37 +130,43 @@ def watch(
     asked = _Columns(columns or (), extra or (), all_columns, ids_only)
     if ids_only and (columns or extra or all_columns):
         raise click.UsageError("--ids-only does not go with --columns, --extra or --all-columns.")
-    if columns and not any("updated" in each.ops for each in watched):
+    if columns and not any("updated" in each.ops for each in scope.watched):
         raise click.UsageError("--columns is about updates, and no WATCH argument has 'updated'.")
-    if app is not None and not watched and (when or not asked.by_default):
+    if scope.app is not None and not scope.watched and (when or not asked.by_default):
         raise click.UsageError("The watchers of --app say themselves what they show and when.")
-    if name is not None and delivery != "outbox":
+    if name is not None and not scope.delivery.durable:
         raise click.UsageError("--name is a consumer's: add --delivery outbox.")
     if name is not None and count is not None:
         raise click.UsageError(
             "--count does not go with --name: what a consumer has read beyond it would not be "
             "acknowledged, and come again each time."
         )
-    from_app = load_app(app)
-    if not watched and not from_app:
+    from_app = load_app(scope.app)
+    if not scope.watched and not from_app:
         raise click.UsageError("Give what to watch: WATCH arguments such as 'orders', or --app.")
 
     hub = Hub()
     with interruptible() as end:
         printer = _Printer(end, as_json, count, shell_command, lossless=name is not None)
         deadline = None if timeout is None else time.monotonic() + timeout
-        with opened(dsn) as cursor:
-            ours = _watchers(cursor, watched, asked, when)
+        with opened(scope.dsn) as cursor:
+            ours = _watchers(cursor, scope.watched, asked, when)
             watchers = normalize([*ours, *from_app])
-            durable = delivery == "outbox"
-            wanted = define(cursor, watchers, all_resolvers(()), namespace, durable)
-            there = {item.name for item in read_installed(cursor, namespace)}
+            wanted = scope.define(cursor, watchers)
+            there = {item.name for item in read_installed(cursor, scope.namespace)}
         for number, watcher in enumerate(watchers):
             shown = () if asked.by_default and number < len(ours) else watcher.extra
             target = watcher.model if watcher.label is None else watcher.label
             hub.subscribe(printer.receiver(shown), target, *watcher.ops)
         try:
-            hub.start(dsn, watchers, delivery=delivery, name=name, namespace=namespace, prune=False)
+            hub.start(
+                scope.dsn,
+                watchers,
+                delivery=scope.delivery.value,
+                name=name,
+                namespace=scope.namespace,
+                prune=False,
+            )
             notice(f"Watching {listed(watchers)}. Press Ctrl-C to stop.")
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             reason = end.wait(left)
@@ -174,7 +175,7 @@ def watch(
         finally:
             keep = keep or name is not None
             names = {definition.trigger.name for definition in wanted} - there
-            listening = _Listeners(dsn, namespace, names)
+            listening = _Listeners(scope.dsn, scope.namespace, names)
             if not keep:
                 listening.count()
             hub.stop(_BLOCKED_SECONDS if printer.stuck else _DRAIN_SECONDS)
@@ -329,7 +330,7 @@ class _Listeners:
                 self._before = self._now(cursor)
         except (PgSignalsError, psycopg2.Error) as error:
             # Without a database we are no listener either; that it is away is told at the end.
-            log.debug("cannot count listeners: %s", redact(str(error)))
+            log.debug("cannot count listeners: %s", error_text(error))
 
     def uninstall(self) -> None:
         """Remove the triggers to which nobody listens any more.

@@ -13,6 +13,7 @@ watchers, by which autogenerate and ``alembic check`` tell what the database lac
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,18 +21,20 @@ from typing import Any
 
 from psycopg2.extensions import cursor as Cursor
 
-from ..connection import dsn_of
-from ..errors import ConfigurationError, MissingExtraError, TableError
-from ..events import model_name
-from ..runs import all_resolvers
-from ..tables import Resolver, resolve
+from ..core.errors import ConfigurationError, MissingExtraError, TableError
+from ..core.events import model_name
+from ..core.tables import Resolver
+from ..core.transport import Transport
+from ..core.watchers import Watcher, normalize
+from ..hub.options import all_resolvers
+from ..postgres.dsn import dsn_of
+from ..postgres.home_check import is_home
 from ..triggers.definitions import define
-from ..watchers import Watcher, normalize
+from ..triggers.table_lookup import resolve
 from .migrations import (
     Change,
     borrowed_cursor,
     installing,
-    is_durable,
     pruning,
     removing,
     run,
@@ -49,6 +52,8 @@ except ImportError as error:
     raise MissingExtraError(
         "pgsignals.contrib.alembic needs Alembic: pip install 'pgsignals[alembic]'"
     ) from error
+
+log = logging.getLogger("pgsignals")
 
 _UNDEFINED_COLUMN = "42703"
 
@@ -146,12 +151,12 @@ class UninstallWatchersOp(_WatchersOp):
 @Operations.implementation_for(InstallWatchersOp)
 def _install(operations: Operations, operation: InstallWatchersOp) -> None:
     options = operations.get_context().opts
-    durable = is_durable(operation.delivery or _delivery(options))
+    transport = Transport(operation.delivery or _delivery(options))
     namespace = operation.namespace or _namespace(options)
 
     def change(cursor: Cursor) -> Change:
-        found = define(cursor, operation.watchers, all_resolvers(()), namespace, durable)
-        return installing(cursor, namespace, [each.trigger for each in found], durable)
+        found = define(cursor, operation.watchers, all_resolvers(()), namespace, transport)
+        return installing(cursor, namespace, [each.trigger for each in found], transport)
 
     _apply(operations, operation, change)
 
@@ -219,15 +224,19 @@ def _compare(
         return
     namespace = _namespace(autogen_context.opts)
     delivery = _delivery(autogen_context.opts)
-    durable = is_durable(delivery)
+    transport = Transport(delivery)
     resolvers = all_resolvers(())
     triggers = []
     later: list[Watcher] = []
     with _cursor(connection) as cursor:
         for watcher in normalize(given):
+            home = resolve(watcher.model, resolvers)[0].home
+            if home is not None and not is_home(cursor, home):
+                log.info("%s is of %s, and left to the migrations of that", watcher, home.name)
+                continue
             try:
                 with connection.begin_nested():
-                    found = define(cursor, [watcher], resolvers, namespace, durable)
+                    found = define(cursor, [watcher], resolvers, namespace, transport)
             except Exception as error:
                 if not _of_this_revision(error):
                     raise
@@ -235,7 +244,7 @@ def _compare(
             else:
                 triggers += [definition.trigger for definition in found]
         removed = pruning(cursor, namespace, triggers)
-        created = installing(cursor, namespace, triggers, durable)
+        created = installing(cursor, namespace, triggers, transport)
     if removed.summary:
         upgrade_ops.ops.insert(0, UninstallWatchersOp((), namespace, removed))
     if created.summary or created.lasting:

@@ -13,27 +13,22 @@ from psycopg2 import sql
 from psycopg2.extensions import connection as Connection
 from psycopg2.extensions import cursor as Cursor
 
-from ..connection import connect
-from ..errors import ConfigurationError, InstallLockError
+from ..core.errors import ConfigurationError, InstallLockError
+from ..core.tables import Resolver
+from ..core.transport import Transport
+from ..core.watchers import Watcher
 from ..outbox import schema
-from ..tables import Resolver, describe, resolve
+from ..postgres.connection import connect
 from ..triggers import names
 from ..triggers.catalogue import Installed, read_installed
 from ..triggers.installer import lock_holders, plan
 from ..triggers.sql import Trigger, registration
-from ..watchers import Watcher
+from ..triggers.table_lookup import describe, resolve
 
 Rows = list[tuple[Any, ...]]
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _NO_TRANSACTION = "25P01"
-
-
-def is_durable(delivery: object) -> bool:
-    """Whether triggers write to the outbox. Raises ConfigurationError for no known delivery."""
-    if delivery not in ("notify", "outbox"):
-        raise ConfigurationError(f"delivery={delivery!r}: it is one of 'notify', 'outbox'.")
-    return delivery == "outbox"
 
 
 @dataclass(frozen=True)
@@ -177,10 +172,10 @@ def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
 
 
 def installing(
-    cursor: Cursor, namespace: str, wanted: Sequence[Trigger], durable: bool = False
+    cursor: Cursor, namespace: str, wanted: Sequence[Trigger], transport: Transport
 ) -> Change:
-    """What the triggers that are missing or outdated take, and if ``durable`` the outbox."""
-    version = schema.read_version(cursor) if durable else schema.VERSION
+    """What the triggers that are missing or outdated take, and the outbox if they write to it."""
+    version = schema.read_version(cursor) if transport.durable else schema.VERSION
     # Triggers from before a schema that was dropped are unknown to the one that is made now.
     installed = read_installed(cursor, namespace) if version else []
     created = plan(wanted, installed).created
@@ -276,12 +271,13 @@ def _drop(cursor: Cursor, home: str, hashed: str) -> str:
 
     Nor one that a durable consumer reads, which may be down, and whoever may not know leaves it.
     """
-    name = names.object_name(hashed)
+    name, parts = names.object_name(hashed), names.listener_parts(hashed)
     return (
         sql.SQL(
             "DO $pgsignals$ DECLARE\n"
             "  consumed boolean := false;\n"
             "BEGIN\n"
+            "  PERFORM pg_catalog.pg_advisory_xact_lock({lock_class}, {removal});\n"
             "  IF pg_catalog.to_regnamespace('pgsignals') IS NOT NULL AND EXISTS (\n"
             "    SELECT FROM pg_catalog.pg_proc p\n"
             "    WHERE p.prosecdef AND p.proname = {literal}\n"
@@ -299,16 +295,32 @@ def _drop(cursor: Cursor, home: str, hashed: str) -> str:
             "  IF consumed THEN\n"
             "    RAISE WARNING 'a consumer of the outbox reads what {name} writes, so that it is"
             " left: see pgsignals consumers';\n"
-            "  ELSIF pg_catalog.pg_try_advisory_xact_lock({lock_class}, {key}) THEN\n"
-            "    DROP FUNCTION IF EXISTS {function}() CASCADE;\n"
-            "  ELSE\n"
+            "  ELSIF EXISTS (\n"
+            "    SELECT FROM pg_catalog.pg_locks l\n"
+            "    JOIN (VALUES {parts}) AS part (number, bits)\n"
+            "      ON l.objid::bigint >> {bits} = part.number\n"
+            "      AND l.objid::bigint & part.bits = part.bits\n"
+            "    WHERE l.locktype = 'advisory' AND l.classid = {listeners} AND l.objsubid = 2\n"
+            "      AND l.granted AND l.database = (SELECT oid FROM pg_catalog.pg_database\n"
+            "        WHERE datname = pg_catalog.current_database())\n"
+            "    GROUP BY l.pid HAVING pg_catalog.count(DISTINCT part.number) = {number})\n"
+            "  THEN\n"
             "    RAISE WARNING 'somebody listens to {name}, so that it is left';\n"
+            "  ELSE\n"
+            "    DROP FUNCTION IF EXISTS {function}() CASCADE;\n"
             "  END IF;\n"
             "END $pgsignals$"
         )
         .format(
             lock_class=sql.SQL(str(names.LOCK_CLASS)),
-            key=sql.SQL(str(names.lock_key(hashed))),
+            removal=sql.SQL(str(names.REMOVAL_LOCK)),
+            listeners=sql.SQL(str(names.LISTENER_CLASS)),
+            bits=sql.SQL(str(names.LISTENER_BITS)),
+            parts=sql.SQL(", ").join(
+                sql.SQL("({}, {}::bigint)").format(sql.Literal(number), sql.Literal(bits))
+                for number, bits in parts
+            ),
+            number=sql.SQL(str(len(parts))),
             channel=sql.SQL(f"({names.channel_key(hashed)})::bigint"),
             function=sql.Identifier(home, name),
             home=sql.Literal(f'"{home.replace(chr(34), chr(34) * 2)}"'),
@@ -321,14 +333,14 @@ def _drop(cursor: Cursor, home: str, hashed: str) -> str:
 
 _DEFINITION = """
 SELECT pg_catalog.pg_get_functiondef(p.oid), pg_catalog.obj_description(p.oid, 'pg_proc'),
-       pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled::text, n.nspname, c.relname, p.prosecdef
+       p.prosecdef, pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled::text, n.nspname, c.relname
 FROM pg_catalog.pg_proc p
 JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace
 LEFT JOIN pg_catalog.pg_trigger t
   ON t.tgfoid = p.oid AND t.tgname = p.proname AND t.tgparentid = 0
 LEFT JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
 LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE f.nspname = %s AND p.proname = %s AND p.pronargs = 0
+WHERE f.nspname = %s AND p.proname = %s AND p.pronargs = 0 ORDER BY t.oid
 """
 
 
@@ -338,17 +350,19 @@ _REGISTERED = "SELECT definition FROM pgsignals.channels WHERE channel = %s"
 def _definition(cursor: Cursor, item: Installed) -> list[str]:
     """Statements that make what is installed again."""
     cursor.execute(_DEFINITION, (item.function_schema, item.name))
-    row = cursor.fetchone()
-    if row is None:
+    rows = cursor.fetchall()
+    if not rows:
         return []
-    function, comment, trigger, enabled, home, table, durable = row
+    function, comment, durable, *_ = rows[0]
     named = sql.Identifier(item.function_schema, item.name)
     statements: list[sql.Composable] = [
         sql.SQL(function.rstrip()),
-        sql.SQL("REVOKE ALL ON FUNCTION {}() FROM PUBLIC").format(named),
+        sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(named),
         sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(named, sql.Literal(comment)),
     ]
-    if trigger is not None:
+    for *_, trigger, enabled, home, table in rows:
+        if trigger is None:
+            continue
         statements.append(sql.SQL(trigger))
         if enabled == "A":
             statements.append(
@@ -360,5 +374,5 @@ def _definition(cursor: Cursor, item: Installed) -> list[str]:
         cursor.execute(_REGISTERED, (names.channel_key(item.hash),))
         registered = cursor.fetchone()
         if registered is not None:
-            statements += registration(item.hash, registered[0])
+            statements += registration(item.function_schema, item.hash, registered[0])
     return [statement.as_string(cursor) for statement in statements]

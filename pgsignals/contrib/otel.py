@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import MissingExtraError
-from ..events import Event
+from ..core.errors import MissingExtraError
+from ..core.events import Event
+from ..core.redaction import error_text, trace_text, type_name
 
 try:
     from opentelemetry import trace
@@ -33,7 +34,6 @@ class OpenTelemetryTracer:
 
     @contextmanager
     def receiving(self, events: Sequence[Event], receiver: str, /) -> Iterator[None]:
-        """See Tracer."""
         table = f"{events[0].schema}.{events[0].table}"
         attributes: dict[str, str | int] = {
             "messaging.system": "postgresql",
@@ -61,9 +61,17 @@ class OpenTelemetryTracer:
                 yield
             # OpenTelemetry leaves out SystemExit and its like, which are a receiver's failure too.
             except BaseException as error:
-                span.record_exception(error)
-                span.set_attribute("error.type", type(error).__qualname__)
-                span.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
+                # What record_exception() does, but whatever the error's text is.
+                span.add_event(
+                    "exception",
+                    {
+                        "exception.type": type_name(error),
+                        "exception.message": error_text(error),
+                        "exception.stacktrace": trace_text(error),
+                    },
+                )
+                span.set_attribute("error.type", type_name(error))
+                span.set_status(trace.Status(trace.StatusCode.ERROR, error_text(error)))
                 raise
 
 

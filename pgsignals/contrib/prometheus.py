@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
-from ..errors import MissingExtraError
-from ..metrics import COUNTERS, GAUGES
+from ..core.errors import MissingExtraError
+from ..core.metrics import COUNTERS, GAUGES
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
@@ -36,11 +36,9 @@ class PrometheusMetrics:
         self._families = _families(REGISTRY if registry is None else registry, namespace)
 
     def count(self, name: str, amount: int, /, **labels: str) -> None:
-        """See Metrics."""
         self._families.counters[name].labels(hub=self._hub, **labels).inc(amount)
 
     def gauge(self, name: str, read: Callable[[], float], /, **labels: str) -> None:
-        """See Metrics."""
         self._families.gauges[name].labels(hub=self._hub, **labels).set_function(read)
 
 

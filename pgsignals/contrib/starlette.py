@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
-import threading
 import time
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pgsignals
 
-from ..errors import ConfigurationError, MissingExtraError, StateError
-from ..events import Event, model_identity
-from ..hub import Hub
-from .exact import ExactClient, ExactFeed, open_feed
-from .sse import EVERYTHING, HEADERS, Client, Feed, View, encode, last_event_id, wanted_of
+from ..core.errors import MissingExtraError, StateError
+from ..core.events import Event
+from ..core.logging import log
+from ..dispatch.coroutines import within
+from ..hub.hub import Hub
+from .event_stream import EVERYTHING, HEADERS, View
+from .feeds import Feeds, Opening
+from .ring import RingClient, RingFeed
+from .shutdown import before_handlers
+from .stream_options import LATER, StreamOptions, come_back
 
 try:
-    from starlette.concurrency import run_in_threadpool
+    from anyio import CapacityLimiter, to_thread
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
@@ -31,11 +33,10 @@ except ImportError as error:
         "pip install 'pgsignals[starlette]'"
     ) from error
 
-log = logging.getLogger("pgsignals")
-
-# When browsers that got no stream try again, in milliseconds.
-_LATER = 15_000
-_PARAMETER = "last-event-id"
+# For how long position() may hold up the event loop while a feed is opened, all calls together.
+_LOOP_SECONDS = 0.25
+# Reading has threads of its own: those that wait for the database are none of the application's.
+_READING_THREADS = 40
 
 
 def sse(
@@ -70,53 +71,61 @@ def sse(
     ``send_timeout`` seconds is given up. When the server is told to end, by SIGTERM or Ctrl-C, so
     do the streams.
 
+    It waits for nothing: in outbox delivery a thread connects to the database, and until that has
+    succeeded the browser is told to come back later.
+
     Raises ReceiverError when no watcher delivers a target.
     """
-    if retry < 0 or keepalive <= 0 or lifetime <= 0 or send_timeout <= 0:
-        raise ConfigurationError(
-            f"retry={retry!r}, keepalive={keepalive!r}, lifetime={lifetime!r}, "
-            f"send_timeout={send_timeout!r}: give milliseconds from 0, and seconds above 0."
-        )
+    options = StreamOptions(View(visible, data, name), retry, keepalive, lifetime, send_timeout)
+
+    def connect(feed: RingFeed[Any]) -> RingClient:
+        return options.connect(feed, _nothing, request.headers, request.query_params)
+
     try:
-        feed = _feed(hub or pgsignals.default_hub, targets, size)
+        opening = _open(hub, targets, size)
+        # From here on, if it is open, so that nothing is missed before the server gets to sending.
+        client = connect(opening.wait()) if opening.done else None
     except StateError as error:
-        # Any other status than 200 would make an EventSource give up for good.
-        log.warning("a browser was told to come back later: %s", error)
-        return Response(encode(retry=max(retry, _LATER)), headers=dict(HEADERS))
-    view = View(visible, data, name)
-    waits = view != EVERYTHING or isinstance(feed, ExactFeed)
-    last_id = last_event_id(
-        request.headers.get("Last-Event-ID"), request.query_params.get(_PARAMETER)
-    )
-    # From here on, so that nothing is missed before the server gets to sending.
-    client = feed.connect(last_id, _nothing, view)
-    return _Stream(client, waits, retry, keepalive, lifetime, send_timeout)
+        return _come_back(error, retry)
+    return _Stream(client, opening, connect, options)
+
+
+def _come_back(error: StateError, retry: int) -> Response:
+    return Response(come_back(error, max(retry, LATER)), headers=dict(HEADERS))
 
 
 def position(*targets: Any, hub: Hub | None = None, size: int = 1000) -> str:
-    """Where the stream of these targets is now, to render into a page.
+    """The position of the stream of these targets now, to render into a page.
 
     With ``new EventSource("/events?last-event-id=…")`` the browser hears of all that happened
-    since. Raises StateError when the Hub is not running.
+    since. Raises StateError when the Hub is not running, or the outbox cannot be read now.
+
+    In outbox delivery the first call, and each after the Hub has started anew, waits for a
+    connection to the database: for two seconds, and in the thread of an event loop for a quarter of
+    one. ``aposition`` waits without holding up the loop.
     """
-    return _feed(hub or pgsignals.default_hub, targets, size).position
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        patience = None
+    else:
+        patience = _LOOP_SECONDS
+    return _open(hub, targets, size).wait(patience).position
 
 
-_feeds: weakref.WeakKeyDictionary[Hub, dict[Any, Feed | ExactFeed]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+async def aposition(*targets: Any, hub: Hub | None = None, size: int = 1000) -> str:
+    """Like :func:`position`, while the event loop goes on, for as long as connecting takes."""
+    return (await _open(hub, targets, size).awaited()).position
 
 
-def _feed(hub: Hub, targets: tuple[Any, ...], size: int) -> Feed | ExactFeed:
+_feeds: weakref.WeakKeyDictionary[Hub, Feeds] = weakref.WeakKeyDictionary()
+
+
+def _open(hub: Hub | None, targets: tuple[Any, ...], size: int) -> Opening:
     """The feed that all streams of these targets share."""
-    key = (size, *((model_identity(what), *ops) for what, ops in map(wanted_of, targets)))
-    with _lock:
-        of_hub = _feeds.setdefault(hub, {})
-        feed = of_hub.get(key)
-        if feed is None or feed.closed:
-            if not hub.running:
-                raise StateError("The Hub is not running: there is nothing to stream.")
-            feed = of_hub[key] = open_feed(hub, *targets, size=size, ordered=hub._workers == 1)
-    return feed
+    hub = hub or pgsignals.default_hub
+    feeds = _feeds.get(hub) or _feeds.setdefault(hub, Feeds(hub))
+    return feeds.open(targets, size, ordered=hub._options.workers == 1)
 
 
 class _Stream(Response):
@@ -124,48 +133,64 @@ class _Stream(Response):
 
     def __init__(
         self,
-        client: Client | ExactClient,
-        waits: bool,
-        retry: int,
-        keepalive: float,
-        lifetime: float,
-        send_timeout: float,
+        client: RingClient | None,
+        opening: Opening,
+        connect: Callable[[RingFeed[Any]], RingClient],
+        options: StreamOptions,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS)
         self._client = client
-        self._waits = waits
-        self._retry = retry
-        self._keepalive = keepalive
-        self._end = time.monotonic() + lifetime
-        self._send_timeout = send_timeout
+        self._opening = opening
+        self._connect = connect
+        self._options = options
+        self._began = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        loop, woken = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(woken.set)
-
-        self._client.wake = wake
-        _end_with_the_server(loop)
+        _end_with_the_server(asyncio.get_running_loop())
         tasks = {
-            asyncio.ensure_future(self._send_all(woken, send)),
+            asyncio.ensure_future(self._serve(scope, receive, send)),
             asyncio.ensure_future(_disconnected(receive)),
         }
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._client.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._client is not None:
+                self._client.close()
         for task in done:
             task.result()
 
-    async def _send_all(self, woken: asyncio.Event, send: Send) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._client is None:
+            try:
+                self._client = self._connect(await self._opening.awaited())
+            except StateError as error:
+                await _come_back(error, self._options.retry)(scope, receive, send)
+                return
+        await self._send_all(self._client, send)
+
+    async def _send_all(self, client: RingClient, send: Send) -> None:
+        options = self._options
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(woken.set)
+
+        client.wake = wake
+        # The filters of a view may wait, too.
+        waits = client.waits or options.view != EVERYTHING
+
+        async def read() -> bytes:
+            if not waits:
+                return client.read()
+            return await to_thread.run_sync(client.read, limiter=_limiter(loop))
+
         async def sent(message: dict[str, Any]) -> None:
-            await asyncio.wait_for(send(message), self._send_timeout)
+            await within(options.send_timeout, send(message))
 
         async def body(chunk: bytes, more: bool = True) -> None:
             await sent({"type": "http.response.body", "body": chunk, "more_body": more})
@@ -178,26 +203,23 @@ class _Stream(Response):
                     "headers": self.raw_headers,
                 }
             )
-            await body(self._client.opening(self._retry))
+            await body(client.opening(options.retry))
             while True:
                 woken.clear()
-                if chunk := await self._read():
+                if chunk := await read():
                     await body(chunk)
                     continue
-                left = self._end - time.monotonic()
-                if self._client.ended or left <= 0:
+                patience = options.patience(client, self._began)
+                if not patience:
                     return await body(b"", more=False)
                 try:
-                    await asyncio.wait_for(woken.wait(), min(self._keepalive, left))
+                    await within(patience, woken.wait())
                 except asyncio.TimeoutError:
-                    await body(self._client.keepalive())
+                    await body(client.keepalive())
         except asyncio.TimeoutError:
-            log.info("a browser that took nothing for %g s is given up", self._send_timeout)
+            log.info("a browser that took nothing for %g s is given up", options.send_timeout)
         except OSError:
             log.debug("a browser has gone")
-
-    async def _read(self) -> bytes:
-        return await run_in_threadpool(self._client.read) if self._waits else self._client.read()
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -209,6 +231,17 @@ def _nothing() -> None:
     """Wakes nobody: the client has not begun to read."""
 
 
+_limiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, CapacityLimiter] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _limiter(loop: asyncio.AbstractEventLoop) -> CapacityLimiter:
+    if (limiter := _limiters.get(loop)) is None:
+        limiter = _limiters[loop] = CapacityLimiter(_READING_THREADS)
+    return limiter
+
+
 _watched: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
@@ -217,29 +250,15 @@ def _end_with_the_server(loop: asyncio.AbstractEventLoop) -> None:
 
     The server's handlers are called as before.
     """
-    if loop in _watched or threading.current_thread() is not threading.main_thread():
-        return
-    _watched.add(loop)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        server = signal.getsignal(number)
-        if callable(server):
-            signal.signal(number, _ending(loop, server))
 
-
-def _ending(
-    loop: asyncio.AbstractEventLoop, server: Callable[[int, FrameType | None], Any]
-) -> Callable[[int, FrameType | None], None]:
-    def handle(number: int, frame: FrameType | None) -> None:
-        # It interrupts the main thread wherever that is: it may take no lock.
+    def end() -> None:
         if not loop.is_closed():
             loop.call_soon_threadsafe(_end_streams)
-        server(number, frame)
 
-    return handle
+    if loop not in _watched and before_handlers(end, signal.SIGTERM, signal.SIGINT):
+        _watched.add(loop)
 
 
 def _end_streams() -> None:
-    with _lock:
-        feeds = [feed for of_hub in _feeds.values() for feed in of_hub.values()]
-    for feed in feeds:
+    for feed in [feed for feeds in list(_feeds.values()) for feed in feeds.values()]:
         feed.close()

@@ -1,1 +1,1 @@
-"""Durable delivery: its schema in the database, cursors, consumers, retries and housekeeping."""
+"""The log that is a table: its schema, positions, housekeeping and administration."""

@@ -2,78 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import ConfigurationError, DatabaseError, near
+from ..core.errors import ConfigurationError, DatabaseError, near
 from .cursors import BEGINNING
 from .housekeeping import housekeeping_lock
 from .inspection import read_outbox
-from .schema import WAKE_CHANNEL
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-
-
-@dataclass(frozen=True)
-class KeptLetter:
-    """A dead letter: ``number`` counts the rows of the message in ``payload``, from 0."""
-
-    id: int
-    consumer: str
-    receiver: str
-    uid: str
-    number: int
-    payload: str
-    error: str
-    traceback: str
-    attempts: int
-    at: datetime
-
-
-_LETTERS = (
-    "SELECT id, consumer, receiver, uid, number, payload, error, traceback, attempts, at"
-    " FROM pgsignals.dead_letters"
-)
-
-
-def dead_letters(cursor: Cursor) -> list[KeptLetter]:
-    """All of them, the latest last."""
-    cursor.execute(f"{_LETTERS} ORDER BY id")
-    return [KeptLetter(*row) for row in cursor.fetchall()]
-
-
-def dead_letter(cursor: Cursor, key: int) -> KeptLetter:
-    """One of them. Raises DatabaseError when there is none with this id."""
-    cursor.execute(f"{_LETTERS} WHERE id = %s", (key,))
-    row = cursor.fetchone()
-    if row is None:
-        raise DatabaseError(f"There is no dead letter {key}: see `pgsignals dead-letters list`.")
-    return KeptLetter(*row)
-
-
-def retry(cursor: Cursor, keys: Sequence[int] | None) -> int:
-    """Have these, or all, delivered again by whoever is active; how many."""
-    cursor.execute(
-        "UPDATE pgsignals.dead_letters SET retry = true"
-        " WHERE %(keys)s::bigint[] IS NULL OR id = ANY (%(keys)s::bigint[])",
-        {"keys": None if keys is None else list(keys)},
-    )
-    count = cursor.rowcount
-    cursor.execute(f"NOTIFY {WAKE_CHANNEL}, 'redeliver'")
-    return count
-
-
-def drop_letters(cursor: Cursor, keys: Sequence[int] | None) -> int:
-    """Forget these, or all; how many."""
-    cursor.execute(
-        "DELETE FROM pgsignals.dead_letters"
-        " WHERE %(keys)s::bigint[] IS NULL OR id = ANY (%(keys)s::bigint[])",
-        {"keys": None if keys is None else list(keys)},
-    )
-    return cursor.rowcount
 
 
 def drop_consumer(cursor: Cursor, name: str) -> int:
@@ -155,6 +93,8 @@ def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetim
             )
             [(values["snapshot"], values["at"])] = cursor.fetchall()
         cursor.execute(_RESET, values)
+        if target == "now":
+            cursor.execute("DELETE FROM pgsignals.parked WHERE consumer = %s", (name,))
     return lost_until
 
 

@@ -1,4 +1,4 @@
-"""Reads again what the outbox still holds, for those who come back to it with a place."""
+"""Reads again what the outbox still holds, for those who come back to it with a resume token."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TypeVar
 
 import psycopg2
 
-from ..connection import Session, Waiter
+from ..consumers.schema import LOCK_WAIT
+from ..postgres.session import Session
+from ..postgres.waiter import Waiter
 from .cursors import Snapshot, Window
-from .places import ALL, Emptied, Place
-from .store import Row, read_statement
+from .log import read_statement
+from .reader import Row
+from .resume_tokens import ALL, Emptied, ResumePoint
 
 Answer = TypeVar("Answer")
 
@@ -33,9 +36,9 @@ LEFT JOIN LATERAL (
 
 @dataclass(frozen=True)
 class Found:
-    """A page of a place's window: ``whole`` when it is the last.
+    """A page of a point's window: ``whole`` when it is the last.
 
-    ``lost``: something that belongs there may be gone. ``ahead``: the place is of a time that the
+    ``lost``: something that belongs there may be gone. ``ahead``: the point is of a time that the
     database has not reached, or not again.
     """
 
@@ -57,16 +60,16 @@ class Archive:
         self._session: Session | None = None
         self._closed = False
 
-    def read(self, place: Place) -> Found:
-        """The next rows of the window that the place is in; it has a target.
+    def read(self, point: ResumePoint) -> Found:
+        """The next rows of the window that the point is in; it has a target.
 
         Raises psycopg2.Error, OSError and ConnectError when the database does not answer.
         """
-        assert place.target is not None
-        window = Window.between(place.since, place.target, 0)
+        assert point.target is not None
+        window = Window.between(point.since, point.target, 0)
         # Of a row of which not all events are known, the rest is wanted.
-        behind = place.last_id if place.number == ALL else place.last_id - 1
-        after = max(place.floor if window.ended else place.high, behind)
+        behind = point.last_id if point.number == ALL else point.last_id - 1
+        after = max(point.floor if window.ended else point.high, behind)
 
         def ask(session: Session) -> Found:
             found = session.execute(
@@ -80,21 +83,24 @@ class Archive:
                 ),
                 timeout=self._timeout,
             )
-            rows = [Row(row[0], row[1], session.text(row[2])) for row in found]
+            rows = [Row(row[0], row[1], row[2], session.text(row[3])) for row in found]
             # Only afterwards, so that what was emptied before the rows were read is known.
-            lost, ahead = self._look(session, place)
+            lost, ahead = self._look(session, point)
             return Found(rows, not _is_full(rows), lost, ahead)
 
         return self._ask(ask)
 
-    def check(self, place: Place) -> tuple[bool, bool]:
-        """See Found: whether something may be lost, and whether the place is ahead."""
-        return self._ask(lambda session: self._look(session, place))
+    def check(self, point: ResumePoint) -> tuple[bool, bool]:
+        """Whether something may be lost, and whether the point is ahead, as in Found."""
+        return self._ask(lambda session: self._look(session, point))
 
     def close(self) -> None:
         """End the session; safe to call twice."""
+        # Whoever waits for an answer gives up, and the next one does not begin to.
+        self._closed = True
+        if (waiter := self._waiter) is not None:
+            waiter.wake()
         with self._lock:
-            self._closed = True
             self._drop()
 
     def abandon(self) -> None:
@@ -108,17 +114,20 @@ class Archive:
             self._waiter.close()
             self._waiter = None
 
-    def _look(self, session: Session, place: Place) -> tuple[bool, bool]:
+    def _look(self, session: Session, point: ResumePoint) -> tuple[bool, bool]:
         [(snapshot, shed, emptied_id, emptied_snapshot)] = session.execute(
             _STATE, timeout=self._timeout
         )
-        lost = shed > place.shed
+        lost = shed > point.shed
         if emptied_id is not None:
-            lost = lost or place.lacks(Emptied(emptied_id, Snapshot.parse(emptied_snapshot)))
-        return lost, place.reached.xmax > Snapshot.parse(snapshot).xmax
+            lost = lost or point.lacks(Emptied(emptied_id, Snapshot.parse(emptied_snapshot)))
+        return lost, point.reached.xmax > Snapshot.parse(snapshot).xmax
 
     def _ask(self, ask: Callable[[Session], Answer]) -> Answer:
-        with self._lock:
+        # A server that does not answer costs each the time of one try, however many there are.
+        if not self._lock.acquire(timeout=self._timeout):
+            raise TimeoutError("the database has not answered others either")
+        try:
             if self._closed:
                 raise psycopg2.InterfaceError("the session is closed")
             try:
@@ -126,14 +135,18 @@ class Archive:
             except BaseException:
                 self._drop()
                 raise
+        finally:
+            self._lock.release()
 
     def _opened(self) -> Session:
         if self._session is None:
             waiter = self._waiter = Waiter()
-            session = self._session = Session(self._dsn, waiter, lambda: False)
+            session = self._session = Session(self._dsn, waiter, lambda: self._closed)
             session.open(self._timeout, self._encoding)
+            session.keep(self._timeout)
             session.execute(
-                "SET enable_seqscan TO off; SET enable_bitmapscan TO off; SET jit TO off;"
+                f"SET lock_timeout TO '{LOCK_WAIT}';"
+                " SET enable_seqscan TO off; SET enable_bitmapscan TO off; SET jit TO off;"
                 " SET plan_cache_mode TO force_generic_plan;"
                 + read_statement("pgsignals_reread", PAGE_ROWS, PAGE_BYTES),
                 timeout=self._timeout,

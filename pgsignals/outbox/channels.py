@@ -6,63 +6,119 @@ Each trigger has a channel, which ``pgsignals.channels`` describes for as long a
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import ConfigurationError, PayloadError, TableError
-from ..events import Topic, model_name
-from ..payload import Cast, Decoder, Layout
-from ..tables import Resolver, Table, describe, resolve
+from ..consumers.consumer_store import Channels
+from ..core.errors import ConfigurationError, PayloadError, TableError
+from ..core.events import Topic, model_name
+from ..core.logging import log
+from ..core.payload import Cast, Decoder, Layout
+from ..core.tables import Resolver, Table
+from ..core.transport import Transport
+from ..core.watchers import Watcher
 from ..triggers import names
 from ..triggers.catalogue import read_installed
 from ..triggers.definitions import Definition, RecordLoader, define
 from ..triggers.sql import Specification, Trigger
-from ..watchers import Watcher
+from ..triggers.table_lookup import describe, resolve
+from .log import Described, Ids
 from .schema import read_version
-
-log = logging.getLogger("pgsignals")
 
 
 @dataclass(frozen=True)
 class Channel:
-    """A channel's number, the id above which its trigger writes, and what its rows are."""
+    """A channel's number, the id from which it is the watcher's, and what its rows are."""
 
     key: int
     since: int
     layout: Layout
 
 
-def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, int | None]:
-    """What to read for the definition of a watcher whose channel is ``own``.
+def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, Ids]:
+    """The ids to read of each channel for a watcher whose own channel is ``own``.
 
-    Its former definitions too, up to the id from which its own trigger has written: while both
-    triggers are there, each change comes through both.
+    Its former definitions too, each up to the id from which the next was the watcher's: while the
+    triggers of several are there, each change comes through all of them. One that was the watcher's
+    before, and then again, also has what is older than all the others.
     """
     present = known[own]
-    found: dict[int, int | None] = {own: None}
-    for channel in known.values():
-        if channel.key != own and channel.layout.identity == present.layout.identity:
-            found[channel.key] = present.since
+    channels = sorted(
+        (each for each in known.values() if each.layout.identity == present.layout.identity),
+        key=lambda each: each.since,
+    )
+    first = channels[0].since
+    found: dict[int, Ids] = {each.key: ((0, first),) for each in channels}
+    turns = channels[: channels.index(present) + 1]
+    for channel, following in zip_longest(turns, turns[1:]):
+        until = None if following is None else following.since
+        found[channel.key] += ((channel.since, until),)
     return found
 
 
-def read_channels(cursor: Cursor) -> dict[int, Channel]:
-    """All channels that are known, but for those of a later version, whose processes know them."""
-    cursor.execute("SELECT channel, since, definition FROM pgsignals.channels")
+def _known(rows: Iterable[tuple[int, int, str]]) -> dict[int, Channel]:
+    """By its number, each channel that this version understands the description of."""
     found = {}
-    for key, since, text in cursor.fetchall():
+    for key, since, text in rows:
         with contextlib.suppress(PayloadError):
             found[key] = Channel(key, since, Layout.decode(text))
     return found
 
 
+def understood(described: Sequence[Described]) -> dict[int, Channel]:
+    """By its number, each channel, but for those that a newer version describes in its own way."""
+    return _known((each.channel, each.since, each.definition) for each in described)
+
+
+def read_by(own: Sequence[int], described: Sequence[Described]) -> Channels:
+    """What there is to read for definitions whose channels are ``own``."""
+    known = understood(described)
+    return Channels(
+        own,
+        max((each.made for each in described if each.channel in own), default=0),
+        [each.channel for each in described if each.channel not in known],
+    )
+
+
+def predecessors(
+    definitions: Sequence[Definition], described: Sequence[Described]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """By the name of each trigger, those that its watcher has had before.
+
+    The second has those alone that are younger: they are not read any more. Definitions of a table
+    that has gone have none to compare with, and are left out.
+    """
+    known = understood(described)
+    found: dict[str, list[str]] = {}
+    unread: dict[str, list[str]] = {}
+    for definition in definitions:
+        trigger = definition.trigger
+        own = names.channel_key(trigger.hash)
+        if own in known and trigger.spec.table.oid:
+            others = {
+                names.object_name(names.hash_of(key)): known[key].since
+                for key in wanted(own, known)
+                if key != own
+            }
+            found[trigger.name] = [*others]
+            unread[trigger.name] = [n for n, since in others.items() if since > known[own].since]
+    return found, unread
+
+
+def read_channels(cursor: Cursor) -> dict[int, Channel]:
+    """All channels that are known, but for those of a later version, whose processes know them."""
+    cursor.execute("SELECT channel, since, definition FROM pgsignals.channels")
+    return _known(cursor.fetchall())
+
+
 @dataclass(frozen=True)
-class Remains(Definition):
+class OrphanedDefinition(Definition):
     """What a watcher got before its table went, or lost a column, and what its trigger still sends.
 
     There is nothing to install for it.
@@ -84,11 +140,11 @@ def define_for(
 ) -> list[Definition]:
     """Like ``define``, for consumers by name: what was committed for them is theirs to deliver.
 
-    A watcher whose table has gone, or no longer has a column that it asks for, has Remains, if one
-    of them has read for it before. Raises what ``define`` does otherwise.
+    A watcher whose table has gone, or no longer has a column that it asks for, has an orphaned
+    definition, if one of them has read for it before. Raises what ``define`` does otherwise.
     """
     try:
-        return define(cursor, watchers, resolvers, namespace, durable=True)
+        return define(cursor, watchers, resolvers, namespace, transport=Transport.OUTBOX)
     except TableError:
         known = _read_by(cursor, consumers)
         if not known:
@@ -97,7 +153,7 @@ def define_for(
     found: list[Definition] = []
     for watcher in watchers:
         try:
-            define(cursor, [watcher], resolvers, namespace, durable=True)
+            define(cursor, [watcher], resolvers, namespace, transport=Transport.OUTBOX)
         except TableError as error:
             remains = _remains(cursor, watcher, resolvers, namespace, known)
             if remains is None:
@@ -111,7 +167,7 @@ def define_for(
             found += remains
         else:
             fitting.append(watcher)
-    return [*define(cursor, fitting, resolvers, namespace, durable=True), *found]
+    return [*define(cursor, fitting, resolvers, namespace, transport=Transport.OUTBOX), *found]
 
 
 def _read_by(cursor: Cursor, consumers: Sequence[str]) -> list[Channel]:
@@ -123,7 +179,7 @@ def _read_by(cursor: Cursor, consumers: Sequence[str]) -> list[Channel]:
         " ORDER BY d.since DESC",
         (list(consumers),),
     )
-    return [Channel(key, since, Layout.decode(text)) for key, since, text in cursor.fetchall()]
+    return list(_known(cursor.fetchall()).values())
 
 
 def _remains(
@@ -132,9 +188,10 @@ def _remains(
     resolvers: Sequence[Resolver],
     namespace: str,
     known: Sequence[Channel],
-) -> list[Remains] | None:
+) -> list[OrphanedDefinition] | None:
     """One for each operation; None where one has never been read, or the watcher is another."""
     ref, resolver = resolve(watcher.model, resolvers)
+    model = "" if ref.only is None else model_name(watcher.model)
     table = None
     with contextlib.suppress(TableError):
         table = describe(cursor, ref)
@@ -146,7 +203,7 @@ def _remains(
             # Of a table that is there, a watcher that asks for something new may be misspelt.
             if (
                 (layout.namespace, layout.op, layout.label) == (namespace, op, watcher.label)
-                and layout.table == ref.name
+                and (layout.table, layout.model) == (ref.name, model)
                 and ref.schema in (None, layout.schema)
                 and (table is None or op == "truncated" or layout.values == asked)
             ):
@@ -163,7 +220,7 @@ def _remain(
     table: Table | None,
     resolver: Resolver,
     resolvers: Sequence[Resolver],
-) -> Remains:
+) -> OrphanedDefinition:
     layout = channel.layout
     former = table or Table(layout.schema, layout.table, 0, False, False, (), ())
     topic = Topic(
@@ -180,9 +237,11 @@ def _remain(
         else RecordLoader(watcher.model, table, resolver, resolvers),
         name=layout.name,
     )
-    spec = Specification(layout.namespace, former, layout.op, layout.label, durable=True)
+    spec = Specification(
+        layout.namespace, former, layout.op, layout.label, transport=Transport.OUTBOX
+    )
     hashed = names.hash_of(channel.key)
-    return Remains(watcher, topic, Trigger(spec, hashed, "", (), (), ""), layout)
+    return OrphanedDefinition(watcher, topic, Trigger(spec, hashed, "", (), (), ""), layout)
 
 
 def _nothing_left(watcher: Watcher) -> Any:
@@ -227,11 +286,17 @@ def note_moved(cursor: Cursor, channels: Mapping[int, tuple[str, str]]) -> None:
     for key, place in channels.items():
         cursor.execute("SELECT definition FROM pgsignals.channels WHERE channel = %s", (key,))
         for (text,) in cursor.fetchall():
-            layout = Layout.decode(text)
+            try:
+                layout = Layout.decode(text)
+            except PayloadError:
+                # Its own version's programs note it.
+                continue
             if (layout.schema, layout.table) != place:
+                # Fields that a newer version has added are its own, and stay.
+                renamed = json.loads(text) | {"schema": place[0], "table": place[1]}
                 cursor.execute(
                     "UPDATE pgsignals.channels SET definition = %s WHERE channel = %s",
-                    (moved(layout, place).encode(), key),
+                    (json.dumps(renamed), key),
                 )
                 log.info("%s.%s is now called %s.%s", layout.schema, layout.table, *place)
 

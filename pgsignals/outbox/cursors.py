@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from ..errors import PayloadError
+from ..core.errors import PayloadError
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Window:
         return self.target.sees(txid) and not self.since.sees(txid)
 
 
-class Floors:
+class IdBounds:
     """Below which ids a transaction's rows cannot be.
 
     A row's id is taken after its transaction's, so that a transaction which began after another has

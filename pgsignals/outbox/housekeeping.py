@@ -5,32 +5,35 @@ What all have read is kept for a while where somebody wants to come back to it w
 
 from __future__ import annotations
 
-import logging
 import math
-import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psycopg2
 from psycopg2 import errors as pg
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..connection import connect, redact
-from ..errors import PgSignalsError
+from ..consumers.consumer_store import LIVES, claim_key
+from ..consumers.liveness import Stillness
+from ..consumers.parking_store import drop_parked
+from ..consumers.schema import LOCK_WAIT
+from ..core.logging import log
+from ..core.redaction import error_text
+from ..core.rng import chance
+from ..core.threads import Thread
+from ..postgres.connection import opened, transaction
 from ..triggers import names
 from .cursors import Snapshot
+from .inspection import held_claims
 from .schema import SLOTS
-
-log = logging.getLogger("pgsignals")
 
 EVERY_SECONDS = 10.0
 # The next partition is begun when the current one has grown to this, or is that old.
 SLOT_BYTES = 128 << 20
 SLOT_SECONDS = 3600.0
-# A process without a name that has not been heard of for so long is gone.
+# A process without a name that has not been heard of for so long after its lease is gone.
 FORGET_SECONDS = 60.0
 
 
@@ -68,8 +71,14 @@ class Housekeeper:
         self._dsn = dsn
         self._timeout = timeout
         self._chore = chore
+        self._still = Stillness[tuple[str, int]]()
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pgsignals-housekeeper", daemon=True)
+        self._thread = Thread("housekeeper", self._run)
+
+    @property
+    def failure(self) -> str:
+        """What has ended the thread; empty when nothing has."""
+        return self._thread.failure
 
     def start(self) -> None:
         """Begin."""
@@ -78,32 +87,32 @@ class Housekeeper:
     def stop(self, timeout: float) -> None:
         """End, waiting at most ``timeout`` seconds."""
         self._ending.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
+        self._thread.join(timeout)
 
     def abandon(self) -> None:
         """In the child of a fork: the thread is not here."""
 
     def _run(self) -> None:
-        while not self._ending.wait(EVERY_SECONDS * random.uniform(0.5, 1.0)):
+        while not self._ending.wait(EVERY_SECONDS * chance.uniform(0.5, 1.0)):
             try:
-                connection = connect(self._dsn, self._timeout, self._timeout)
-                try:
-                    with connection.cursor() as cursor:
-                        tidy(cursor)
-                        self._chore(cursor)
-                finally:
-                    connection.close()
-            except (PgSignalsError, psycopg2.Error) as error:
-                log.warning("the outbox could not be tidied up: %s", redact(str(error)).strip())
+                with opened(self._dsn, self._timeout, self._timeout) as cursor:
+                    tidy(cursor, still=self._still)
+                    self._chore(cursor)
+            # Whatever it is, the next time may be better.
+            except Exception as error:
+                log.warning("the outbox could not be tidied up: %s", error_text(error))
 
 
 def tidy(
-    cursor: Cursor, slot_bytes: int = SLOT_BYTES, slot_seconds: float = SLOT_SECONDS
+    cursor: Cursor,
+    slot_bytes: int = SLOT_BYTES,
+    slot_seconds: float = SLOT_SECONDS,
+    still: Stillness[tuple[str, int]] | None = None,
 ) -> list[int]:
     """Empty what can be emptied, unless somebody else does it now; the partitions emptied.
 
-    The cursor's connection is in autocommit mode.
+    What somebody has locked is left for the next time. The cursor's connection is in autocommit
+    mode. ``still`` remembers from one call to the next who has gone.
     """
     key = (names.LOCK_CLASS, names.HOUSEKEEPING_LOCK)
     cursor.execute("SELECT pg_catalog.pg_try_advisory_lock(%s, %s)", key)
@@ -111,7 +120,11 @@ def tidy(
     if not ours:
         return []
     try:
-        _forget(cursor)
+        with _impatient(cursor):
+            if still is not None:
+                _forget_processes(cursor, still)
+            _forget(cursor)
+            _set_back(cursor)
         cursor.execute(
             "SELECT retention_seconds, retention_bytes, coalesce(keep_seconds, 0), s.last_value"
             " FROM pgsignals.settings, pgsignals.outbox_slot AS s"
@@ -119,12 +132,34 @@ def tidy(
         [(seconds, size, keep, current)] = cursor.fetchall()
         slots = _slots(cursor, current)
         emptied = _empty_read(cursor, slots, keep)
+        for consumer, receiver in sorted(set(drop_parked(cursor, seconds, size))):
+            log.error(
+                "the receiver %s of %s is so late that events parked for it are dropped: see the "
+                "retention in pgsignals.settings",
+                receiver,
+                consumer,
+            )
         left = [slot for slot in slots if slot.number not in emptied]
         emptied += _enforce(cursor, left, seconds, size)
+        _forget_processed(cursor, [slot for slot in slots if slot.number not in emptied])
         _turn(cursor, slots, emptied, slot_bytes, slot_seconds, size)
         return emptied
+    except pg.LockNotAvailable:
+        log.debug("the outbox is not tidied up now, since somebody has locked it")
+        return []
     finally:
         cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
+
+
+@contextmanager
+def _impatient(cursor: Cursor) -> Iterator[None]:
+    """A transaction that waits for nobody's lock: it raises LockNotAvailable.
+
+    In a program of greenlets whose psycopg2 does not yield, all of them would wait.
+    """
+    with transaction(cursor):
+        cursor.execute(f"SET LOCAL lock_timeout TO '{LOCK_WAIT}'")
+        yield
 
 
 @contextmanager
@@ -139,22 +174,59 @@ def housekeeping_lock(cursor: Cursor) -> Iterator[None]:
             cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
 
 
-def _forget(cursor: Cursor) -> None:
+def _forget_processes(cursor: Cursor, still: Stillness[tuple[str, int]]) -> None:
+    """Forget the consumers of processes that have gone.
+
+    One that has lost its session, in a restart of the server say, has the time to come back.
+    """
+    cursor.execute("SELECT name, part, token, beat, lease FROM pgsignals.consumers WHERE ephemeral")
+    rows = cursor.fetchall()
+    held = held_claims(cursor)
+    found = {
+        (name, part): (token, beat, lease, claim_key(name, part, token) in held)
+        for name, part, token, beat, lease in rows
+    }
+    for (name, part), seconds in still.note(found).items():
+        token, beat, lease, _ = found[name, part]
+        if seconds <= lease + FORGET_SECONDS:
+            continue
+        cursor.execute(
+            "DELETE FROM pgsignals.consumers"
+            " WHERE name = %s AND part = %s AND token = %s AND beat = %s",
+            (name, part, token, beat),
+        )
+        if cursor.rowcount:
+            log.info("forgot the consumer of the %s, which has ended", name)
+
+
+def _set_back(cursor: Cursor) -> None:
+    """Have no partition begun later than now, where the clock was set back.
+
+    Until then none would seem old enough to be emptied.
+    """
     cursor.execute(
-        "DELETE FROM pgsignals.consumers WHERE ephemeral"
-        " AND lease_until < pg_catalog.clock_timestamp() - %s * interval '1 s' RETURNING name",
-        (FORGET_SECONDS,),
+        "UPDATE pgsignals.slots SET opened_at = opened_at - ahead"
+        " FROM (SELECT pg_catalog.max(opened_at) - pg_catalog.clock_timestamp() AS ahead"
+        " FROM pgsignals.slots) AS latest WHERE ahead > interval '0'"
     )
-    for (name,) in cursor.fetchall():
-        log.info("forgot the consumer of the %s, which has ended", name)
-    cursor.execute(
-        "DELETE FROM pgsignals.members"
-        " WHERE until < pg_catalog.clock_timestamp() - interval '1 minute'"
-    )
+
+
+def _forget_processed(cursor: Cursor, slots: Sequence[_Slot]) -> None:
+    """Forget what was taken care of long ago, unless the outbox has it still.
+
+    Where the clock was set forward, what seems to be of long ago may yet come again.
+    """
     cursor.execute(
         "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
         " WHERE p.at < pg_catalog.now() - retention_seconds * interval '1 s'"
+        " AND p.at < coalesce((SELECT pg_catalog.min(opened_at) FROM pgsignals.slots"
+        " WHERE slot = ANY (%s)), 'infinity')",
+        ([slot.number for slot in slots if slot.last_id is not None],),
     )
+
+
+def _forget(cursor: Cursor) -> None:
+    cursor.execute(f"DELETE FROM pgsignals.members AS m WHERE NOT {LIVES}")
     cursor.execute(
         "DELETE FROM pgsignals.backfills AS b USING pgsignals.settings"
         " WHERE greatest(b.changed_at, (SELECT pg_catalog.max(p.changed_at)"
@@ -166,7 +238,10 @@ def _forget(cursor: Cursor) -> None:
 
 
 def _slots(cursor: Cursor, current: int) -> list[_Slot]:
-    """The partitions, the current one first, then those never begun, then from the oldest on."""
+    """The partitions, the current one first, then those never begun, then from the oldest on.
+
+    Without those that somebody has locked. Raises LockNotAvailable where that is the current one.
+    """
     cursor.execute(
         "SELECT slot, extract(epoch FROM pg_catalog.clock_timestamp() - opened_at)::float8"
         " FROM pgsignals.slots"
@@ -176,16 +251,22 @@ def _slots(cursor: Cursor, current: int) -> list[_Slot]:
     others.sort(key=lambda number: -opened.get(number, math.inf))
     found = []
     for number, following in zip((current, *others), (current, *others[1:], current), strict=True):
-        cursor.execute(
-            sql.SQL(
-                "SELECT pg_catalog.pg_total_relation_size({}::pg_catalog.regclass),"
-                " (SELECT pg_catalog.max(id) FROM {})"
-            ).format(
-                sql.Literal(f"pgsignals.outbox_{number}"),
-                sql.Identifier("pgsignals", f"outbox_{number}"),
-            )
-        )
-        [(size, last_id)] = cursor.fetchall()
+        try:
+            with _impatient(cursor):
+                cursor.execute(
+                    sql.SQL(
+                        "SELECT pg_catalog.pg_total_relation_size({}::pg_catalog.regclass),"
+                        " (SELECT pg_catalog.max(id) FROM {})"
+                    ).format(
+                        sql.Literal(f"pgsignals.outbox_{number}"),
+                        sql.Identifier("pgsignals", f"outbox_{number}"),
+                    )
+                )
+                [(size, last_id)] = cursor.fetchall()
+        except pg.LockNotAvailable:
+            if number == current:
+                raise
+            continue
         found.append(_Slot(number, size, last_id, opened.get(following, 0.0)))
     return found
 
@@ -221,9 +302,11 @@ def _empty_read(cursor: Cursor, slots: Sequence[_Slot], keep: float) -> list[int
     readers = _readers(cursor)
     emptied = []
     for slot in slots[1:]:
-        if slot.last_id is None or slot.age < keep or _late(cursor, slot, readers):
+        if slot.last_id is None or slot.age < keep:
             continue
-        if _empty(cursor, slot):
+        with _impatient(cursor):
+            late = _late(cursor, slot, readers)
+        if not late and _empty(cursor, slot):
             emptied.append(slot.number)
     return emptied
 
@@ -246,52 +329,47 @@ def _empty(cursor: Cursor, slot: _Slot, dropping: bool = False) -> bool:
 
     Unless this is ``dropping`` what somebody has to read yet, who is then told, that is a use too.
     """
-    cursor.execute("BEGIN")
     try:
-        cursor.execute("SET LOCAL lock_timeout TO '100ms'")
-        cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(slot.table))
-        # Whoever took this for the current one may have written to it since we looked.
-        cursor.execute(
-            sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE id > %s)").format(slot.table),
-            (slot.last_id,),
-        )
-        [(more,)] = cursor.fetchall()
-        if more:
-            cursor.execute("ROLLBACK")
-            return False
-        # Only now that nobody can commit any more: a transaction that was under way when we looked
-        # before has ids that may be lower than others which all have read.
-        late = _late(cursor, slot, _readers(cursor))
-        if late and not dropping:
-            cursor.execute("ROLLBACK")
-            return False
-        cursor.execute(sql.SQL("TRUNCATE {}").format(slot.table))
-        # With the lock, so that it sees everybody who had written there.
-        cursor.execute(
-            "UPDATE pgsignals.slots SET emptied_id = %s,"
-            " emptied_snapshot = pg_catalog.pg_current_snapshot()::text WHERE slot = %s",
-            (slot.last_id, slot.number),
-        )
-        for reader in late:
-            log.error(
-                "the consumer %s is so late that %d bytes of its events are dropped: see the "
-                "retention in pgsignals.settings",
-                reader.name,
-                slot.size,
-            )
-            cursor.execute(
-                "UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()"
-                " WHERE name = %s AND part = %s",
-                (reader.name, reader.part),
-            )
+        with _impatient(cursor):
+            return _empty_locked(cursor, slot, dropping)
     except pg.LockNotAvailable:
-        cursor.execute("ROLLBACK")
         return False
-    except BaseException:
-        if not cursor.connection.closed:
-            cursor.execute("ROLLBACK")
-        raise
-    cursor.execute("COMMIT")
+
+
+def _empty_locked(cursor: Cursor, slot: _Slot, dropping: bool) -> bool:
+    cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(slot.table))
+    # Whoever took this for the current one may have written to it since we looked.
+    cursor.execute(
+        sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE id > %s)").format(slot.table),
+        (slot.last_id,),
+    )
+    [(more,)] = cursor.fetchall()
+    if more:
+        return False
+    # Only now that nobody can commit any more: a transaction that was under way when we looked
+    # before has ids that may be lower than others which all have read.
+    late = _late(cursor, slot, _readers(cursor))
+    if late and not dropping:
+        return False
+    cursor.execute(sql.SQL("TRUNCATE {}").format(slot.table))
+    # With the lock, so that it sees everybody who had written there.
+    cursor.execute(
+        "UPDATE pgsignals.slots SET emptied_id = %s,"
+        " emptied_snapshot = pg_catalog.pg_current_snapshot()::text WHERE slot = %s",
+        (slot.last_id, slot.number),
+    )
+    for reader in late:
+        log.error(
+            "the consumer %s is so late that %d bytes of its events are dropped: see the "
+            "retention in pgsignals.settings",
+            reader.name,
+            slot.size,
+        )
+        cursor.execute(
+            "UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()"
+            " WHERE name = %s AND part = %s",
+            (reader.name, reader.part),
+        )
     return True
 
 

@@ -8,9 +8,11 @@ from datetime import datetime, timedelta, timezone
 
 from psycopg2.extensions import cursor as Cursor
 
-from ..events import event_uid
+from ..consumers.backfills.requests import BackfillState, backfills
+from ..consumers.consumer_store import claim_key
+from ..consumers.parking_store import ParkedState, read_parked
+from ..core.events import event_uid
 from ..triggers import names
-from .backfill import BackfillState, backfills
 from .channels import Channel, read_channels, wanted
 from .cursors import Snapshot
 from .schema import SLOTS
@@ -28,8 +30,8 @@ class ConsumerState:
     ``lag_seconds`` is the age of the oldest of them, which happened at ``oldest_at``, and whose
     ``uid`` is ``oldest``. Of several parts, each counts those of all. ``lost_until``: until when
     events were dropped that it had not read, if it has not been told by a Gap. ``holder`` is the
-    process that reads for it, ``active`` whether that is there. ``dead_letters`` are those of all
-    its parts.
+    process that reads for it, ``active`` whether that has its session. ``dead_letters`` are those
+    of all its parts.
     """
 
     name: str
@@ -53,7 +55,8 @@ class OutboxState:
     """The outbox at one moment: its size, its partitions in use, and who reads it.
 
     ``shed`` counts statements that found it full while no consumer lived. ``backfills`` are those
-    that are running.
+    that are running. ``parked`` is what waits for single receivers that are too slow, or that call
+    for patience; their consumers have gone past it.
     """
 
     bytes: int
@@ -61,13 +64,13 @@ class OutboxState:
     shed: int
     consumers: tuple[ConsumerState, ...]
     backfills: tuple[BackfillState, ...] = ()
+    parked: tuple[ParkedState, ...] = ()
 
 
 _CONSUMERS = """
 SELECT c.name, c.part, c.parts, c.ephemeral, c.holder, c.token, c.snapshot,
        coalesce(c.target, c.snapshot), c.last_id, c.floor,
-       c.lease_until > pg_catalog.clock_timestamp(), c.acknowledged, c.acknowledged_at,
-       c.lost_until, c.channels,
+       c.acknowledged, c.acknowledged_at, c.lost_until, c.channels,
        (SELECT pg_catalog.count(*) FROM pgsignals.dead_letters d WHERE d.consumer = c.name)
 FROM pgsignals.consumers c ORDER BY c.name, c.part
 """
@@ -99,7 +102,8 @@ def _channels(stored: Sequence[int], known: Mapping[int, Channel]) -> dict[int, 
     found: dict[int, int | None] = {}
     for own in stored:
         if own in known:
-            for key, until in wanted(own, known).items():
+            for key, ids in wanted(own, known).items():
+                until = ids[-1][1]
                 if until is None or found.get(key, until) is None:
                     found[key] = None
                 else:
@@ -119,12 +123,12 @@ def read_outbox(cursor: Cursor) -> OutboxState:
     cursor.execute("SELECT last_value FROM pgsignals.outbox_shed")
     [(shed,)] = cursor.fetchall()
     known = read_channels(cursor)
-    held = _held(cursor)
+    held = held_claims(cursor)
     cursor.execute(_CONSUMERS)
     consumers = []
     for row in cursor.fetchall():
         name, part, parts, ephemeral, holder, token, since, until, last_id, floor, *rest = row
-        leased, count, at, lost_until, stored, dead = rest
+        count, at, lost_until, stored, dead = rest
         snapshot, target = Snapshot.parse(since), Snapshot.parse(until)
         channels = _channels(stored, known)
         cursor.execute(
@@ -147,8 +151,7 @@ def read_outbox(cursor: Cursor) -> OutboxState:
             oldest_at = _EPOCH + timedelta(microseconds=micros)
             seconds = max(0.0, (now - oldest_at).total_seconds())
             oldest = event_uid(known[channel].layout.name, txid, sequence, 0)
-        key = (names.cursor_key(name, part) + token) % 2147483647
-        active = holder is not None and bool(leased) and key in held
+        active = holder is not None and claim_key(name, part, token) in held
         consumers.append(
             ConsumerState(
                 name,
@@ -173,10 +176,11 @@ def read_outbox(cursor: Cursor) -> OutboxState:
         shed,
         tuple(consumers),
         tuple(each for each in backfills(cursor) if each.state == "running"),
+        tuple(read_parked(cursor)),
     )
 
 
-def _held(cursor: Cursor) -> set[int]:
+def held_claims(cursor: Cursor) -> set[int]:
     """The locks of the claims whose sessions live."""
     cursor.execute(
         "SELECT objid::bigint FROM pg_catalog.pg_locks WHERE locktype = 'advisory'"

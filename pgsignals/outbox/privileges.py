@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
+from ..postgres.privileges import Right, current_role, grants, lacking
+from . import schema
 from .schema import NAME, SLOTS
 
 _WRITTEN = (
     "consumers",
     "members",
     "dead_letters",
+    "parked",
+    "parked_lost",
     "processed",
     "slots",
     "backfills",
@@ -32,39 +35,18 @@ def _needed(relation: str, kind: str) -> tuple[str, ...]:
 def missing_grants(cursor: Cursor) -> list[str]:
     """The GRANT statements without which the current role cannot be a consumer."""
     cursor.execute(
-        "SELECT current_user, n.oid, pg_catalog.has_schema_privilege(n.oid, 'USAGE')"
-        " FROM pg_catalog.pg_namespace n WHERE n.nspname = %s",
+        "SELECT c.relname, c.relkind FROM pg_catalog.pg_class c"
+        " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relkind IN ('r', 'p', 'S') ORDER BY c.relname",
         (NAME,),
     )
-    [(role, schema, usable)] = cursor.fetchall()
-    to = sql.Identifier(role)
-    found = []
-    if not usable:
-        found.append(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(NAME), to))
-    cursor.execute(
-        "SELECT oid, relname, relkind FROM pg_catalog.pg_class"
-        " WHERE relnamespace = %s AND relkind IN ('r', 'p', 'S') ORDER BY relname",
-        (schema,),
-    )
-    lacking: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for oid, relation, kind in cursor.fetchall():
-        has = "has_sequence_privilege" if kind == "S" else "has_table_privilege"
-        lacks = []
-        for privilege in _needed(relation, kind):
-            cursor.execute(f"SELECT pg_catalog.{has}(%s::pg_catalog.oid, %s)", (oid, privilege))
-            [(held,)] = cursor.fetchall()
-            if not held:
-                lacks.append(privilege)
-        if lacks:
-            what = "SEQUENCE" if kind == "S" else "TABLE"
-            lacking.setdefault((what, tuple(lacks)), []).append(relation)
-    for (what, privileges), relations in lacking.items():
-        found.append(
-            sql.SQL("GRANT {} ON {} {} TO {}").format(
-                sql.SQL(", ").join(map(sql.SQL, privileges)),
-                sql.SQL(what),
-                sql.SQL(", ").join(sql.Identifier(NAME, each) for each in relations),
-                to,
-            )
-        )
-    return [statement.as_string(cursor) for statement in found]
+    # Others are a newer version's, whose programs need them.
+    known = schema.relations()
+    wanted = [
+        Right(privilege, (NAME, relation), "SEQUENCE" if kind == "S" else "TABLE")
+        for relation, kind in cursor.fetchall()
+        if relation in known
+        for privilege in _needed(relation, kind)
+    ]
+    lacks = lacking(cursor, [Right("USAGE", (NAME,), "SCHEMA"), *wanted])
+    return grants(cursor, current_role(cursor), lacks)

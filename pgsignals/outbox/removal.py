@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import DatabaseError
+from ..core.errors import DatabaseError
+from ..core.logging import log
 from ..triggers.catalogue import Installed, read_installed
 from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock
 from ..triggers.sql import drop_statement
 from .inspection import read_outbox
-from .schema import NAME, read_version
-
-log = logging.getLogger("pgsignals")
+from .schema import NAME, find_schema, live_readers
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What would be lost: named consumers with their lag in events, dead letters, triggers."""
+    """What would be lost: named consumers with their lag in events, dead letters, triggers.
 
-    consumers: tuple[tuple[str, int], ...]
-    dead_letters: int
+    The first two are None in a schema of a version that this program cannot work with.
+    """
+
+    consumers: tuple[tuple[str, int], ...] | None
+    dead_letters: int | None
     triggers: tuple[Installed, ...]
 
 
 def survey(cursor: Cursor) -> Survey:
     """What there is. Raises DatabaseError without an outbox, or while somebody reads it."""
-    if not read_version(cursor):
-        raise DatabaseError(f"There is no outbox in this database: no schema {NAME!r}.")
     _check_idle(cursor)
+    if not _is_known(cursor):
+        return Survey(None, None, tuple(_triggers(cursor)))
     lags: dict[str, int] = {}
     for each in read_outbox(cursor).consumers:
         if not each.ephemeral:
@@ -67,10 +68,24 @@ def remove(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> list[Installed]:
 
 
 def _triggers(cursor: Cursor) -> list[Installed]:
-    return [item for item in read_installed(cursor, None) if item.durable]
+    return [item for item in read_installed(cursor, None) if item.transport.durable]
+
+
+def _is_known(cursor: Cursor) -> bool:
+    found = find_schema(cursor)
+    if found is None:
+        raise DatabaseError(f"There is no outbox in this database: no schema {NAME!r}.")
+    return found.usable
 
 
 def _check_idle(cursor: Cursor) -> None:
+    if not _is_known(cursor):
+        if readers := live_readers(cursor):
+            raise DatabaseError(
+                f"Programs read the outbox in {readers} of the sessions, and would hear nothing "
+                "any more. Stop them first."
+            )
+        return
     active = {each.name: each.holder for each in read_outbox(cursor).consumers if each.active}
     if active:
         named = ", ".join(f"{name!r} ({holder})" for name, holder in active.items())

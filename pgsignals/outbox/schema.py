@@ -7,26 +7,29 @@ lock the whole outbox, and with it every writer.
 
 from __future__ import annotations
 
-import logging
+import re
+from dataclasses import dataclass
+from functools import partial
 
+from psycopg2 import errors as pg
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import DatabaseError, DriftError, PrivilegeError
+from ..consumers.schema import NAME as NAME
+from ..consumers.schema import TABLES
+from ..core.errors import DatabaseError, DriftError, PrivilegeError
+from ..core.logging import log
+from ..triggers import fingerprint, names
 from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock
 
-log = logging.getLogger("pgsignals")
-
-NAME = "pgsignals"
-VERSION = 1
+VERSION = 2
 SLOTS = 8
-WAKE_CHANNEL = "pgsignals_wake"
 
 # By default what nobody has fetched is kept for three days, or up to 4 GiB.
 RETENTION_SECONDS = 3 * 24 * 3600
 RETENTION_BYTES = 4 << 30
 
-_VERSION_1 = (
+_CREATION = (
     "CREATE SCHEMA pgsignals",
     "CREATE SEQUENCE pgsignals.outbox_id",
     # Set to 1 by a writer that finds the outbox full while no consumer lives, and back to 0.
@@ -40,6 +43,7 @@ _VERSION_1 = (
   id bigint NOT NULL,
   txid bigint NOT NULL,
   channel bigint NOT NULL,
+  relation oid NOT NULL,
   slot smallint NOT NULL,
   payload text NOT NULL
 ) PARTITION BY LIST (slot)""",
@@ -72,110 +76,148 @@ _VERSION_1 = (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   era uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid()
 )""",
+    # By ids of the outbox: since when it is the watcher's, and when its triggers were last made.
     """CREATE TABLE pgsignals.channels (
   channel bigint PRIMARY KEY,
   since bigint NOT NULL,
+  made bigint NOT NULL,
   definition text NOT NULL
 )""",
-    """CREATE TABLE pgsignals.consumers (
-  name text NOT NULL,
-  part int NOT NULL,
-  parts int NOT NULL,
-  ephemeral boolean NOT NULL,
-  snapshot text NOT NULL,
-  target text,
-  last_id bigint NOT NULL DEFAULT 0,
-  floor bigint NOT NULL,
-  shed bigint NOT NULL,
-  lost_until timestamptz,
-  epoch text NOT NULL,
-  channels bigint[] NOT NULL DEFAULT '{}',
-  holder text,
-  token bigint NOT NULL DEFAULT 0,
-  lease_until timestamptz,
-  clean boolean NOT NULL DEFAULT true,
-  acknowledged bigint NOT NULL DEFAULT 0,
-  acknowledged_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-  PRIMARY KEY (name, part)
-) WITH (fillfactor = 50)""",
-    """CREATE TABLE pgsignals.members (
-  name text NOT NULL,
-  holder text NOT NULL,
-  until timestamptz NOT NULL,
-  PRIMARY KEY (name, holder)
-)""",
-    """CREATE TABLE pgsignals.dead_letters (
-  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-  consumer text NOT NULL,
-  receiver text NOT NULL,
-  uid text NOT NULL,
+    # The tables whose rows a channel has; of one with ``until``, those with lower ids.
+    """CREATE TABLE pgsignals.relations (
   channel bigint NOT NULL,
-  number int NOT NULL,
-  payload text NOT NULL,
-  error text NOT NULL,
-  traceback text NOT NULL,
-  attempts int NOT NULL,
-  at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-  retry boolean NOT NULL DEFAULT false,
-  UNIQUE (consumer, receiver, uid)
+  relation oid NOT NULL,
+  until bigint,
+  PRIMARY KEY (channel, relation)
 )""",
-    """CREATE TABLE pgsignals.processed (
-  scope text NOT NULL,
-  uid text NOT NULL,
-  at timestamptz NOT NULL DEFAULT pg_catalog.now(),
-  PRIMARY KEY (scope, uid)
-)""",
-    """CREATE TABLE pgsignals.backfills (
-  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-  consumer text NOT NULL,
-  schema_name text NOT NULL,
-  table_name text NOT NULL,
-  label text,
-  model text,
-  condition text,
-  search_path text NOT NULL,
-  chunk int NOT NULL,
-  total bigint NOT NULL,
-  state text NOT NULL DEFAULT 'running',
-  error text,
-  started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-  changed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
-)""",
-    # Each part of the consumer goes through the whole table, and delivers what is its own.
-    """CREATE TABLE pgsignals.backfill_parts (
-  backfill bigint NOT NULL REFERENCES pgsignals.backfills ON DELETE CASCADE,
-  part int NOT NULL,
-  last_key text[],
-  done bigint NOT NULL DEFAULT 0,
-  delivered bigint NOT NULL DEFAULT 0,
-  finished boolean NOT NULL DEFAULT false,
-  changed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
-  PRIMARY KEY (backfill, part)
-) WITH (fillfactor = 50)""",
+    *TABLES,
     # Asked by writers while no consumer lives, so that nobody else keeps the outbox within bounds.
-    """CREATE FUNCTION pgsignals.has_room() RETURNS boolean LANGUAGE sql STABLE
+    # Where somebody has locked a partition there is no size to be had: the writer does not wait for
+    # it. A restored schema may have no settings.
+    """CREATE FUNCTION pgsignals.has_room() RETURNS boolean LANGUAGE plpgsql STABLE
   SET search_path TO pg_catalog, pg_temp
+  SET lock_timeout TO '50ms'
 AS $$
-SELECT """
+BEGIN
+  RETURN """
     + " + ".join(
         f"pg_total_relation_size('pgsignals.outbox_{slot}'::regclass)" for slot in range(SLOTS)
     )
-    + " < retention_bytes FROM pgsignals.settings\n$$",
+    + f"""
+    < coalesce((SELECT retention_bytes FROM pgsignals.settings), {RETENTION_BYTES});
+EXCEPTION WHEN lock_not_available THEN
+  RETURN true;
+END
+$$""",
     "REVOKE ALL ON FUNCTION pgsignals.has_room() FROM PUBLIC",
+    # One statement with one plan, which a trigger's function tries without a row before it depends
+    # on it: see triggers/bodies.py.
+    """CREATE FUNCTION pgsignals.put(bigint, bigint, bigint, oid, bigint, text, boolean)
+  RETURNS boolean LANGUAGE plpgsql
+AS $$
+BEGIN
+  INSERT INTO pgsignals.outbox (id, txid, channel, relation, slot, payload)
+    SELECT $1, $2, $3, $4, $5, $6 WHERE $7;
+  RETURN true;
+END
+$$""",
+    "REVOKE ALL ON FUNCTION pgsignals.put(bigint, bigint, bigint, oid, bigint, text, boolean)"
+    " FROM PUBLIC",
 )
 
-# What leads from each version to the next; the first makes everything.
-UPGRADES: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+_SEQUENCES = ("outbox_id", "outbox_slot", "outbox_full", "outbox_shed")
+
+# For so long, in milliseconds, writers may queue behind an upgrade that waits for the outbox.
+_WRITERS_WAIT = 20
 
 
-def _comment(version: int) -> str:
-    return f"pgsignals: durable delivery, version {version}"
+@dataclass(frozen=True)
+class Upgrade:
+    """What leads to a ``version`` of the schema from the one before it; the first makes it.
+
+    Programs from the version ``oldest`` on work with it, and start: an older program finds all that
+    it knows as it knows it, and what it leaves out has a default. ``statements`` may lock what
+    consumers use. Those of ``outbox`` lock what writers write to, and come last, since writers wait
+    from the first of them to the end.
+    """
+
+    version: int
+    oldest: int
+    statements: tuple[str, ...]
+    outbox: tuple[str, ...] = ()
+
+    @property
+    def comment(self) -> str:
+        """What the schema says of itself from then on."""
+        return f"{_OURS}, version {self.version}, for programs from {self.oldest} on"
+
+    def run_from(self, version: int) -> list[str]:
+        """All statements of the step, for one transaction; ``version`` 0: there is no schema."""
+        comment = f"COMMENT ON SCHEMA {NAME} IS '{self.comment}'"
+        if not version:
+            return [*self.statements, *self.outbox, comment]
+        return [*_BEFORE, *self.statements, *_patiently(self.outbox), comment, _AFTER]
 
 
-def read_version(cursor: Cursor) -> int:
-    """The version of the schema in this database; 0 without one.
+_OURS = "pgsignals: durable delivery"
+_COMMENT = f"^{_OURS}, version ([0-9]+)(?:, for programs from ([0-9]+) on)?$"
 
-    Raises DatabaseError for a schema of that name which is not ours, or newer than this code.
+# Altered, the outbox has another fingerprint, by which consumers would take it that somebody had
+# meddled with the rights on it.
+_RIGHTS = f"({fingerprint.OUTBOX})"
+_BEFORE = (
+    # Those who have a row of it locked are waited for before writers wait behind us.
+    f"LOCK TABLE {NAME}.consumers IN SHARE ROW EXCLUSIVE MODE",
+    f"SELECT pg_catalog.set_config('{NAME}.rights', {_RIGHTS}, true)",
+)
+_AFTER = (
+    f"UPDATE {NAME}.consumers SET installation = pg_catalog.replace(installation,"
+    f" pg_catalog.current_setting('{NAME}.rights'), {_RIGHTS})"
+)
+
+
+def _patiently(statements: tuple[str, ...]) -> list[str]:
+    """Statements on the outbox, which give up soon where a writer's transaction goes on.
+
+    A writer that has to wait is cancelled by its own statement_timeout, or cannot note what it
+    wrote by its own lock_timeout.
+    """
+    if not statements:
+        return []
+    kept = f"'{NAME}.step_lock_timeout'"
+    return [
+        f"SELECT pg_catalog.set_config({kept}, pg_catalog.current_setting('lock_timeout'), true)",
+        f"SELECT pg_catalog.set_config('lock_timeout', '{_WRITERS_WAIT}ms', true)",
+        f"LOCK TABLE {NAME}.outbox IN ACCESS EXCLUSIVE MODE",
+        *statements,
+        f"SELECT pg_catalog.set_config('lock_timeout', pg_catalog.current_setting({kept}), true)",
+    ]
+
+
+# Of what the first release had not yet, version 1, there is no way that leads on.
+UPGRADES: tuple[Upgrade, ...] = (Upgrade(2, 2, _CREATION),)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A schema of ours: its version, and the oldest one of programs that can work with it.
+
+    ``oldest`` is None where it does not say so: it is from before the first release.
+    """
+
+    version: int
+    oldest: int | None
+
+    @property
+    def usable(self) -> bool:
+        """Whether this program can work with it, or upgrade it."""
+        return self.oldest is not None and self.oldest <= VERSION
+
+
+def find_schema(cursor: Cursor) -> Found | None:
+    """The schema in this database, whatever its version; None without one.
+
+    Raises DatabaseError for a schema of that name which is not ours.
     """
     cursor.execute(
         "SELECT coalesce(pg_catalog.obj_description(oid, 'pg_namespace'), '')"
@@ -184,31 +226,50 @@ def read_version(cursor: Cursor) -> int:
     )
     row = cursor.fetchone()
     if row is None:
-        return 0
-    prefix, _, number = row[0].rpartition(" ")
-    if f"{prefix} " != _comment(0)[:-1] or not number.isdecimal():
+        return None
+    said = re.match(_COMMENT, row[0])
+    if said is None:
         raise DatabaseError(
             f"There is a schema {NAME!r} that pgsignals did not make: it carries no comment of "
             "ours, so it is left alone. Rename it; outbox delivery needs the name."
         )
-    version = int(number)
-    if version > VERSION:
+    return Found(int(said[1]), None if said[2] is None else int(said[2]))
+
+
+def read_version(cursor: Cursor) -> int:
+    """The version of the schema in this database, which may be a newer one; 0 without one.
+
+    Raises DatabaseError for a schema of that name which is not ours, or that neither this program
+    can work with nor lead on.
+    """
+    found = find_schema(cursor)
+    if found is None:
+        return 0
+    if found.oldest is None:
         raise DatabaseError(
-            f"The schema {NAME!r} has version {version}, which a newer pgsignals made; this one "
-            f"knows version {VERSION}. Upgrade this program."
+            f"The schema {NAME!r} has version {found.version}, from before the first release, and "
+            "nothing leads on from there. Stop the programs that use it; run `pgsignals uninstall "
+            "--schema`, which removes it with its consumers, its events and the triggers that "
+            "write to it; then `pgsignals install --delivery outbox` with your watchers, or start "
+            "the application."
         )
-    return version
+    if not found.usable:
+        raise DatabaseError(
+            f"The schema {NAME!r} has version {found.version}, for programs from {found.oldest} "
+            f"on, and this one is of version {VERSION}. Start the newer pgsignals again, which "
+            "upgraded it. To go back for good, giving up what has not been read, run `pgsignals "
+            "uninstall --schema` and then `pgsignals install --delivery outbox`."
+        )
+    return found.version
 
 
-def upgrade_statements(cursor: Cursor, version: int) -> list[str]:
-    """The SQL that leads from ``version`` to the current one; none when it is current."""
-    found = [statement for step in UPGRADES[version:] for statement in step]
-    if found:
-        comment = sql.SQL("COMMENT ON SCHEMA pgsignals IS {}").format(
-            sql.Literal(_comment(VERSION))
-        )
-        found.append(comment.as_string(cursor))
-    return found
+def _pending(version: int) -> list[Upgrade]:
+    return [step for step in UPGRADES if step.version > version]
+
+
+def upgrade_statements(version: int) -> list[str]:
+    """The SQL that leads from ``version`` to the current one; none when it is that, or newer."""
+    return [statement for step in _pending(version) for statement in step.run_from(version)]
 
 
 def ensuring_statement() -> str:
@@ -218,10 +279,10 @@ def ensuring_statement() -> str:
     already, or a newer one, which is left alone.
     """
     lines = []
-    for version, step in enumerate(UPGRADES, 1):
-        lines.append(f"  IF version < {version} THEN")
-        for statement in (*step, f"COMMENT ON SCHEMA pgsignals IS '{_comment(version)}'"):
-            lines.append(f"    EXECUTE $step${statement}$step$;")
+    first, *later = UPGRADES
+    for step, version in [(first, 0), *((step, step.version - 1) for step in later)]:
+        lines.append(f"  IF version < {step.version} THEN")
+        lines += [f"    EXECUTE $step${statement}$step$;" for statement in step.run_from(version)]
         lines.append("  END IF;")
     return "\n".join(
         (
@@ -229,13 +290,16 @@ def ensuring_statement() -> str:
             "  comment text := (",
             "    SELECT coalesce(pg_catalog.obj_description(oid, 'pg_namespace'), '')",
             f"    FROM pg_catalog.pg_namespace WHERE nspname = '{NAME}');",
-            "  version int := 0;",
+            f"  said text[] := pg_catalog.regexp_match(comment, '{_COMMENT}');",
+            "  version int := coalesce(said[1]::int, 0);",
             "BEGIN",
-            "  IF comment IS NOT NULL THEN",
-            f"    version := pg_catalog.substring(comment, '^{_comment(0)[:-1]}([0-9]+)$');",
-            "    IF version IS NULL THEN",
-            f"      RAISE EXCEPTION 'there is a schema {NAME} that pgsignals did not make';",
-            "    END IF;",
+            "  IF comment IS NOT NULL AND said IS NULL THEN",
+            f"    RAISE EXCEPTION 'there is a schema {NAME} that pgsignals did not make';",
+            "  END IF;",
+            f"  IF version > 0 AND coalesce(said[2]::int > {VERSION}, true) THEN",
+            f"    RAISE EXCEPTION 'the schema {NAME} has version %, with which version {VERSION} of"
+            " pgsignals cannot work', version",
+            "      USING HINT = 'Run pgsignals doctor, which says what to do.';",
             "  END IF;",
             *lines,
             "END $pgsignals$",
@@ -243,36 +307,141 @@ def ensuring_statement() -> str:
     )
 
 
+_LEFT_OUT = """
+SELECT pg_catalog.concat_ws(', ',
+  (SELECT 'the settings' WHERE NOT EXISTS (SELECT FROM pgsignals.settings)),
+  (SELECT 'the partitions'' times' WHERE NOT EXISTS (SELECT FROM pgsignals.slots)),
+  (SELECT pg_catalog.string_agg('the value of ' || c.relname, ', ' ORDER BY c.relname)
+   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+   WHERE n.nspname = 'pgsignals' AND c.relname = ANY (%s)
+     AND pg_catalog.pg_sequence_last_value(c.oid) IS NULL))
+"""
+
+# A restored outbox may have rows whose ids the sequence would give out again.
+_PUT_BACK = (
+    f"INSERT INTO pgsignals.settings VALUES (true, {RETENTION_SECONDS}, {RETENTION_BYTES})"
+    " ON CONFLICT DO NOTHING",
+    "SELECT pg_catalog.setval('pgsignals.outbox_id', greatest(1,"
+    " (SELECT pg_catalog.max(id) FROM pgsignals.outbox),"
+    " (SELECT pg_catalog.max(made) FROM pgsignals.channels),"
+    " (SELECT pg_catalog.max(greatest(floor, last_id)) FROM pgsignals.consumers)))"
+    " WHERE pg_catalog.pg_sequence_last_value('pgsignals.outbox_id') IS NULL",
+    *(
+        f"SELECT pg_catalog.setval('pgsignals.{name}', 0)"
+        f" WHERE pg_catalog.pg_sequence_last_value('pgsignals.{name}') IS NULL"
+        for name in ("outbox_slot", "outbox_full", "outbox_shed")
+    ),
+    "INSERT INTO pgsignals.slots SELECT last_value FROM pgsignals.outbox_slot"
+    " ON CONFLICT DO NOTHING",
+)
+
+
+_MAKES = r"CREATE (?:UNLOGGED )?(?:TABLE|SEQUENCE) pgsignals\.(\w+)"
+
+
+def relations() -> set[str]:
+    """The names of the tables and sequences that this version knows."""
+    return {
+        name
+        for step in UPGRADES
+        for statement in (*step.statements, *step.outbox)
+        for name in re.findall(_MAKES, statement)
+    }
+
+
+def left_out(cursor: Cursor) -> str:
+    """The contents that the schema lacks, since it comes from a dump without them; mostly none.
+
+    Raises DatabaseError where it lacks a table.
+    """
+    cursor.execute(
+        "SELECT c.relname FROM pg_catalog.pg_class c"
+        " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s",
+        (NAME,),
+    )
+    if lacking := relations() - {name for (name,) in cursor.fetchall()}:
+        raise DatabaseError(
+            f"The schema {NAME!r} lacks {', '.join(sorted(lacking))}: it comes from a dump that "
+            f"left tables out. Run DROP SCHEMA {NAME} CASCADE, then `pgsignals install --delivery "
+            "outbox`."
+        )
+    try:
+        cursor.execute(_LEFT_OUT, (list(_SEQUENCES),))
+    except pg.InsufficientPrivilege:
+        # Who only installs triggers may not look, nor could it put anything back.
+        return ""
+    [(found,)] = cursor.fetchall()
+    return str(found)
+
+
 def install_schema(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> bool:
-    """Make or upgrade the schema, in one transaction; whether there was anything to do.
+    """Make, upgrade or complete the schema, in one transaction; whether there was anything to do.
 
     The cursor's connection is in autocommit mode. Raises PrivilegeError, DatabaseError.
     """
-    if read_version(cursor) == VERSION:
+    version = read_version(cursor)
+    if version >= VERSION:
+        if not (lacking := left_out(cursor)):
+            return False
+        in_install_lock(cursor, limits, NAME, None, lambda: cursor.execute(";\n".join(_PUT_BACK)))
+        log.warning(
+            "the schema %s came from a dump that left something out, which has been put back: %s",
+            NAME,
+            lacking,
+        )
+        return True
+    if not version:
+        _check_privilege(cursor)
+    for step in _pending(version):
+        # Each in a transaction of its own, so that no lock is held for longer than it takes.
+        if in_install_lock(cursor, limits, NAME, None, partial(_apply, cursor, step)):
+            log.info("the schema %s now has version %d", NAME, step.version)
+    return True
+
+
+def _apply(cursor: Cursor, step: Upgrade) -> bool:
+    """Take one step, unless somebody else has by now."""
+    version = read_version(cursor)
+    if version >= step.version:
         return False
-
-    def apply() -> bool:
-        statements = upgrade_statements(cursor, read_version(cursor))
-        if statements:
-            _check_privilege(cursor)
-            cursor.execute(";\n".join(statements))
-        return bool(statements)
-
-    done = in_install_lock(cursor, limits, NAME, None, apply)
-    if done:
-        log.info("the schema %s now has version %d", NAME, VERSION)
-    return done
+    if 0 < version < step.oldest and (readers := live_readers(cursor)):
+        raise DatabaseError(
+            f"The schema {NAME!r} has version {version}, and in version {step.version} it is "
+            f"for programs from {step.oldest} on; older ones read the outbox in {readers} of the "
+            "sessions. Stop those programs, then try again: the events of named consumers wait."
+        )
+    # At once, so that writers wait for no round trips while we hold the outbox.
+    cursor.execute(";\n".join(step.run_from(version)))
+    return True
 
 
 def check_schema(cursor: Cursor) -> None:
-    """Raise DriftError unless the schema is there in the current version."""
-    if (version := read_version(cursor)) != VERSION:
-        state = f"version {version}" if version else "missing"
+    """Raise DriftError unless the schema is there, in the current version or a newer one."""
+    if (version := read_version(cursor)) < VERSION:
+        state = f"in version {version}, and needs {VERSION}" if version else "missing"
         raise DriftError(
             f'install="check" found the schema {NAME!r}, which outbox delivery needs, {state}. Run '
             "`pgsignals install --delivery outbox` as the tables' owner, or apply what "
             "`pgsignals sql --delivery outbox` prints."
         )
+    if lacking := left_out(cursor):
+        raise DriftError(
+            f'install="check" found that the schema {NAME!r} comes from a dump that left something '
+            f"out: {lacking}. Run `pgsignals install --delivery outbox` as the tables' owner."
+        )
+
+
+def live_readers(cursor: Cursor) -> int:
+    """How many sessions read the outbox or stand by to, of programs of whatever version."""
+    cursor.execute(
+        "SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks WHERE locktype = 'advisory'"
+        " AND classid = %s AND objid = %s AND objsubid = 2 AND mode = 'ShareLock' AND granted"
+        " AND database = (SELECT oid FROM pg_catalog.pg_database"
+        " WHERE datname = pg_catalog.current_database())",
+        (names.LOCK_CLASS, names.ALIVE_LOCK),
+    )
+    [(count,)] = cursor.fetchall()
+    return int(count)
 
 
 def _check_privilege(cursor: Cursor) -> None:

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import secrets
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
-from typing import Protocol
+from contextlib import closing
+from datetime import datetime, timedelta
 
 import psycopg2
 from psycopg2.extensions import Notify
 from psycopg2.extensions import cursor as Cursor
 
-from ..connection import Backoff, Session, Waiter, connect, display, make_cast, redact
-from ..errors import ConnectError, PayloadError, PgSignalsError
-from ..events import Gap, Message, microseconds, moment
-from ..inspection import QUEUE_WARNING, read_queue_usage
-from ..metrics import Meter
-from ..payload import Broken, Decoder
+from ..core.errors import ConnectError, PayloadError
+from ..core.events import Gap, Message, microseconds, moment
+from ..core.logging import log
+from ..core.metrics import Meter
+from ..core.payload import Broken, Cast, Decoder, Foreign
+from ..core.redaction import error_text
+from ..plugins.source import Sink
+from ..postgres.connection import connect
+from ..postgres.notification_queue import QUEUE_WARNING, read_queue_usage
+from ..postgres.session import Session
 from ..triggers.definitions import Definition
-from . import Sink
-from .opening import (
-    IN_RECOVERY,
-    explaining_read_only,
-    keep_triggers,
-    listen_to,
-    prove_round_trip,
-    refuse_standby,
-)
-
-log = logging.getLogger("pgsignals")
+from ..triggers.names import QUEUE_SHARE
+from .session_checks import keep_triggers, listen_to
+from .thread import ConnectionSettings, Preparer, SessionThread
+from .trigger_watch import TriggersChangedError
 
 # How long reading may pause for slow receivers before their events are shed: while it does, the
 # server keeps what we have not read in its notification queue, which all of its databases share.
@@ -42,142 +34,32 @@ PAUSE_SECONDS = 30.0
 IDLE_SECONDS = 1.0
 # What the heartbeat's payload begins with; the rest is the usage of the server's queue.
 _USAGE = "usage "
-# A connection that lasted this long was a good one: the next loss starts the pauses anew.
-HEALTHY_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Patience with the server, in seconds.
-
-    Each ``heartbeat`` a notification is sent to ourselves; when it, or anything else, has not come
-    after ``timeout``, the connection is given up. ``timeout`` also bounds connecting, and
-    ``statement`` each statement that reads the catalogue or installs, its wait for locks included.
-    """
-
-    heartbeat: float = 30.0
-    timeout: float = 10.0
-    statement: float = 60.0
-
-
-class Preparer(Protocol):
-    """What a source needs done before it can listen, through an ordinary connection."""
-
-    def define(self, cursor: Cursor) -> Sequence[Definition]:
-        """What to listen to."""
-
-    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """Make sure that the triggers are there. Called when the source is listening already."""
-
-
-class NotifySource:
-    """Listens in one session, from one thread, for as long as it is not stopped.
-
-    ``dsn`` is for the catalogue and for installing, ``listen_dsn`` for listening.
-    """
+class NotifySource(SessionThread):
+    """Listens in one session, from one thread."""
 
     def __init__(
-        self,
-        dsn: str,
-        listen_dsn: str,
-        preparer: Preparer,
-        sink: Sink,
-        timing: Timing,
-        meter: Meter,
+        self, settings: ConnectionSettings, preparer: Preparer, sink: Sink, meter: Meter
     ) -> None:
-        self._dsn = dsn
-        self._listen_dsn = listen_dsn
-        self._preparer = preparer
+        super().__init__(settings, preparer, meter, "listening", settings.timing.heartbeat)
         self._sink = sink
-        self._timing = timing
-        self._meter = meter
-        self._waiter = Waiter()
-        self._backoff = Backoff()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="pgsignals-source", daemon=True)
-        self._session: Session | None = None
         self._decoders: Mapping[str, Decoder] = {}
-        self.own_channel = f"pgsignals_ping_{secrets.token_hex(8)}"
-        self._clock_offset = timedelta(0)
-        self._ahead = 0.0
+        self.received = 0
         # In microseconds since 1970, as messages have them: a datetime for each would take longer
         # than handing it over.
-        self._heard = self._asked = microseconds(datetime.now(timezone.utc))
-        self._asking = False
-        self._usage_read_at = self._turned_at = time.monotonic()
+        self._heard = self._clock.now_us()
+        self._set_back = 0
+        self._asking = self._answered = False
+        self._usage_read_at = time.monotonic()
+        # Since when writers may have kept silent; and when the queue was last looked at.
+        self._silent_since: datetime | None = None
+        self._judged_at = self.now()
+        # Why the session was lost, and since when something may be missing.
         self._loss = ""
-        self.invalid = 0
-        self.reconnects = 0
-        self.received = 0
+        self._lost_since = self._judged_at
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether it is listening now."""
-        return self._session is not None
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether its thread goes on: it listens, and does not hang, or it connects again."""
-        # In this order, since a new session's first turn is noted before the session is.
-        if self._session is None or not self._thread.is_alive():
-            return self._thread.is_alive()
-        return time.monotonic() - self._turned_at <= self._timing.heartbeat + self._timing.timeout
-
-    def start(self) -> None:
-        """Connect once in the caller's thread, so that it gets the error, then listen."""
-        try:
-            self._open()
-        except (psycopg2.OperationalError, psycopg2.InterfaceError, OSError) as error:
-            raise ConnectError(
-                f"Connected to PostgreSQL at {display(self._listen_dsn)}, but listening could not "
-                f"begin: {redact(str(error)).strip()}"
-            ) from error
-        self._thread.start()
-
-    def stop(self, timeout: float) -> None:
-        """Stop listening and close the session."""
-        self._stopping = True
-        self._waiter.wake()
-        if self._thread.ident is None:
-            self._close()
-            self._waiter.close()
-        else:
-            self._thread.join(timeout)
-
-    def abandon(self) -> None:
-        """In the child of a fork: close our copies of the descriptors, and say nothing."""
-        self._waiter.close()
-        if self._session is not None:
-            self._session.abandon()
-
-    def _run(self) -> None:
-        try:
-            self._keep_listening()
-        finally:
-            self._close()
-            self._waiter.close()
-
-    def _keep_listening(self) -> None:
-        while not self._stopping:
-            began = time.monotonic()
-            try:
-                self._listen()
-            # Whatever it is, an unknown error included, the thread must go on listening.
-            except Exception as error:
-                if self._stopping:
-                    break
-                if time.monotonic() - began > HEALTHY_SECONDS:
-                    self._backoff.reset()
-                self._loss = redact(str(error)).strip()
-                known = isinstance(error, psycopg2.Error | OSError)
-                log.warning("lost the connection: %s", self._loss, exc_info=not known)
-                self._close()
-                self._sink.disconnected(error)
-                self._reconnect()
-
-    def _listen(self) -> None:
-        session = self._session
-        assert session is not None
+    def _read(self, session: Session) -> None:
         self._sink.connected()
         heard_at = asked_at = time.monotonic()
         self._asking = False
@@ -190,10 +72,14 @@ class NotifySource:
             if arrived:
                 heard_at = now
             if not self._asking and now - asked_at >= self._timing.heartbeat:
-                self._asked = self._now()
                 self._asking = True
                 asked_at = now
                 session.send(*self._question)
+            if self._answered:
+                # Now that the connection has proved to be alive.
+                self._answered = False
+                self._look_at_triggers(session)
+                continue
             if self._asking:
                 due = max(heard_at, asked_at) + self._timing.timeout
                 if now >= due:
@@ -205,12 +91,18 @@ class NotifySource:
             if not arrived or session.plain:
                 session.wait(due - now)
 
+    def _look_at_triggers(self, session: Session) -> None:
+        _, gap = self.triggers.look(session, self.now)
+        if gap is not None:
+            self._sink.gap(gap)
+
     @property
     def _question(self) -> tuple[str, tuple[str]]:
         """The heartbeat: only a notification proves that notifications arrive."""
         return (
             f"SELECT pg_catalog.pg_notify(%s, '{_USAGE}' ||"
-            " pg_catalog.pg_notification_queue_usage())",
+            " pg_catalog.pg_notification_queue_usage() || ' ' ||"
+            " (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) * 1e6)::bigint)",
             (self.own_channel,),
         )
 
@@ -240,32 +132,34 @@ class NotifySource:
             # Notifications come in the order of their commits: nothing before this is missing. The
             # worker is on its way meanwhile.
             if message.at_us > self._heard:
-                self._heard = min(message.at_us, self._now())
+                self._heard = min(message.at_us, self._clock.now_us())
+        elif isinstance(message, Foreign):
+            self.foreign[message.relation] += 1
         elif isinstance(message, Broken):
-            at = moment(message.at_us)
             log.error(
                 "a watcher is broken: %s",
                 message.error,
                 extra={"channel": notify.channel, **decoder.topic.fields},
             )
-            self._sink.gap(Gap(at, at, "watcher_broken", message.error))
+            self._sink.gap(self.triggers.failure(message, self.now()))
         log.debug("received %d bytes on %s", len(notify.payload), notify.channel)
 
     def _receive_own(self, payload: str) -> None:
         if not payload.startswith(_USAGE):
             self._sink.reached(payload)
             return
-        # All that was committed before we asked has arrived.
-        self._heard = max(self._heard, self._asked)
         self._asking = False
+        self._answered = True
         try:
-            self._judge(float(payload.removeprefix(_USAGE)))
+            usage, at = payload.removeprefix(_USAGE).split(" ")
+            self._judge(float(usage))
+            # All that was committed before the server answered has arrived. Its clock may have been
+            # set back.
+            self._heard = int(at)
         except ValueError:
             self._refuse()
-
-    def _refuse(self) -> None:
-        self.invalid += 1
-        self._meter.count("invalid_payloads")
+            return
+        self._clock.set(self._heard)
 
     def _make_room(self) -> None:
         """Pause until each worker has room; when that takes too long, drop what is for the slow."""
@@ -283,16 +177,21 @@ class NotifySource:
         self._usage_read_at = time.monotonic()
         try:
             connection = connect(self._dsn, self._timing.timeout, self._timing.timeout)
-            try:
-                with connection.cursor() as cursor:
-                    self._judge(read_queue_usage(cursor))
-            finally:
-                connection.close()
+            with closing(connection), connection.cursor() as cursor:
+                self._judge(read_queue_usage(cursor))
         except (ConnectError, psycopg2.Error) as error:
-            log.warning("cannot tell how full the notification queue is: %s", redact(str(error)))
+            log.warning("cannot tell how full the notification queue is: %s", error_text(error))
 
     def _judge(self, usage: float) -> None:
         self._usage_read_at = time.monotonic()
+        at = self.now()
+        if usage >= QUEUE_SHARE:
+            self._silent_since = self._silent_since or self._judged_at
+        elif self._silent_since is not None:
+            detail = "the notification queue was so full that writers did not notify"
+            self._sink.gap(Gap(self._silent_since, at, "watcher_broken", detail))
+            self._silent_since = None
+        self._judged_at = at
         if usage >= QUEUE_WARNING:
             log.warning(
                 "PostgreSQL's notification queue is %.0f%% full: a listener stays in a transaction "
@@ -302,85 +201,40 @@ class NotifySource:
                 extra={"queue_usage": usage},
             )
 
-    def now(self) -> datetime:
-        """The server's clock, late by a network's delay at most."""
-        return datetime.now(timezone.utc) + self._clock_offset
-
-    def _now(self) -> int:
-        return int(1e6 * (time.time() + self._ahead))
-
-    def _open(self) -> datetime:
-        """Connect, listen, install; returns the server's time from which on nothing is missed."""
-        log.debug("connecting to %s", display(self._listen_dsn))
-        connection = connect(self._dsn, self._timing.timeout, self._timing.statement)
-        session = Session(self._listen_dsn, self._waiter, lambda: self._stopping)
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute(IN_RECOVERY)
-                refuse_standby(self._dsn, cursor.fetchall())
-                self._judge(read_queue_usage(cursor))
-                definitions = self._preparer.define(cursor)
-                encoding = connection.info.parameter_status("server_encoding")
-                session.open(self._timing.timeout, encoding or "UTF8")
-                listening = self._begin_listening(session, cursor, definitions)
-                with explaining_read_only(self._dsn):
-                    self._preparer.install(cursor, definitions)
-            cast = make_cast(connection)
-            self._decoders = {d.channel: d.decoder(cast) for d in definitions}
-        except BaseException:
-            session.close()
-            raise
-        finally:
-            connection.close()
-        self._turned_at = time.monotonic()
-        self._session = session
-        self._asked = self._heard = microseconds(listening)
-        return listening
-
-    def _begin_listening(
-        self, session: Session, cursor: Cursor, definitions: Sequence[Definition]
-    ) -> datetime:
+    def _listen(self, session: Session, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        self._judge(read_queue_usage(cursor))
+        self._prove_round_trip(session, cursor)
         timeout = self._timing.timeout
-        refuse_standby(self._listen_dsn, session.execute(IN_RECOVERY, timeout=timeout))
-        prove_round_trip(
-            session,
-            cursor,
-            self._listen_dsn,
-            self.own_channel,
-            timeout,
-            lambda: self._stopping,
-        )
         keep_triggers(session, definitions, timeout)
         for definition in definitions:
             session.execute(listen_to(definition.channel), timeout=timeout)
             log.debug("listening on %s for %s", definition.channel, definition)
-        listening: datetime
         [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
-        self._clock_offset = listening - datetime.now(timezone.utc)
-        self._ahead = self._clock_offset.total_seconds()
-        return listening
+        self._heard = microseconds(listening)
+        self._set_back += self._clock.set(self._heard)
 
-    def _close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            with contextlib.suppress(psycopg2.Error):
-                session.close()
+    def _begin(
+        self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
+    ) -> None:
+        self.triggers.begin(session, definitions, asked_at, self._preparer.missing)
+        self._decoders = {d.channel: d.decoder(cast) for d in definitions}
 
-    def _reconnect(self) -> None:
-        """Connect again, however long it takes, and announce what may have been missed."""
+    def _lost(self, error: Exception) -> None:
+        self._loss = error_text(error)
+        self._sink.disconnected(error)
         since = moment(self._heard)
-        while not self._stopping:
-            self._waiter.sleep(self._backoff.next(), lambda: self._stopping)
-            if self._stopping:
-                return
-            try:
-                until = self._open()
-            except (PgSignalsError, psycopg2.Error, OSError) as error:
-                log.warning("still not connected: %s", redact(str(error)).strip())
-                continue
-            self.reconnects += 1
-            self._meter.count("reconnects")
-            log.info("connected again; events since %s may be missing", since)
-            # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
-            self._sink.gap(Gap(since, until, "reconnected", self._loss))
-            return
+        if self.triggers.verified_at is not None and (
+            isinstance(error, TriggersChangedError) or self.triggers.reason
+        ):
+            # It heard all there was to hear, but not all was said.
+            since = min(since, self.triggers.verified_at)
+        self._lost_since, self._set_back = since, 0
+
+    def _regained(self) -> None:
+        """Announce what may have been missed."""
+        since = self._lost_since
+        log.info("connected again; events since %s may be missing", since)
+        # Where the clock was set back, what was missed has times of before and of after that.
+        begun = since - timedelta(microseconds=self._set_back)
+        # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
+        self._sink.gap(Gap(begun, max(since, moment(self._heard)), "reconnected", self._loss))

@@ -25,12 +25,14 @@ from typing import Any
 import pytest
 from psycopg2.extras import DateTimeTZRange, NumericRange
 
-from pgsignals.broadcasters import Broadcaster
-from pgsignals.cloudevents import from_cloudevent, read
-from pgsignals.events import Event, Gap, Message, Topic
-from pgsignals.sources import RemoteSource, Wanted
+from pgsignals.core.events import Event, Gap, Message, Topic
+from pgsignals.plugins.broadcaster import Broadcaster
+from pgsignals.plugins.cloudevents import from_cloudevent, read
+from pgsignals.plugins.source import RemoteSource, Wanted
 
 Written = tuple[Mapping[str, str], bytes]
+ReadBack = Callable[[int], Sequence[Written]]
+MakeSource = Callable[[], RemoteSource]
 
 TABLE = "conformance"
 """The table, in the schema ``public``, whose events the tests send; and ``conformance_2``."""
@@ -102,7 +104,7 @@ class BroadcasterConformance:
         raise NotImplementedError
 
     @pytest.fixture
-    def written(self) -> Callable[[int], Sequence[Written]]:
+    def written(self) -> ReadBack:
         """What to read back with what has been written."""
         raise NotImplementedError
 
@@ -125,9 +127,7 @@ class BroadcasterConformance:
         assert str(broadcaster)
         assert " at 0x" not in str(broadcaster)
 
-    def test_an_event_arrives_as_it_is(
-        self, broadcaster: Broadcaster, written: Callable[[int], Sequence[Written]]
-    ) -> None:
+    def test_an_event_arrives_as_it_is(self, broadcaster: Broadcaster, written: ReadBack) -> None:
         """Values of all kinds are equal on the other side."""
         events = [
             make_event(1, "inserted", values=_VALUES),
@@ -139,7 +139,7 @@ class BroadcasterConformance:
         assert [from_cloudevent(*each) for each in written(3)] == events
 
     def test_events_of_a_record_stay_in_order(
-        self, broadcaster: Broadcaster, written: Callable[[int], Sequence[Written]]
+        self, broadcaster: Broadcaster, written: ReadBack
     ) -> None:
         """In a large batch and over several batches, each record's events come in their order."""
         events = [make_event(number, record=number % 20) for number in range(1000)]
@@ -151,9 +151,7 @@ class BroadcasterConformance:
             numbers = [event.values["number"] for event in found if event.id == record]
             assert numbers == list(range(record, 1000, 20))
 
-    def test_several_tables_in_one_batch(
-        self, broadcaster: Broadcaster, written: Callable[[int], Sequence[Written]]
-    ) -> None:
+    def test_several_tables_in_one_batch(self, broadcaster: Broadcaster, written: ReadBack) -> None:
         """A batch may have events of several tables."""
         events = [make_event(1), make_event(2, table=f"{TABLE}_2"), make_event(3)]
         broadcaster.publish(events)
@@ -162,7 +160,7 @@ class BroadcasterConformance:
         assert found == {event.uid: event for event in events}
 
     def test_what_is_published_again_ends_in_order(
-        self, broadcaster: Broadcaster, written: Callable[[int], Sequence[Written]]
+        self, broadcaster: Broadcaster, written: ReadBack
     ) -> None:
         """Events that are published again, with the flush not waited for, leave the latest last."""
         events = [make_event(number) for number in range(10)]
@@ -181,7 +179,7 @@ class BroadcasterConformance:
     def test_what_is_too_long_comes_without_values(
         self,
         broadcaster: Broadcaster,
-        written: Callable[[int], Sequence[Written]],
+        written: ReadBack,
         too_long: int | None,
     ) -> None:
         """An event that does not fit comes with its key, flagged, and holds up nobody."""
@@ -195,9 +193,7 @@ class BroadcasterConformance:
             (event.uid, event.id, event is events[1]) for event in events
         ]
 
-    def test_a_gap_is_told(
-        self, broadcaster: Broadcaster, written: Callable[[int], Sequence[Written]]
-    ) -> None:
+    def test_a_gap_is_told(self, broadcaster: Broadcaster, written: ReadBack) -> None:
         """A Gap reaches those who read, behind what came before it."""
         broadcaster.publish([make_event(1)])
         assert broadcaster.flush(DEADLINE) is True
@@ -289,7 +285,7 @@ class SourceConformance:
         raise NotImplementedError
 
     @pytest.fixture
-    def make_source(self) -> Callable[[], RemoteSource]:
+    def make_source(self) -> MakeSource:
         """Makes sources of what the broadcaster writes."""
         raise NotImplementedError
 
@@ -307,9 +303,7 @@ class SourceConformance:
         broadcaster.publish([make_event(number) for number in numbers])
         assert broadcaster.flush(DEADLINE) is True
 
-    def _start(
-        self, make_source: Callable[[], RemoteSource], name: str | None, sink: _Sink
-    ) -> RemoteSource:
+    def _start(self, make_source: MakeSource, name: str | None, sink: _Sink) -> RemoteSource:
         source = make_source()
         source.start([Wanted(TABLE, "public", ("inserted", "updated", "deleted"))], name, sink)
         self._started.append(source)
@@ -320,9 +314,7 @@ class SourceConformance:
         source.stop(DEADLINE)
         source.close(DEADLINE)
 
-    def test_it_begins_now(
-        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
-    ) -> None:
+    def test_it_begins_now(self, broadcaster: Broadcaster, make_source: MakeSource) -> None:
         """Without a name, what came before the start is not read, and all that comes after is."""
         sink = _Sink()
         self._start(make_source, None, sink)
@@ -331,7 +323,7 @@ class SourceConformance:
         assert sink.events == [make_event(number) for number in (1, 2, 3)]
 
     def test_each_gets_all_without_a_name(
-        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
+        self, broadcaster: Broadcaster, make_source: MakeSource
     ) -> None:
         """Two sources without a name have the same events."""
         sinks = [_Sink(), _Sink()]
@@ -342,7 +334,7 @@ class SourceConformance:
             sink.wait(1, 2)
 
     def test_a_name_goes_on_where_it_was(
-        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
+        self, broadcaster: Broadcaster, make_source: MakeSource
     ) -> None:
         """What comes while nobody of the name reads is read by the next one, and nothing twice."""
         first, second = _Sink(), _Sink()
@@ -356,7 +348,7 @@ class SourceConformance:
         second.wait(2, 3)
 
     def test_what_receivers_have_not_finished_comes_again(
-        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
+        self, broadcaster: Broadcaster, make_source: MakeSource
     ) -> None:
         """Events that were read and not settled go to the next one of the name."""
         stuck, second = _Sink(settles=False), _Sink()
@@ -369,7 +361,7 @@ class SourceConformance:
         assert [event.uid for event in second.events] == [event.uid for event in stuck.events]
 
     def test_what_was_refused_does_not_come_again(
-        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
+        self, broadcaster: Broadcaster, make_source: MakeSource
     ) -> None:
         """An event that no receiver could take is over for its name once it is settled."""
         first, second = _Sink(settles=False), _Sink()
@@ -384,9 +376,7 @@ class SourceConformance:
         self._start(make_source, "one", second)
         second.wait(2)
 
-    def test_names_are_apart(
-        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
-    ) -> None:
+    def test_names_are_apart(self, broadcaster: Broadcaster, make_source: MakeSource) -> None:
         """Each name gets all events."""
         sinks = {name: _Sink() for name in ("one", "two")}
         for name, sink in sinks.items():
@@ -395,9 +385,7 @@ class SourceConformance:
         for sink in sinks.values():
             sink.wait(1)
 
-    def test_it_says_how_it_is(
-        self, broadcaster: Broadcaster, make_source: Callable[[], RemoteSource]
-    ) -> None:
+    def test_it_says_how_it_is(self, broadcaster: Broadcaster, make_source: MakeSource) -> None:
         """It is alive and connected from its start to its end, which takes no long time."""
         source = self._start(make_source, None, _Sink())
         assert source.is_alive

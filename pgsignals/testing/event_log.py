@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import pgsignals
-from pgsignals.events import Event, Gap, model_name
-from pgsignals.hub import Hub
+from pgsignals.core.events import Event, Gap, model_name
+from pgsignals.hub.hub import Hub
 
 _SHOWN = 20
 
@@ -34,12 +33,7 @@ class EventLog:
         self._hub.gap.connect(self._see_gap)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         registry = self._hub._registry
         registry.observers = tuple(o for o in registry.observers if o != self._see)
         self._hub.gap.disconnect(self._see_gap)

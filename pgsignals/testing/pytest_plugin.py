@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import pgsignals
-from pgsignals.hub import Hub
+from pgsignals.hub.hub import Hub
 
 from .event_log import EventLog
 from .server import Server

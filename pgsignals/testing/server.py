@@ -19,14 +19,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import quote
 
 import psycopg2
 from psycopg2.sql import SQL, Identifier
 
-from pgsignals.errors import PgSignalsError, StateError
+from pgsignals.core.errors import PgSignalsError, StateError
 
 StopMode = Literal["smart", "fast", "immediate"]
 
@@ -193,12 +192,7 @@ class Server:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -232,10 +226,10 @@ class Server:
         # Another process may take a free port before the server does.
         ports = [self._port] if self._port else [_free_port() for _ in range(_PORT_TRIES)]
         for port in ports:
-            mark = len(self.log_text())
-            if self._launch(home, port):
+            failure = self._launch_when_free(home, port)
+            if failure is None:
                 return
-            log = self.log_text()[mark:]
+            log = failure
             if "could not bind" not in log:
                 break
         if self._port is None:
@@ -360,6 +354,19 @@ class Server:
             for name, value in settings.items():
                 escaped = value.replace("'", "''")
                 conf.write(f"{name} = '{escaped}'\n")
+
+    def _launch_when_free(self, home: Path, port: int) -> str | None:
+        """Start the postmaster; what it has logged, if it does not come to accept connections."""
+        deadline = time.monotonic() + _START_TIMEOUT
+        while True:
+            mark = len(self.log_text())
+            if self._launch(home, port):
+                return None
+            log = self.log_text()[mark:]
+            # The processes of a postmaster that was killed live on until they notice.
+            if "pre-existing shared memory block" not in log or time.monotonic() > deadline:
+                return log
+            time.sleep(_READY_POLL)
 
     def _launch(self, home: Path, port: int) -> bool:
         """Start the postmaster, and tell whether it came to accept connections."""

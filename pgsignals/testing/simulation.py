@@ -10,14 +10,15 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pgsignals
-from pgsignals.broadcasters.inprocess import InProcess
-from pgsignals.errors import ConfigurationError, near
-from pgsignals.events import Event, Gap, Message, Topic, hashable, model_identity, model_name
-from pgsignals.hub import Hub
-from pgsignals.inspection import Health, Status
-from pgsignals.runs import all_resolvers
-from pgsignals.tables import Resolver, resolve
-from pgsignals.watchers import EVENT_OPERATIONS, Watcher, normalize, watch
+from pgsignals.core.errors import ConfigurationError, near
+from pgsignals.core.events import Event, Gap, Message, Topic, hashable, model_identity, model_name
+from pgsignals.core.tables import Resolver
+from pgsignals.core.watchers import EVENT_OPERATIONS, Watcher, normalize, watch
+from pgsignals.dispatch.in_process import InProcess
+from pgsignals.hub.hub import Hub
+from pgsignals.hub.options import all_resolvers
+from pgsignals.hub.status import Health, Status
+from pgsignals.triggers.table_lookup import resolve
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _UNSAID: Any = object()
@@ -66,7 +67,7 @@ class Simulation:
         self._errors: list[BaseException] = []
         self._emitted = itertools.count(1)
         self._count = 0
-        self._in_process = InProcess(hub._registry, hub._failed)
+        self._in_process = InProcess(hub._registry, hub._callbacks.tell_failure)
         if watchers is not None:
             plan = normalize(watchers)
             self._topics = [self._topic(watcher, op) for watcher in plan for op in watcher.ops]
@@ -137,12 +138,12 @@ class Simulation:
         """Announce a Gap of no length, and return it when its receivers have been called."""
         now = datetime.now(timezone.utc)
         found = Gap(now, now, reason, detail)
-        self._hub._send_gap(found)
+        self._hub._callbacks.tell_gap(found)
         return found
 
     def flush(self) -> None:
         """Call the receivers of batches now. Raises what one of them raised."""
-        self._hub._timer.flush()
+        self._hub._callbacks.timer.flush()
         self._raise_first()
 
     def start(self) -> None:
@@ -151,7 +152,7 @@ class Simulation:
         if self._topics is not None:
             self._hub._registry.bind(self._topics)
         self._hub.receiver_failed.connect(self._note_error)
-        self._hub._send(self._hub.connected)
+        self._hub._callbacks.tell_connected()
 
     def stop(self, timeout: float) -> bool:
         """Called by the Hub: end."""

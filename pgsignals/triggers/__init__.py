@@ -1,1 +1,1 @@
-"""The database side: names, SQL and installation of the triggers."""
+"""From a watcher to SQL: tables, trigger functions, their installation and inspection."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Set
 from dataclasses import dataclass
+from itertools import groupby
 
 import msgspec
 from psycopg2.extensions import cursor as Cursor
 
+from ..core.transport import Transport
 from . import names
+from .bodies import TABLES
 
 
 class Tag(msgspec.Struct, frozen=True, rename={"format": "pgsignals"}):
@@ -22,30 +27,74 @@ class Tag(msgspec.Struct, frozen=True, rename={"format": "pgsignals"}):
 
 
 @dataclass(frozen=True)
-class Installed:
-    """One function of ours and its trigger; both have the same ``name``.
+class Fired:
+    """A table that has the trigger, and whether it fires: ``enabled`` as in ``pg_trigger``."""
 
-    ``schema`` and ``table`` are where the trigger is now: a table may have been renamed or moved
-    since. Without a trigger ``table`` is None, and ``schema`` the function's. ``durable``: it
-    writes to the outbox. ``consumed``: a durable consumer, which may be down now, reads that.
+    oid: int
+    schema: str
+    table: str
+    enabled: str
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One function of ours and its triggers; all have the same ``name``.
+
+    ``body`` is without the tables that the function was ``made_for``, whose OIDs it has in it.
+    ``fired`` are the tables that have the trigger now, partitions left out. It writes to
+    ``transport``, unless its owner lacks a right (``able``). ``consumed``: a durable consumer,
+    which may be down now, reads that. In the partitions ``silent_parts`` the trigger is disabled,
+    or fires at other times than the table's.
     """
 
     tag: Tag
     function_schema: str
-    schema: str
-    table: str | None
     name: str
-    enabled: str
     body: str
-    missing_columns: tuple[str, ...]
+    made_for: tuple[int, ...]
+    fired: tuple[Fired, ...]
     listeners: int
     consumed: bool = False
-    durable: bool = False
+    transport: Transport = Transport.NOTIFY
+    able: bool = True
+    owner: str = ""
+    silent_parts: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> Fired | None:
+        """The watched table, or another that has the trigger; None without one."""
+        own = self.made_for[:1]
+        ours = [each for each in self.fired if own == (each.oid,)]
+        return next(iter(ours or self.fired), None)
+
+    @property
+    def schema(self) -> str:
+        """The schema of the table by now: it may have been renamed or moved since."""
+        return self.function_schema if self.main is None else self.main.schema
+
+    @property
+    def table(self) -> str | None:
+        """The name of the table by now; None without a trigger."""
+        return None if self.main is None else self.main.table
+
+    @property
+    def copied(self) -> bool:
+        """Whether it came with a copy of the table, by a restore say: it sends nothing."""
+        known = bool(self.made_for and self.fired)
+        return known and all(each.oid not in self.made_for for each in self.fired)
+
+    @property
+    def missing_columns(self) -> tuple[str, ...]:
+        """The columns that it reads and that the table has no more."""
+        if self.main is None:
+            return ()
+        return tuple(c for c in self.tag.columns if c not in self.main.columns)
 
     @property
     def in_use(self) -> bool:
         """Whether somebody would miss events without it."""
-        return self.listeners > 0 or self.consumed
+        return not self.copied and (self.listeners > 0 or self.consumed)
 
     @property
     def hash(self) -> str:
@@ -55,15 +104,18 @@ class Installed:
 
 _tags = msgspec.json.Decoder(Tag)
 
+# The first one in a function's text is ours; a condition may have others.
+_TABLES = re.compile(r"'\{([^'}]*)\}+'::pg_catalog\.oid\[\]")
+
 # Only functions carry a tag: to comment on a trigger one must own the table, while TRIGGER is all
 # it takes to create one. The clones that PostgreSQL keeps in partitions have a parent.
 _FUNCTIONS = """
-SELECT DISTINCT ON (f.nspname, p.proname)
-       d.description, f.nspname, coalesce(n.nspname, f.nspname), c.relname, p.proname,
-       coalesce(t.tgenabled, 'O'), p.prosrc,
+SELECT p.oid, d.description, f.nspname, p.proname, p.prosrc, p.prosecdef,
+       pg_catalog.pg_get_userbyid(p.proowner),
+       c.oid, n.nspname, c.relname, t.tgenabled::text,
        ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
-             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
-       p.prosecdef
+             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+               AND a.attgenerated <> 'v')
 FROM pg_catalog.pg_proc p
 JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace
 JOIN pg_catalog.pg_description d
@@ -76,15 +128,36 @@ WHERE p.proname LIKE 'pgsignals\\_%' AND p.pronargs = 0
 ORDER BY f.nspname, p.proname, t.oid
 """
 
+# A partition's trigger can be disabled, or made to fire for replicas only, by itself.
+_SILENT_PARTS = """
+SELECT t.tgfoid, pg_catalog.array_agg(t.tgrelid::pg_catalog.regclass::text ORDER BY t.tgrelid)
+FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_trigger p ON p.oid = t.tgparentid
+WHERE t.tgenabled <> p.tgenabled AND t.tgname LIKE 'pgsignals\\_%' GROUP BY 1
+"""
+
 # Advisory keys are 32-bit numbers that pg_locks shows as unsigned oids.
 _LISTENERS = """
-SELECT l.objid::bigint, count(DISTINCT l.pid)
+SELECT l.pid, pg_catalog.array_agg(l.objid::bigint)
 FROM pg_catalog.pg_locks l
 WHERE l.locktype = 'advisory' AND l.classid = %s AND l.objsubid = 2 AND l.granted
   AND l.mode = 'ShareLock'
   AND l.database = (SELECT oid FROM pg_catalog.pg_database
                     WHERE datname = pg_catalog.current_database())
 GROUP BY 1
+"""
+
+# Without one of these a function that writes to the outbox can only say that it could not.
+_ABLE = """
+SELECT r.rolname,
+       pg_catalog.has_schema_privilege(r.oid, n.oid, 'USAGE')
+       AND pg_catalog.has_table_privilege(r.oid, o.oid, 'INSERT')
+       AND (SELECT pg_catalog.bool_and(pg_catalog.has_sequence_privilege(r.oid, s.oid, 'UPDATE'))
+            FROM pg_catalog.pg_class s WHERE s.relnamespace = n.oid AND s.relkind = 'S'
+              AND s.relname = 'outbox_id')
+FROM pg_catalog.pg_roles r
+JOIN pg_catalog.pg_namespace n ON n.nspname = 'pgsignals'
+JOIN pg_catalog.pg_class o ON o.relnamespace = n.oid AND o.relname = 'outbox'
+WHERE r.rolname = ANY (%s)
 """
 
 
@@ -108,39 +181,70 @@ def _read_consumed(cursor: Cursor) -> set[int] | None:
     return {channel for (channel,) in cursor.fetchall()}
 
 
+def normalized(body: str) -> str:
+    """A function's text without the tables that it was made for."""
+    return _TABLES.sub(f"'{TABLES}'::pg_catalog.oid[]", body)
+
+
+def _made_for(body: str) -> tuple[int, ...]:
+    found = _TABLES.search(body)
+    return tuple(int(each) for each in found[1].split(",") if each.isdecimal()) if found else ()
+
+
+def read_listeners(cursor: Cursor) -> list[list[int]]:
+    """For each session that listens, the keys that say to what: see ``names.listens``."""
+    cursor.execute(_LISTENERS, (names.LISTENER_CLASS,))
+    return [keys for _, keys in cursor.fetchall()]
+
+
 def read_installed(cursor: Cursor, namespace: str | None) -> list[Installed]:
     """Our functions of one namespace, or of all, with their triggers, by table and operation.
 
     What does not carry a tag of ours is never returned, whatever its name.
     """
-    cursor.execute(_LISTENERS, (names.LOCK_CLASS,))
-    listeners = {int(key): int(count) for key, count in cursor.fetchall()}
+    listeners = read_listeners(cursor)
     channels = _read_consumed(cursor)
     cursor.execute(_FUNCTIONS)
+    groups = [list(rows) for _, rows in groupby(cursor.fetchall(), key=lambda row: row[0])]
+    cursor.execute(_SILENT_PARTS)
+    silent = dict(cursor.fetchall())
+    able = _read_able(cursor, {rows[0][6] for rows in groups if rows[0][5]})
     found = []
-    for (
-        description,
-        home,
-        schema,
-        table,
-        name,
-        enabled,
-        body,
-        columns,
-        durable,
-    ) in cursor.fetchall():
+    for rows in groups:
+        _, description, home, name, body, durable, owner, *_ = rows[0]
         try:
             tag = _tags.decode(description)
         except (msgspec.MsgspecError, RecursionError):
             continue
         if namespace not in (None, tag.namespace) or name != names.object_name(tag.hash):
             continue
-        gone = () if table is None else tuple(c for c in tag.columns if c not in columns)
-        key = names.lock_key(tag.hash) & 0xFFFFFFFF
-        # Who may not know leaves every trigger alone that writes to the outbox.
-        consumed = durable and (channels is None or names.channel_key(tag.hash) in channels)
-        count = listeners.get(key, 0)
         found.append(
-            Installed(tag, home, schema, table, name, enabled, body, gone, count, consumed, durable)
+            Installed(
+                tag=tag,
+                function_schema=home,
+                name=name,
+                body=normalized(body),
+                made_for=_made_for(body),
+                fired=tuple(
+                    Fired(oid, schema, table, enabled, tuple(columns))
+                    for *_, oid, schema, table, enabled, columns in rows
+                    if oid is not None
+                ),
+                listeners=sum(names.listens(keys, tag.hash) for keys in listeners),
+                # Who may not know leaves every trigger alone that writes to the outbox.
+                consumed=durable and (channels is None or names.channel_key(tag.hash) in channels),
+                transport=Transport.OUTBOX if durable else Transport.NOTIFY,
+                able=not durable or able.get(owner, False),
+                owner=owner,
+                silent_parts=tuple(silent.get(rows[0][0], ())),
+            )
         )
     return sorted(found, key=lambda item: (item.schema, item.table or "", item.tag.op, item.name))
+
+
+def _read_able(cursor: Cursor, owners: Set[str]) -> dict[str, bool]:
+    """Of the owners of functions, who may write to the outbox."""
+    if not owners:
+        return {}
+    cursor.execute(_ABLE, (list(owners),))
+    return dict(cursor.fetchall())

@@ -11,12 +11,15 @@ import psycopg2
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import ConfigurationError, WatcherError, near
-from ..events import Topic, model_identity, model_name
-from ..payload import Cast, Decoder
-from ..tables import Resolver, Table, describe, resolve
-from ..watchers import Watcher
+from ..core.errors import ConfigurationError, WatcherError, near
+from ..core.events import Topic, model_identity, model_name
+from ..core.payload import Cast, Decoder
+from ..core.tables import Resolver, Table
+from ..core.transport import Transport
+from ..core.watchers import Watcher
+from ..postgres.session_settings import error_position
 from .sql import Specification, Trigger, compile_trigger, fields
+from .table_lookup import describe, resolve
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Definition:
         """A decoder for what the trigger sends."""
         spec = self.trigger.spec
         key = () if spec.op == "truncated" else fields(spec.table.key_columns)
-        return Decoder(self.topic, key, fields(spec.tracked), cast)
+        relations = None if spec.transport.durable else frozenset(self.trigger.relations)
+        return Decoder(self.topic, key, fields(spec.tracked), cast, relations)
 
 
 def define(
@@ -47,9 +51,9 @@ def define(
     watchers: Sequence[Watcher],
     resolvers: Sequence[Resolver],
     namespace: str,
-    durable: bool = False,
+    transport: Transport = Transport.NOTIFY,
 ) -> list[Definition]:
-    """The definitions of all watchers, in their order; ``durable`` for outbox delivery.
+    """The definitions of all watchers, in their order.
 
     Raises WatcherError and its kinds: a model that nobody knows, a table that is missing or a
     view, a column that the table lacks, a condition that PostgreSQL rejects.
@@ -81,7 +85,8 @@ def define(
                 tracked=tracked if with_rows else (),
                 when=watcher.when if with_rows else None,
                 replicated=watcher.replicated,
-                durable=durable,
+                transport=transport,
+                model="" if table.only is None else model_name(watcher.model),
             )
             if spec.when is not None:
                 _check_condition(cursor, watcher, spec)
@@ -178,8 +183,8 @@ def _check_condition(cursor: Cursor, watcher: Watcher, spec: Specification) -> N
         if error.pgcode is None:
             raise
         where = ""
-        if error.diag.statement_position is not None:
-            position = int(error.diag.statement_position) - len(head)
+        if (found := error_position(error)) is not None:
+            position = found - len(head)
             if 0 < position <= len(spec.when):
                 where = f" at character {position} ({spec.when[position - 1 :][:20]!r})"
         hint = f" {error.diag.message_hint}" if error.diag.message_hint else ""

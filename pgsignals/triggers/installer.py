@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import TypeVar
@@ -17,19 +14,21 @@ from psycopg2 import errors as pg
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..errors import (
+from ..core.errors import (
     ConfigurationError,
     DatabaseError,
     DriftError,
     InstallLockError,
     PrivilegeError,
 )
-from ..tables import Table
+from ..core.logging import log
+from ..core.rng import chance
+from ..core.tables import Table
+from ..postgres.connection import transaction
+from ..postgres.privileges import Right, current_role, grants, lacking
 from . import names
-from .catalogue import Installed, read_installed
+from .catalogue import Installed, normalized, read_installed, read_listeners
 from .sql import Trigger, drop_statement
-
-log = logging.getLogger("pgsignals")
 
 T = TypeVar("T")
 
@@ -131,10 +130,14 @@ def judge(item: Installed) -> State:
     status, detail = INSTALLED if item.in_use else STALE, ""
     if item.missing_columns:
         detail = f"the table has no column {item.missing_columns[0]!r} any more"
-    elif item.table is None:
+    elif item.main is None:
         detail = "a function without its trigger"
-    elif item.enabled == "D":
+    elif item.copied:
+        detail = "it came with a copy of the table, and sends nothing"
+    elif item.main.enabled == "D":
         detail = "the trigger is disabled"
+    elif not item.able:
+        detail = _unable(item)
     if detail and item.in_use:
         status = OUTDATED
     return State(
@@ -149,19 +152,37 @@ def judge(item: Installed) -> State:
     )
 
 
+def _unable(item: Installed) -> str:
+    return f"its owner {item.owner!r} lacks rights on the outbox, to which it writes"
+
+
 def _compare(trigger: Trigger, present: Installed | None) -> tuple[str, str]:
     if present is None:
         return MISSING, ""
-    if present.table is None:
+    if present.main is None:
         return MISSING, "its function is there, but not the trigger"
-    if (present.schema, present.table) != _place(trigger):
-        return MISSING, f"the table that had it is now {present.schema}.{present.table}"
-    if present.enabled == "D":
-        return OUTDATED, "the trigger is disabled"
-    if present.enabled != ("A" if trigger.spec.replicated else "O"):
-        return OUTDATED, "somebody has changed when the trigger fires"
-    if present.body != trigger.body:
+    if present.copied:
+        return MISSING, "the table is a copy of the one that the trigger was made for"
+    main, oid = present.main, trigger.spec.table.oid
+    if main.oid != oid:
+        return MISSING, f"the table that had it is now {main.schema}.{main.table}"
+    if present.body != normalized(trigger.body):
         return OUTDATED, "somebody has changed the function"
+    fired = {each.oid: each for each in present.fired}
+    for relation in trigger.spec.relations:
+        where = "" if relation.oid == oid else f" of {relation.schema}.{relation.name}"
+        each = fired.get(relation.oid)
+        if each is None:
+            return OUTDATED, f"the trigger{where} is missing"
+        if each.enabled == "D":
+            return OUTDATED, f"the trigger{where} is disabled"
+        if each.enabled != ("A" if trigger.spec.replicated else "O"):
+            return OUTDATED, f"somebody has changed when the trigger{where} fires"
+    if present.silent_parts:
+        part = present.silent_parts[0]
+        return OUTDATED, f"the trigger of the partition {part} is disabled, or fires at other times"
+    if not present.able:
+        return OUTDATED, _unable(present)
     return INSTALLED, ""
 
 
@@ -187,12 +208,30 @@ def install(
     tables = [list(triggers) for _, triggers in groupby(pending, _place)]
     for triggers in tables:
         _check_privileges(cursor, triggers[0])
-    if any(trigger.spec.durable for trigger in pending):
+    if any(trigger.spec.transport.durable for trigger in pending):
         _check_outbox_rights(cursor)
     created: list[Trigger] = []
     for triggers in tables:
         created += _install_on_table(cursor, namespace, triggers, limits)
     return created
+
+
+def install_what_can_be(
+    cursor: Cursor, namespace: str, wanted: Sequence[Trigger], limits: Limits
+) -> str:
+    """Install for a Hub that runs already: a table that cannot be mended keeps back no other.
+
+    Returns why something is missing, or nothing. One try for each table: readers queue behind it.
+    """
+    once = replace(limits, total=limits.lock)
+    pending = plan(wanted, read_installed(cursor, namespace)).created
+    problems = []
+    for _, triggers in groupby(pending, _place):
+        try:
+            install(cursor, namespace, list(triggers), once)
+        except DatabaseError as error:
+            problems.append(str(error))
+    return "; ".join(problems)
 
 
 def _install_on_table(
@@ -201,7 +240,8 @@ def _install_on_table(
     def apply() -> list[Trigger]:
         change = plan(triggers, read_installed(cursor, namespace))
         for statement in change.statements:
-            log.debug("installing: %s", statement.partition("\n")[0])
+            made = statement.find("CREATE FUNCTION") if statement.startswith("DO ") else -1
+            log.debug("installing: %s", statement[max(0, made) :].partition("\n")[0])
         if change.statements:
             # At once, so that writers wait for no round trips while we hold the table's lock.
             cursor.execute(";\n".join(change.statements))
@@ -221,67 +261,42 @@ def _install_on_table(
 def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
     """Raise PrivilegeError, with the GRANTs that would help, if the role may not install."""
     table = trigger.spec.table
-    cursor.execute(
-        "SELECT pg_catalog.has_table_privilege(%s, 'TRIGGER'),"
-        " pg_catalog.has_schema_privilege(%s, 'CREATE'),"
-        " current_user",
-        (table.oid, table.schema),
-    )
-    row = cursor.fetchone()
-    assert row is not None
-    may_trigger, may_create, role = row
-    lacking: list[str] = []
-    grants: list[tuple[str, tuple[str, ...]]] = []
-    if not may_trigger:
-        lacking.append(f"TRIGGER on {table.qualified}")
-        grants.append(("GRANT TRIGGER ON {} TO {}", (table.schema, table.name)))
-    if not may_create:
-        lacking.append(f"CREATE on the schema {table.schema}")
-        grants.append(("GRANT CREATE ON SCHEMA {} TO {}", (table.schema,)))
-    if lacking:
-        fix = "; ".join(
-            sql.SQL(text).format(sql.Identifier(*name), sql.Identifier(role)).as_string(cursor)
-            for text, name in grants
-        )
+    wanted = [Right("TRIGGER", (each.schema, each.name)) for each in trigger.spec.relations]
+    lacks = lacking(cursor, [*wanted, Right("CREATE", (table.schema,), "SCHEMA")])
+    if lacks:
+        role = current_role(cursor)
+        fix = "; ".join(grants(cursor, role, lacks))
         raise PrivilegeError(
-            f"The role {role!r} lacks {' and '.join(lacking)}, which installing takes. Run "
+            f"The role {role!r} lacks {' and '.join(map(str, lacks))}, which installing takes. Run "
             '`pgsignals install` as the tables\' owner and start with install="check", or have '
             f"the owner run: {fix}."
         )
-    if trigger.spec.durable:
+    if trigger.spec.transport.durable:
         _check_definer(cursor, table)
 
 
 # What the functions do that write to the outbox, with the rights of who installs them; noting what
 # they write; and, where a trigger was missing, that consumers have lost events.
-_OUTBOX_RIGHTS = """
-SELECT needed.privilege, needed.kind, needed.relation
-FROM (VALUES ('INSERT', 'TABLE', 'outbox'), ('SELECT', 'TABLE', 'settings'),
-             ('SELECT', 'TABLE', 'consumers'), ('SELECT', 'TABLE', 'channels'),
-             ('INSERT', 'TABLE', 'channels'), ('UPDATE', 'TABLE', 'channels'),
-             ('UPDATE', 'SEQUENCE', 'outbox_id'),
-             ('UPDATE', 'SEQUENCE', 'outbox_shed'), ('UPDATE', 'SEQUENCE', 'outbox_full'),
-             ('SELECT', 'SEQUENCE', 'outbox_full'), ('SELECT', 'SEQUENCE', 'outbox_slot')
-     ) AS needed (privilege, kind, relation)
-JOIN pg_catalog.pg_namespace n ON n.nspname = 'pgsignals'
-JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = needed.relation
-WHERE NOT CASE needed.kind
-  WHEN 'TABLE' THEN pg_catalog.has_table_privilege(c.oid, needed.privilege)
-  ELSE pg_catalog.has_sequence_privilege(c.oid, needed.privilege) END
-UNION ALL
-SELECT 'UPDATE (lost_until)', 'TABLE', 'consumers'
-FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = 'pgsignals' AND c.relname = 'consumers'
-  AND NOT pg_catalog.has_column_privilege(c.oid, 'lost_until', 'UPDATE')
-UNION ALL
-SELECT 'EXECUTE', 'FUNCTION', 'has_room'
-FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
-WHERE n.nspname = 'pgsignals' AND p.proname = 'has_room'
-  AND NOT pg_catalog.has_function_privilege(p.oid, 'EXECUTE')
-UNION ALL
-SELECT 'USAGE', 'SCHEMA', NULL FROM pg_catalog.pg_namespace n
-WHERE n.nspname = 'pgsignals' AND NOT pg_catalog.has_schema_privilege(n.oid, 'USAGE')
-"""
+_OUTBOX_RIGHTS = (
+    *(
+        Right(privilege, ("pgsignals", name), kind)
+        for kind, name, *privileges in (
+            ("TABLE", "outbox", "INSERT"),
+            ("TABLE", "settings", "SELECT"),
+            ("TABLE", "consumers", "SELECT", "UPDATE (lost_until, acknowledged_at)"),
+            ("TABLE", "channels", "SELECT", "INSERT", "UPDATE"),
+            ("TABLE", "relations", "SELECT", "INSERT", "UPDATE"),
+            ("SEQUENCE", "outbox_id", "UPDATE"),
+            ("SEQUENCE", "outbox_shed", "UPDATE"),
+            ("SEQUENCE", "outbox_full", "UPDATE", "SELECT"),
+            ("SEQUENCE", "outbox_slot", "SELECT"),
+            ("FUNCTION", "has_room", "EXECUTE"),
+            ("FUNCTION", "put", "EXECUTE"),
+        )
+        for privilege in privileges
+    ),
+    Right("USAGE", ("pgsignals",), "SCHEMA"),
+)
 
 
 def _check_outbox_rights(cursor: Cursor) -> None:
@@ -289,25 +304,14 @@ def _check_outbox_rights(cursor: Cursor) -> None:
 
     Every write to the table would fail then.
     """
-    cursor.execute(_OUTBOX_RIGHTS)
-    lacking = cursor.fetchall()
-    if not lacking:
-        return
-    cursor.execute("SELECT current_user")
-    [(role,)] = cursor.fetchall()
-    fix = "; ".join(
-        sql.SQL(f"GRANT {privilege} ON {kind} {{}}{'()' if kind == 'FUNCTION' else ''} TO {{}}")
-        .format(
-            sql.Identifier(*filter(None, ("pgsignals", relation))),
-            sql.Identifier(role),
+    lacks = lacking(cursor, _OUTBOX_RIGHTS)
+    if lacks:
+        role = current_role(cursor)
+        fix = "; ".join(grants(cursor, role, lacks))
+        raise PrivilegeError(
+            f"The role {role!r} lacks rights on the outbox, with which the triggers would write to "
+            f"it. Have the owner of the schema pgsignals run: {fix}."
         )
-        .as_string(cursor)
-        for privilege, kind, relation in lacking
-    )
-    raise PrivilegeError(
-        f"The role {role!r} lacks rights on the outbox, with which the triggers would write to it. "
-        f"Have the owner of the schema pgsignals run: {fix}."
-    )
 
 
 def _check_definer(cursor: Cursor, table: Table) -> None:
@@ -365,6 +369,45 @@ def check(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Drift:
+    """Why triggers are not as the watchers need them.
+
+    ``moved``: the watchers need others than those that are listened to, which a new connection
+    finds out; otherwise the same ones are to be mended, if anybody may. Unless it ``fits``, nothing
+    that could be installed would do.
+    """
+
+    reason: str
+    moved: bool = False
+    fits: bool = True
+
+
+def find_drift(
+    cursor: Cursor,
+    namespace: str,
+    former: Sequence[Trigger],
+    wanted: Sequence[Trigger],
+    may_install: bool,
+) -> Drift | None:
+    """Why what is listened to, ``former``, is not what the watchers need by now; None if it is."""
+    known = {(trigger.name, trigger.relations) for trigger in former}
+    moved = [each for each in wanted if (each.name, each.relations) not in known]
+    change = plan(wanted, read_installed(cursor, namespace))
+    needed = {trigger.name for trigger in wanted}
+    lacking = [
+        f"the trigger for {state.op} on {state.schema}.{state.table}: {state.detail or 'missing'}"
+        for state in change.states
+        if state.name in needed and state.status != INSTALLED
+    ]
+    # Where somebody else has to install, the former ones are heard until then.
+    if moved and (may_install or not lacking):
+        table = moved[0].spec.table.qualified
+        return Drift(f"{table} is another table, or has other relatives, than before", True)
+    # What has moved without may_install is lacking too.
+    return Drift(lacking[0]) if lacking else None
+
+
 def prune(
     cursor: Cursor,
     namespace: str,
@@ -385,7 +428,7 @@ def prune(
         if item.in_use or (only is not None and item.name not in only):
             continue
         try:
-            with _transaction(cursor):
+            with transaction(cursor):
                 _set_lock_timeout(cursor, limits.lock)
                 if not _claim(cursor, item):
                     continue
@@ -424,17 +467,15 @@ def uninstall(
 
 
 def _claim(cursor: Cursor, item: Installed) -> bool:
-    """Take the listeners' lock for the transaction; False when somebody listens.
+    """Whether nobody listens, nor can begin to before the end of the transaction.
 
-    Whoever starts with this trigger takes the lock first and looks for the trigger then, so that
-    it either keeps us from removing it or finds it gone.
+    Whoever starts first says that it listens, then waits for this lock, and then looks for the
+    trigger, so that it either keeps us from removing it or finds it gone.
     """
     cursor.execute(
-        "SELECT pg_catalog.pg_try_advisory_xact_lock(%s, %s)",
-        (names.LOCK_CLASS, names.lock_key(item.hash)),
+        "SELECT pg_catalog.pg_advisory_xact_lock(%s, %s)", (names.LOCK_CLASS, names.REMOVAL_LOCK)
     )
-    row = cursor.fetchone()
-    return row is not None and bool(row[0])
+    return item.copied or not any(names.listens(keys, item.hash) for keys in read_listeners(cursor))
 
 
 def _in_use(namespace: str, item: Installed) -> DatabaseError:
@@ -458,13 +499,14 @@ def in_install_lock(
     Each try gives up its locks after ``limits.lock`` and pauses, so that writers are never queued
     behind us for longer.
     """
+    place = schema if table is None else f"{schema}.{table}"
     began = time.monotonic()
     deadline = began + limits.total
     attempt = 0
     while True:
         attempt += 1
         try:
-            with _transaction(cursor):
+            with transaction(cursor):
                 # Nobody but other installers waits behind this lock.
                 _set_lock_timeout(cursor, max(deadline - time.monotonic(), limits.lock))
                 cursor.execute(
@@ -474,21 +516,28 @@ def in_install_lock(
                 _set_lock_timeout(cursor, limits.lock)
                 return apply()
         except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
-            pause = random.uniform(0.5, 1.5) * limits.lock
+            pause = chance.uniform(0.5, 1.5) * limits.lock
             if time.monotonic() + pause >= deadline:
                 raise InstallLockError(
-                    f"The triggers of {schema}.{table} could not be changed within "
+                    f"{f'The schema {schema}' if table is None else f'The triggers of {place}'} "
+                    f"could not be changed within "
                     f"{time.monotonic() - began:.1f} s, in {attempt} tries that waited "
                     f"{limits.lock:g} s each: {error.diag.message_primary}."
                     f"{lock_holders(cursor, schema, table)} Try again when that has ended, or "
                     "allow more time with install_timeout=."
                 ) from error
-            log.info("%s.%s is locked; trying again in %.1f s", schema, table, pause)
+            log.info("%s is locked; trying again in %.1f s", place, pause)
             time.sleep(pause)
         except pg.InsufficientPrivilege as error:
             raise PrivilegeError(
-                f"{schema}.{table}: {error.diag.message_primary}. Run `pgsignals install` as that "
+                f"{place}: {error.diag.message_primary}. Run `pgsignals install` as that "
                 'owner, and start with install="check".'
+            ) from error
+        except (pg.UndefinedTable, pg.InvalidSchemaName) as error:
+            # Resolved a moment ago: what the watchers need is another table by now, or none.
+            raise DatabaseError(
+                f"{place} was renamed or dropped while its triggers were installed: "
+                f"{error.diag.message_primary}. Try again."
             ) from error
         except (pg.DuplicateObject, pg.DuplicateFunction) as error:
             raise DatabaseError(
@@ -508,7 +557,9 @@ WHERE l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
   AND l.database = (SELECT oid FROM pg_catalog.pg_database
                     WHERE datname = pg_catalog.current_database())
   AND (l.relation IN (SELECT %(table)s::regclass
-                      UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(table)s::regclass))
+                      UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(table)s::regclass)
+                      UNION SELECT oid FROM pg_catalog.pg_class WHERE %(table)s IS NULL
+                        AND relnamespace = pg_catalog.to_regnamespace('pgsignals'))
        OR (l.locktype = 'advisory' AND l.mode = 'ExclusiveLock' AND l.objsubid = 2
            AND l.classid = %(class)s AND l.objid = %(install)s))
 GROUP BY 1, 2, 3, 4
@@ -519,6 +570,8 @@ LIMIT 3
 
 def lock_holders(cursor: Cursor, schema: str, table: str | None) -> str:
     """Who holds locks that may be in the way, for the message; empty if nobody does any more.
+
+    Those of the ``table``, or without one those of the outbox.
 
     Writers and installers come first: they are in the way of a new trigger, readers only of
     replacing one.
@@ -542,16 +595,3 @@ def _set_lock_timeout(cursor: Cursor, seconds: float) -> None:
     cursor.execute(
         "SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{int(seconds * 1000)}ms",)
     )
-
-
-@contextmanager
-def _transaction(cursor: Cursor) -> Iterator[None]:
-    """A transaction on an autocommit connection."""
-    cursor.execute("BEGIN")
-    try:
-        yield
-    except BaseException:
-        if not cursor.connection.closed:
-            cursor.execute("ROLLBACK")
-        raise
-    cursor.execute("COMMIT")

@@ -6,21 +6,30 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
-from ..payload import RAW_TYPES, VERSION, Field, Layout
-from ..tables import Column, Table
-from . import names, outbox_body
+from ..core.payload import RAW_TYPES, VERSION, Field, Layout
+from ..core.tables import Column, Relation, Table
+from ..core.transport import Transport
+from . import bodies, names
+from .quoting import dollar_quoted, literal, quoted_identifier
 
 # Bump when the generated text is meant to replace what older versions installed.
-FORMAT = 2
+FORMAT = 3
+
 
 _EVENTS = {"inserted": "INSERT", "updated": "UPDATE", "deleted": "DELETE", "truncated": "TRUNCATE"}
 _TEXT = ("text", "varchar", "name")
+# Types of pg_catalog with several texts for one value, which are compared as what they are. What
+# has one text is compared by it, since a value that the type does not have, a label that an enum
+# has yet to get, would be an error.
+_LOOSE = ("bool", "bpchar", "numeric", "float4", "float8")
 _CHANNEL = "pgsignals:channel"
 _KEY = "pgsignals:key"
+
 
 # What a value's text depends on in the writer's session, and how we want it.
 SETTINGS = (
@@ -45,12 +54,28 @@ def _qualified(text: str) -> str:
 _THEN = _qualified(" || ")
 
 
+# PostgreSQL 14 writes a "char" beyond ASCII as the byte that it is, which is no text; later ones
+# write its octal escape. An array has it in its elements; one of several dimensions is left alone.
+_CHAR = _qualified(
+    "CASE WHEN {value}::pg_catalog.int4 < 0"
+    " THEN pg_catalog.encode(pg_catalog.charsend({value}), 'escape')"
+    " ELSE pg_catalog.textin({output}({value})) END"
+)
+_CHARS = _qualified(
+    "pg_catalog.textin(CASE WHEN 0 > ANY ({value}::pg_catalog.int4[])"
+    " AND pg_catalog.array_ndims({value}) = 1 AND pg_catalog.array_lower({value}, 1) = 1"
+    " THEN pg_catalog.array_out(ARRAY(SELECT "
+    + _CHAR.replace("{value}", "pgs_each.c").replace("{output}", "pg_catalog.charout")
+    + " FROM pg_catalog.unnest({value}) AS pgs_each (c))) ELSE {output}({value}) END)"
+)
+
+
 @dataclass(frozen=True)
 class Specification:
     """One operation of one watcher, resolved against its table: what a trigger must do.
 
-    ``tracked`` are the columns whose values travel; ``columns`` those that must differ. ``durable``
-    triggers write to the outbox, others notify.
+    ``tracked`` are the columns whose values travel; ``columns`` those that must differ. The
+    trigger writes to ``transport``. ``model`` names one that shares the table.
     """
 
     namespace: str
@@ -61,7 +86,8 @@ class Specification:
     tracked: tuple[Column, ...] = ()
     when: str | None = None
     replicated: bool = False
-    durable: bool = False
+    transport: Transport = Transport.NOTIFY
+    model: str = ""
 
     @property
     def compared(self) -> bool:
@@ -72,12 +98,22 @@ class Specification:
     def row_level(self) -> bool:
         """Whether PostgreSQL demands a row trigger.
 
-        Statement triggers do not see rows that reach a partition by the parent's name or the
-        other way round, and the apply worker of a subscription fires no statement triggers.
+        Statement triggers do not see rows that reach a partition or a child by the parent's name
+        or the other way round, and the apply worker of a subscription fires no statement triggers.
         """
         if self.op == "truncated":
             return False
-        return self.replicated or self.table.partitioned or self.table.inherits
+        table = self.table
+        return self.replicated or table.partitioned or table.inherits or bool(table.children)
+
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """The tables that have the trigger: the watched one, and those that inherit from it.
+
+        PostgreSQL itself gives it to partitions. TRUNCATE of a child is not one of the table.
+        """
+        own = Relation(self.table.schema, self.table.name, self.table.oid)
+        return (own,) if self.op == "truncated" else (own, *self.table.children)
 
 
 def value_text(column: Column, alias: str) -> sql.Composable:
@@ -85,9 +121,18 @@ def value_text(column: Column, alias: str) -> sql.Composable:
     if column.output == ("pg_catalog", "textout"):
         # Not every type with this output function, refcursor for one, can be passed to it.
         return sql.SQL("{}::pg_catalog.text").format(_value(column, alias))
-    return sql.SQL("pg_catalog.textin({output}({value}))").format(
-        output=sql.Identifier(*column.output), value=_value(column, alias)
+    text = {("pg_catalog", "char"): _CHAR, ("pg_catalog", "_char"): _CHARS}.get(
+        column.base_type, "pg_catalog.textin({output}({value}))"
     )
+    return sql.SQL(text).format(output=sql.Identifier(*column.output), value=_value(column, alias))
+
+
+def value_of_text(column: Column, text: str) -> sql.Composable:
+    """The value, of the type beneath any domain, that has this text by ``value_text``."""
+    if column.base_type == ("pg_catalog", "char") and re.fullmatch(r"\\[0-7]{3}", text):
+        # PostgreSQL 14 does not read what later ones write.
+        return sql.SQL('({})::pg_catalog."char"').format(sql.SQL(str(int(text[1:], 8) - 256)))
+    return sql.SQL("{}::{}").format(sql.Literal(text), sql.Identifier(*column.base_type))
 
 
 def value_json(column: Column, alias: str, bounded: bool = False) -> sql.Composable:
@@ -132,7 +177,7 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
     keys = [value_json(column, alias) for column in key]
     if moved:
         keys += [value_json(column, "old") for column in key]
-    bounded = not spec.durable
+    bounded = not spec.transport.durable
     values = [value_json(column, alias, bounded) for column in spec.tracked]
     if spec.compared:
         values += [value_json(column, "old", bounded) for column in spec.tracked]
@@ -156,15 +201,10 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
 def _conditions(spec: Specification) -> sql.Composable:
     found: list[sql.Composable] = []
     if spec.table.only is not None:
-        name, accepted = spec.table.only
-        column = next(c for c in spec.table.columns if c.name == name)
-        alias = "old" if spec.op == "deleted" else "new"
-        found.append(
-            sql.SQL("{} OPERATOR(pg_catalog.=) ANY (ARRAY[{}]::pg_catalog.text[])").format(
-                value_text(column, alias),
-                sql.SQL(", ").join(sql.Literal(str(value)) for value in accepted),
-            )
-        )
+        # A row that an update takes out of the class, or into it, is an event for the class.
+        sides = {"updated": ("old", "new"), "deleted": ("old",)}.get(spec.op, ("new",))
+        belongs = [_belongs(spec.table, spec.table.only, side) for side in sides]
+        found.append(sql.SQL("({})").format(sql.SQL(" OR ").join(belongs)))
     if spec.columns:
         found.append(sql.SQL("({})").format(sql.SQL(" OR ").join(map(differs, spec.columns))))
     if spec.when is not None:
@@ -173,19 +213,41 @@ def _conditions(spec: Specification) -> sql.Composable:
     return sql.SQL(" AND ").join(found) if found else sql.SQL("true")
 
 
+def _belongs(table: Table, only: tuple[str, tuple[object, ...]], alias: str) -> sql.Composable:
+    """Whether a row is the model's own, where models share a table."""
+    name, accepted = only
+    column = next(c for c in table.columns if c.name == name)
+    loose = column.base_type[0] == "pg_catalog" and column.base_type[1] in _LOOSE
+    return sql.SQL("{} OPERATOR(pg_catalog.=) ANY (ARRAY[{}]::{}[])").format(
+        _value(column, alias) if loose else value_text(column, alias),
+        sql.SQL(", ").join(sql.Literal(str(value)) for value in accepted),
+        sql.Identifier(*(column.base_type if loose else ("pg_catalog", "text"))),
+    )
+
+
 def _rows(spec: Specification) -> sql.Composable:
-    """The FROM clause of a statement trigger.
+    """The FROM clause of the statement that reads the rows.
 
     Transition tables have no row identity. PostgreSQL fills both in the order in which it updates
     (AfterTriggerSaveEvent in trigger.c adds the old and the new row of one update in one call), so
     that rows are paired by position. Pairing by key would lose rows whose key changes, and
     multiplies rows that two foreign keys' actions update inside one statement.
     """
+    if spec.row_level:
+        # The row is a parameter, of the table's type as it is by now.
+        return sql.SQL("FROM {}").format(
+            sql.SQL(", ").join(
+                sql.SQL(f"pg_catalog.unnest(ARRAY[${number}]) AS {side}")
+                for number, side in enumerate(_sides(spec), 1)
+            )
+        )
     if spec.op == "inserted":
         return sql.SQL("FROM pgs_new AS new")
     if spec.op == "deleted":
         return sql.SQL("FROM pgs_old AS old")
-    if not spec.table.key and not spec.tracked and not spec.columns and spec.when is None:
+    if not (
+        spec.table.key or spec.table.only or spec.tracked or spec.columns or spec.when is not None
+    ):
         return sql.SQL("FROM pgs_new AS new")
     number = "pgs_n"
     while number in {column.name for column in spec.table.columns}:
@@ -197,38 +259,82 @@ def _rows(spec: Specification) -> sql.Composable:
     ).format(number=sql.SQL(number))
 
 
+def _sides(spec: Specification) -> tuple[str, ...]:
+    """The rows that there are at the operation."""
+    return {"inserted": ("new",), "deleted": ("old",)}.get(spec.op, ("old", "new"))
+
+
 def _select(spec: Specification) -> sql.Composable:
     """Fills ``pgs_lines`` and, with rows whose key changed, ``pgs_moved``."""
     if spec.op == "truncated":
-        return sql.SQL("pgs_lines := '[]';")
+        return sql.SQL(
+            "pgs_lines := CASE WHEN pgs_try OPERATOR(pg_catalog.<) {} THEN '[]' END;"
+        ).format(sql.SQL(str(bodies.BY_ERROR)))
     line, conditions = _line(spec, False), _conditions(spec)
     key = spec.table.key_columns if spec.op == "updated" else ()
     moved = sql.SQL(" OR ").join(map(differs, key))
-    if spec.row_level:
-        # new and old are variables here, and an expression costs a third of a query.
-        assign = sql.SQL("pgs_lines := {};").format(line)
-        if key:
-            assign = sql.SQL("IF {} THEN pgs_moved := {}; ELSE {} END IF;").format(
-                moved, _line(spec, True), assign
-            )
-        return sql.SQL("IF {} THEN\n      {}\n    END IF;").format(conditions, assign)
     aggregate = sql.SQL("pg_catalog.string_agg({}, E'\\n')")
-    if not key:
+    fetched: tuple[sql.Composable, ...] = (aggregate.format(line),)
+    if key:
+        fetched = (
+            sql.SQL("{} FILTER (WHERE NOT ({}))").format(fetched[0], moved),
+            sql.SQL("{} FILTER (WHERE {})").format(aggregate.format(_line(spec, True)), moved),
+        )
+    into = "pgs_lines, pgs_moved" if key else "pgs_lines"
+    if not spec.row_level:
         return sql.SQL(
-            "SELECT {line} INTO pgs_lines\n        {rows}\n        WHERE {conditions};"
-        ).format(line=aggregate.format(line), rows=_rows(spec), conditions=conditions)
-    return sql.SQL(
-        "SELECT {line} FILTER (WHERE NOT ({moved})),\n"
-        "             {moved_line} FILTER (WHERE {moved})\n"
-        "        INTO pgs_lines, pgs_moved\n"
-        "        {rows}\n        WHERE {conditions};"
-    ).format(
-        line=aggregate.format(line),
-        moved_line=aggregate.format(_line(spec, True)),
-        moved=moved,
-        rows=_rows(spec),
-        conditions=conditions,
+            "IF pgs_try OPERATOR(pg_catalog.=) {attempt} THEN\n"
+            "        SELECT {fetched}\n"
+            "          INTO {into}\n"
+            "          {rows}\n"
+            "          WHERE {conditions};\n"
+            "      END IF;"
+        ).format(
+            attempt=sql.SQL(str(bodies.BY_STATEMENT)),
+            fetched=sql.SQL(",\n          ").join(fetched),
+            into=sql.SQL(into),
+            rows=_rows(spec),
+            conditions=conditions,
+        )
+    # New and old are variables here, and an expression costs a third of a query. But its plan is
+    # the session's for good: after ALTER COLUMN TYPE only a statement that is planned anew works.
+    assign = sql.SQL("pgs_lines := {};").format(line)
+    if key:
+        assign = sql.SQL("IF {} THEN pgs_moved := {}; ELSE {} END IF;").format(
+            moved, _line(spec, True), assign
+        )
+    statement = sql.SQL("SELECT {} {} WHERE {}").format(
+        sql.SQL(", ").join(fetched), _rows(spec), conditions
     )
+    return _Statement(
+        sql.SQL(
+            "IF pgs_try OPERATOR(pg_catalog.=) {by_variables} THEN\n"
+            "        IF {conditions} THEN\n          {assign}\n        END IF;\n"
+            "      ELSIF pgs_try OPERATOR(pg_catalog.=) {by_statement} THEN\n"
+            "        EXECUTE "
+        ).format(
+            by_variables=sql.SQL(str(bodies.BY_VARIABLES)),
+            by_statement=sql.SQL(str(bodies.BY_STATEMENT)),
+            conditions=conditions,
+            assign=assign,
+        ),
+        statement,
+        sql.SQL(f" INTO {into} USING {', '.join(_sides(spec))};\n      END IF;"),
+    )
+
+
+class _Statement(sql.Composable):
+    """A statement as a literal between two pieces of code."""
+
+    def __init__(
+        self, head: sql.Composable, statement: sql.Composable, tail: sql.Composable
+    ) -> None:
+        super().__init__((head, statement, tail))
+        self._parts = head, statement, tail
+
+    def as_string(self, context: Any) -> str:
+        head, statement, tail = (part.as_string(context) for part in self._parts)
+        return f"{head}{dollar_quoted(statement)}{tail}"
 
 
 def row_text(spec: Specification) -> tuple[sql.Composable, sql.Composable]:
@@ -236,154 +342,11 @@ def row_text(spec: Specification) -> tuple[sql.Composable, sql.Composable]:
     return _line(spec, False), _conditions(spec)
 
 
-# The notification limit is 7,999 bytes (NOTIFY_PAYLOAD_MAX_LENGTH), in the server's encoding; of
-# several messages, the header's sequence and flags, added to each, take at most 70.
-#
-# Names are looked up in the writer's search_path, or the installer's where the watcher has a
-# condition: hence each function, type and operator is qualified, and what looks for an operator by
-# itself (IN, BETWEEN, IS DISTINCT FROM) is not used. A SET clause would cost a third of the whole:
-# beside 32 writers, of which each statement sets it and back, a twelfth of their throughput.
-#
-# What most statements come to, one short message in a transaction's first statement, has few
-# expressions, since plpgsql prepares each that it evaluates anew in every transaction.
-_BODY = _qualified(r"""
-#variable_conflict use_column
-DECLARE
-  pgs_lines pg_catalog.text;
-  pgs_moved pg_catalog.text;
-  pgs_messages pg_catalog.text[];
-  pgs_text pg_catalog.text;
-  pgs_flags pg_catalog.text;
-  pgs_context pg_catalog.text;
-  pgs_head pg_catalog.text;
-  pgs_sequence pg_catalog.int8 := 1;
-  pgs_encoding pg_catalog.name;
-  pgs_data pg_catalog.bytea;
-  pgs_piece pg_catalog.bytea;
-  pgs_at pg_catalog.int4;
-  pgs_size pg_catalog.int4;
-  pgs_room pg_catalog.int4;
-BEGIN
-  BEGIN
-    -- One look at all three.
-    IF pg_catalog.concat(
-      pg_catalog.current_setting('pgsignals.muted', true),
-      pg_catalog.current_setting('pgsignals.context', true),
-      pg_catalog.current_setting('pgsignals.sequence', true)) <> ''
-    THEN
-      IF pg_catalog.current_setting('pgsignals.muted', true) = 'on' THEN
-        RETURN NULL;
-      END IF;
-      pgs_text := pg_catalog.current_setting('pgsignals.context', true);
-      IF pgs_text <> '' AND pg_catalog.octet_length(pgs_text) <= 2000 THEN
-        pgs_text := pg_catalog.to_json(pgs_text)::pg_catalog.text;
-        IF pg_catalog.octet_length(pgs_text) <= 4000 THEN
-          pgs_context := ',"c":' || pgs_text;
-        END IF;
-      END IF;
-      -- Counts messages of the transaction, since PostgreSQL collapses notifications that are
-      -- equal. Anybody can set it to anything.
-      pgs_text := pg_catalog.current_setting('pgsignals.sequence', true);
-      IF pgs_text ~ '^[0-9]{{1,15}}$' THEN
-        pgs_sequence := pgs_text::pg_catalog.int8 + 1;
-      END IF;
-    END IF;
-
-    {select}
-    -- Only with rows: a statement that changed none must not take a transaction id for our sake.
-    pgs_text := CASE WHEN pgs_lines IS NOT NULL AND pgs_moved IS NULL THEN
-      pg_catalog.concat({head}, ',"s":', pgs_sequence, E'}}\n', pgs_lines) END;
-    IF pgs_text IS NULL OR pg_catalog.octet_length(pgs_text) > 7999 THEN
-      IF pgs_lines IS NULL AND pgs_moved IS NULL THEN
-        RETURN NULL;
-      END IF;
-      pgs_head := pg_catalog.concat({head});
-      pgs_room := 7929 - pg_catalog.octet_length(pgs_head);
-      pgs_messages := '{{}}';
-      pgs_flags := '';
-      pgs_encoding := pg_catalog.getdatabaseencoding();
-      pgs_sequence := pgs_sequence - 1;
-      FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
-        pgs_data := pg_catalog.convert_to(pgs_text, pgs_encoding);
-        pgs_at := 1;
-        WHILE pgs_at <= pg_catalog.octet_length(pgs_data) LOOP
-          pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_room + 1);
-          pgs_size := pg_catalog.octet_length(pgs_piece);
-          IF pgs_size > pgs_room THEN
-            -- Whole lines only: what follows the last newline is left for the next message.
-            pgs_size := pgs_room - pg_catalog.octet_length(pg_catalog.decode(
-              pg_catalog.split_part(pg_catalog.encode(pgs_piece, 'escape'), E'\n', -1), 'escape'));
-          END IF;
-          pgs_sequence := pgs_sequence + 1;
-          IF pgs_size >= 0 THEN
-            pgs_messages := pg_catalog.array_append(pgs_messages, pg_catalog.concat(
-              pgs_head, ',"s":', pgs_sequence, pgs_flags, E'}}\n',
-              pg_catalog.convert_from(substring(pgs_piece FROM 1 FOR pgs_size), pgs_encoding)));
-            pgs_at := pgs_at + pgs_size + 1;
-          ELSE
-            -- One row is longer than a notification: only its key, before the tab, goes.
-            pgs_size := 16384;
-            LOOP
-              pgs_piece := substring(pgs_data FROM pgs_at FOR pgs_size);
-              EXIT WHEN pg_catalog.octet_length(pgs_piece) < pgs_size
-                OR position(E'\\x0a'::pg_catalog.bytea IN pgs_piece) > 0;
-              pgs_size := pgs_size * 2;
-            END LOOP;
-            pgs_size := position(E'\\x0a'::pg_catalog.bytea IN pgs_piece) - 1;
-            IF pgs_size >= 0 THEN
-              pgs_piece := substring(pgs_piece FROM 1 FOR pgs_size);
-            END IF;
-            pgs_at := pgs_at + pg_catalog.octet_length(pgs_piece) + 1;
-            pgs_text := pg_catalog.convert_from(pgs_piece, pgs_encoding);
-            IF pg_catalog.strpos(pgs_text, E'\t') > 0 THEN
-              pgs_text := pg_catalog.split_part(pgs_text, E'\t', 1) || ']';
-            END IF;
-            IF pg_catalog.octet_length(pgs_text) <= pgs_room THEN
-              pgs_messages := pg_catalog.array_append(pgs_messages, pg_catalog.concat(
-                pgs_head, ',"s":', pgs_sequence, pgs_flags, E',"cut":true}}\n', pgs_text));
-            ELSE
-              pgs_text := pg_catalog.translate(pg_catalog.encode(
-                pg_catalog.convert_to(pgs_text, 'UTF8'), 'base64'), E'\n', '');
-              pgs_size := (pg_catalog.octet_length(pgs_text) + pgs_room - 1) / pgs_room;
-              FOR pgs_part IN 1..pgs_size LOOP
-                pgs_messages := pg_catalog.array_append(pgs_messages, pg_catalog.concat(
-                  pgs_head, ',"s":', pgs_sequence, pgs_flags,
-                  ',"cut":true,"part":[', pgs_part, ',', pgs_size, E']}}\n',
-                  pg_catalog.substr(pgs_text, (pgs_part - 1) * pgs_room + 1, pgs_room)));
-              END LOOP;
-            END IF;
-          END IF;
-        END LOOP;
-        pgs_flags := ',"moved":true';
-      END LOOP;
-    END IF;
-  EXCEPTION WHEN OTHERS THEN
-    -- The write must go on: what broke is reported in place of the rows.
-    pgs_sequence := pgs_sequence + 1;
-    pgs_messages := NULL;
-    pgs_context := NULL;
-    pgs_text := pg_catalog.concat({head}, ',"s":', pgs_sequence, ',"error":',
-      pg_catalog.to_json(pg_catalog.left(SQLERRM, 400)), '}}');
-  END;
-  -- Not in the block: each notification would keep its subtransaction's memory to the end.
-  -- Assignments, since PERFORM would run the call as a query of its own.
-  IF pgs_messages IS NULL THEN
-    pgs_text := pg_catalog.pg_notify({channel}, pgs_text);
-  ELSE
-    FOREACH pgs_text IN ARRAY pgs_messages LOOP
-      pgs_text := pg_catalog.pg_notify({channel}, pgs_text);
-    END LOOP;
-  END IF;
-  pgs_text := pg_catalog.set_config('pgsignals.sequence', pgs_sequence::pg_catalog.text, true);
-  RETURN NULL;
-END
-""")
-
 # What a message begins with, as arguments of concat(), which renders numbers by their types.
 _HEAD = _qualified(
     r"""'{{"v":{version},"t":', (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
       * 1e6::pg_catalog.float8)::pg_catalog.int8, ',"x":', pg_catalog.pg_current_xact_id(),
-      pgs_context"""
+      {relation}pgs_context"""
 )
 
 
@@ -404,9 +367,44 @@ class Trigger:
         return names.object_name(self.hash)
 
     @property
-    def lock_key(self) -> int:
-        """The key of the advisory lock that its listeners share."""
-        return names.lock_key(self.hash)
+    def relations(self) -> tuple[int, ...]:
+        """The OIDs of the tables that have it."""
+        return tuple(relation.oid for relation in self.spec.relations)
+
+
+def _relation(spec: Specification, token: str) -> tuple[sql.Composable, ...]:
+    """SQL for the OID of the watched table that a row is of, and for whether it is one of its rows.
+
+    A function serves the table that it was made for, by its OID, its partitions and children, and
+    no other: not the copies in a cloned schema, nor a table of somebody who would have it run with
+    its owner's rights. So a partition that was detached, or a child that inherits no more, is asked
+    about each time. The answer comes in two steps: a quick one that mostly suffices, since what has
+    a query in it takes five times as long, and one that is sure.
+    """
+    tables = sql.SQL(f"'{token}'::pg_catalog.oid[]")
+    watched = sql.SQL("({})[1]").format(tables)
+    own = sql.SQL("(TG_RELID OPERATOR(pg_catalog.=) {})").format(watched)
+    if spec.table.partitioned:
+        quick = sql.SQL(
+            "((pg_catalog.pg_partition_root(TG_RELID)::pg_catalog.oid"
+            " OPERATOR(pg_catalog.=) {0}) IS TRUE OR TG_RELID OPERATOR(pg_catalog.=) {0})"
+        ).format(watched)
+        sure = sql.SQL(
+            "EXISTS (SELECT FROM pg_catalog.pg_partition_ancestors(TG_RELID) AS pgs_each (relation)"
+            " WHERE pgs_each.relation::pg_catalog.oid OPERATOR(pg_catalog.=) {})"
+        ).format(watched)
+        return watched, quick, sure
+    if not spec.table.children or spec.op == "truncated":
+        return sql.SQL("TG_RELID"), own, sql.SQL("false")
+    sure = sql.SQL(
+        "EXISTS (WITH RECURSIVE pgs_each AS ("
+        "SELECT i.inhparent FROM pg_catalog.pg_inherits AS i"
+        " WHERE i.inhrelid OPERATOR(pg_catalog.=) TG_RELID"
+        " UNION SELECT i.inhparent FROM pgs_each JOIN pg_catalog.pg_inherits AS i"
+        " ON i.inhrelid OPERATOR(pg_catalog.=) pgs_each.inhparent)"
+        " SELECT FROM pgs_each WHERE pgs_each.inhparent OPERATOR(pg_catalog.=) {})"
+    ).format(watched)
+    return watched, own, sure
 
 
 def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Trigger:
@@ -416,14 +414,27 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     watcher's condition are looked up in; it does not count for the hash, so that roles with
     different search paths agree on what is installed.
     """
-    table = sql.Identifier(spec.table.schema, spec.table.name)
+    select = _select(spec)
+    # What stands for the table, which only CREATE FUNCTION knows, stands for nothing else.
+    token, written = bodies.TABLES, select.as_string(cursor)
+    while token in written:
+        token = f"{token[:-1]}_}}"
+    relation, mine, sure = _relation(spec, token)
+    # A row of the outbox has the table in a column of its own.
+    told = sql.SQL("") if spec.transport.durable else sql.SQL("""',"r":', {}, """).format(relation)
+    first = bodies.BY_VARIABLES if spec.row_level else bodies.BY_STATEMENT
     body = (
-        sql.SQL(_qualified(outbox_body.BODY) if spec.durable else _BODY)
+        sql.SQL(_qualified(bodies.OUTBOX if spec.transport.durable else bodies.NOTIFY))
         .format(
-            select=_select(spec),
-            head=sql.SQL(_HEAD).format(version=sql.SQL(str(VERSION))),
+            first=sql.SQL(str(first)),
+            select=select,
+            head=sql.SQL(_HEAD).format(version=sql.SQL(str(VERSION)), relation=told),
             channel=sql.Literal(_CHANNEL),
+            notified=sql.Identifier(_CHANNEL),
             key=sql.SQL(_KEY),
+            mine=mine,
+            sure=sure,
+            relation=relation,
         )
         .as_string(cursor)
     )
@@ -459,7 +470,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
 
     # Each SET costs a statement of one row about as much as reading that row does.
     settings: list[sql.Composable] = []
-    if spec.durable:
+    if spec.transport.durable:
         # Writers hold no grant on the outbox.
         settings.append(sql.SQL("SECURITY DEFINER"))
     if spec.when is not None:
@@ -480,22 +491,28 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         "deleted": "REFERENCING OLD TABLE AS pgs_old ",
         "truncated": "",
     }[spec.op]
+    named = [sql.Identifier(each.schema, each.name) for each in spec.relations]
+    made = sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}AS {}").format(
+        function,
+        sql.SQL("").join(sql.SQL("{}\n  ").format(setting) for setting in settings),
+        sql.SQL(dollar_quoted(body)),
+    )
     create: list[sql.Composable] = [
-        sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}AS {}").format(
-            function,
-            sql.SQL("").join(sql.SQL("{}\n  ").format(setting) for setting in settings),
-            sql.SQL(_dollar_quoted(body)),
-        ),
-        sql.SQL("REVOKE ALL ON FUNCTION {}() FROM PUBLIC").format(function),
+        sql.SQL(_creating(made.as_string(cursor), named[0].as_string(cursor), token)),
+        # Whoever adds a partition needs the right, since the trigger is cloned as that role.
+        sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(function),
         sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(comment)),
-        sql.SQL(
-            f"CREATE TRIGGER {{}} AFTER {event} ON {{}}\n"
-            f"  {'' if spec.row_level else referencing}FOR EACH {level} EXECUTE FUNCTION {{}}()"
-        ).format(trigger, table, function),
     ]
-    if spec.replicated:
-        create.append(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
-    if spec.durable:
+    for table in named:
+        create.append(
+            sql.SQL(
+                f"CREATE TRIGGER {{}} AFTER {event} ON {{}}\n"
+                f"  {'' if spec.row_level else referencing}FOR EACH {level} EXECUTE FUNCTION {{}}()"
+            ).format(trigger, table, function)
+        )
+        if spec.replicated:
+            create.append(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
+    if spec.transport.durable:
         create += _register(spec, hashed)
     return Trigger(
         spec,
@@ -526,28 +543,50 @@ def _register(spec: Specification, hashed: str) -> list[sql.Composable]:
         values=tuple(c.attribute for c in spec.tracked),
         value_fields=fields(spec.tracked),
         compared=spec.compared,
+        model=spec.model,
     )
-    return registration(hashed, layout.encode())
+    return registration(spec.table.schema, hashed, layout.encode())
 
 
-def registration(hashed: str, definition: str) -> list[sql.Composable]:
+def registration(home: str, hashed: str, definition: str) -> list[sql.Composable]:
     """The statements by which readers of the outbox come to know a trigger's rows.
+
+    The function is in the schema ``home``. Rows of its tables are read, and of no others: those
+    that had the trigger before are read up to here.
 
     A consumer that reads them by now had a trigger that is gone (its table was dropped and created
     anew, say), and has missed what was written since: it is marked to get a Gap. That is noted in
     the transaction that creates the trigger, before which nobody is sure that it was missing.
     """
-    channel = sql.Literal(names.channel_key(hashed))
+    values: dict[str, sql.Composable] = {
+        "channel": sql.Literal(names.channel_key(hashed)),
+        "definition": sql.Literal(definition),
+        "function": sql.SQL(literal(f"{quoted_identifier(home)}.{names.object_name(hashed)}()")),
+    }
     statements = (
-        "INSERT INTO pgsignals.channels (channel, since, definition)\n"
-        "  VALUES ({channel}, pg_catalog.nextval('pgsignals.outbox_id'), {definition})\n"
+        # It goes on as the channel of those who read it by now, even where its trigger was missing
+        # or is replaced: others that they would read in its place may have had the same rows.
+        "INSERT INTO pgsignals.channels (channel, since, made, definition)\n"
+        "  SELECT {channel}, id, id, {definition}\n"
+        "  FROM (SELECT pg_catalog.nextval('pgsignals.outbox_id') AS id) AS new\n"
         "  ON CONFLICT (channel) DO UPDATE\n"
-        "    SET since = excluded.since, definition = excluded.definition",
+        "  SET made = excluded.made, definition = excluded.definition,\n"
+        "    since = CASE WHEN EXISTS (SELECT FROM pgsignals.consumers AS c\n"
+        "      WHERE channels.channel OPERATOR(pg_catalog.=) ANY (c.channels))\n"
+        "    THEN channels.since ELSE excluded.since END",
+        # A table that was renamed, or had the trigger in another life, is the watched one no more.
+        "UPDATE pgsignals.relations SET until = pg_catalog.nextval('pgsignals.outbox_id')\n"
+        "  WHERE channel = {channel} AND until IS NULL",
+        "INSERT INTO pgsignals.relations (channel, relation)\n"
+        "  SELECT DISTINCT ({channel})::bigint, tgrelid FROM pg_catalog.pg_trigger\n"
+        "  WHERE tgfoid = {function}::pg_catalog.regprocedure AND tgparentid = 0\n"
+        "  ON CONFLICT (channel, relation) DO UPDATE SET until = NULL",
         "DO $pgsignals$ DECLARE\n"
         "  consumer text;\n"
         "BEGIN\n"
         "  FOR consumer IN\n"
-        "    UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()\n"
+        "    UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp(),\n"
+        "      acknowledged_at = least(acknowledged_at, verified_at)\n"
         "    WHERE ({channel})::bigint OPERATOR(pg_catalog.=) ANY (channels) RETURNING name\n"
         "  LOOP\n"
         "    RAISE WARNING 'the consumer % has missed what was written while a trigger was"
@@ -555,10 +594,7 @@ def registration(hashed: str, definition: str) -> list[sql.Composable]:
         "  END LOOP;\n"
         "END $pgsignals$",
     )
-    return [
-        sql.SQL(statement).format(channel=channel, definition=sql.Literal(definition))
-        for statement in statements
-    ]
+    return [sql.SQL(statement).format(**values) for statement in statements]
 
 
 def fields(columns: Sequence[Column]) -> tuple[Field, ...]:
@@ -578,8 +614,12 @@ def drop_statement(cursor: Cursor, schema: str, name: str) -> str:
     return statement.format(sql.Identifier(schema, name)).as_string(cursor)
 
 
-def _dollar_quoted(body: str) -> str:
-    tag = "$pgsignals$"
-    while tag in body:
-        tag = f"{tag[:-1]}_$"
-    return f"{tag}{body}{tag}"
+def _creating(statement: str, table: str, token: str) -> str:
+    """A statement that makes a function for a table, whose OID only the database knows."""
+    oid = f"{literal(table)}::pg_catalog.regclass::pg_catalog.oid"
+    code = (
+        f"BEGIN\nEXECUTE pg_catalog.replace({dollar_quoted(statement)},\n"
+        f"  '{token}', pg_catalog.concat('{{', {oid}, '}}'));\n"
+        "END"
+    )
+    return f"DO {dollar_quoted(code)}"

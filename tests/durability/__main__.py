@@ -8,7 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .campaign import OUTAGE_SECONDS, Campaign, Outcome
+from .campaign import FAULTS, OUTAGE_SECONDS, Campaign, Outcome
+from .changes import CHANGES
 from .destination import DESTINATIONS
 from .mutants import MUTANTS
 
@@ -21,6 +22,10 @@ def main() -> int:
     parser.add_argument("--writers", type=int, default=8, help="threads that write (8)")
     parser.add_argument("--seed", type=int, default=None, help="of what is injected and written")
     parser.add_argument("--peace", action="store_true", help="inject nothing")
+    parser.add_argument(
+        "--only", action="append", choices=(*FAULTS, *CHANGES), help="inject these faults alone"
+    )
+    parser.add_argument("--postgres", type=int, help="the server's major version")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), default="", help="must be found out")
     parser.add_argument("--to", choices=sorted(DESTINATIONS), default="", help="relay to a broker")
     parser.add_argument(
@@ -36,7 +41,8 @@ def main() -> int:
         seed,
         seconds=options.seconds,
         writers=options.writers,
-        faults=not options.peace,
+        faults=() if options.peace else options.only,
+        version=options.postgres,
         mutant=options.mutant,
         to=options.to,
         outage=options.outage,
@@ -49,8 +55,8 @@ def main() -> int:
             outcome = campaign.outcome
             _say(
                 f"round {number + 1}: {outcome.committed} committed, {outcome.delivered} delivered,"
-                f" {outcome.redelivered} again, {time.monotonic() - began:.1f} s: "
-                + ("; ".join(found) if found else "holds")
+                f" {outcome.redelivered} again, {outcome.announced} announced,"
+                f" {time.monotonic() - began:.1f} s: " + ("; ".join(found) if found else "holds")
             )
             if found:
                 break
@@ -63,7 +69,8 @@ def report(outcome: Outcome) -> str:
     lines = [
         f"{outcome.rounds} rounds: {outcome.committed} versions committed; over all consumers "
         f"{outcome.delivered} delivered, {outcome.redelivered} of them again "
-        f"({outcome.unmarked} without being said to be so)"
+        f"({outcome.unmarked} without being said to be so), "
+        f"{outcome.announced} not delivered and announced by a Gap"
     ]
     for title, counts in (
         ("injected", outcome.injected),

@@ -10,27 +10,32 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import psycopg2
+from psycopg2.extensions import cursor as Cursor
 
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 
+from .changes import CHANGES, OWNER, ROLES, SUPERUSER, WRITER, Changes
 from .child import FAILPOINTS, RELAY_FAILPOINTS, Orders
 from .destination import BROKER_FAULTS, DESTINATIONS, Destination
-from .ledger import Delivery, Reader, Remark
+from .ledger import Announced, Delivery, Note, Reader
 from .verdict import Book, Version
-from .writers import SCHEMA, Writers
+from .writers import SCHEMA, Board, Writers, write_one
 
 log = logging.getLogger("durability")
 
 SERVER_SETTINGS = {
     # A commit that its writer or a reader has seen must outlive an immediate shutdown.
     "synchronous_commit": "on",
+    # By it, what was lost is known to have been announced.
+    "track_commit_timestamp": "on",
     "max_connections": "60",
     "checkpoint_timeout": "30s",
     "restart_after_crash": "on",
@@ -43,10 +48,13 @@ SERVER_SETTINGS = {
 
 LEASE = 1.0
 PATIENCE = 1.5
+# How soon a consumer notices that somebody has changed its triggers.
+HEARTBEAT = 0.5
 # Within which all that is committed must have been delivered and acknowledged, after a round.
 DRAIN_SECONDS = 60.0
 # A broker that was killed looks through its files before it takes anything.
 BROKER_DRAIN_SECONDS = 150.0
+_MOST_SHOWN = 5
 # How long a broker is away at most.
 OUTAGE_SECONDS = 5.0
 
@@ -63,16 +71,20 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class ConsumerPlan:
-    """A consumer: its name, in how many parts, by how many processes with how many workers."""
+    """A consumer: its name, in how many parts, by how many processes with how many workers.
+
+    It installs as the table's owner, and reads as ``role``.
+    """
 
     name: str
     partitions: int
     processes: int
     workers: int
+    role: str = SUPERUSER
 
 
 CONSUMERS = (
-    ConsumerPlan("one active", 1, 2, 1),
+    ConsumerPlan("one active", 1, 2, 1, OWNER),
     ConsumerPlan("shared", 3, 2, 2),
 )
 # With a broker at the end: its cursor is the consumer "relay/kafka" or "relay/nats".
@@ -88,6 +100,7 @@ class Outcome:
     delivered: int = 0
     redelivered: int = 0
     unmarked: int = 0
+    announced: int = 0
     injected: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
     transactions: Counter[str] = field(default_factory=Counter)
@@ -115,16 +128,17 @@ class _Child:
     def start(self, failpoint: str, countdown: int) -> None:
         """Start, to die at a failpoint if one is given."""
         campaign = self._campaign
-        address, _, database = campaign.dsn.rpartition("/")
-        dsn = f"{address.rpartition(':')[0]}:{self.proxy.port}/{database}"
+        direct, through = f":{campaign.server.port}/", f":{self.proxy.port}/"
         orders = Orders(
-            dsn=dsn,
+            dsn=campaign.dsns[OWNER].replace(direct, through),
+            listen_dsn=campaign.dsns[self.plan.role].replace(direct, through),
             ledger=str(campaign.ledger),
             consumer=self.plan.name,
             partitions=self.plan.partitions,
             workers=self.plan.workers,
             lease=LEASE,
             patience=PATIENCE,
+            heartbeat=HEARTBEAT,
             failpoint=failpoint,
             countdown=countdown,
             mutant=campaign.mutant,
@@ -175,8 +189,9 @@ class _Child:
 class Campaign:
     """A server, its consumers and the ledger, over any number of rounds.
 
-    ``folder`` gets the ledger and the children's log. ``faults`` False leaves them in peace;
-    ``drain`` seconds after a round all must have arrived. With ``to``, the consumers are relays to
+    ``folder`` gets the ledger and the children's log. ``faults`` are injected, by default all that
+    there are; ``drain`` seconds after a round all must have arrived. ``version`` is PostgreSQL's.
+    With ``to``, the consumers are relays to
     such a broker, which is away for ``outage`` seconds at most, and what it has at the end is
     judged too.
     """
@@ -188,7 +203,8 @@ class Campaign:
         *,
         seconds: float = 4.0,
         writers: int = 8,
-        faults: bool = True,
+        faults: Sequence[str] | None = None,
+        version: int | None = None,
         mutant: str = "",
         drain: float | None = None,
         consumers: tuple[ConsumerPlan, ...] = (),
@@ -199,23 +215,29 @@ class Campaign:
         self.log_path = folder / "log"
         self.mutant = mutant
         self.outcome = Outcome()
-        self.server = Server(settings=SERVER_SETTINGS)
-        self.dsn = ""
+        self.server = Server(version, SERVER_SETTINGS)
+        self.dsns: dict[str, str] = {}
         self._seed = seed
         self._seconds = seconds
         self._writers = writers
-        self._faults = faults
-        self._drain_seconds = drain or (BROKER_DRAIN_SECONDS if to else DRAIN_SECONDS)
+        # A mutant never delivers all; but that anything arrives at all may take its time.
+        self._hear_seconds = BROKER_DRAIN_SECONDS if to else DRAIN_SECONDS
+        self._drain_seconds = drain or self._hear_seconds
         self._consumers = consumers or (RELAYS if to else CONSUMERS)
         self._outage = outage
         self.destination: Destination | None = DESTINATIONS[to]() if to else None
+        everything = FAULTS + CHANGES * 2 + BROKER_FAULTS * (2 if to else 0)
+        self._faults = everything if faults is None else tuple(faults)
         self._chance = random.Random(seed)
+        self._board = Board()
+        self._changes = Changes(self._board, self.dsns, random.Random(f"{seed}/changes"))
         self._children: list[_Child] = []
         names = [plan.name for plan in self._consumers]
         if self.destination is not None:
             names.append(self.destination.consumer)
         self._books = {name: Book(name) for name in names}
         self._stops = 0
+        self._unfounded: list[str] = []
         self.ledger.touch()
         self._reader = Reader(self.ledger)
 
@@ -226,10 +248,14 @@ class Campaign:
         try:
             if self.destination is not None:
                 self.destination.start()
-            self.dsn = self.server.create_database()
-            with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
-                cursor.execute(SCHEMA)
-                connection.commit()
+            self.dsns[SUPERUSER] = self.server.create_database()
+            database = self.dsns[SUPERUSER].rpartition("/")[2]
+            for role in (OWNER, WRITER):
+                self.dsns[role] = self.server.dsn(database, role)
+            owned = f"ALTER DATABASE {database} OWNER TO {OWNER}"
+            for role, statements in ((SUPERUSER, f"{ROLES}; {owned}"), (OWNER, SCHEMA)):
+                with self._connected(role) as cursor:
+                    cursor.execute(statements)
             self._children = [
                 _Child(self, plan, number)
                 for plan in self._consumers
@@ -251,18 +277,22 @@ class Campaign:
         """One round; what was wrong in it."""
         outcome, number = self.outcome, self.outcome.rounds
         outcome.rounds += 1
-        writers = Writers(self.dsn, self._writers, self._seed * 1000 + number)
+        seed = self._seed * 1000 + number
+        writers = Writers(self.dsns[WRITER], self._writers, seed, self._board)
         writers.start()
         try:
             self._suffer()
         finally:
             writers.stop()
         outcome.transactions += writers.done
+        self._changes.heal()
         for child in self._children:
             child.heal()
         if self.destination is not None:
             self.destination.heal()
-        found = self._drain()
+        found = self._hear() + self._drain() + writers.problems[:_MOST_SHOWN]
+        outcome.injected += self._changes.made
+        self._changes.made.clear()
         outcome.problems += [f"round {number}: {problem}" for problem in found]
         return found
 
@@ -270,15 +300,12 @@ class Campaign:
         began = time.monotonic()
         fault_at = began + self._chance.uniform(0.1, 0.8)
         while (now := time.monotonic()) < began + self._seconds:
-            self._tend(now, armed=self._faults)
+            self._tend(now, armed=bool(self._faults))
+            self._changes.tend(now)
             if self._faults and now >= fault_at:
                 fault_at = now + self._chance.uniform(0.2, 1.0)
-                self._inject(self._chance.choice(self._faults_there_are), now)
+                self._inject(self._chance.choice(self._faults), now)
             time.sleep(0.02)
-
-    @property
-    def _faults_there_are(self) -> tuple[str, ...]:
-        return FAULTS if self.destination is None else FAULTS + BROKER_FAULTS * 2
 
     def _tend(self, now: float, armed: bool) -> None:
         """Start what has ended, and end what has been suffered long enough."""
@@ -314,6 +341,10 @@ class Campaign:
     def _inject(self, fault: str, now: float) -> None:
         child = self._chance.choice(self._children)
         length = self._chance.uniform(0.2, 2.5 * LEASE)
+        if fault in CHANGES:
+            # What comes of it is counted by its form.
+            self._changes.inject(fault, now)
+            return
         if fault in BROKER_FAULTS:
             assert self.destination is not None
             if not self.destination.inject(fault, self._chance.uniform(0.2, self._outage), now):
@@ -339,6 +370,25 @@ class Campaign:
             child.proxy.stall()
             child.stalled_until = now + length
         self.outcome.injected[fault] += 1
+
+    def _hear(self) -> list[str]:
+        """Write until each consumer delivers some of it: a Gap may announce what came before."""
+        deaf = {book.consumer for book in self._books.values()}
+        written: set[Version] = set()
+        deadline = time.monotonic() + self._hear_seconds
+        while deaf and time.monotonic() < deadline:
+            with self._connected(WRITER) as cursor:
+                written.add(write_one(cursor))
+            until = time.monotonic() + 4 * HEARTBEAT
+            while deaf and time.monotonic() < until:
+                self._tend(time.monotonic(), armed=False)
+                self._read_ledger()
+                deaf = {name for name in deaf if written.isdisjoint(self._books[name].uids)}
+                time.sleep(0.05)
+        for child in self._children:
+            if deaf and child.running:
+                child.signal(signal.SIGUSR1)
+        return [f"{name}: nothing is delivered any more" for name in sorted(deaf)]
 
     def _drain(self) -> list[str]:
         """Wait until all has been delivered and acknowledged, and judge."""
@@ -380,8 +430,9 @@ class Campaign:
             outdated = self._books[self.destination.consumer].outdated
             if outdated:
                 outcome.remarks["a record ended with an older version"] += outdated
-        gaps = [remark for remark in outcome.remarks if remark.startswith("gap")]
-        found += [f"a Gap, where nothing was lost: {gap}" for gap in gaps]
+        outcome.announced = sum(len(book.announced(committed)) for book in books)
+        found += self._unfounded
+        self._unfounded.clear()
         return found
 
     def _read_ledger(self) -> None:
@@ -389,22 +440,40 @@ class Campaign:
         if self.destination is not None:
             self._take(self.destination.read())
 
-    def _take(self, notes: Iterable[Delivery | Remark]) -> None:
+    def _take(self, notes: Iterable[Note]) -> None:
         for note in notes:
             if isinstance(note, Delivery):
                 self._books[note.consumer].note(note)
+            elif isinstance(note, Announced):
+                self._books[note.consumer].gaps.append(note)
+                self.outcome.remarks[f"gap {note.detail}"] += 1
+                if not self._changes.explain(note.since, note.until):
+                    self._unfounded.append(f"a Gap, where nothing was lost: {note}")
             else:
                 detail = "" if note.kind == "emptied" else note.detail
                 self.outcome.remarks[f"{note.kind} {detail}".strip()] += 1
 
-    def _committed(self) -> set[Version]:
-        with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
-            cursor.execute("SELECT record, n, nonce FROM history")
-            return set(cursor.fetchall())
+    @contextmanager
+    def _connected(self, role: str = SUPERUSER) -> Iterator[Cursor]:
+        with (
+            closing(psycopg2.connect(self.dsns[role])) as connection,
+            connection,
+            connection.cursor() as cursor,
+        ):
+            yield cursor
+
+    def _committed(self) -> dict[Version, datetime]:
+        """The versions that were committed, and when."""
+        with self._connected() as cursor:
+            cursor.execute(
+                "SELECT record, n, nonce, pg_catalog.pg_xact_commit_timestamp(txid::xid)"
+                " FROM history"
+            )
+            return {(record, n, nonce): at for record, n, nonce, at in cursor.fetchall()}
 
     def _unacknowledged(self) -> list[str]:
         """Which cursors do not see a transaction that has written, as PostgreSQL judges."""
-        with closing(psycopg2.connect(self.dsn)) as connection, connection.cursor() as cursor:
+        with self._connected() as cursor:
             cursor.execute(
                 "SELECT c.name, c.part, pg_catalog.count(*)"
                 " FROM pgsignals.consumers AS c, (SELECT DISTINCT txid FROM history) AS h"
@@ -422,8 +491,7 @@ class Campaign:
         while time.monotonic() < deadline and all(child.running for child in self._children):
             with (
                 suppress(psycopg2.errors.UndefinedTable),
-                closing(psycopg2.connect(self.dsn)) as connection,
-                connection.cursor() as cursor,
+                self._connected() as cursor,
             ):
                 cursor.execute("SELECT pg_catalog.count(*) FROM pgsignals.consumers")
                 if cursor.fetchall() == [(parts,)]:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pgsignals
+from pgsignals.consumers.consumer_store import ConsumerStore
 from pgsignals.outbox import housekeeping
-from pgsignals.outbox.store import Store
-from pgsignals.plugins import load_plugins
+from pgsignals.outbox.log import OutboxLog
+from pgsignals.outbox.reader import WindowReader
+from pgsignals.plugins.loader import load_plugins
 
 from .ledger import Pen
 from .mutants import MUTANTS
@@ -51,12 +53,14 @@ class Orders:
     """What a child is told. ``countdown``: at which passing of the failpoint it dies."""
 
     dsn: str
+    listen_dsn: str
     ledger: str
     consumer: str
     partitions: int
     workers: int
     lease: float
     patience: float
+    heartbeat: float
     failpoint: str = ""
     countdown: int = 1
     mutant: str = ""
@@ -123,7 +127,9 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
     def if_any(name: str) -> Callable[[Any], None]:
         return lambda found: failpoint.pass_by(name) if found else None
 
-    def acknowledging(store: Any, claim: Any, cursor: Any, count: int, *_: Any, **__: Any) -> None:
+    def acknowledging(
+        store: Any, claim: Any, position: Any, count: int, *_: Any, **__: Any
+    ) -> None:
         # One that only renews the lease is not worth dying for.
         state.worth = count > 0
         if state.worth:
@@ -134,10 +140,10 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
             failpoint.pass_by("after acknowledge")
 
     state = threading.local()
-    _wrap(Store, "claim", _nothing, if_any("after the claim"))
-    _wrap(Store, "look", _nothing, if_any("after a look"))
-    _wrap(Store, "read", _nothing, if_any("after read"))
-    _wrap(Store, "acknowledge", acknowledging, acknowledged)
+    _wrap(ConsumerStore, "claim", _nothing, if_any("after the claim"))
+    _wrap(OutboxLog, "poll", _nothing, if_any("after a look"))
+    _wrap(WindowReader, "read", _nothing, if_any("after read"))
+    _wrap(ConsumerStore, "acknowledge", acknowledging, acknowledged)
 
     empty = housekeeping._empty
 
@@ -166,8 +172,18 @@ def _plant_in_broadcaster(backend: str, failpoint: _Failpoint) -> None:
     _wrap(kind, "flush", _nothing, lambda done: failpoint.pass_by("after flush") if done else None)
 
 
+def _tell(*_: Any) -> None:
+    """Log what the source knows, for who wonders why it delivers nothing."""
+    source: Any = pgsignals.default_hub._delivery.source  # type: ignore[union-attr]
+    logging.warning("%s", [each.trigger for each in source.triggers._definitions])
+    logging.warning("%s, foreign %s", source._decoder.channels, source.foreign)
+    for part in source._claims.parts.values():
+        logging.warning("%s, %s", vars(part), vars(part.reader))
+
+
 def main() -> None:
     """Consume until SIGTERM."""
+    signal.signal(signal.SIGUSR1, _tell)
     orders = Orders(**json.loads(sys.argv[1]))
     logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(message)s", level="INFO")
     pen = Pen(Path(orders.ledger), orders.consumer)
@@ -193,7 +209,7 @@ def main() -> None:
 
     @pgsignals.on_gap
     def note(gap: pgsignals.Gap) -> None:
-        pen.remark("gap", f"{gap.reason}: {gap.detail}")
+        pen.announce(gap.since, gap.until, f"{gap.reason}: {gap.detail}")
 
     ends = threading.Event()
     former = signal.signal(signal.SIGTERM, lambda *_: ends.set())
@@ -210,7 +226,8 @@ def main() -> None:
                 partitions=orders.partitions,
                 workers=orders.workers,
                 lease=orders.lease,
-                heartbeat=orders.patience,
+                listen_dsn=orders.listen_dsn,
+                heartbeat=orders.heartbeat,
                 heartbeat_timeout=orders.patience,
                 backends=[orders.backend] if orders.backend else (),
             )

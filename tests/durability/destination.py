@@ -8,6 +8,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 import nats
@@ -17,7 +18,7 @@ from nats.js.api import ConsumerConfig, DeliverPolicy
 from pgsignals.testing.proxy import Proxy
 from tests.brokers import Kafka, Nats, free_port
 
-from .ledger import Delivery, Remark
+from .ledger import Announced, Delivery, Note
 
 PREFIX = "durable"
 BROKER_FAULTS = ("broker killed", "broker cut", "broker in a black hole")
@@ -88,12 +89,14 @@ class Destination(ABC):
         """End what it suffers."""
         self.tend(float("inf"))
 
-    def read(self) -> Iterator[Delivery | Remark]:
+    def read(self) -> Iterator[Note]:
         """What has arrived since the last time, by the wire format as it is documented."""
         for attributes, data in self._messages():
             body = json.loads(data)
             if attributes["type"] == "pgsignals.gap":
-                yield Remark(self.consumer, 0, "gap", f"{body['reason']}: {body['detail']}")
+                since, until = (_time(body[name]) for name in ("since", "until"))
+                detail = f"{body['reason']}: {body['detail']}"
+                yield Announced(self.consumer, 0, since, until, detail)
                 continue
             self._sequence += 1
             yield Delivery(
@@ -107,6 +110,11 @@ class Destination(ABC):
                 # A broker does not tell.
                 redelivered=True,
             )
+
+
+def _time(text: str) -> datetime:
+    # Of Python 3.10, fromisoformat does not take a Z.
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
 class KafkaDestination(Destination):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 
@@ -30,12 +31,26 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Remark:
-    """What else a process had to say: ``dies``, ``emptied``, ``gap``, ``raises``, ``ends``."""
+    """What else a process had to say: ``dies``, ``emptied``, ``raises``, ``ends``."""
 
     consumer: str
     process: int
     kind: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A Gap: what was committed from ``since`` to ``until`` may be missing."""
+
+    consumer: str
+    process: int
+    since: datetime
+    until: datetime
+    detail: str
+
+
+Note = Delivery | Remark | Announced
 
 
 class Pen:
@@ -56,6 +71,11 @@ class Pen:
         """Note something else."""
         self._write(("R", kind, detail.replace("\t", " ").replace("\n", " ")))
 
+    def announce(self, since: datetime, until: datetime, detail: str) -> None:
+        """Note a Gap."""
+        detail = detail.replace("\t", " ").replace("\n", " ")
+        self._write(("G", since.isoformat(), until.isoformat(), detail))
+
     def _write(self, fields: tuple[object, ...]) -> None:
         mark, *rest = fields
         line = "\t".join(map(str, (mark, self._consumer, os.getpid(), *rest))) + "\n"
@@ -71,7 +91,7 @@ class Reader:
         self._path = path
         self._offset = 0
 
-    def read(self) -> Iterator[Delivery | Remark]:
+    def read(self) -> Iterator[Note]:
         """The notes since the last time."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
@@ -83,6 +103,9 @@ class Reader:
             mark, consumer, process, *rest = line.split("\t")
             if mark == "R":
                 yield Remark(consumer, int(process), *rest)
+            elif mark == "G":
+                since, until = map(datetime.fromisoformat, rest[:2])
+                yield Announced(consumer, int(process), since, until, rest[2])
             else:
                 sequence, record, n, nonce, uid, redelivered = rest
                 yield Delivery(

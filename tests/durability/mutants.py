@@ -1,4 +1,4 @@
-"""Wrong ways to read the outbox, as patches: the checker must find each of them out."""
+"""Wrong ways to read the outbox and to trust in triggers, which the checker must find out."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pgsignals import relaying
-from pgsignals.outbox import cursors, pages, parts, store
+from pgsignals.consumers import claims
+from pgsignals.dispatch import forwarder, in_flight
+from pgsignals.outbox import cursors, log, reader
 from pgsignals.outbox.cursors import Snapshot, Window
-from pgsignals.outbox.store import Cursor, Look, Row
+from pgsignals.outbox.log import OutboxLog, Poll
+from pgsignals.outbox.reader import Cursor, Row, WindowReader
+from pgsignals.sources.trigger_history import Installation
+from pgsignals.sources.trigger_watch import TriggerWatch
+from pgsignals.triggers.fingerprint import Fingerprint
 
 _WINDOW = "txid < $4 AND (txid >= $2 OR txid = ANY ($3)) AND txid <> ALL ($5)"
 _NO_WINDOW = "$2 + $4 > 0 AND ($3 || $5) IS NOT NULL"
 
 
 def _read_with(former: str, wrong: str) -> None:
-    statement = store.read_statement
+    statement = log.read_statement
 
     def wrong_statement(name: str, rows: int, size: int) -> str:
         right = statement(name, rows, size)
         assert former in right, right
         return right.replace(former, wrong)
 
-    store.read_statement = wrong_statement
+    log.read_statement = wrong_statement
 
 
 class _IdAlone:
-    """In place of Floors: the last id that was read, which is where reading goes on."""
+    """In place of IdBounds: the last id that was read, which is where reading goes on."""
 
     def __init__(self, first: int, given_out: int) -> None:
         self.last = given_out
@@ -42,29 +47,29 @@ class _IdAlone:
 
 def read_by_id() -> None:
     """``id > last``: what commits after a later id has been read is lost."""
-    turn = parts.Part.turn
+    turn = WindowReader.turn
 
-    def turn_by_id(self: parts.Part, rows: Sequence[Row]) -> Cursor:
+    def turn_by_id(self: WindowReader, rows: Sequence[Row]) -> Cursor:
         if rows:
-            self.floors.last = rows[-1].id
+            self.bounds.last = rows[-1].id
         return turn(self, rows)
 
     _read_with(_WINDOW, _NO_WINDOW)
-    parts.Floors = _IdAlone
-    parts.Part.turn = turn_by_id
+    reader.IdBounds = _IdAlone
+    WindowReader.turn = turn_by_id
 
 
 def read_by_transaction() -> None:
     """``txid < xmin``, by transactions: one that began earlier and wrote later comes first."""
-    look = store.Store.look
+    poll = OutboxLog.poll
 
-    def look_at_xmin(self: store.Store, awake: bool, begin: bool = False) -> Look:
-        seen = look(self, awake, begin)
+    def poll_at_xmin(self: OutboxLog, awake: bool, begin: bool = False) -> Poll:
+        seen = poll(self, awake, begin)
         return replace(seen, snapshot=Snapshot(seen.snapshot.xmin, seen.snapshot.xmin))
 
     _read_with("ORDER BY id LIMIT", "ORDER BY txid, id LIMIT")
-    store.Store.look = look_at_xmin
-    parts.Floors.below = lambda self, txid: 0
+    OutboxLog.poll = poll_at_xmin
+    reader.IdBounds.below = lambda self, txid: 0
 
 
 def forget_who_ran() -> None:
@@ -79,19 +84,38 @@ def forget_who_ran() -> None:
 
 def acknowledge_at_once() -> None:
     """What has been read counts as delivered: at a crash, what was under way is lost."""
-    pages.Page.done = property(lambda self: True)
+    in_flight.Page.done = property(lambda self: True)
 
 
 def trust_the_broker() -> None:
     """What a broadcaster has been given counts as acknowledged: at a crash, some never was."""
 
-    def deliver(self: relaying.Relay, items: Sequence[Any]) -> bool:
+    def deliver(self: forwarder.Forwarder, items: Sequence[Any]) -> bool:
         for item in items:
             if item.events:
                 self._broadcaster.publish(item.events)
         return True
 
-    relaying.Relay._deliver = deliver
+    forwarder.Forwarder._deliver = deliver
+
+
+def believe_the_triggers() -> None:
+    """Nobody compares the triggers with what they were: a table that is remade is read no more."""
+
+    def look(self: TriggerWatch, session: Any, now: Any, kept: Any) -> tuple[Fingerprint, None]:
+        assert self.fingerprint is not None
+        self.verified_at = now()
+        return self.fingerprint, None
+
+    TriggerWatch.look = look
+    Fingerprint.covers = lambda self, kept, own, unread: True
+
+
+def believe_the_writers() -> None:
+    """What writers could not write to the outbox is missing, and nobody says so."""
+    claims.Claims.note_shed = lambda self, part, shed: False
+    Installation.note_failed_writers = lambda self, store, reading: None
+    Installation.doubt = lambda self, store, since: None
 
 
 MUTANTS: dict[str, Callable[[], None]] = {
@@ -100,4 +124,6 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "running": forget_who_ran,
     "early": acknowledge_at_once,
     "trusting": trust_the_broker,
+    "blind": believe_the_triggers,
+    "unheeding": believe_the_writers,
 }

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
-from .ledger import Delivery
+from .ledger import Announced, Delivery
 
 # A version of a record, as the writer made it: the record, its n, and the statement's nonce.
 Version = tuple[int, int, str]
 
 _MOST_SHOWN = 5
+
+
+def _twins(uid: str, other: str) -> bool:
+    """Whether both are of one transaction, and came through different triggers.
+
+    So it is where a process died, and the one after it needed another trigger.
+    """
+    channel, transaction, *_ = uid.split("-")
+    other_channel, other_transaction, *_ = other.split("-")
+    return channel != other_channel and transaction == other_transaction
 
 
 @dataclass
@@ -26,6 +37,7 @@ class Book:
     deliveries: int = 0
     unmarked: int = 0
     """Deliveries of what had been delivered, and that were not said to be ``redelivered``."""
+    gaps: list[Announced] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def note(self, delivery: Delivery) -> None:
@@ -35,7 +47,7 @@ class Book:
         version = (delivery.record, delivery.n, delivery.nonce)
         known = self.uids.get(version)
         if known is not None:
-            if known != delivery.uid:
+            if delivery.uid != known and not (delivery.redelivered and _twins(known, delivery.uid)):
                 self._complain(f"{version} came as {known} and as {delivery.uid}", delivery)
             self.unmarked += not delivery.redelivered
             return
@@ -57,19 +69,29 @@ class Book:
         """Records whose last occurrence is that of an older version."""
         return sum(n < self.heights[record] for record, n in self.latest.items())
 
-    def missing(self, committed: Iterable[Version]) -> set[Version]:
-        """What was committed and has not been delivered."""
-        return set(committed) - self.uids.keys()
+    def announced(self, committed: Mapping[Version, datetime]) -> set[Version]:
+        """What was committed, has not been delivered, and lies in a Gap."""
+        return {
+            version
+            for version in committed.keys() - self.uids.keys()
+            if any(gap.since <= committed[version] <= gap.until for gap in self.gaps)
+        }
 
-    def judge(self, committed: Collection[Version]) -> list[str]:
-        """All that is wrong, nothing being under way any more."""
+    def missing(self, committed: Mapping[Version, datetime]) -> set[Version]:
+        """What was committed, and has neither been delivered nor announced as missing."""
+        return committed.keys() - self.uids.keys() - self.announced(committed)
+
+    def judge(self, committed: Mapping[Version, datetime]) -> list[str]:
+        """All that is wrong, nothing being under way any more; ``committed`` says when."""
         found = list(self.problems)
-        everything = set(committed)
         for what, versions in (
-            ("committed, but not delivered", everything - self.uids.keys()),
-            ("delivered, but not committed", self.uids.keys() - everything),
+            ("committed, but not delivered", self.missing(committed)),
+            ("delivered, but not committed", self.uids.keys() - committed.keys()),
         ):
             if versions:
-                some = ", ".join(map(str, sorted(versions)[:_MOST_SHOWN]))
+                some = ", ".join(
+                    f"{version} at {committed.get(version, 'no time')}"
+                    for version in sorted(versions)[:_MOST_SHOWN]
+                )
                 found.append(f"{self.consumer}: {len(versions)} {what}: {some}")
         return found

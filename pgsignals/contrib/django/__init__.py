@@ -8,6 +8,9 @@ The setting ``PGSIGNALS``, a dict, is optional, and so is each of its keys:
 
 ``DATABASE``
     The alias in ``DATABASES`` of the database to watch; ``"default"``.
+``DATABASES``
+    Further databases, by alias: what differs for each, with its own ``WATCHERS``, and as ``HUB``
+    the Hub, or its dotted path, whose receivers are called.
 ``DSN``
     A connection string to use instead of that database's settings.
 ``WATCHERS``
@@ -21,7 +24,7 @@ broken or older than its ``CONN_MAX_AGE``, as around a request.
 
 from __future__ import annotations
 
-from ...errors import MissingExtraError
+from ...core.errors import MissingExtraError
 
 try:
     import django as _django  # noqa: F401

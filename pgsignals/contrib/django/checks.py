@@ -8,18 +8,21 @@ from typing import Any
 import psycopg2
 from django.core import checks
 
-from ...connection import connect, dsn_of, redact
-from ...errors import ConfigurationError, DatabaseError, TableError, near
-from ...events import model_name
+from ...core.errors import ConfigurationError, DatabaseError, TableError, near
+from ...core.events import model_name
+from ...core.redaction import error_text
+from ...core.tables import Resolver
+from ...core.watchers import Watcher
+from ...hub.options import Options, all_resolvers
 from ...outbox import schema
-from ...runs import all_resolvers
-from ...tables import Resolver, resolve
+from ...postgres.connection import opened
+from ...postgres.dsn import dsn_of
 from ...triggers.catalogue import read_installed
 from ...triggers.definitions import define
 from ...triggers.installer import MISSING, OUTDATED, State, plan
-from ...watchers import Watcher
-from ..migrations import is_durable
-from .conf import database, default_delivery, options
+from ...triggers.table_lookup import resolve
+from .conf import databases as watched
+from .conf import options
 
 _HINT = (
     "Run `manage.py pgsignals install` as the tables' owner, or add the operation InstallWatchers "
@@ -35,51 +38,49 @@ def check_triggers(
     A table that is missing is left to the migrations. Where the Hub installs by itself, what is
     missing is no more than an information.
     """
-    if database() not in (databases or ()):
-        return []
+    asked = [alias for alias in watched() if alias in (databases or ())]
+    return [message for alias in asked for message in _check(alias)]
+
+
+def _check(alias: str) -> list[checks.CheckMessage]:
     try:
-        chosen = options()
+        chosen = options(alias)
         found = _differences(chosen)
     except ConfigurationError as error:
         return [checks.Error(str(error), id="pgsignals.E001")]
     except (DatabaseError, psycopg2.Error) as error:
         return [
             checks.Warning(
-                f"The triggers could not be looked at: {redact(str(error)).strip()}",
+                f"The triggers could not be looked at: {error_text(error)}",
                 id="pgsignals.W002",
             )
         ]
-    automatic = chosen.get("install", "auto") == "auto"
+    automatic = chosen.install == "auto"
     kind = checks.Info if automatic else checks.Warning
     return [
         kind(text, hint=_HINT, id=f"pgsignals.{'I' if automatic else 'W'}001") for text in found
     ]
 
 
-def _differences(chosen: dict[str, Any]) -> list[str]:
-    durable = is_durable(default_delivery())
-    namespace = chosen.get("namespace", "default")
-    resolvers = all_resolvers(chosen.get("resolvers", ()))
+def _differences(chosen: Options) -> list[str]:
+    transport, namespace = chosen.transport, chosen.namespace
+    resolvers = all_resolvers(chosen.resolvers)
     triggers = []
     texts = []
-    connection = connect(dsn_of(chosen["dsn"]))
-    try:
-        with connection.cursor() as cursor:
-            for watcher in chosen["watchers"]:
-                try:
-                    found = define(cursor, [watcher], resolvers, namespace, durable)
-                except TableError:
-                    # What is missing, migrations may have yet to make; but not for no field.
-                    _check_fields(watcher, resolvers)
-                    continue
-                triggers += [definition.trigger for definition in found]
-            if durable and triggers and schema.read_version(cursor) < schema.VERSION:
-                texts.append(
-                    f"The schema {schema.NAME}, which the outbox needs, is missing or outdated."
-                )
-            states = plan(triggers, read_installed(cursor, namespace)).states
-    finally:
-        connection.close()
+    with opened(dsn_of(chosen.dsn)) as cursor:
+        for watcher in chosen.watchers:
+            try:
+                found = define(cursor, [watcher], resolvers, namespace, transport)
+            except TableError:
+                # What is missing, migrations may have yet to make; but not for no field.
+                _check_fields(watcher, resolvers)
+                continue
+            triggers += [definition.trigger for definition in found]
+        if transport.durable and triggers and schema.read_version(cursor) < schema.VERSION:
+            texts.append(
+                f"The schema {schema.NAME}, which the outbox needs, is missing or outdated."
+            )
+        states = plan(triggers, read_installed(cursor, namespace)).states
     return texts + [_text(each) for each in states if each.status in (MISSING, OUTDATED)]
 
 

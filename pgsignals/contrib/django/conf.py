@@ -2,95 +2,122 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-import psycopg2.extensions
 from django.apps import apps
 from django.conf import settings
 from django.db import connections
 from django.utils.module_loading import import_string
 
-from ...errors import ConfigurationError, near
-from ...hub import Hub
-from ...watchers import Watcher, normalize
+import pgsignals
 
-# What Django keeps beside the parameters of libpq.
-_NOT_LIBPQ = (
-    "assume_role",
-    "client_encoding",
-    "context",
-    "cursor_factory",
-    "isolation_level",
-    "pool",
-    "prepare_threshold",
-    "server_side_binding",
-)
+from ...core.errors import ConfigurationError, near
+from ...core.watchers import Watcher, normalize
+from ...hub.hub import Hub
+from ...hub.options import Options
+from ...plugins.loader import load_plugins
+from ...triggers.resolvers.django import DjangoResolver, connection_dsn
+
+# What leads to the database of PGSIGNALS, or belongs to it.
+_OF_ONE_DATABASE = ("DSN", "LISTEN_DSN", "WATCHERS")
 
 
-def options() -> dict[str, Any]:
-    """Parameters of ``Hub.start``, those for DSN and watchers included.
+def options(alias: str | None = None) -> Options:
+    """The options of ``Hub.start``, those for DSN and watchers included.
 
+    ``alias`` is of another database than that of PGSIGNALS, which may say in DATABASES what differs
+    for it.
     Raises ConfigurationError for a key of PGSIGNALS that there is not.
     """
-    given = dict(getattr(settings, "PGSIGNALS", {}))
-    known = [name.upper() for name in inspect.signature(Hub.start).parameters if name != "self"]
-    for key in given:
-        if key not in (*known, "DATABASE"):
-            raise ConfigurationError(
-                f"PGSIGNALS has the unknown key {key!r}{near(str(key), known)} "
-                f"There are DATABASE and {', '.join(known)}."
-            )
-    alias = given.pop("DATABASE", "default")
-    found = {key.lower(): value for key, value in given.items()}
+    known = [each.name.upper() for each in fields(Options)]
+    _check_keys("PGSIGNALS", _setting(), ["DATABASE", "DATABASES", *known])
+    for other, given in _setting().get("DATABASES", {}).items():
+        _check_keys(f"PGSIGNALS['DATABASES'][{other!r}]", given, ["HUB", *known])
+    own = ("DATABASE", "DATABASES", "HUB")
+    found = {key.lower(): value for key, value in _of(alias).items() if key not in own}
+    alias = alias or database()
     found.setdefault("dsn", dsn_of(alias))
-    found["watchers"] = watchers()
+    found["watchers"] = watchers(alias)
+    # What a receiver loads without saying from where is of the database that is watched.
+    found["resolvers"] = (
+        *found.get("resolvers", ()),
+        *load_plugins().resolvers(),
+        DjangoResolver(using=alias),
+    )
+    return Options(**found)
+
+
+def _check_keys(what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigurationError(
+                f"{what} has the unknown key {key!r}{near(str(key), known)} "
+                f"There are {', '.join(known)}."
+            )
+
+
+def _setting() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(settings, "PGSIGNALS", {})
     return found
+
+
+def _of(alias: str | None) -> dict[str, Any]:
+    """What PGSIGNALS says for a database: for another one than its own, what differs goes first."""
+    given = dict(_setting())
+    if alias in (None, database()):
+        return given
+    shared = {key: value for key, value in given.items() if key not in _OF_ONE_DATABASE}
+    return shared | dict(given.get("DATABASES", {}).get(alias, {}))
 
 
 def database() -> str:
     """The alias of the watched database."""
-    return str(getattr(settings, "PGSIGNALS", {}).get("DATABASE", "default"))
+    return str(_setting().get("DATABASE", "default"))
 
 
-def default_delivery() -> str:
+def databases() -> list[str]:
+    """The aliases of all that are watched."""
+    return [database(), *_setting().get("DATABASES", {})]
+
+
+def hub(alias: str | None = None) -> Hub:
+    """The Hub of a database: the default one, unless DATABASES says which."""
+    given = _of(alias).get("HUB", pgsignals.default_hub)
+    found: Hub = import_string(given) if isinstance(given, str) else given
+    return found
+
+
+def default_delivery(alias: str | None = None) -> str:
     """The delivery of the project's listeners."""
-    return str(getattr(settings, "PGSIGNALS", {}).get("DELIVERY", "notify"))
+    return str(_of(alias).get("DELIVERY", Options.delivery))
 
 
-def default_namespace() -> str:
+def default_namespace(alias: str | None = None) -> str:
     """Whose triggers the project's are."""
-    return str(getattr(settings, "PGSIGNALS", {}).get("NAMESPACE", "default"))
+    return str(_of(alias).get("NAMESPACE", Options.namespace))
 
 
 def dsn_of(alias: str) -> str:
     """The connection string of one of Django's databases."""
-    connection: Any = connections[alias]
-    if connection.vendor != "postgresql":
-        raise ConfigurationError(
-            f"The database {alias!r} is of {connection.vendor}: name one of PostgreSQL in "
-            "PGSIGNALS['DATABASE']."
-        )
-    parameters = {
-        "dbname" if name == "database" else name: value
-        for name, value in connection.get_connection_params().items()
-        if name not in _NOT_LIBPQ and value is not None
-    }
-    return psycopg2.extensions.make_dsn(**{name: str(it) for name, it in parameters.items()})
+    return connection_dsn(connections[alias])
 
 
-def watchers() -> tuple[Watcher, ...]:
+def watchers(alias: str | None = None) -> tuple[Watcher, ...]:
     """What PGSIGNALS['WATCHERS'] says, or else the ``WATCHERS`` of all ``signals`` modules.
 
+    Those of another database are what DATABASES says for its ``alias``.
     Raises WatcherError for what cannot be watched.
     """
-    given = getattr(settings, "PGSIGNALS", {}).get("WATCHERS")
+    given = _of(alias).get("WATCHERS")
     if isinstance(given, str):
         given = import_string(given)
     if given is not None:
         return normalize(given)
+    if alias not in (None, database()):
+        return ()
     found: list[Any] = []
     for config in apps.get_app_configs():
         declared: Iterable[Any] = getattr(sys.modules.get(f"{config.name}.signals"), "WATCHERS", ())

@@ -13,18 +13,19 @@ from django.db.migrations.serializer import BaseSerializer
 from django.db.migrations.writer import MigrationWriter
 from psycopg2.extensions import cursor as Cursor
 
-from ...errors import TableError, WatcherError
-from ...events import model_name
-from ...resolvers import DjangoResolver
-from ...runs import all_resolvers
-from ...tables import Resolver, TableRef, resolve
+from ...core.errors import TableError, WatcherError
+from ...core.events import model_name
+from ...core.tables import Resolver, TableRef
+from ...core.transport import Transport
+from ...core.watchers import Watcher, normalize
+from ...hub.options import all_resolvers
 from ...triggers.definitions import define
-from ...watchers import Watcher, normalize
+from ...triggers.resolvers.django import DjangoResolver, is_model
+from ...triggers.table_lookup import resolve
 from ..migrations import (
     Change,
     borrowed_cursor,
     installing,
-    is_durable,
     removing,
     run,
     source,
@@ -37,7 +38,8 @@ class InstallWatchers(Operation):
 
     ``watchers`` are what :func:`pgsignals.start` takes, with models as ``"app_label.Model"``, whose
     columns go by their fields' names as they are at this point of the migrations, or tables by
-    their names. ``namespace`` and ``delivery`` are by default what PGSIGNALS says when
+    their names; a model that the routers do not let migrate into a database is left out there, as
+    its table is. ``namespace`` and ``delivery`` are by default what PGSIGNALS says when
     the migration runs; for ``"outbox"`` the schema ``pgsignals`` is made or upgraded too.
 
     A trigger that is as it should be is left alone. Backwards, one that somebody listens to or that
@@ -53,7 +55,7 @@ class InstallWatchers(Operation):
         self, watchers: Iterable[Any], namespace: str | None = None, delivery: str | None = None
     ) -> None:
         if delivery is not None:
-            is_durable(delivery)
+            Transport(delivery)
         self.watchers = list(normalize(watchers))
         self.namespace = namespace
         self.delivery = delivery
@@ -65,15 +67,17 @@ class InstallWatchers(Operation):
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Create what is missing."""
-        if not self._allowed(app_label, schema_editor):
+        watchers = self._watchers(app_label, schema_editor, to_state.apps)
+        if not watchers:
             return
         resolvers = _resolvers(to_state.apps)
 
         def change(cursor: Cursor) -> Change:
-            durable = is_durable(self.delivery or default_delivery())
-            namespace = self.namespace or default_namespace()
-            found = define(cursor, self.watchers, resolvers, namespace, durable)
-            return installing(cursor, namespace, [each.trigger for each in found], durable)
+            alias = schema_editor.connection.alias
+            transport = Transport(self.delivery or default_delivery(alias))
+            namespace = self.namespace or default_namespace(alias)
+            found = define(cursor, watchers, resolvers, namespace, transport)
+            return installing(cursor, namespace, [each.trigger for each in found], transport)
 
         self._apply(schema_editor, resolvers, to_state.apps, change)
 
@@ -81,13 +85,14 @@ class InstallWatchers(Operation):
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Remove them."""
-        if not self._allowed(app_label, schema_editor):
+        watchers = self._watchers(app_label, schema_editor, from_state.apps)
+        if not watchers:
             return
         resolvers = _resolvers(from_state.apps)
 
         def change(cursor: Cursor) -> Change:
-            namespace = self.namespace or default_namespace()
-            return removing(cursor, namespace, self.watchers, resolvers)
+            namespace = self.namespace or default_namespace(schema_editor.connection.alias)
+            return removing(cursor, namespace, watchers, resolvers)
 
         self._apply(schema_editor, resolvers, from_state.apps, change)
 
@@ -100,12 +105,23 @@ class InstallWatchers(Operation):
         """For a migration that is named by its operations."""
         return "install_watchers"
 
-    def _allowed(self, app_label: str, schema_editor: Any) -> bool:
-        """Whether the routers want this application's migrations in that database."""
-        connection = schema_editor.connection
-        return connection.vendor == "postgresql" and router.allow_migrate(
-            connection.alias, app_label
-        )
+    def _watchers(self, app_label: str, schema_editor: Any, models: Any) -> list[Watcher]:
+        """Those of tables that the routers want in that database.
+
+        A table by its name is taken for one of the application whose migration this is.
+        """
+        alias, historical = schema_editor.connection.alias, _HistoricalResolver(models).historical
+        if schema_editor.connection.vendor != "postgresql":
+            return []
+        return [
+            watcher
+            for watcher in self.watchers
+            if (
+                router.allow_migrate_model(alias, model)
+                if is_model(model := historical(watcher.model))
+                else router.allow_migrate(alias, app_label)
+            )
+        ]
 
     def _apply(
         self, schema_editor: Any, resolvers: Sequence[Resolver], models: Any, change: Any
@@ -144,7 +160,7 @@ class InstallWatchers(Operation):
                 present = set(connection.introspection.table_names())
                 with connection.schema_editor(atomic=False) as editor:
                     for model in models.get_models():
-                        table = DjangoResolver().resolve(model)
+                        table = DjangoResolver(routed=False).resolve(model)
                         if table is not None and table.name in wanted - present:
                             editor.create_model(model)
                     # Constraints to other tables, which may be missing too.
@@ -158,12 +174,15 @@ class _HistoricalResolver(DjangoResolver):
     """Models by their names, as a migration knows them."""
 
     def __init__(self, models: Any) -> None:
+        # Where tables come, and so their triggers, is what routers say by allow_migrate.
+        super().__init__(routed=False)
         self._models = models
 
     def resolve(self, model: Any) -> TableRef | None:
-        return super().resolve(self._historical(model))
+        return super().resolve(self.historical(model))
 
-    def _historical(self, model: Any) -> Any:
+    def historical(self, model: Any) -> Any:
+        """The model of a name, where it is one."""
         if isinstance(model, str) and model.count(".") == 1:
             try:
                 return self._models.get_model(model)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import selectors
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
 from typing import Any
 
-from django.db import close_old_connections, connections
+from django.db import connections
+from django.db.backends.signals import connection_created
 
-import pgsignals
-
-from ...errors import ConfigurationError
-from ...events import Event, Gap
-from ...hub import Hub
-from ...metrics import Tracer, span
+from ...core.errors import ConfigurationError
+from ...core.events import Gap
+from ...hub.hub import Hub
+from .conf import hub as hub_of
 from .conf import options
 
 
-def start(hub: Hub | None = None, **overrides: Any) -> Hub:
+def start(hub: Hub | None = None, database: str | None = None, **overrides: Any) -> Hub:
     """Start a Hub, by default the default one, as the setting PGSIGNALS says.
+
+    ``database`` is the alias of another database than that of PGSIGNALS, for a Hub of its own with
+    watchers of its own: DATABASES there says which, or give ``hub`` and ``watchers``.
 
     ``overrides`` are parameters of :func:`pgsignals.start` that take precedence. Call it where a
     process begins to serve, as in ``wsgi.py``, and not at import of an application: ``migrate``
@@ -27,34 +29,62 @@ def start(hub: Hub | None = None, **overrides: Any) -> Hub:
 
     Raises what ``pgsignals.start`` raises, and ConfigurationError without watchers.
     """
-    hub = hub or pgsignals.default_hub
-    chosen = options() | overrides
-    if not chosen["watchers"]:
+    hub = hub or hub_of(database)
+    chosen = options(database).given | overrides
+    if not chosen.get("watchers"):
         raise ConfigurationError(
             "There is nothing to watch: give the module signals.py of an application a list "
-            "WATCHERS, or set PGSIGNALS['WATCHERS']."
+            "WATCHERS, or set PGSIGNALS['WATCHERS']; or, for another database, "
+            "PGSIGNALS['DATABASES'] or start(watchers=[…])."
         )
-    chosen["tracer"] = _Hygiene(chosen.get("tracer"))
+    hub._around = _Hygiene
     # Ahead of the others: a Gap often comes because the database was away.
-    hub._gap_receivers = {_before_gap: _before_gap, **hub._gap_receivers}
+    callbacks = hub._callbacks
+    callbacks.gap_receivers = {_before_gap: _before_gap, **callbacks.gap_receivers}
     return hub.start(**chosen)
 
 
+class _Connections(threading.local):
+    """Django's connections that this thread has open; None before anybody has looked."""
+
+    opened: list[Any] | None = None
+
+    def look(self) -> list[Any]:
+        """Those that are open, found out once: from then on Django tells of each."""
+        known: Sequence[Any] = self.opened or ()
+        if self.opened is None:
+            known = connections.all(initialized_only=True)
+        self.opened = [each for each in known if each.connection is not None]
+        return self.opened
+
+
+_here = _Connections()
+
+
+def _note(connection: Any, **_: object) -> None:
+    """Called by Django in the thread that has connected."""
+    if _here.opened is not None and connection not in _here.opened:
+        _here.opened.append(connection)
+
+
+connection_created.connect(_note)
+
+
 class _Hygiene:
-    """Does around each event what Django does around each request."""
+    """Does around each call what Django does around each request.
 
-    def __init__(self, tracer: Tracer | None) -> None:
-        self._tracer = tracer
+    A thread without open connections, as of receivers that use no ORM, pays next to nothing.
+    """
 
-    @contextmanager
-    def receiving(self, events: Sequence[Event], receiver: str, /) -> Iterator[None]:
-        """See Tracer."""
-        _close_unusable()
-        try:
-            with span(self._tracer, events, receiver):
-                yield
-        finally:
-            close_old_connections()
+    def __enter__(self) -> None:
+        if _here.opened != []:
+            _close_unusable()
+
+    def __exit__(self, *_: object) -> None:
+        if _here.opened:
+            for connection in _here.look():
+                connection.close_if_unusable_or_obsolete()
+            _here.look()
 
 
 def _close_unusable() -> None:
@@ -62,8 +92,8 @@ def _close_unusable() -> None:
 
     An idle connection has nothing to read until then, so that it costs no round trip to know.
     """
-    close_old_connections()
-    for connection in connections.all(initialized_only=True):
+    for connection in _here.look():
+        connection.close_if_unusable_or_obsolete()
         driver: Any = connection.connection
         if driver is None or connection.in_atomic_block or driver.closed:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import MissingExtraError
+from ...core.errors import MissingExtraError
 
 try:
     import flask as _flask  # noqa: F401 - to say what is missing

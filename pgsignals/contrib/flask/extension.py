@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import logging
-import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from flask import Flask, current_app, has_app_context
@@ -19,19 +16,21 @@ from werkzeug.utils import import_string
 
 import pgsignals
 
-from ...connection import Backoff
-from ...errors import ConfigurationError, PgSignalsError, StateError, near
-from ...events import Batch, Event, Gap
-from ...hub import Hub
-from ...inspection import Health
-from ...metrics import Tracer, span
-from ...receivers import Subscription
-from ...watchers import Watcher, normalize
-from ..exact import ExactFeed, open_feed
-from ..sse import Feed, feed_key
-from .ending import Ending
-
-log = logging.getLogger("pgsignals")
+from ...core.backoff import Backoff
+from ...core.errors import ConfigurationError, PgSignalsError, StateError, near
+from ...core.events import Batch, Event, Gap
+from ...core.logging import log
+from ...core.process import after_fork, notice_fork
+from ...core.redaction import error_text
+from ...core.threads import Thread
+from ...core.watchers import Watcher, normalize
+from ...dispatch.registry import Subscription
+from ...hub.hub import Hub
+from ...hub.options import Options
+from ...hub.status import Health
+from ..feeds import Feeds
+from ..ring import RingFeed
+from ..shutdown import Shutdown
 
 Watchers = Iterable[Any] | Callable[[], Iterable[Any]] | str
 
@@ -40,10 +39,14 @@ B = TypeVar("B", bound=Callable[[Batch], object])
 G = TypeVar("G", bound=Callable[[Gap], object])
 
 _PREFIX = "PGSIGNALS_"
-_START_SECONDS = 10.0
-_START_OPTIONS = frozenset(inspect.signature(Hub.start).parameters) - {"self", "dsn", "watchers"}
+# For how long a stream waits for the Hub that another request is starting.
+_START_SECONDS = 5.0
+_OPTIONS = frozenset(each.name for each in fields(Options))
 # Settings of the extension itself; the others are passed to Hub.start.
-_OWN_SETTINGS = frozenset({"dsn", "watchers", "autostart", "sse_size", "sse_clients"})
+_OWN_SETTINGS = frozenset({"autostart", "sse_size", "sse_clients", "binds"})
+# What leads to the first database, or belongs to it.
+_OF_ONE_DATABASE = frozenset({"dsn", "listen_dsn", "watchers"})
+_PROCESSES = "pgsignals.processes"
 
 
 class PgSignals:
@@ -94,9 +97,18 @@ class PgSignals:
         How many streams this process has at most; further ones are told to come back. By default
         there is no limit.
 
+    ``PGSIGNALS_BINDS``
+        What differs for databases of ``SQLALCHEMY_BINDS``: by bind key, settings without the
+        prefix, such as ``{"reports": {"DELIVERY": "outbox", "NAME": "reports"}}``.
+
     ``hub`` is what runs, by default ``pgsignals.default_hub``, so that receivers registered with
     ``@pgsignals.on`` are called too. A Hub runs for one application at a time; where a process
     serves several, ``hub=pgsignals.Hub`` (the class) gives each its own.
+
+    ``bind_key`` is that of another of Flask-SQLAlchemy's databases, whose models have it as
+    ``__bind_key__``: ``PgSignals(bind_key="reports", watchers=[Report])``, beside the first, has a
+    Hub of its own, by default a new one, on that database. The settings hold for it too, but for
+    DSN, LISTEN_DSN and WATCHERS.
     """
 
     def __init__(
@@ -105,14 +117,16 @@ class PgSignals:
         *,
         watchers: Watchers = (),
         hub: Hub | Callable[[], Hub] | None = None,
+        bind_key: str | None = None,
     ) -> None:
+        self.bind_key = bind_key
         self._watchers = watchers
         self._single = hub if isinstance(hub, Hub) else None
         self._make_hub = hub if callable(hub) else None
         if self._single is None and self._make_hub is None:
             if hub is not None:
                 raise ConfigurationError(f"hub={hub!r}: give a Hub, or what makes one.")
-            self._single = pgsignals.default_hub
+            self._single = pgsignals.default_hub if bind_key is None else Hub()
         self._declared: list[Callable[[Hub], object]] = []
         self._hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
         if self._single is not None:
@@ -121,10 +135,15 @@ class PgSignals:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Serve ``app``. Raises ConfigurationError when it has such an extension already."""
-        if "pgsignals" in app.extensions:
+        """Serve ``app``.
+
+        Raises ConfigurationError when it has an extension for this database already.
+        """
+        if self.bind_key in _processes_of(app):
+            which = "" if self.bind_key is None else f" with bind_key={self.bind_key!r}"
             raise ConfigurationError(
-                f"The application {app.name!r} has a PgSignals already: call init_app once."
+                f"The application {app.name!r} has a PgSignals{which} already: call init_app once. "
+                "For another database of SQLALCHEMY_BINDS, give the second one its bind_key=."
             )
         if self._single is not None:
             hub = self._single
@@ -134,9 +153,11 @@ class PgSignals:
             for declare in self._declared:
                 declare(hub)
             self._hubs.add(hub)
-        process = Process(app, hub, self._watchers)
-        app.extensions["pgsignals"] = self
-        app.extensions["pgsignals.process"] = process
+        process = Process(app, hub, self._watchers, self.bind_key)
+        app.extensions.setdefault(_PROCESSES, {})[self.bind_key] = process
+        if self.bind_key is None:
+            app.extensions["pgsignals"] = self
+            app.extensions["pgsignals.process"] = process
         app.before_request(process.serve)
 
     @property
@@ -147,7 +168,7 @@ class PgSignals:
         """
         if self._single is not None:
             return self._single
-        return process_of(None).hub
+        return self._process(None).hub
 
     def start(self, app: Flask | None = None) -> Hub:
         """Start the Hub of ``app``, or of the current application, before the first request.
@@ -156,18 +177,21 @@ class PgSignals:
         In the main thread it also has the streams of :func:`sse` end at SIGTERM, for which a
         server would wait otherwise. Raises what :meth:`pgsignals.Hub.start` raises.
         """
-        return process_of(app).start()
+        return self._process(app).start()
 
     def stop(self, app: Flask | None = None, timeout: float = 10.0) -> bool:
         """Stop it; requests do not start it again. See :meth:`pgsignals.Hub.stop`."""
-        return process_of(app).stop(timeout)
+        return self._process(app).stop(timeout)
 
     def health(self, app: Flask | None = None) -> Health:
-        """How the Hub is, as :meth:`pgsignals.Hub.health` tells.
+        """The Hub's health, as :meth:`pgsignals.Hub.health` tells.
 
         One that is yet to start, or could not and tries again, is alive and not ready.
         """
-        return process_of(app).health()
+        return self._process(app).health()
+
+    def _process(self, app: Flask | None) -> Process:
+        return process_of(app, self.bind_key)
 
     def on(self, target: Any, *ops: str, **filters: Any) -> Callable[[R], R]:
         """See :meth:`pgsignals.Hub.on`."""
@@ -205,7 +229,7 @@ class PgSignals:
         return self.hub.subscribe(fn, target, *ops, **filters)
 
     def _declare(self, declare: Callable[[Hub], object]) -> None:
-        """Have a receiver on the Hubs that there are, and on those that are made later."""
+        """Declare a receiver on the Hubs that there are, and on those that are made later."""
         for hub in list(self._hubs):
             declare(hub)
         self._declared.append(declare)
@@ -214,16 +238,17 @@ class PgSignals:
 class Process:
     """An application's Hub in this process: when it starts, and what streams it feeds."""
 
-    def __init__(self, app: Flask, hub: Hub, watchers: Watchers) -> None:
+    def __init__(self, app: Flask, hub: Hub, watchers: Watchers, bind_key: str | None) -> None:
         self._app = weakref.ref(app)
+        self._bind_key = bind_key
         self._watchers = watchers
         self.hub = hub
         self._tried = False
-        self._error: PgSignalsError | None = None
+        self._error: Exception | None = None
         self._lock = threading.Lock()
-        self._feeds: dict[Any, Feed | ExactFeed] = {}
+        self._feeds = Feeds(hub)
         self._ended = False
-        self._ending = Ending(self.end_streams)
+        self._shutdown = Shutdown(self.end_streams)
         _processes.add(self)
 
     @property
@@ -235,6 +260,7 @@ class Process:
 
     def serve(self) -> None:
         """Called before each request: start with the first."""
+        notice_fork()
         if self._tried:
             if self._error is not None and self.app.debug:
                 raise self._error
@@ -263,7 +289,7 @@ class Process:
             self._error = error
             log.error("the Hub of %r could not start: %s", self.app.name, error)
             if not isinstance(error, StateError):
-                threading.Thread(target=self._retry, name="pgsignals-start", daemon=True).start()
+                Thread("start", self._retry).start()
             if self.app.debug:
                 raise
         finally:
@@ -279,18 +305,20 @@ class Process:
                     return
                 try:
                     self._begin()
-                except PgSignalsError as error:
-                    log.error("the Hub could not start, trying again: %s", error)
+                # A plugin's error, too, is no reason to stay without.
+                except Exception as error:
+                    log.error("the Hub could not start, trying again: %s", error_text(error))
                     self._error = error
                 else:
                     log.warning("the Hub has started after all")
 
     def start(self) -> Hub:
         """Start now. Raises what ``Hub.start`` raises."""
+        notice_fork()
         with self._lock:
             self._begin()
             self._tried = True
-            self._ending.watch()
+            self._shutdown.watch()
         return self.hub
 
     def _begin(self) -> None:
@@ -299,27 +327,29 @@ class Process:
                 f"The Hub runs for the application {owner.app.name!r} already. Where a process "
                 "serves several, give each its own: PgSignals(hub=pgsignals.Hub)."
             )
-        app, settings = self.app, self.settings()
-        tracer = settings.options.pop("tracer", None)
-        self.hub.start(
-            settings.dsn, settings.watchers, **settings.options, tracer=_InContext(app, tracer)
-        )
+        app, options = self.app, self.settings()
+        self.hub._around = app.app_context
+        # In it, models tell of which bind they are.
+        with app.app_context():
+            self.hub.start(**options.given)
         _owners[self.hub] = self
         self._error = None
 
-    def settings(self) -> Settings:
-        """What ``app.config`` says now. Raises ConfigurationError for what cannot be."""
-        return read_settings(self.app, self._watchers)
+    def settings(self) -> Options:
+        """The options that ``app.config`` has now. Raises ConfigurationError for what cannot be."""
+        return read_settings(self.app, self._watchers, self._bind_key)
 
     def stop(self, timeout: float) -> bool:
         """Stop, and stay stopped."""
+        notice_fork()
         with self._lock:
             self._tried = True
             self._error = None
         return self.hub.stop(timeout)
 
     def health(self) -> Health:
-        """See PgSignals."""
+        """The Hub's health, or why it has not started."""
+        notice_fork()
         error = self._error
         if error is not None:
             # The message names host and user, which is nothing for whoever may ask.
@@ -330,38 +360,35 @@ class Process:
             return self.hub.health()
         return Health(alive=True, ready=False, connected=False, reason=reason)
 
-    def feed(self, targets: Sequence[Any]) -> Feed | ExactFeed:
+    def feed(self, targets: Sequence[Any]) -> RingFeed[Any]:
         """The feed of these targets, which all their streams share.
 
-        Raises StateError when the Hub is not running.
+        Raises StateError when the Hub is not running, or the outbox cannot be read now.
         """
-        key = feed_key(targets)
-        # Another request, which came first, may be starting it at this moment.
-        if not self.hub.running and self._lock.acquire(timeout=_START_SECONDS):
+        notice_fork()
+        # Another request, which came first, may be starting it at this moment. A start that failed
+        # is tried again for as long as it takes.
+        starting = not self.hub.running and self._error is None
+        if starting and self._lock.acquire(timeout=_START_SECONDS):
             self._lock.release()
-        with _feeds_lock:
-            feed = self._feeds.get(key)
-            if feed is None or feed.closed:
-                if not self.hub.running or self._ended:
-                    raise StateError("The Hub is not running: there is nothing to stream.")
-                feed = open_feed(
-                    self.hub,
-                    *targets,
-                    size=self.app.config.get("PGSIGNALS_SSE_SIZE", 1000),
-                    ordered=self.app.config.get("PGSIGNALS_WORKERS", 1) == 1,
-                )
-                self._feeds[key] = feed
-        return feed
+        if self._ended:
+            raise StateError("The streams have ended, since the server was told to end.")
+        opening = self._feeds.open(
+            targets,
+            size=self.app.config.get("PGSIGNALS_SSE_SIZE", 1000),
+            ordered=self.app.config.get("PGSIGNALS_WORKERS", 1) == 1,
+        )
+        return opening.wait()
 
     @property
     def streams(self) -> int:
-        """How many streams there are."""
-        return sum(feed.clients for feed in list(self._feeds.values()))
+        """The number of streams."""
+        return sum(feed.clients for feed in self._feeds.values())
 
     def end_streams(self) -> None:
         """End all streams, for good: browsers connect again, to another process."""
         self._ended = True
-        for feed in list(self._feeds.values()):
+        for feed in self._feeds.values():
             feed.close()
 
     def forked(self) -> None:
@@ -369,51 +396,38 @@ class Process:
         self._lock = threading.Lock()
         self._tried = False
         self._error = None
-        self._feeds = {}
         self._ended = False
-        self._ending = Ending(self.end_streams)
+        self._shutdown = Shutdown(self.end_streams)
 
 
-class Settings:
-    """What ``app.config`` says, checked."""
-
-    def __init__(self, dsn: str, watchers: tuple[Watcher, ...], options: dict[str, Any]) -> None:
-        self.dsn = dsn
-        self.watchers = watchers
-        self.options = options
-
-    @property
-    def namespace(self) -> str:
-        """Whose triggers."""
-        return str(self.options.get("namespace", "default"))
-
-    @property
-    def delivery(self) -> str:
-        """How events come."""
-        return str(self.options.get("delivery", "notify"))
-
-
-def read_settings(app: Flask, watchers: Watchers) -> Settings:
+def read_settings(app: Flask, watchers: Watchers, bind_key: str | None) -> Options:
     """Read ``app.config``.
 
     Raises ConfigurationError for a setting that does not exist, and for watchers that are none.
     """
-    options: dict[str, Any] = {}
-    known = _START_OPTIONS | _OWN_SETTINGS
+    found: dict[str, Any] = {}
     for key, value in app.config.items():
-        if not key.startswith(_PREFIX):
-            continue
-        name = key.removeprefix(_PREFIX).lower()
-        if name not in known:
-            settings = [_PREFIX + each.upper() for each in sorted(known)]
-            raise ConfigurationError(
-                f"{key} is no setting{near(key, settings)} Settings are {', '.join(settings)}."
-            )
-        if name in _START_OPTIONS:
-            options[name] = value
-    return Settings(
-        _dsn(app), _given_watchers(app.config.get("PGSIGNALS_WATCHERS") or watchers), options
-    )
+        if key.startswith(_PREFIX):
+            found[_setting(key, _PREFIX, _OPTIONS | _OWN_SETTINGS)] = value
+    binds = found.get("binds", {})
+    if bind_key is not None:
+        found = {name: value for name, value in found.items() if name not in _OF_ONE_DATABASE}
+        for key, value in binds.get(bind_key, {}).items():
+            found[_setting(key, "", _OPTIONS)] = value
+    dsn = found.get("dsn")
+    found["dsn"] = _dsn(app, bind_key) if dsn is None else str(dsn)
+    found["watchers"] = _given_watchers(found.get("watchers") or watchers)
+    return Options(**{name: value for name, value in found.items() if name in _OPTIONS})
+
+
+def _setting(key: str, prefix: str, known: Iterable[str]) -> str:
+    name = key.removeprefix(prefix).lower()
+    if name not in known:
+        settings = [prefix + each.upper() for each in sorted(known)]
+        raise ConfigurationError(
+            f"{key} is no setting{near(key, settings)} Settings are {', '.join(settings)}."
+        )
+    return name
 
 
 def _given_watchers(given: Watchers) -> tuple[Watcher, ...]:
@@ -427,15 +441,22 @@ def _given_watchers(given: Watchers) -> tuple[Watcher, ...]:
     return normalize(given)
 
 
-def _dsn(app: Flask) -> str:
-    """The setting, or else the engine of Flask-SQLAlchemy, or else libpq's variables."""
-    if (dsn := app.config.get("PGSIGNALS_DSN")) is not None:
-        return str(dsn)
+def _dsn(app: Flask, bind_key: str | None) -> str:
+    """The engine of Flask-SQLAlchemy, or else libpq's variables."""
     sqlalchemy: Any = app.extensions.get("sqlalchemy")
-    if sqlalchemy is None:
+    if sqlalchemy is None and bind_key is None:
         return ""
-    with app.app_context():
-        url = sqlalchemy.engine.url
+    engines: Any = {}
+    if sqlalchemy is not None:
+        with app.app_context():
+            engines = sqlalchemy.engines
+    if bind_key not in engines:
+        raise ConfigurationError(
+            f"SQLALCHEMY_BINDS of {app.name!r} has no {bind_key!r}"
+            f"{near(str(bind_key), filter(None, engines))} PgSignals(bind_key=…) is for a database "
+            "that is there."
+        )
+    url = engines[bind_key].url
     if url.get_backend_name() != "postgresql":
         raise ConfigurationError(
             f"Flask-SQLAlchemy's database is {url.get_backend_name()}: set PGSIGNALS_DSN to a "
@@ -444,10 +465,15 @@ def _dsn(app: Flask) -> str:
     return str(url.set(drivername="postgresql").render_as_string(hide_password=False))
 
 
-def process_of(app: Flask | None) -> Process:
-    """The state of ``app`` or of the current application.
+def _processes_of(app: Flask) -> dict[str | None, Process]:
+    found: dict[str | None, Process] = app.extensions.get(_PROCESSES, {})
+    return found
 
-    Raises StateError when there is none, or it has no PgSignals.
+
+def processes_of(app: Flask | None) -> dict[str | None, Process]:
+    """Those of ``app`` or of the current application, by bind key.
+
+    Raises StateError when there is none.
     """
     if app is None:
         if not has_app_context():
@@ -456,10 +482,32 @@ def process_of(app: Flask | None) -> Process:
                 "`with app.app_context():`."
             )
         app = current_app._get_current_object()  # type: ignore[attr-defined]
-    found: Process | None = app.extensions.get("pgsignals.process")
-    if found is None:
+    found = _processes_of(app)
+    if not found:
         raise StateError(f"The application {app.name!r} has no PgSignals: call init_app(app).")
     return found
+
+
+def process_of(app: Flask | None, bind_key: str | None = None) -> Process:
+    """The state of ``app`` or of the current application, for the database of a bind key.
+
+    Without a key, that of the only PgSignals, whichever it is of.
+    Raises StateError when there is none, or it has no such PgSignals.
+    """
+    found = processes_of(app)
+    if bind_key is None and len(found) == 1:
+        [bind_key] = found
+    if bind_key not in found:
+        which = "without a bind_key" if bind_key is None else f"with bind_key={bind_key!r}"
+        raise StateError(
+            f"The application has no PgSignals {which}: call init_app(app). It has "
+            f"{_listed(found)}."
+        )
+    return found[bind_key]
+
+
+def _listed(keys: Iterable[str | None]) -> str:
+    return ", ".join("one without" if key is None else repr(key) for key in keys)
 
 
 def _in_context(hub: Hub, fn: Callable[[Gap], object]) -> Callable[[Gap], object]:
@@ -479,32 +527,13 @@ def _owner(hub: Hub) -> Process | None:
     return _owners.get(hub) if hub.running else None
 
 
-class _InContext:
-    """A tracer that has each receiver called in an application context of its own."""
-
-    def __init__(self, app: Flask, tracer: Tracer | None) -> None:
-        self._app = app
-        self._tracer = tracer
-
-    @contextmanager
-    def receiving(self, events: Sequence[Event], receiver: str, /) -> Iterator[None]:
-        """See Tracer."""
-        # A tracer that fails must not cost the receiver its context.
-        with self._app.app_context(), span(self._tracer, events, receiver):
-            yield
-
-
 _processes: weakref.WeakSet[Process] = weakref.WeakSet()
 _owners: weakref.WeakKeyDictionary[Hub, Process] = weakref.WeakKeyDictionary()
-_feeds_lock = threading.Lock()
 
 
 def _after_fork_in_child() -> None:
-    global _feeds_lock
-    _feeds_lock = threading.Lock()
     for process in list(_processes):
         process.forked()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+after_fork(_after_fork_in_child)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 import time
@@ -12,17 +11,12 @@ from typing import Any
 
 from flask import Flask, Response, current_app, request
 
-from ...errors import ConfigurationError, StateError
-from ...events import Event
-from ..exact import ExactClient
-from ..sse import HEADERS, Client, View, encode, last_event_id
+from ...core.errors import StateError
+from ...core.events import Event
+from ..event_stream import HEADERS, View
+from ..ring import RingClient
+from ..stream_options import LATER, StreamOptions, come_back
 from .extension import process_of
-
-log = logging.getLogger("pgsignals")
-
-# When browsers for which there was no room try again, in milliseconds.
-_LATER = 15_000
-_PARAMETER = "last-event-id"
 
 
 def sse(
@@ -34,6 +28,7 @@ def sse(
     keepalive: float = 15.0,
     lifetime: float = 3600.0,
     send_timeout: float = 60.0,
+    bind_key: str | None = None,
 ) -> Response:
     """A response that tells the browser of changes, for ``new EventSource(url)``.
 
@@ -55,56 +50,43 @@ def sse(
     A stream takes a thread of the server. A server without threads ends it after what is there, so
     that browsers poll.
 
+    ``bind_key`` is that of the PgSignals whose watchers deliver the targets.
+
     Raises ReceiverError when no watcher delivers a target.
     """
-    if retry < 0 or keepalive <= 0 or lifetime <= 0 or send_timeout <= 0:
-        raise ConfigurationError(
-            f"retry={retry!r}, keepalive={keepalive!r}, lifetime={lifetime!r}, "
-            f"send_timeout={send_timeout!r}: give milliseconds from 0, and seconds above 0."
-        )
-    process = process_of(None)
+    options = StreamOptions(View(visible, data, name), retry, keepalive, lifetime, send_timeout)
+    process = process_of(None, bind_key)
     limit = current_app.config.get("PGSIGNALS_SSE_CLIENTS")
     try:
         feed = process.feed(targets)
     except StateError as error:
-        return _come_back(retry, str(error))
+        return _response(come_back(error, retry))
     if limit is not None and process.streams >= limit:
-        return _come_back(max(retry, _LATER), f"there are {limit} streams already")
+        return _response(come_back(f"there are {limit} streams already", max(retry, LATER)))
     _limit_sending(send_timeout)
     woken = threading.Event()
-    stream = _Stream(
-        current_app._get_current_object(),  # type: ignore[attr-defined]
-        feed.connect(
-            last_event_id(request.headers.get("Last-Event-ID"), request.args.get(_PARAMETER)),
-            woken.set,
-            View(visible, data, name),
-        ),
-        woken,
-        retry,
-        keepalive,
-        time.monotonic() + lifetime,
-        polled=not request.environ.get("wsgi.multithread", True),
-    )
-    return current_app.response_class(stream, headers=HEADERS)
+    client = options.connect(feed, woken.set, request.headers, request.args)
+    # A server without threads would serve nobody else meanwhile.
+    polled = not request.environ.get("wsgi.multithread", True)
+    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    return _response(_Stream(app, client, woken, options, polled))
 
 
-def _come_back(milliseconds: int, reason: str) -> Response:
-    """A stream that ends at once: after any other status than 200 an EventSource gives up."""
-    log.warning("a browser was told to come back later: %s", reason)
-    return current_app.response_class(encode(retry=milliseconds), headers=HEADERS)
+def _response(content: bytes | Iterator[bytes]) -> Response:
+    return current_app.response_class(content, headers=HEADERS)
 
 
-def position(*targets: Any) -> str:
-    """Where the stream of these targets is now, to render into a page.
+def position(*targets: Any, bind_key: str | None = None) -> str:
+    """The position of the stream of these targets now, to render into a page.
 
     With ``new EventSource("/events?last-event-id={{ position }}")`` the browser hears of all that
     happened since. Raises StateError when the Hub is not running.
     """
-    return process_of(None).feed(targets).position
+    return process_of(None, bind_key).feed(targets).position
 
 
 class _Stream:
-    """What the server iterates over: one browser's messages, as they come.
+    """One browser's messages, as they come, for the server to iterate over.
 
     Not a generator, since a server may close a response that it has not begun to send.
     """
@@ -112,19 +94,17 @@ class _Stream:
     def __init__(
         self,
         app: Flask,
-        client: Client | ExactClient,
+        client: RingClient,
         woken: threading.Event,
-        retry: int,
-        keepalive: float,
-        end: float,
+        options: StreamOptions,
         polled: bool,
     ) -> None:
         self._app = app
+        self._options = options
+        self._began = time.monotonic()
         self._client = client
         self._woken = woken
-        self._opening: bytes | None = client.opening(retry)
-        self._keepalive = keepalive
-        self._end = end
+        self._opening: bytes | None = client.opening(options.retry)
         self._polled = polled
 
     def __iter__(self) -> Iterator[bytes]:
@@ -141,10 +121,10 @@ class _Stream:
                 chunk = self._client.read()
             if chunk:
                 return chunk
-            left = self._end - time.monotonic()
-            if self._client.ended or self._polled or left <= 0:
+            patience = self._options.patience(self._client, self._began)
+            if self._polled or not patience:
                 raise StopIteration
-            if not self._woken.wait(min(self._keepalive, left)):
+            if not self._woken.wait(patience):
                 return self._client.keepalive()
 
     def close(self) -> None:
@@ -153,7 +133,7 @@ class _Stream:
 
 
 def _limit_sending(seconds: float) -> None:
-    """Have the system give up the connection when the browser takes nothing for that long.
+    """Limit for how long the system keeps the connection of a browser that takes nothing.
 
     Otherwise a browser that is gone without a word, or does not read, would keep its thread.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import click
@@ -12,23 +14,18 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils import autoreload
 
 from pgsignals.cli import main
-from pgsignals.cli.embedded import Application, commands_for
+from pgsignals.cli.embedded import commands_for
 from pgsignals.cli.groups import ErrorsAsMessages
-from pgsignals.connection import dsn_of
 from pgsignals.contrib.django import start
-from pgsignals.contrib.django.conf import default_delivery, options, watchers
-from pgsignals.errors import PgSignalsError
+from pgsignals.contrib.django.conf import options
+from pgsignals.core.errors import PgSignalsError
+from pgsignals.hub.options import Options
+from pgsignals.postgres.dsn import dsn_of
 
 
-def _application() -> Application:
-    chosen = options()
-    return Application(
-        dsn_of(chosen["dsn"]),
-        chosen.get("namespace", "default"),
-        default_delivery(),
-        chosen.get("install", "auto"),
-        watchers(),
-    )
+def _application(alias: str | None) -> Options:
+    chosen = options(alias)
+    return replace(chosen, dsn=dsn_of(chosen.dsn))
 
 
 class Command(BaseCommand):
@@ -41,7 +38,12 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """The command, and what goes on to it."""
-        parser.add_argument("subcommand", choices=["listen", *self._commands()])
+        parser.add_argument(
+            "--database",
+            metavar="ALIAS",
+            help="Another database than that of PGSIGNALS, which has it in its DATABASES.",
+        )
+        parser.add_argument("subcommand", choices=["listen", *self._commands(None)])
         parser.add_argument(
             "arguments",
             nargs=argparse.REMAINDER,
@@ -49,22 +51,24 @@ class Command(BaseCommand):
             "changes; those of `pgsignals SUBCOMMAND --help` for the others.",
         )
 
-    def handle(self, *, subcommand: str, arguments: list[str], **_: Any) -> None:
+    def handle(
+        self, *, subcommand: str, arguments: list[str], database: str | None = None, **_: Any
+    ) -> None:
         """Run it."""
         try:
             if subcommand != "listen":
-                self._run(subcommand, arguments)
+                self._run(subcommand, arguments, database)
             elif arguments == ["--reload"]:
-                autoreload.run_with_reloader(self._listen)
+                autoreload.run_with_reloader(self._listen, database)
             elif arguments:
                 raise CommandError(f"listen takes --reload and nothing else, not {arguments!r}.")
             else:
-                self._listen()
+                self._listen(database)
         except PgSignalsError as error:
             raise CommandError(str(error)) from error
 
-    def _listen(self) -> None:
-        with start() as hub:
+    def _listen(self, database: str | None) -> None:
+        with start(database=database) as hub:
             self.stderr.write("Listening. Press Ctrl-C to stop.")
             # The reloader runs this in a thread, and looks after signals itself.
             if threading.current_thread() is threading.main_thread():
@@ -72,12 +76,12 @@ class Command(BaseCommand):
             else:
                 hub.wait()
 
-    def _commands(self) -> dict[str, click.Command]:
+    def _commands(self, database: str | None) -> dict[str, click.Command]:
         assert isinstance(main, click.Group)
-        return commands_for(main, _application, "manage.py pgsignals")
+        return commands_for(main, partial(_application, database), "manage.py pgsignals")
 
-    def _run(self, subcommand: str, arguments: list[str]) -> None:
-        group = ErrorsAsMessages("pgsignals", commands=self._commands())
+    def _run(self, subcommand: str, arguments: list[str], database: str | None) -> None:
+        group = ErrorsAsMessages("pgsignals", commands=self._commands(database))
         try:
             code = group.main(
                 [subcommand, *arguments],

@@ -1,0 +1,104 @@
+"""A partition of a consumer, in the process that reads it: what is under way, and acknowledged."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+from ..dispatch.in_flight import Lease
+from .consumer_store import Announced, Claim, Progress
+from .log import Position, Reader
+from .pages import LogPage
+
+
+class Partition:
+    """A partition that this process reads: what is acknowledged, what is under way.
+
+    Its ``reader`` knows what comes next.
+    """
+
+    def __init__(self, claim: Claim, reader: Reader, lease_until: float) -> None:
+        self.claim = claim
+        self.lease = Lease(lease_until)
+        self.acknowledged: Position = claim.position
+        self.unsaved = 0
+        self._saved_announced = claim.announced
+        self.leaving = False
+        self._begin(reader)
+
+    def _begin(self, reader: Reader) -> None:
+        # What receivers know once all that is under way has been acknowledged.
+        self.announcing = self.claim.announced
+        self.pages: deque[LogPage] = deque()
+        self.outstanding = 0
+        # How far backfills have come with what is acknowledged, and not yet saved.
+        self.progress: dict[int, Progress] = {}
+        self.reader = reader
+
+    def rewind(self, reader: Reader) -> None:
+        """Read again, by a reader from what is acknowledged on."""
+        deadline = self.lease.deadline
+        self.lease.end()
+        self.lease = Lease(deadline)
+        self._begin(reader)
+
+    def skip_to(self, reader: Reader) -> None:
+        """Take all that comes before a reader's position for acknowledged, and go on there."""
+        self.acknowledged = reader.position
+        # Whoever skips tells of a Gap at once.
+        self.claim = replace(self.claim, announced=self.announcing)
+        self._begin(reader)
+
+    def announce(self, announced: Announced) -> LogPage:
+        """A page for a Gap, behind what has been read: done when receivers have been told."""
+        self.announcing = announced
+        page = LogPage(self.lease, self.reader.position, 0, announced)
+        self.pages.append(page)
+        return page
+
+    def add(self, page: LogPage) -> None:
+        """Put a page behind those that are under way."""
+        # Where nothing was read, one page is enough.
+        last = self.pages[-1] if self.pages else None
+        if last is not None and last.done and last.bare and not page.count:
+            self.pages.pop()
+        self.pages.append(page)
+        self.outstanding += page.count
+
+    @property
+    def busy(self) -> bool:
+        """Whether events or a Gap are under way."""
+        return self.outstanding > 0 or self.announcing != self.claim.announced
+
+    @property
+    def current(self) -> bool:
+        """Whether all that there was when the log was last polled has been acknowledged."""
+        return not self.pages and self.reader.at_end
+
+    @property
+    def dirty(self) -> bool:
+        """Whether what has been collected has yet to be saved."""
+        return bool(self.unsaved or self.progress or self.claim.announced != self._saved_announced)
+
+    def saved(self) -> None:
+        """Note that the database has what was collected."""
+        self.unsaved = 0
+        self.progress.clear()
+        self._saved_announced = self.claim.announced
+
+    def collect(self, parked: int = 0) -> None:
+        """Take note of the pages that are done by now; and of the first, as many as are parked."""
+        first = len(self.pages) - parked
+        while self.pages and (self.pages[0].done or len(self.pages) > first):
+            page = self.pages.popleft()
+            self.acknowledged = page.position
+            self.unsaved += page.count
+            self.outstanding -= page.count
+            if page.announced is not None:
+                self.claim = replace(self.claim, announced=page.announced)
+            if page.progress is not None:
+                later = replace(page.progress, delivered=page.count)
+                former = self.progress.get(later.number)
+                self.progress[later.number] = former.then(later) if former is not None else later
+        if self.current:
+            self.acknowledged = self.reader.position

@@ -1,0 +1,1 @@
+"""Backfills: existing rows as events, for one consumer."""

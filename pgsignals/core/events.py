@@ -1,0 +1,441 @@
+"""What receivers get: Event, Batch and Gap."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from functools import cached_property
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import msgspec
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+T = TypeVar("T")
+
+
+def moment(at_us: int) -> datetime:
+    """The datetime of so many microseconds since 1970."""
+    return _EPOCH + timedelta(microseconds=at_us)
+
+
+def microseconds(at: datetime) -> int:
+    """The microseconds since 1970 of an aware datetime."""
+    return (at - _EPOCH) // timedelta(microseconds=1)
+
+
+class _Columns(dict[str, Any]):
+    """Values by their columns; for one that did not travel, the error says how to have it."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(
+            f"{name!r} does not come with this event, which has "
+            f"{', '.join(map(repr, self)) or 'no values'}: give the watcher extra=[{name!r}], or "
+            "load the record"
+        )
+
+
+class _Cut(_Columns):
+    """What is left of a row that is too long for a notification."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(
+            f"{name!r} is of a row too long to travel (event.truncated): load the record"
+        )
+
+
+class Loader(Protocol):
+    """Fetches records by their keys through a session of the user's."""
+
+    def __call__(
+        self, session: Any, ids: Sequence[tuple[Any, ...]], /, **options: Any
+    ) -> list[Any]:
+        """``options`` are the user's, for the framework that the model is of."""
+
+
+def model_name(model: object) -> str:
+    """How messages call a model: the class's name, or the text that the user wrote."""
+    if isinstance(model, str):
+        return model
+    name = getattr(model, "__name__", None)
+    return name if isinstance(name, str) else str(model)
+
+
+def model_identity(model: object) -> int | str:
+    """What makes two mentions of a model the same: the object itself, or the text."""
+    return model if isinstance(model, str) else id(model)
+
+
+def hashable(key: tuple[Any, ...]) -> Any:
+    """``key``, or a text in its place when one of its values does not hash (an array, say)."""
+    try:
+        hash(key)
+    # What a typecaster of the user's has made may raise anything.
+    except Exception:
+        try:
+            return repr(key)
+        except Exception:
+            return "?"  # The same for all such: their order is kept.
+    return key
+
+
+@dataclass(frozen=True, eq=False)
+class Topic:
+    """What all events of one operation of one watcher have in common.
+
+    ``key`` and ``values`` are attribute names; ``compared`` says that each value comes twice, new
+    and old. ``loader`` fetches records by their keys through a session of the user's.
+    """
+
+    model: Any
+    op: str
+    label: str | None
+    schema: str
+    table: str
+    key: tuple[str, ...]
+    values: tuple[str, ...]
+    compared: bool
+    loader: Loader
+    name: str = ""
+
+    @cached_property
+    def scalar(self) -> bool:
+        """Whether the key is one column, so that an event's id is its bare value."""
+        return len(self.key) == 1
+
+    @cached_property
+    def fields(self) -> dict[str, str]:
+        """What log records and metrics say of an event: ``table``, with its schema, and ``op``."""
+        return {"table": f"{self.schema}.{self.table}", "op": self.op}
+
+
+def event_uid(name: str, txid: int, sequence: int, number: int) -> str:
+    """An event's uid: ``name`` is its topic's, ``number`` counts the rows of its message."""
+    return f"{name}-{txid:x}-{sequence:x}-{number:x}"
+
+
+class Message(msgspec.Struct, eq=False):
+    """A decoded message: rows of one statement that belong to one topic.
+
+    Each row is a tuple: the key; where ``moved``, the key before the update; unless ``truncated``,
+    the values; where the topic compares, the old values and a text of one ``0`` or ``1`` a value.
+    ``page`` belongs to the source: what the message is acknowledged with.
+    """
+
+    topic: Topic
+    txid: int
+    sequence: int
+    at_us: int
+    context: Mapping[str, Any]
+    rows: Sequence[tuple[Any, ...]]
+    moved: bool = False
+    truncated: bool = False
+    redelivered: bool = False
+    position: str | None = None
+    page: Any = None
+
+    @property
+    def values_start(self) -> int:
+        """Where in a row the values begin."""
+        width = len(self.topic.key)
+        return 2 * width if self.moved else width
+
+    @property
+    def at(self) -> datetime:
+        """When the statement ran, by the server's clock."""
+        return moment(self.at_us)
+
+    def uid(self, number: int) -> str:
+        """What names the event of one row, here and wherever it travels."""
+        return event_uid(self.topic.name, self.txid, self.sequence, number)
+
+    def row_payload(self, number: int) -> str | None:
+        """The payload of a message of this row alone, with the same uid, to be kept for a receiver.
+
+        None where the source itself holds the message, by its ``sequence``.
+        """
+        return None
+
+
+class Event(msgspec.Struct, frozen=True, eq=False):
+    """One change of one record. Attributes are worked out when they are asked for."""
+
+    _message: Message
+    _number: int
+    _row: tuple[Any, ...]
+
+    @property
+    def op(self) -> str:
+        """``inserted``, ``updated``, ``deleted``, ``truncated``, or ``snapshot`` of a backfill."""
+        return self._message.topic.op
+
+    @property
+    def model(self) -> Any:
+        """The model as the watcher gave it."""
+        return self._message.topic.model
+
+    @property
+    def label(self) -> str | None:
+        """The watcher's label, if it has one."""
+        return self._message.topic.label
+
+    @property
+    def schema(self) -> str:
+        """The schema of the watched table."""
+        return self._message.topic.schema
+
+    @property
+    def table(self) -> str:
+        """The name of the watched table, without its schema."""
+        return self._message.topic.table
+
+    @property
+    def id(self) -> Any:
+        """The key's value; a tuple for a key of several columns; None without a key."""
+        topic = self._message.topic
+        if topic.scalar and self._row:
+            return self._row[0]
+        return self._row[: len(topic.key)] or None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The key as a mapping of attribute names to values."""
+        return dict(zip(self._message.topic.key, self._row, strict=False))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The columns that the watcher asked for: new values; of a deleted record, the last."""
+        message = self._message
+        if message.truncated:
+            return _Cut()
+        return _Columns(zip(message.topic.values, self._row[message.values_start :], strict=False))
+
+    @property
+    def old(self) -> dict[str, Any]:
+        """Of an update: the former values of ``values``, and of the key where it changed."""
+        message = self._message
+        topic = message.topic
+        found: dict[str, Any] = _Cut() if message.truncated else _Columns()
+        if message.moved:
+            found.update(zip(topic.key, self._row[len(topic.key) :], strict=False))
+        if topic.compared and not message.truncated:
+            start = message.values_start + len(topic.values)
+            found.update(zip(topic.values, self._row[start:], strict=False))
+        return found
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Of an update: which of ``values``, and of a changed key, differ."""
+        message = self._message
+        topic = message.topic
+        found: set[str] = set()
+        if message.moved:
+            width = len(topic.key)
+            found.update(
+                name
+                for name, new, old in zip(topic.key, self._row, self._row[width:], strict=False)
+                if new != old
+            )
+        if topic.compared and not message.truncated:
+            found.update(
+                name
+                for name, differs in zip(topic.values, self._row[-1], strict=True)
+                if differs == "1"
+            )
+        return frozenset(found)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the values were too long to travel, so that only the key is here."""
+        return self._message.truncated
+
+    @property
+    def txid(self) -> int:
+        """The writing transaction's id (``pg_current_xact_id``).
+
+        Of a snapshot: the first one whose changes it cannot hold.
+        """
+        return self._message.txid
+
+    @property
+    def at(self) -> datetime:
+        """When the statement ran: an aware datetime, by the server's clock.
+
+        Of a snapshot: when the row was read.
+        """
+        return self._message.at
+
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """What the writer said with :func:`pgsignals.context`."""
+        return self._message.context
+
+    @property
+    def uid(self) -> str:
+        """Names this event, the same on every redelivery."""
+        return self._message.uid(self._number)
+
+    @property
+    def position(self) -> str | None:
+        """Where a durable source stands after this event; None in ``notify`` delivery."""
+        return self._message.position
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether this event may have been delivered before."""
+        return self._message.redelivered
+
+    def load(self, session: Any = None, **options: Any) -> Any:
+        """The record as it is now, through the user's session; None when it is gone.
+
+        ``session`` is what the model's framework uses: an SQLAlchemy Session or Connection, None
+        or a database alias for Django, a psycopg2 connection for a plain table name. ``options``
+        say what to load with it: ``options=[selectinload(…)]`` for SQLAlchemy's models,
+        ``select_related=`` and ``prefetch_related=`` for Django's.
+        Raises ConfigurationError for a session or an option that does not fit the model, or
+        without a key.
+        """
+        topic = self._message.topic
+        found = topic.loader(session, [self._row[: len(topic.key)]], **options)
+        return found[0] if found else None
+
+    async def aload(self, session: Any = None, **options: Any) -> Any:
+        """Like :meth:`load`, for a coroutine.
+
+        ``session`` is an AsyncSession, AsyncConnection or AsyncEngine of SQLAlchemy, or what
+        ``load`` takes for a Django model or a plain table name, which a thread then uses.
+        """
+        return await _in_background(functools.partial(self.load, **options), session)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as plain data, as ``pgsignals watch --json`` prints it."""
+        found: dict[str, Any] = {
+            "at": self.at,
+            "op": self.op,
+            "schema": self.schema,
+            "table": self.table,
+            "id": self.id,
+            "key": self.key,
+            "values": self.values,
+        }
+        if self.op == "updated":
+            found["old"] = self.old
+            found["changed"] = sorted(self.changed)
+        if self.label is not None:
+            found["label"] = self.label
+        found.update(
+            truncated=self.truncated, txid=self.txid, context=dict(self.context), uid=self.uid
+        )
+        return found
+
+    def _record(self) -> tuple[Any, ...]:
+        return (
+            self.uid,
+            self.op,
+            self.label,
+            self.schema,
+            self.table,
+            self.key,
+            self.values,
+            self.old,
+            self.changed,
+            self.truncated,
+            self.at,
+            dict(self.context),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self._record() == other._record() if isinstance(other, Event) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.uid)
+
+    def __repr__(self) -> str:
+        label = f" {self.label!r}" if self.label is not None else ""
+        values = "".join(f" {name}={value!r}" for name, value in self.values.items())
+        cut = " truncated" if self.truncated else ""
+        return f"<Event{label} {self.schema}.{self.table} {self.op} id={self.id!r}{values}{cut}>"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The latest event of each record that changed in a period."""
+
+    events: tuple[Event, ...]
+
+    @property
+    def ids(self) -> list[Any]:
+        """The records' ids, in the order of their latest events."""
+        return [event.id for event in self.events]
+
+    def load(self, session: Any = None, **options: Any) -> list[Any]:
+        """The records as they are now, by one query for each model; those that are gone left out.
+
+        See :meth:`Event.load` for what ``session`` and ``options`` may be.
+        """
+        by_model: dict[int | str, tuple[Loader, list[tuple[Any, ...]]]] = {}
+        for event in self.events:
+            topic = event._message.topic
+            _, ids = by_model.setdefault(model_identity(topic.model), (topic.loader, []))
+            ids.append(event._row[: len(topic.key)])
+        return [
+            record
+            for loader, ids in by_model.values()
+            for record in loader(session, ids, **options)
+        ]
+
+    async def aload(self, session: Any = None, **options: Any) -> list[Any]:
+        """Like :meth:`load`, for a coroutine; see :meth:`Event.aload`."""
+        return await _in_background(functools.partial(self.load, **options), session)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.events)
+
+
+async def _in_background(load: Callable[[Any], T], session: Any) -> T:
+    """``load`` with ``session``, without holding up the event loop."""
+    if hasattr(session, "run_sync"):
+        found: T = await session.run_sync(load)
+        return found
+    if hasattr(session, "sync_engine"):
+        async with session.connect() as connection:
+            return await _in_background(load, connection)
+    asgiref = sys.modules.get("asgiref.sync")
+    if asgiref is not None:
+        # Django's connections belong to threads: this takes the one that its other async code has.
+        return await asgiref.sync_to_async(load)(session)  # type: ignore[no-any-return]
+    return await asyncio.to_thread(load, session)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A period, by the server's clock, whose events may be missing: those committed in it.
+
+    ``at`` of an event is when its statement ran, which in a long transaction is before the commit.
+
+    ``reason``: ``reconnected`` (the connection was lost), ``overflow`` (receivers were too slow),
+    ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message),
+    ``retention`` (they were deleted where they waited, the outbox or a broker, before they were
+    read), ``restored`` (the outbox's database, or the broker, has another history than the consumer
+    knows), ``unknown_name`` (the broker does not know the ``name``: it is new, or its place is
+    gone).
+    """
+
+    since: datetime
+    until: datetime
+    reason: str
+    detail: str = field(default="")
+
+    def __post_init__(self) -> None:
+        # Where a clock was set back in between.
+        if self.until < self.since:
+            since, until = self.until, self.since
+            object.__setattr__(self, "since", since)
+            object.__setattr__(self, "until", until)

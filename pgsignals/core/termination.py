@@ -1,0 +1,106 @@
+"""SIGTERM and SIGINT, for whoever waits for the program's end."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from .errors import StateError
+from .process import after_fork
+from .threads import Thread
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 1.0
+_former: dict[int, Any] = {}
+
+
+@contextmanager
+def termination(call: Callable[[], object]) -> Iterator[None]:
+    """Have ``call`` made, in the main thread, for each SIGTERM and SIGINT during the block.
+
+    It interrupts whatever the main thread does, so that it must take no lock. A signal that the
+    process ignores (nohup, a shell's background job) stays ignored. Only for the main thread.
+    """
+    _guard_forks()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler is not signal.SIG_IGN:
+            _former[number] = handler
+            signal.signal(number, lambda number, frame: call())
+    try:
+        yield
+    finally:
+        _restore()
+
+
+def take(queue: SimpleQueue[T], timeout: float | None = None) -> T:
+    """What a signal's handler, or a thread, puts next, for the main thread. Raises Empty.
+
+    A signal that another thread takes, as one may that comes while the process is stopped, does
+    not wake the main thread; its handler runs once that looks up.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = _LOOK_SECONDS if deadline is None else deadline - time.monotonic()
+        try:
+            return queue.get(timeout=max(0.0, min(left, _LOOK_SECONDS)))
+        except Empty:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise
+
+
+class SignalledStop:
+    """The wait of the main thread for a stop, which a signal may ask for."""
+
+    def __init__(self) -> None:
+        self._ends: SimpleQueue[bool | None] | None = None
+
+    def wait(self, stopped: threading.Event, stop: Callable[[], object]) -> bool:
+        """Wait for a ``stop``, or have it made at a signal; whether all was handled by then.
+
+        A second signal ends that at once. Raises StateError outside the main thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise StateError(
+                "run() handles signals, which Python allows in the main thread only. Elsewhere "
+                "call wait(), and stop() when the program ends."
+            )
+        # What a signal handler puts may interrupt take(); setting an Event could block for ever.
+        ends: SimpleQueue[bool | None] = SimpleQueue()
+        self._ends = ends
+        try:
+            with termination(lambda: ends.put(None)):
+                if stopped.is_set():
+                    return True
+                drained = take(ends)
+                if drained is None:
+                    Thread("stop", stop).start()
+                    drained = take(ends)
+                return bool(drained)
+        finally:
+            self._ends = None
+
+    def tell(self, drained: bool) -> None:
+        """Called by the stop, from whatever thread, when it has ended."""
+        if (ends := self._ends) is not None:
+            ends.put(drained)
+
+
+def _restore() -> None:
+    while _former:
+        number, handler = _former.popitem()
+        # None stands for a handler that Python did not set and cannot set again.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@functools.cache
+def _guard_forks() -> None:
+    """A child that a receiver forks must end at SIGTERM: nobody waits there to be told of it."""
+    after_fork(_restore)

@@ -1,0 +1,32 @@
+"""The transports: the ways of an event from its trigger to the process."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+from .errors import ConfigurationError
+
+Delivery = Literal["notify", "outbox"]
+
+
+class Transport(Enum):
+    """What a trigger writes to; its value is what ``start(delivery=…)`` is given.
+
+    ``Transport(delivery)`` raises ConfigurationError for any other value.
+    """
+
+    _value_: Delivery
+
+    NOTIFY = "notify"
+    OUTBOX = "outbox"
+
+    @property
+    def durable(self) -> bool:
+        """Whether events wait for their consumer, and come again until they are acknowledged."""
+        return self is not Transport.NOTIFY
+
+    @classmethod
+    def _missing_(cls, value: object) -> Transport:
+        known = ", ".join(repr(each.value) for each in cls)
+        raise ConfigurationError(f"delivery={value!r}: it is one of {known}.")

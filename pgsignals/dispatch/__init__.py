@@ -1,0 +1,1 @@
+"""From a message to receivers: registry, queues, workers, calls, retries and brokers."""

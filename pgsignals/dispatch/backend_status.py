@@ -1,0 +1,29 @@
+"""A broker that events are passed on to, at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """How one broker of ``backends`` stands.
+
+    ``depth`` counts events that wait for its acknowledgement, ``delivered`` those that have it,
+    ``lost`` those that were dropped since its queue was full, each of which a Gap has announced;
+    ``failures`` counts tries that failed, and ``error`` is why the latest did, empty when the try
+    after it succeeded. ``ready``: the latest try succeeded, and nothing is being dropped.
+
+    In outbox delivery, ``active`` is whether this process reads for it, rather than standing by,
+    and ``lag`` how old the oldest event is that waits for it here, in seconds.
+    """
+
+    name: str
+    ready: bool
+    depth: int = 0
+    delivered: int = 0
+    lost: int = 0
+    failures: int = 0
+    error: str = ""
+    active: bool = True
+    lag: float = 0.0

@@ -1,0 +1,394 @@
+"""What receivers have yet to take, where events are acknowledged: kept in memory, or parked.
+
+An event is acknowledged with its page, once all receivers have taken it. One that is late holds the
+page; when it is late for long, or with many, the event is parked instead: kept where it comes from
+for this receiver alone, so that the page can go.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..core.events import Event
+from .batches import Batcher
+from .queues import receiver_key
+from .registry import Registry, Subscription, receiver_name
+
+# What holds its page for so long is parked.
+PATIENCE_SECONDS = 10.0
+
+
+class Held:
+    """An event that one receiver has yet to take; it holds its ``page``, unless it is parked.
+
+    ``uses`` counts who has yet to release it; it is ``taken`` when all have.
+    """
+
+    __slots__ = ("account", "event", "order", "page", "saving", "since", "taken", "uses")
+
+    def __init__(self, account: Account, event: Event, order: int, parked: bool = False) -> None:
+        self.account = account
+        self.event = event
+        self.page = None if parked else event._message.page
+        self.order = order
+        self.uses = 1
+        self.saving = self.taken = False
+        self.since = time.monotonic()
+
+    def release(self) -> None:
+        """The receiver has taken it, or it has been kept as what the receiver cannot take."""
+        self.account.ledger.release(self)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The same for all that hold the event for the receiver."""
+        return id(self.event._message), self.event._number
+
+    @property
+    def over(self) -> bool:
+        """Whether this process may not deliver it any more."""
+        return bool(self.event._message.page.lease.over)
+
+
+class Account:
+    """What one receiver has yet to take: in memory ``held``, and what is only to be ``parked``.
+
+    Of what is held, ``unsaved`` is not parked, from the oldest on. While ``parking``, what comes is
+    parked behind what is; ``fed`` is how far, by keys, that has been brought back. ``alone``: an
+    update that changes a key is under way, and nothing else until that is taken.
+    """
+
+    def __init__(self, ledger: Ledger, receiver: Any, label: str) -> None:
+        self.ledger = ledger
+        self.receiver = receiver
+        self.label = label
+        self.held: dict[tuple[int, int], Held] = {}
+        self.unsaved: dict[tuple[int, int], Held] = {}
+        self.parked: dict[int, Held] = {}
+        self.parking = False
+        self.alone = False
+        self.fed = 0
+        # A batch is not late while it is being collected.
+        collected = receiver.fn if isinstance(receiver, Subscription) else None
+        self.patience = PATIENCE_SECONDS
+        if isinstance(collected, Batcher):
+            self.patience += collected.every
+
+    def begin(self) -> None:
+        """Park what comes."""
+        self.parking = True
+        self.fed = 0
+
+
+class Ledger:
+    """The accounts of all receivers that are late.
+
+    Nobody parks what a receiver has yet to take unless others go on: with ``most`` events in memory
+    at most for each, or as many as the source has under way. Where all calls are made one after
+    the other, ``parks`` is false: what somebody has parked is brought back, before anything later.
+    """
+
+    def __init__(self, registry: Registry, most: int, parks: bool = True) -> None:
+        self._registry = registry
+        self.most = most
+        self._parks = parks
+        # Who listened when everybody was last met.
+        self._known = registry.arrivals
+        self._lock = threading.RLock()
+        self._accounts: dict[Any, Account] = {}
+        self._order = 0
+        # Of those that park, by the receiver's key; and the labels of those that nobody has met.
+        self._parking: dict[Any, Account] = {}
+        self._awaited: set[str] = set()
+        self._met: set[Any] = set()
+        self._gone: list[Held] = []
+        self.wake: Callable[[], object] = lambda: None
+
+    @property
+    def parking(self) -> tuple[str, ...]:
+        """The names of the receivers whose events are parked, whatever comes."""
+        with self._lock:
+            return tuple(sorted({receiver_name(a.receiver) for a in self._parking.values()}))
+
+    @property
+    def blocks(self) -> bool:
+        """Whether nothing is to be read before what is parked has been brought back."""
+        return bool(self._parking) and not self._parks
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is held or parked."""
+        return bool(self._accounts or self._gone or self._awaited)
+
+    def hold(self, receiver: Any, event: Event) -> Held:
+        """Hold an event's page until the receiver has taken it: each call wants a release."""
+        identity = id(event._message), event._number
+        with self._lock:
+            account = self._account(receiver)
+            found = account.held.get(identity)
+            if found is None:
+                event._message.page.hold()
+                found = account.held[identity] = self._new(account, event)
+                account.unsaved[identity] = found
+                if len(account.held) == self.most + 1:
+                    self.wake()
+                return found
+            found.uses += 1
+            return found
+
+    def _new(self, account: Account, event: Event, parked: bool = False) -> Held:
+        self._order += 1
+        return Held(account, event, self._order, parked)
+
+    def _account(self, receiver: Any) -> Account:
+        key = receiver_key(receiver)
+        if (found := self._accounts.get(key)) is None:
+            taken = {each.label for each in self._accounts.values()}
+            label = first = self._registry.label(receiver)
+            number = 2
+            while label in taken:
+                label, number = f"{first.partition('#')[0]}#{number}", number + 1
+            found = self._accounts[key] = Account(self, receiver, label)
+        return found
+
+    def release(self, held: Held) -> None:
+        """See Held."""
+        account, page = held.account, None
+        with self._lock:
+            held.uses -= 1
+            if held.uses:
+                return
+            account.held.pop(held.identity, None)
+            account.unsaved.pop(held.identity, None)
+            held.taken = True
+            # What is being saved is looked at when that is done.
+            if not held.saving:
+                page, held.page = held.page, None
+                if page is None:
+                    self._gone.append(held)
+                    if len(self._gone) == 1:
+                        self.wake()
+            left = len(account.held)
+            if account.parking and left in (0, self.most // 2):
+                self.wake()
+            self._tidy(account)
+        if page is not None:
+            page.release()
+
+    def _tidy(self, account: Account) -> None:
+        key = receiver_key(account.receiver)
+        empty = not (account.held or account.parked or account.parking)
+        # A call that has outlasted its lease releases what was held in a former account.
+        if empty and self._accounts.get(key) is account:
+            del self._accounts[key]
+
+    def park(self, receiver: Any, event: Event) -> bool:
+        """Have an event parked, where that is what becomes of the receiver's; whether it is."""
+        if not (self._parking or self._awaited):
+            return False
+        key = receiver_key(receiver)
+        page = event._message.page
+        with self._lock:
+            if key not in self._parking and key not in self._met:
+                self._meet(receiver)
+            if (account := self._parking.get(key)) is None:
+                return False
+            held = self._new(account, event)
+            held.uses = 0
+            page.hold()
+            account.parked[held.order] = held
+            if len(account.parked) == 1:
+                self.wake()
+            return True
+
+    def expect(self, labels: Iterable[str]) -> None:
+        """Have what comes for these receivers wait: something is parked for them already."""
+        with self._lock:
+            self._awaited |= set(labels)
+            self._met.clear()
+            for account in self._accounts.values():
+                self._found(account)
+            self._meet_all()
+
+    def _meet_all(self) -> None:
+        self._known = self._registry.arrivals
+        for receiver in self._registry.everybody() if self._awaited else ():
+            if receiver_key(receiver) not in self._met:
+                self._meet(receiver)
+
+    def _meet(self, receiver: Any) -> None:
+        """Know a receiver as the one for whom something is parked, if it is."""
+        if not self._awaited:
+            return
+        self._met.add(receiver_key(receiver))
+        if not _is_fleeting(receiver) and self._registry.label(receiver) in self._awaited:
+            self._found(self._account(receiver))
+
+    def _found(self, account: Account) -> None:
+        if account.label in self._awaited:
+            self._awaited.discard(account.label)
+            account.begin()
+            self._parking[receiver_key(account.receiver)] = account
+
+    # What follows is for the thread that parks.
+
+    def look(self) -> None:
+        """Begin to park for those that hold too much, as long as others go on.
+
+        Those that have come to listen get what is parked for them, also where nothing comes later.
+        """
+        if not self._parks:
+            return
+        with self._lock:
+            if self._awaited and self._known != self._registry.arrivals:
+                self._meet_all()
+            full = [each for each in self._accounts.values() if len(each.held) > self.most]
+            for account in full:
+                if not account.parking and self._others_go_on(account):
+                    account.begin()
+                    self._parking[receiver_key(account.receiver)] = account
+
+    def _others_go_on(self, late: Account) -> bool:
+        """Whether another receiver has taken, or never had, what ``late`` has held for longest.
+
+        One that hangs too holds that as well, and its account may fill a moment later.
+        """
+        if self._registry.observers:
+            return True
+        oldest = next(iter(late.held))
+        for receiver in self._registry.everybody():
+            account = self._accounts.get(receiver_key(receiver))
+            if account is None or not (
+                account.parking or oldest in account.held or len(account.held) > self.most
+            ):
+                return True
+        return False
+
+    def due(self) -> set[int]:
+        """The pages that something holds which is to be parked, by their ids."""
+        now = time.monotonic()
+        found: set[int] = set()
+        with self._lock:
+            for account in self._accounts.values():
+                found.update(id(held.page) for held in account.parked.values())
+                for held in account.unsaved.values():
+                    patient = not self._parks or now - held.since <= account.patience
+                    if patient and not account.parking:
+                        break
+                    found.add(id(held.page))
+        return found
+
+    def unsaved(self) -> dict[int, list[Held]]:
+        """All that holds a page, by the page's id, in the order in which it came."""
+        found: list[Held] = []
+        with self._lock:
+            for account in self._accounts.values():
+                found += account.parked.values()
+                found += account.unsaved.values()
+        pages: dict[int, list[Held]] = {}
+        for held in sorted(found, key=lambda held: held.order):
+            pages.setdefault(id(held.page), []).append(held)
+        return pages
+
+    def save(self, held: Held) -> bool:
+        """Begin to park it; False when it has been taken meanwhile."""
+        with self._lock:
+            if held.taken:
+                return False
+            held.saving = True
+            account = held.account
+            if account.unsaved.pop(held.identity, None) is None:
+                del account.parked[held.order]
+            return True
+
+    def saved(self, late: Sequence[Held]) -> None:
+        """They are parked, and what they held has gone."""
+        with self._lock:
+            for held in late:
+                held.saving, held.page = False, None
+                if held.taken:
+                    self._gone.append(held)
+                self._tidy(held.account)
+
+    def gone(self) -> list[Held]:
+        """What was parked and has been taken since."""
+        with self._lock:
+            found, self._gone = self._gone, []
+            return found
+
+    def uids(self, account: Account) -> set[str]:
+        """Of what is in memory, those that are parked."""
+        with self._lock:
+            return {held.event.uid for held in account.held.values() if held.page is None}
+
+    def hungry(self) -> list[Account]:
+        """Those that park, and have room in memory for what is parked."""
+        with self._lock:
+            return [
+                each
+                for each in self._parking.values()
+                if len(each.held) <= self.most // 2 and not (each.alone and each.held)
+            ]
+
+    def feed(
+        self,
+        account: Account,
+        events: Sequence[Event],
+        deliver: Callable[[Any, list[tuple[Event, Held]]], bool],
+    ) -> bool:
+        """Have what is parked delivered; whether ``deliver`` did."""
+        with self._lock:
+            found = [(event, self._new(account, event, parked=True)) for event in events]
+            for _, held in found:
+                account.held[held.identity] = held
+            account.alone = any(event._message.moved for event, _ in found)
+            done = deliver(account.receiver, found)
+            if not done:
+                for _, held in found:
+                    del account.held[held.identity]
+                account.alone = False
+            return done
+
+    def catch_up(
+        self, account: Account, deliver: Callable[[Any, list[tuple[Event, Held]]], bool]
+    ) -> bool:
+        """End parking, where all that was parked has been fed; what is about to be goes with it."""
+        with self._lock:
+            late = list(account.parked.values())
+            if (
+                len(account.held) + len(late) > self.most
+                or (account.alone and account.held)
+                or any(held.event._message.moved for held in late)
+            ):
+                return False
+            if late and not deliver(account.receiver, [(held.event, held) for held in late]):
+                return False
+            for held in late:
+                held.uses = 1
+                account.held[held.identity] = account.unsaved[held.identity] = held
+            account.parked = {}
+            account.parking = account.alone = False
+            del self._parking[receiver_key(account.receiver)]
+            self._tidy(account)
+            return True
+
+    def forget_former(self) -> None:
+        """Drop what this process may not deliver any more."""
+        with self._lock:
+            for account in list(self._accounts.values()):
+                account.held = {k: held for k, held in account.held.items() if not held.over}
+                account.unsaved = {k: h for k, h in account.unsaved.items() if not h.over}
+                account.parked = {k: h for k, h in account.parked.items() if not h.over}
+                self._tidy(account)
+
+
+def _is_fleeting(receiver: Any) -> bool:
+    """Whether it only passes events on to somebody of this process, and is never late."""
+    return (
+        type(receiver) is Subscription
+        and receiver.collects
+        and not isinstance(receiver.fn, Batcher)
+    )

@@ -1,0 +1,624 @@
+"""The receivers of a Hub: ``on``, ``subscribe``, the blinker signals, the per-record index."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, TypeVar
+
+from blinker import Signal
+
+from ..core.errors import ReceiverError, near
+from ..core.events import Event, Topic, model_identity, model_name
+from ..core.logging import log
+from ..core.process import notice_fork
+from ..core.redaction import legible
+from ..core.watchers import EVENT_OPERATIONS
+from .coroutines import CoroutineReceiver, Coroutines, is_coroutine_function
+
+Receiver = Callable[[Event], object]
+# A dead letter's is part of an index.
+_LONGEST_NAME = 300
+R = TypeVar("R", bound=Callable[..., object])
+Key = tuple["int | str", str]
+Later = Literal["wait", "follow"]
+# Makes what each call of a receiver is made within, such as an application context.
+Around = Callable[[], AbstractContextManager[object]]
+
+# The receiver that is being called in this thread, where delivery is durable.
+called: ContextVar[Any] = ContextVar("pgsignals_called", default=None)
+
+
+@dataclass(frozen=True)
+class Retrying:
+    """The policy for an event in outbox delivery whose receiver raises.
+
+    The receiver is called again up to ``retries`` times, the first time after ``backoff`` seconds,
+    then after twice as long each time, a minute at most; then the event is kept as a dead letter,
+    or logged and passed over where it came from a broker.
+    ``later`` events of the same record ``"wait"`` until then, or ``"follow"`` at once.
+    """
+
+    retries: int = 4
+    backoff: float = 0.5
+    later: Later = "wait"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.retries, int) or self.retries < 0:
+            raise ReceiverError(f"retries={self.retries!r}: give a whole number from 0.")
+        if not isinstance(self.backoff, int | float) or self.backoff < 0:
+            raise ReceiverError(f"backoff={self.backoff!r}: give seconds, from 0.")
+        if self.later not in ("wait", "follow"):
+            raise ReceiverError(f"later={self.later!r}: it is 'wait' or 'follow'.")
+
+    def delay(self, tries: int) -> float:
+        """Seconds before the next try, after so many."""
+        return float(min(60.0, self.backoff * 2 ** min(tries - 1, 32)))
+
+
+DEFAULT_RETRYING = Retrying()
+
+
+class Subscription:
+    """A receiver that listens; ``cancel()`` ends it."""
+
+    __slots__ = (
+        "_cancel",
+        "active",
+        "collects",
+        "filters",
+        "fn",
+        "name",
+        "ops",
+        "retrying",
+        "target",
+    )
+
+    def __init__(
+        self,
+        fn: Receiver,
+        target: Any,
+        ops: tuple[str, ...],
+        filters: dict[str, Any],
+        cancel: Callable[[Subscription], None],
+        name: str,
+        collects: bool = False,
+        retrying: Retrying = DEFAULT_RETRYING,
+    ) -> None:
+        self.fn = fn
+        self.name = name
+        self.target = target
+        self.ops = ops
+        self.filters = filters
+        self.active = True
+        self.collects = collects
+        self.retrying = retrying
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """No call begins after this returns, except one that its worker had already begun."""
+        notice_fork()
+        self.active = False
+        self._cancel(self)
+
+    def __call__(self, sender: Any, *, event: Event) -> object:
+        """Call the receiver, as blinker does."""
+        return self.fn(event) if self.active else None
+
+    def __repr__(self) -> str:
+        return f"<Subscription of {self.name} to {_described(self.target, self.ops)}>"
+
+
+class Registry:
+    """All receivers of one Hub.
+
+    Before the Hub starts, receivers are only remembered. ``bind`` checks them against what the
+    watchers deliver; from then on a receiver that nothing reaches is refused when it comes.
+    """
+
+    def __init__(self) -> None:
+        self.coroutines = Coroutines()
+        self._lock = threading.RLock()
+        self._listeners: dict[Key, _Listeners] = {}
+        self._subscriptions: dict[Subscription, None] = {}
+        self._topics: Sequence[Topic] | None = None
+        self.observers: tuple[Callable[[Sequence[Event]], None], ...] = ()
+        # The Hub's start sets it, and its stop takes it away.
+        self.around: Around | None = None
+        self._names: dict[Key, tuple[int | str, ...]] = {}
+        # The listeners under the names of a topic, in the form that is wanted for each message.
+        self._routes: dict[Topic, list[_Listeners]] = {}
+        self._come = 0
+
+    def subscribe(
+        self,
+        fn: Receiver,
+        target: Any,
+        ops: tuple[str, ...],
+        filters: dict[str, Any],
+        name: str | None = None,
+        collects: bool = False,
+        retrying: Retrying = DEFAULT_RETRYING,
+    ) -> Subscription:
+        """Call ``fn`` with each event of the model or label and the operations.
+
+        ``name`` is how messages call the receiver, if not by the function; one that ``collects``
+        only keeps the event for somebody else.
+        Raises ReceiverError when ``fn`` cannot be called so, or nothing delivers that.
+        """
+        _check_callable(fn)
+        for op in ops:
+            _check_operation(op)
+        subscription = Subscription(
+            self.callable_by_threads(fn),
+            target,
+            ops,
+            filters,
+            self._remove,
+            name or f"receiver {receiver_name(fn)}",
+            collects,
+            retrying,
+        )
+        try:
+            hash(tuple(filters.values()))
+        except TypeError:
+            raise ReceiverError(
+                f"The {subscription.name} asks for {filters!r}: only values that hash can be asked "
+                "for."
+            ) from None
+        with self._lock:
+            self._check(subscription)
+            for key in _keys(subscription):
+                listeners = self._listeners_of(key, target)
+                if filters:
+                    listeners.index.add(subscription)
+                else:
+                    listeners.signal.connect(subscription, weak=False)
+                    listeners.subscribed[id(subscription)] = subscription
+            self._subscriptions[subscription] = None
+            self._come += 1
+        log.debug("the %s listens to %s", subscription.name, _described(target, ops))
+        return subscription
+
+    def callable_by_threads(self, fn: Callable[..., Any]) -> Callable[[Any], object]:
+        """``fn``, or what runs it on the loop if it is a coroutine function."""
+        return CoroutineReceiver(fn, self.coroutines) if is_coroutine_function(fn) else fn
+
+    def signal(self, target: Any, op: str) -> Signal:
+        """The blinker signal of a model or label and an operation."""
+        _check_operation(op)
+        with self._lock:
+            if self._topics is not None:
+                self._check_delivered(f"signal({model_name(target)}, {op!r})", target, (op,))
+            return self._listeners_of((model_identity(target), op), target).signal
+
+    def bind(self, topics: Sequence[Topic], *, delivered: bool = True) -> None:
+        """Check all receivers against what will be delivered, and deliver by it from now on.
+
+        What is not ``delivered`` here is only known by its names. Raises ReceiverError, and then
+        nothing has changed.
+        """
+        with self._lock:
+            before = self._topics, self._names
+            self._topics = tuple(topics) if delivered else ()
+            # Over a reconnection, events of former topics may still be queued: those stay known.
+            self._names = self._names | {_key(topic): _names(topic, topics) for topic in topics}
+            self._routes.clear()
+            try:
+                for subscription in self._subscriptions:
+                    self._check(subscription)
+                for (_, op), each in self._listeners.items():
+                    if any(not isinstance(r, Subscription) for r in each.signal.receivers.values()):
+                        self._check_delivered(
+                            f"signal({model_name(each.target)}, {op!r})", each.target, (op,)
+                        )
+            except ReceiverError:
+                self._topics, self._names = before
+                self._routes.clear()
+                raise
+
+    @property
+    def subscriptions(self) -> list[Subscription]:
+        """All that listen through a subscription."""
+        with self._lock:
+            return list(self._subscriptions)
+
+    def everybody(self) -> list[Any]:
+        """All that listen, be it through a subscription or a blinker signal."""
+        with self._lock:
+            listening: dict[int, Any] = {id(each): each for each in self._subscriptions}
+            for listeners in self._listeners.values():
+                for each in list(listeners.signal.receivers.values()):
+                    found = each() if isinstance(each, weakref.ref) else each
+                    if found is not None:
+                        listening.setdefault(id(found), found)
+        return list(listening.values())
+
+    @property
+    def arrivals(self) -> tuple[int, int]:
+        """Another number of subscriptions or of blinker's receivers once somebody has come."""
+        with self._lock:
+            return self._come, sum(len(x.signal.receivers) for x in self._listeners.values())
+
+    def is_alone(self, receiver: Any) -> bool:
+        """Whether nobody else listens, be it through a subscription or a blinker signal."""
+        return all(each == receiver for each in self.everybody())
+
+    def label(self, receiver: Any) -> str:
+        """The name of a receiver in later processes too, of several with one name by its number.
+
+        It is ASCII, which every database can hold.
+        """
+        name = receiver_name(receiver)
+        alike = [each for each in self.everybody() if receiver_name(each) == name]
+        number = next((n for n, each in enumerate(alike, 1) if each == receiver), 1)
+        ascii_name = name.encode("ascii", "backslashreplace").decode()
+        return ascii_name if number == 1 else f"{ascii_name}#{number}"
+
+    def unbind(self) -> None:
+        """Forget what is delivered; receivers stay for the next start."""
+        with self._lock:
+            # The names stay, so that events which somebody kept can still be matched.
+            self._topics = None
+
+    def admit(self, topic: Topic) -> None:
+        """Deliver a topic without ``bind``: who else listens, and to what, is not checked.
+
+        Raises ReceiverError when a receiver asks for a column that the topic does not have.
+        """
+        with self._lock:
+            self._names[_key(topic)] = names = _names(topic, [topic])
+            self._routes.clear()
+            for subscription in self._subscriptions:
+                if model_identity(subscription.target) in names and (
+                    not subscription.ops or topic.op in subscription.ops
+                ):
+                    _check_filters(subscription, topic)
+
+    def names(self, topic: Topic) -> tuple[int | str, ...]:
+        """The names by which receivers may call the topic's model or watcher."""
+        return self._names.get(_key(topic), ())
+
+    def matcher(
+        self, target: Any, ops: tuple[str, ...], filters: dict[str, Any]
+    ) -> Callable[[Event], bool]:
+        """Whether a receiver of this gets an event.
+
+        Raises ReceiverError where ``subscribe`` does.
+        """
+        for op in ops:
+            _check_operation(op)
+        wanted = Subscription(_nothing, target, ops, filters, _nothing, "question")
+        with self._lock:
+            self._check(wanted)
+        identity = model_identity(target)
+        index = _Index()
+        index.add(wanted)
+
+        def matches(event: Event) -> bool:
+            topic = event._message.topic
+            if identity not in self.names(topic) or (ops and topic.op not in ops):
+                return False
+            known = ("id", *topic.key, *topic.values)
+            return all(name in known for name in filters) and bool(index.find(event))
+
+        return matches
+
+    def forked(self) -> None:
+        """In the child of a fork: the lock may be held by a thread that is not there."""
+        self._lock = threading.RLock()
+        self.coroutines.forked()
+        self._topics = None
+
+    def receivers(self, topic: Topic) -> tuple[list[Any], list[_Index]]:
+        """The receivers of every event of the topic, and the indexes of those of some."""
+        everybody: list[Any] = []
+        indexes: list[_Index] = []
+        with self._lock:
+            if (route := self._routes.get(topic)) is None:
+                named = [self._listeners.get((name, topic.op)) for name in self.names(topic)]
+                route = self._routes[topic] = [each for each in named if each is not None]
+            for each in route:
+                if connected := each.signal.receivers:
+                    # By far the most common case, in which blinker has nothing to add: its own
+                    # search takes longer than all that comes before it.
+                    if each.subscribed == connected:
+                        everybody += connected.values()
+                    else:
+                        everybody += each.signal.receivers_for(topic.model)
+                if each.index.by_columns:
+                    indexes.append(each.index)
+        return everybody, indexes
+
+    def calls(self, events: Sequence[Event]) -> Iterator[tuple[Event, Any]]:
+        """The calls of receivers for events of one topic, for whichever thread asks for the next.
+
+        The observers see the events once the last call has been made.
+        """
+        everybody, indexes = self.receivers(events[0]._message.topic)
+        if indexes or self.observers or log.isEnabledFor(logging.DEBUG):
+            return _calls(self, events, everybody, indexes)
+        # The most common case: a generator would cost more than all the rest.
+        return product(events, everybody)
+
+    def _listeners_of(self, key: Key, target: Any) -> _Listeners:
+        if (found := self._listeners.get(key)) is None:
+            found = self._listeners[key] = _Listeners(target, key[1])
+            self._routes.clear()
+        return found
+
+    def _remove(self, subscription: Subscription) -> None:
+        with self._lock:
+            if self._subscriptions.pop(subscription, False) is False:
+                return
+            for key in _keys(subscription):
+                listeners = self._listeners[key]
+                if subscription.filters:
+                    listeners.index.remove(subscription)
+                else:
+                    listeners.signal.disconnect(subscription)
+                    listeners.subscribed.pop(id(subscription), None)
+
+    def _check(self, subscription: Subscription) -> None:
+        if self._topics is None:
+            return
+        who = f"The {subscription.name}"
+        self.check_loop(subscription.name, subscription.fn)
+        for topic in self._check_delivered(who, subscription.target, subscription.ops):
+            _check_filters(subscription, topic)
+
+    def check_loop(self, name: str, fn: object) -> None:
+        """Raise ReceiverError for a coroutine function without a loop to run it on."""
+        if _is_coroutine(fn) and not self.coroutines.ready:
+            raise ReceiverError(
+                f"The {name} is a coroutine function, and there is no event loop to run it on: "
+                "call start() where the loop runs, or give start(loop=…)."
+            )
+
+    def _check_delivered(self, who: str, target: Any, ops: tuple[str, ...]) -> list[Topic]:
+        topics = self._topics or ()
+        identity = model_identity(target)
+        named = [topic for topic in topics if identity in self._names[_key(topic)]]
+        delivered = {topic.op for topic in named}
+        missing = [op for op in ops if op not in delivered]
+        if named and not missing:
+            return [topic for topic in named if not ops or topic.op in ops]
+        raise _undelivered(who, target, tuple(missing) or ops, named, topics)
+
+
+def _calls(
+    registry: Registry, events: Sequence[Event], everybody: list[Any], indexes: list[_Index]
+) -> Iterator[tuple[Event, Any]]:
+    verbose = log.isEnabledFor(logging.DEBUG)
+    for event in events if everybody or indexes else ():
+        receivers = everybody
+        for index in indexes:
+            receivers = [*receivers, *index.find(event)]
+        if verbose:
+            log.debug(
+                "delivering %r to %d receivers",
+                event,
+                len(receivers),
+                extra={"event_uid": event.uid, **event._message.topic.fields},
+            )
+        for receiver in receivers:
+            yield event, receiver
+    for observer in registry.observers:
+        observer(events)
+
+
+def _undelivered(
+    who: str, target: Any, ops: tuple[str, ...], named: Sequence[Topic], topics: Sequence[Topic]
+) -> ReceiverError:
+    wanted = _described(target, ops)
+    if named and ops == ("snapshot",):
+        nearest = ", ".join(_topic_text(topic) for topic in named)
+        fix = 'start with delivery="outbox" and name=, whose backfill() delivers snapshots'
+    elif named:
+        nearest = ", ".join(_topic_text(topic) for topic in named)
+        fix = f"add {ops[0]!r} to that watcher"
+    else:
+        nearest = _nearest(target, topics)
+        fix = f"add {model_name(target)} to the watchers" if topics else "add a watcher"
+    return ReceiverError(
+        f"{who} listens to {wanted}, which no watcher delivers. "
+        f"{f'The nearest: {nearest}' if nearest else 'There are no watchers'}; {fix}, or "
+        "listen to what is delivered."
+    )
+
+
+def _check_filters(subscription: Subscription, topic: Topic) -> None:
+    known = tuple(dict.fromkeys(("id", *topic.key, *topic.values)))
+    for name in subscription.filters:
+        if name not in known:
+            raise ReceiverError(
+                f"The {subscription.name} asks for {name}=…, which events of {_topic_text(topic)} "
+                f"do not carry{near(name, known)} They carry {', '.join(known)}; add "
+                f"extra=[{name!r}] to the watcher."
+            )
+
+
+def _nothing(_: object) -> None:
+    """Stands where a function must."""
+
+
+class _Listeners:
+    """Listeners to an operation of a model or label: to all records, or by the index to some."""
+
+    def __init__(self, target: Any, op: str) -> None:
+        self.target = target  # Keeps the model alive, since its id is the key.
+        self.signal = Signal(f"{model_name(target)} {op}")
+        # What the signal has when nobody has connected to it but by a subscription.
+        self.subscribed: dict[Any, Any] = {}
+        self.index = _Index()
+
+
+class _Index:
+    """Subscriptions to single records: found by value, however many there are."""
+
+    def __init__(self) -> None:
+        self.by_columns: dict[tuple[str, ...], dict[Any, dict[Subscription, None]]] = {}
+
+    def add(self, subscription: Subscription) -> None:
+        columns, wanted = _filter_key(subscription)
+        by_value = self.by_columns.setdefault(columns, {})
+        by_value.setdefault(wanted, {})[subscription] = None
+
+    def remove(self, subscription: Subscription) -> None:
+        columns, wanted = _filter_key(subscription)
+        by_value = self.by_columns[columns]
+        del by_value[wanted][subscription]
+        if not by_value[wanted]:
+            del by_value[wanted]
+        if not by_value:
+            del self.by_columns[columns]
+
+    def find(self, event: Event) -> list[Subscription]:
+        """The subscriptions to this record, by its new or by its former values."""
+        found: dict[Subscription, None] = {}
+        for columns, by_value in list(self.by_columns.items()):
+            for wanted in _event_values(event, columns):
+                if wanted is _UNKNOWN:
+                    for subscriptions in list(by_value.values()):
+                        found.update(subscriptions)
+                    continue
+                try:
+                    found.update(by_value.get(wanted, {}))
+                # A value that does not hash, which nobody could have asked for; and the values that
+                # filters were given may raise anything when they are compared.
+                except Exception:
+                    continue
+        return list(found)
+
+
+_UNKNOWN = object()
+
+
+def _event_values(event: Event, columns: tuple[str, ...]) -> Iterator[Any]:
+    """The event's values of the columns: the new ones, and the former ones where they differ.
+
+    Values that were too long to travel could be anybody's: whoever asked for such a column gets
+    the event, which says that it is truncated.
+    """
+    message = event._message
+    topic, row = message.topic, event._row
+    width = len(topic.key)
+    new: list[Any] = []
+    old: list[Any] = []
+    for name in columns:
+        if name == "id" and "id" not in topic.key and "id" not in topic.values:
+            new.append(row[0] if width == 1 else row[:width])
+            before = row[width : 2 * width] if message.moved else row[:width]
+            old.append(before[0] if width == 1 else before)
+        elif name in topic.key:
+            at = topic.key.index(name)
+            new.append(row[at])
+            old.append(row[width + at] if message.moved else row[at])
+        elif message.truncated:
+            yield _UNKNOWN
+            return
+        else:
+            at = message.values_start + topic.values.index(name)
+            new.append(row[at])
+            old.append(row[at + len(topic.values)] if topic.compared else row[at])
+    yield tuple(new)
+    if old != new:
+        yield tuple(old)
+
+
+def _filter_key(subscription: Subscription) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    columns = tuple(sorted(subscription.filters))
+    return columns, tuple(subscription.filters[name] for name in columns)
+
+
+def _keys(subscription: Subscription) -> list[Key]:
+    identity = model_identity(subscription.target)
+    return [(identity, op) for op in subscription.ops or EVENT_OPERATIONS]
+
+
+def _key(topic: Topic) -> Key:
+    """The key of a topic among those of a Hub, over its definitions in time."""
+    return (topic.label if topic.label is not None else model_identity(topic.model), topic.op)
+
+
+def _names(topic: Topic, topics: Sequence[Topic]) -> tuple[int | str, ...]:
+    """The names by which receivers may call the topic's watcher."""
+    if topic.label is not None:
+        return (topic.label,)
+    found: list[int | str] = [model_identity(topic.model)]
+    qualified = f"{topic.schema}.{topic.table}"
+    if qualified not in found:
+        found.append(qualified)
+    schemas = {t.schema for t in topics if t.table == topic.table}
+    if topic.table not in found and len(schemas) == 1:
+        found.append(topic.table)
+    labels = {t.label for t in topics}
+    return tuple(name for name in found if name not in labels)
+
+
+def _check_operation(op: object) -> None:
+    if op not in EVENT_OPERATIONS:
+        raise ReceiverError(
+            f"{op!r} is not an operation{near(str(op), EVENT_OPERATIONS)} "
+            f"Operations are {', '.join(map(repr, EVENT_OPERATIONS))}."
+        )
+
+
+def _check_callable(fn: object) -> None:
+    if not callable(fn):
+        raise ReceiverError(f"{fn!r} cannot be called: give a function that takes the event.")
+
+
+def _is_coroutine(fn: object) -> bool:
+    # A Batcher calls its own.
+    return isinstance(fn, CoroutineReceiver) or isinstance(
+        getattr(fn, "fn", None), CoroutineReceiver
+    )
+
+
+def receiver_name(fn: object) -> str:
+    """The name of a receiver in messages: ``module.function``."""
+    if isinstance(fn, Subscription):
+        fn = fn.fn
+    if isinstance(fn, functools.partial):
+        fn = fn.func
+    try:
+        # An object that can be called goes by its class: an address would be new in each process.
+        name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+        return legible(f"{getattr(fn, '__module__', '?')}.{name}", _LONGEST_NAME)
+    # Anything can be connected to a signal, and an attribute of it raise anything.
+    except Exception:
+        return f"?.{type(fn).__qualname__}"
+
+
+def _described(target: object, ops: tuple[str, ...]) -> str:
+    name = repr(target) if isinstance(target, str) else model_name(target)
+    return f"({', '.join((name, *map(repr, ops)))})" if ops else name
+
+
+def _topic_text(topic: Topic) -> str:
+    return _described(topic.label if topic.label is not None else topic.model, (topic.op,))
+
+
+def _nearest(target: object, topics: Sequence[Topic]) -> str:
+    same_model = [t for t in topics if t.model is target]
+    if same_model:
+        return ", ".join(_topic_text(topic) for topic in same_model)
+    named: dict[str, list[Topic]] = {}
+    for topic in topics:
+        name = topic.label if topic.label is not None else model_name(topic.model)
+        named.setdefault(name, []).append(topic)
+    if not named:
+        return ""
+    best = difflib.get_close_matches(model_name(target), list(named), n=1, cutoff=0.0)
+    found = named[best[0]] if best else next(iter(named.values()))
+    first = found[0].label if found[0].label is not None else found[0].model
+    return _described(first, tuple(topic.op for topic in found))

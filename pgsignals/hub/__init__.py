@@ -1,0 +1,1 @@
+"""The Hub and its deliveries, from start to stop."""

@@ -1,0 +1,117 @@
+"""Forwards the events of durable delivery: a consumer of its own for each broker."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..consumers.claims import Consumer
+from ..consumers.dead_letters import DeadLetter
+from ..core.events import Event, Topic
+from ..core.metrics import Meter
+from ..dispatch.backend_status import BackendStatus
+from ..dispatch.forwarder import Forwarder, Item
+from ..plugins.broadcaster import Broadcaster
+from ..sources.durable import OutboxPreparer, OutboxSource
+from .options import Options
+
+
+class DurableForwarder(Forwarder):
+    """A Forwarder with a cursor of its own, which moves as its broadcaster acknowledges.
+
+    It is the sink of its source: nothing is dropped, and nobody else waits for it.
+    """
+
+    def __init__(
+        self,
+        broadcaster: Broadcaster,
+        options: Options,
+        preparer: OutboxPreparer,
+        consumer: Consumer,
+        meter: Meter,
+    ) -> None:
+        super().__init__(broadcaster, options.queue_size, meter)
+        # Whether the broadcaster has something that it has not acknowledged.
+        self._published = False
+        self.source = OutboxSource(options, preparer, self, meter, consumer, 2 * options.queue_size)
+
+    @property
+    def failure(self) -> str:
+        return super().failure or self.source.failure
+
+    @property
+    def status(self) -> BackendStatus:
+        return replace(super().status, active=self.source.is_active, lag=self._lag)
+
+    @property
+    def _lag(self) -> float:
+        """How old, in seconds, the oldest event is that has yet to be acknowledged."""
+        with self._condition:
+            first = next((item.events[0] for item in self._waiting if item.events), None)
+        return 0.0 if first is None else max(0.0, (self.source.now() - first.at).total_seconds())
+
+    def start(self) -> None:
+        """Connect to the database, raising what is wrong, and to the broker in the background."""
+        self.source.start()
+        super().start()
+
+    def stop(self, timeout: float) -> bool:
+        """Have what was read acknowledged, for at most ``timeout`` seconds; whether it all was."""
+        deadline = time.monotonic() + timeout
+        self.source.pause()
+        drained = super().stop(timeout)
+        self.source.stop(max(1.0, deadline - time.monotonic()))
+        return drained
+
+    def abandon(self) -> None:
+        super().abandon()
+        self.source.abandon()
+
+    def redeliver(self, event: Event, letter: DeadLetter) -> bool:
+        """See DurableSink: a broadcaster has no dead letters."""
+        return False
+
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
+
+    def connected(self) -> None:
+        """See DurableSink."""
+
+    def disconnected(self, error: BaseException) -> None:
+        """See DurableSink."""
+
+    def _deliver(self, items: Sequence[Item]) -> bool:
+        """Deliver, after the broadcaster has forgotten what another process may be sending.
+
+        When the broker was back, it would come behind what that one has sent meanwhile. While the
+        claim is ours, the broadcaster remembers what has arrived: a lease that is over now and
+        then, on a machine that is too busy, must not have all of it sent again.
+        """
+        if self._published and not self.source.is_active:
+            self._published = False
+            self._broadcaster.close()
+        self._published = self._published or bool(items)
+        delivered = super()._deliver(items)
+        self._published = self._published and not delivered
+        return delivered
+
+
+def backend_consumers(
+    consumer: Consumer, broadcasters: Sequence[Broadcaster], given: Sequence[str] = ()
+) -> list[Consumer]:
+    """A consumer for each broadcaster, by its given name, or for what it is.
+
+    Its address is no part of that, since it may change.
+    """
+    found: list[Consumer] = []
+    kinds: dict[str, int] = {}
+    for index, broadcaster in enumerate(broadcasters):
+        kind = re.split(r"[^a-z0-9+-]", str(broadcaster).lower(), maxsplit=1)[0] or "backend"
+        number = kinds[kind] = kinds.get(kind, 0) + 1
+        suffix = given[index] if given else kind if number == 1 else f"{kind}-{number}"
+        name = None if consumer.name is None else f"{consumer.name}/{suffix}"
+        found.append(replace(consumer, name=name, parts=1))
+    return found

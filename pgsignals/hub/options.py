@@ -1,0 +1,159 @@
+"""The options of :meth:`pgsignals.Hub.start`, for all who give them, keep them or check them."""
+
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ..consumers.claims import Consumer
+from ..core.errors import ConfigurationError
+from ..core.metrics import Metrics, Tracer
+from ..core.tables import Resolver
+from ..core.transport import Delivery, Transport
+from ..core.watchers import Watcher
+from ..plugins.loader import Backends, load_plugins
+from ..plugins.urls import scheme_of
+from ..sources.thread import Timing
+from ..triggers.installer import Limits
+from ..triggers.resolvers import BUILTIN
+
+Install = Literal["auto", "check", "off"]
+
+
+def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
+    """``first``, those of the installed plugins, and the built-in ones."""
+    return (*first, *load_plugins().resolvers(), *BUILTIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The parameters of :meth:`pgsignals.Hub.start` by their names, and their defaults.
+
+    A setting or a file may have given them: until ``check`` has been called they can be anything.
+    """
+
+    dsn: str = field(default="", repr=False)
+    watchers: tuple[Watcher, ...] = ()
+    delivery: Delivery = "notify"
+    name: str | None = None
+    partitions: int = 1
+    lease: float = 5.0
+    backends: Backends = field(default=(), repr=False)
+    install: Install = "auto"
+    workers: int = 1
+    queue_size: int = 10_000
+    namespace: str = "default"
+    prune: bool = True
+    lock_timeout: float = 0.5
+    install_timeout: float = 10.0
+    listen_dsn: str | None = field(default=None, repr=False)
+    heartbeat: float = 30.0
+    heartbeat_timeout: float = 10.0
+    restart_after_fork: bool = False
+    resolvers: Sequence[Resolver] = ()
+    metrics: Metrics | None = None
+    tracer: Tracer | None = None
+    loop: AbstractEventLoop | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The parameters of ``start``, by name, but for those that have their defaults."""
+        found = {each.name: getattr(self, each.name) for each in fields(Options)}
+        return {name: value for name, value in found.items() if value != getattr(Options, name)}
+
+    @property
+    def transport(self) -> Transport:
+        """The transport of the triggers. Raises ConfigurationError for no known delivery."""
+        return Transport(self.delivery)
+
+    @property
+    def from_broker(self) -> bool:
+        """Whether ``dsn`` is the URL of a broker, and no database is used."""
+        scheme = scheme_of(self.dsn)
+        return scheme is not None and not scheme.startswith("postgres")
+
+    @property
+    def session_dsn(self) -> str:
+        """The connection string of the session that listens or reads the outbox."""
+        return self.listen_dsn or self.dsn
+
+    @property
+    def consumer(self) -> Consumer:
+        """The consumer of the outbox."""
+        return Consumer(self.name, self.partitions, float(self.lease))
+
+    @property
+    def limits(self) -> Limits:
+        """The patience of installing."""
+        return Limits(self.lock_timeout, self.install_timeout)
+
+    @property
+    def timing(self) -> Timing:
+        """The patience with the server."""
+        return Timing(self.heartbeat, self.heartbeat_timeout, 60.0 + self.install_timeout)
+
+    @property
+    def isolating(self) -> bool:
+        """Whether other receivers go on behind one that is slow.
+
+        With one worker all calls are made one after the other, which is what that promises.
+        """
+        return self.workers > 1
+
+    def check(self, *, relaying: bool) -> None:
+        """Raise ConfigurationError for a value that cannot be; ``relaying``: to backends."""
+        transport, workers, name = self.transport, self.workers, self.name
+        relay_only = workers == 0 and transport.durable and relaying
+        known = ", ".join(map(repr, get_args(Install)))
+        self._demand("install", self.install in get_args(Install), f"it is one of {known}.")
+        text = isinstance(name, str) and bool(name)
+        self._demand("name", name is None or text, "give a text that is not empty, or None.")
+        self._demand(
+            "workers",
+            relay_only or _whole(workers),
+            "give a whole number from 1 (or 0, in outbox delivery to backends alone).",
+        )
+        self._demand("queue_size", _whole(self.queue_size), "give a whole number from 1.")
+        text = isinstance(self.namespace, str) and bool(self.namespace)
+        self._demand("namespace", text, "give a text that is not empty.")
+        # These refuse what they cannot be made of: before a connection is tried.
+        _ = self.limits, self.timing
+        if not self.watchers:
+            raise ConfigurationError("There is nothing to watch: give at least one watcher.")
+        if not self.from_broker:
+            self._check_consumer()
+        elif relaying:
+            raise ConfigurationError(
+                "backends= with the URL of a broker: only what comes from a database is passed on."
+            )
+
+    def _check_consumer(self) -> None:
+        if not self.transport.durable:
+            for option in ("name", "partitions"):
+                if (given := getattr(self, option)) != getattr(Options, option):
+                    raise ConfigurationError(
+                        f'{option}={given!r} is of outbox delivery: add delivery="outbox".'
+                    )
+            return
+        parts, lease = self.partitions, self.lease
+        self._demand("name", "\0" not in (self.name or ""), "give a text that is not empty.")
+        self._demand(
+            "partitions", _whole(parts) and parts <= 256, "give a whole number from 1 to 256."
+        )
+        if parts > 1 and self.name is None:
+            raise ConfigurationError(
+                f"partitions={parts!r} are shared by processes of one name: add name=."
+            )
+        seconds = isinstance(lease, int | float) and 1 <= lease <= 3600
+        self._demand("lease", seconds, "give seconds, from 1 to 3,600.")
+
+    def _demand(self, option: str, fits: bool, fix: str) -> None:
+        if not fits:
+            raise ConfigurationError(f"{option}={getattr(self, option)!r}: {fix}")
+
+
+def _whole(number: object) -> bool:
+    """Whether it is a whole number from 1."""
+    return isinstance(number, int) and number >= 1

@@ -1,0 +1,304 @@
+"""The setup of a delivery from a database: watchers resolved, triggers installed, decoders."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Any
+
+from psycopg2.extensions import cursor as Cursor
+
+from ..consumers.backfills.chunks import SnapshotTopic, snapshot_topics
+from ..core.errors import ConfigurationError, DriftError, TableError, near
+from ..core.events import Gap, model_identity, model_name
+from ..core.logging import log
+from ..core.metrics import Meter
+from ..core.payload import Cast, Decoder
+from ..core.watchers import Watcher
+from ..dispatch.registry import Registry
+from ..outbox import schema
+from ..outbox.channels import (
+    OrphanedDefinition,
+    define_for,
+    former_topic,
+    moved,
+    note_moved,
+    read_moved,
+    understood,
+    wanted,
+)
+from ..outbox.log import Described
+from ..sources.channel_decoders import ChannelDecoder
+from ..triggers import names
+from ..triggers.definitions import Definition, define
+from ..triggers.installer import (
+    Drift,
+    check,
+    find_drift,
+    install,
+    install_what_can_be,
+    prune,
+)
+from ..triggers.sql import Trigger
+from .options import Options
+
+NO_LONGER_FIT = "the watchers no longer fit the database"
+
+
+class Setup:
+    """Resolves the watchers and installs their triggers, whenever a source connects.
+
+    Between that it tells what has changed since. After the first time, a table that has changed is
+    no reason to stop.
+    """
+
+    def __init__(
+        self, options: Options, registry: Registry, meter: Meter, gap: Callable[[Gap], object]
+    ) -> None:
+        self._options = options
+        self._registry = registry
+        self._meter = meter
+        self._gap = gap
+        self._problem: ConfigurationError | None = None
+        self._running = False
+        self._pruned = not options.prune
+        self.missing = ""
+        self.definitions: list[Definition] = []
+
+    def define(self, cursor: Cursor) -> list[Definition]:
+        """Resolve the watchers, and check the receivers against what they deliver."""
+        self._problem = None
+        try:
+            definitions = self._resolve(cursor)
+            self._bind(definitions)
+        except ConfigurationError as error:
+            if not self.definitions:
+                raise
+            log.error("the watchers no longer fit the database: %s", error)
+            self._problem = error
+        else:
+            self.definitions = definitions
+            for definition in definitions:
+                self._meter.count("events", 0, **definition.topic.fields)
+        return self.definitions
+
+    def _resolve(self, cursor: Cursor) -> list[Definition]:
+        return self._define(cursor, self._options.watchers)
+
+    def _define(self, cursor: Cursor, watchers: Sequence[Watcher]) -> list[Definition]:
+        options = self._options
+        return define(cursor, watchers, options.resolvers, options.namespace, options.transport)
+
+    def _bind(self, definitions: Sequence[Definition]) -> None:
+        self._registry.bind([each.topic for each in definitions])
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        """See that the triggers are there, as far as the options allow."""
+        if self._problem is not None:
+            now = datetime.now(timezone.utc)
+            self._gap(Gap(now, now, "watcher_broken", str(self._problem)))
+            self.missing = f"{NO_LONGER_FIT}: {self._problem}"
+            return
+        options, triggers = self._options, _triggers(definitions)
+        self.missing = self._install(cursor, triggers, self._running)
+        self._running = True
+        self._note_tables(cursor, definitions)
+        if options.install == "auto" and not self._pruned:
+            prune(cursor, options.namespace, triggers, limits=options.limits)
+            self._pruned = True
+
+    def _install(self, cursor: Cursor, triggers: Sequence[Trigger], running: bool) -> str:
+        """Have the triggers there as far as the options allow.
+
+        A Hub that is ``running`` goes on without those that are not to be had, and is told why; any
+        other gets the error.
+        """
+        options = self._options
+        if options.install == "auto":
+            if running:
+                return install_what_can_be(cursor, options.namespace, triggers, options.limits)
+            install(cursor, options.namespace, triggers, options.limits)
+        elif options.install == "check" and not running:
+            check(cursor, options.namespace, triggers)
+        elif running:
+            drift = find_drift(cursor, options.namespace, triggers, triggers, False)
+            return "" if drift is None else drift.reason
+        return ""
+
+    def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        """Note which tables have been renamed or have gone."""
+
+    def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
+        """Try to mend what has drifted; why something is missing all the same."""
+        drift = self.drift(cursor, listened)
+        if drift is not None and drift.fits and self._options.install == "auto":
+            return self._install(cursor, _triggers(listened), running=True)
+        return "" if drift is None else drift.reason
+
+    def drift(self, cursor: Cursor, listened: Sequence[Definition]) -> Drift | None:
+        """Why the triggers are not what the watchers, resolved again, need by now."""
+        options = self._options
+        try:
+            needed = _triggers(self._resolve_again(cursor, listened))
+        except ConfigurationError as error:
+            # Nothing that could be installed would fit.
+            return Drift(f"{NO_LONGER_FIT}: {error}", fits=False)
+        automatic = options.install == "auto"
+        return find_drift(cursor, options.namespace, _triggers(listened), needed, automatic)
+
+    def _resolve_again(self, cursor: Cursor, listened: Sequence[Definition]) -> list[Definition]:
+        return self._define(cursor, self._options.watchers)
+
+
+class DurableSetup(Setup):
+    """The setup of all consumers of a delivery: the schema and their decoders, too.
+
+    ``consumers`` are their names: none of a process that has no name, whose consumers end with it.
+    """
+
+    def __init__(
+        self, options: Options, registry: Registry, meter: Meter, consumers: Sequence[str]
+    ) -> None:
+        # Where a watcher is broken, its trigger says so in the outbox.
+        super().__init__(options, registry, meter, lambda gap: None)
+        self._consumers = consumers
+        self._snapshots: list[SnapshotTopic] = []
+        self._moved: Mapping[int, tuple[str, str]] = {}
+
+    def _resolve(self, cursor: Cursor) -> list[Definition]:
+        options = self._options
+        if not self._consumers:
+            return super()._resolve(cursor)
+        resolvers, namespace = options.resolvers, options.namespace
+        return define_for(cursor, self._consumers, options.watchers, resolvers, namespace)
+
+    def _bind(self, definitions: Sequence[Definition]) -> None:
+        # What a process without a name has missed is not the outbox's to know.
+        snapshots = snapshot_topics(_present(definitions)) if self._consumers else []
+        topics = [each.topic for each in definitions] + [each.topic for each in snapshots]
+        self._registry.bind(topics, delivered=self._options.workers > 0)
+        self._snapshots = snapshots
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        if self._options.install == "auto":
+            schema.install_schema(cursor, self._options.limits)
+        elif self._options.install == "check":
+            schema.check_schema(cursor)
+        super().install(cursor, definitions)
+
+    def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        # No trigger is known to be right while there is no table: what is written to it under
+        # another name is the watcher's, once it is back.
+        self.missing = self.missing or self._away(cursor, definitions)
+        if self._options.install != "off":
+            self._moved = read_moved(cursor, self._options.namespace, _present(definitions))
+        if self._options.install == "auto":
+            note_moved(cursor, self._moved)
+
+    def drift(self, cursor: Cursor, listened: Sequence[Definition]) -> Drift | None:
+        found = super().drift(cursor, listened)
+        if found is None and (away := self._away(cursor, listened)):
+            return Drift(away, fits=False)
+        return found
+
+    def _resolve_again(self, cursor: Cursor, listened: Sequence[Definition]) -> list[Definition]:
+        watchers = {id(each.watcher): each.watcher for each in _present(listened)}
+        for each in listened:
+            if id(each.watcher) not in watchers:
+                # Its table may be back.
+                with contextlib.suppress(TableError):
+                    self._define(cursor, [each.watcher])
+                    watchers[id(each.watcher)] = each.watcher
+        return self._define(cursor, [*watchers.values()])
+
+    def _away(self, cursor: Cursor, definitions: Sequence[Definition]) -> str:
+        """Why a watcher has no more than an orphaned definition; empty when none has."""
+        for each in definitions:
+            if isinstance(each, OrphanedDefinition):
+                try:
+                    self._define(cursor, [each.watcher])
+                except ConfigurationError as error:
+                    return f"{NO_LONGER_FIT}: {error}"
+        return ""
+
+    def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
+        """How to read each channel of a watcher, those of its former definitions too."""
+        known = {
+            key: replace(each, layout=moved(each.layout, self._moved.get(key)))
+            for key, each in understood(channels).items()
+        }
+        relations = {each.channel: each.relations for each in channels}
+        found: dict[int, ChannelDecoder] = {}
+        owners = {names.channel_key(each.trigger.hash): each for each in self.definitions}
+        for own, definition in owners.items():
+            if own not in known:
+                if self.missing:
+                    # There is no trigger that would write to it.
+                    continue
+                raise DriftError(
+                    f"The schema {schema.NAME!r} does not know the trigger for {definition}: it "
+                    "was installed before the schema was made anew. Run `pgsignals uninstall` and "
+                    "then `pgsignals install --delivery outbox`."
+                )
+            for key, ids in wanted(own, known).items():
+                if key != own and key in owners:
+                    continue  # Another watcher of the table, by a model of its own.
+                if key == own:
+                    decoder = definition.decoder(cast)
+                else:
+                    former = known[key].layout
+                    topic = former_topic(definition.topic, former)
+                    decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
+                found[key] = ChannelDecoder(decoder, ids, relations[key])
+        for each in self._snapshots:
+            found[each.channel] = ChannelDecoder(each.decoder(cast))
+        return found
+
+    def snapshot(self, target: Any) -> tuple[SnapshotTopic, str | None]:
+        """What a backfill of a model or label delivers; and its model, where a table has several.
+
+        Raises TableError for a table without a key, ConfigurationError for what is not watched.
+        """
+        identity = model_identity(target)
+        for each in self._snapshots:
+            topic = each.topic
+            if identity in self._registry.names(topic):
+                twins = [
+                    other
+                    for other in self._snapshots
+                    if other.fits(topic.schema, topic.table, topic.label, None)
+                ]
+                return each, model_name(topic.model) if len(twins) > 1 else None
+        for definition in self.definitions:
+            if identity in self._registry.names(definition.topic):
+                raise TableError(
+                    f"{definition.trigger.spec.table.qualified} has no key, in whose order a "
+                    "backfill goes: give it a primary key."
+                )
+        known = sorted(
+            {each.topic.label or model_name(each.topic.model) for each in self._snapshots}
+        )
+        raise ConfigurationError(
+            f"backfill({model_name(target)}): no watcher delivers that"
+            f"{near(model_name(target), known)} Watched are {', '.join(known)}."
+        )
+
+    def remove_former_triggers(self, cursor: Cursor) -> None:
+        """What only former definitions of our consumers needed goes, now that we read for one.
+
+        The start comes too early for that: until the claim, the consumer may be another's.
+        """
+        options, triggers = self._options, _triggers(self.definitions)
+        if options.install == "auto" and options.prune:
+            prune(cursor, options.namespace, triggers, limits=options.limits)
+
+
+def _present(definitions: Sequence[Definition]) -> list[Definition]:
+    """Those that are not orphaned."""
+    return [each for each in definitions if not isinstance(each, OrphanedDefinition)]
+
+
+def _triggers(definitions: Sequence[Definition]) -> list[Trigger]:
+    return [each.trigger for each in _present(definitions)]

@@ -1,0 +1,55 @@
+"""For how long, and up to which size, the outbox keeps what has not been read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psycopg2.extensions import cursor as Cursor
+
+from ..core.errors import ConfigurationError
+from .schema import SLOTS
+
+# A partition is emptied as a whole: less than this for each would drop what has just been written.
+LEAST_BYTES = SLOTS << 20
+LEAST_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What nobody has read is dropped when it is ``seconds`` old, or beyond ``bytes`` in all."""
+
+    seconds: float
+    bytes: int
+
+
+def read_retention(cursor: Cursor) -> Retention:
+    """What holds now. The schema must be there."""
+    cursor.execute("SELECT retention_seconds, retention_bytes FROM pgsignals.settings")
+    [(seconds, size)] = cursor.fetchall()
+    return Retention(seconds, size)
+
+
+def set_retention(
+    cursor: Cursor, seconds: float | None = None, size: int | None = None
+) -> Retention:
+    """Change what is given; what holds then. Consumers heed it within ten seconds.
+
+    Raises ConfigurationError for less than a minute or than 8 MiB.
+    """
+    if seconds is not None and not LEAST_SECONDS <= seconds < float("inf"):
+        raise ConfigurationError(
+            f"Events cannot be kept for {seconds:g} s: give {LEAST_SECONDS:g} seconds or more."
+        )
+    if size is not None and not LEAST_BYTES <= size < 1 << 63:
+        raise ConfigurationError(
+            f"The outbox cannot be kept to {size} bytes: give {LEAST_BYTES} ({SLOTS} MiB) or more."
+        )
+    cursor.execute(
+        "UPDATE pgsignals.settings SET"
+        " retention_seconds = coalesce(%s, retention_seconds),"
+        " retention_bytes = coalesce(%s, retention_bytes)"
+        " RETURNING retention_seconds, retention_bytes",
+        (seconds, size),
+    )
+    [(seconds_now, size_now)] = cursor.fetchall()
+    return Retention(seconds_now, size_now)

@@ -1,0 +1,1 @@
+"""What a plugin's author imports: hooks, broadcasters, sources, CloudEvents and URLs."""

@@ -1,0 +1,100 @@
+"""A ledger of what a broadcaster has sent, for plugins: under way, acknowledged, or refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+Failure = TypeVar("Failure")
+
+
+class SentLedger(Generic[Failure]):
+    """The uids that were sent since the last flush that succeeded, and why sending failed.
+
+    A uid in the ledger is not sent again when its event is published again: it would come behind
+    what was sent after it. A refused one leaves the ledger, and its event is sent again. The
+    first failure is kept until it is taken. Any thread may use the ledger.
+    """
+
+    def __init__(self) -> None:
+        # Each event takes the lock; that of a condition by itself costs several times more.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._under_way: set[str] = set()
+        self._acknowledged: set[str] = set()
+        self._failure: Failure | None = None
+
+    def __contains__(self, uid: str) -> bool:
+        # Without the lock: a uid is acknowledged before it ceases to be under way.
+        return uid in self._under_way or uid in self._acknowledged
+
+    @property
+    def unacknowledged(self) -> int:
+        """The number of uids that are under way."""
+        return len(self._under_way)
+
+    def send(self, uid: str) -> None:
+        """Note that it is under way."""
+        self._under_way.add(uid)
+
+    def acknowledge(self, uid: str) -> None:
+        """Note that the broker has it; one that was given up meanwhile is not noted."""
+        with self._lock:
+            if uid in self._under_way:
+                self._acknowledged.add(uid)
+                self._under_way.remove(uid)
+                if not self._under_way:
+                    self._changed.notify_all()
+
+    def refuse(self, uids: Iterable[str], failure: Failure | None = None) -> None:
+        """Note that the broker does not have these, and why."""
+        with self._lock:
+            self._under_way.difference_update(uids)
+            self._note(failure)
+
+    def fail(self, failure: Failure) -> None:
+        """Note what went wrong with the connection, or with all that is under way."""
+        with self._lock:
+            self._note(failure)
+
+    def forget_acknowledged(self, failure: Failure) -> None:
+        """Forget the acknowledged ones, which the broker has lost: a failure if there are any.
+
+        Events that nobody has flushed yet are published again only after an error.
+        """
+        with self._lock:
+            if self._acknowledged:
+                self._acknowledged.clear()
+                self._note(failure)
+
+    def give_up(self) -> None:
+        """Forget those that are under way, and what failed."""
+        with self._lock:
+            self._under_way.clear()
+            self._failure = None
+
+    def clear(self) -> None:
+        """Begin anew: all has arrived and is flushed, or all is to be sent again."""
+        with self._lock:
+            self._under_way.clear()
+            self._acknowledged.clear()
+
+    def take_failure(self) -> Failure | None:
+        """The first failure since the last call."""
+        with self._lock:
+            failure, self._failure = self._failure, None
+            return failure
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until nothing is under way, or something failed; whether all is acknowledged."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._failure is not None or not self._under_way, timeout
+            )
+            return self._failure is None and not self._under_way
+
+    def _note(self, failure: Failure | None) -> None:
+        if self._failure is None:
+            self._failure = failure
+        self._changed.notify_all()

@@ -1,0 +1,140 @@
+"""Where messages come from: the protocols between a source and what it feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.events import Gap, Message
+
+
+class Sink(Protocol):
+    """What a source feeds. None of its methods runs code of the user's."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the source should stop reading for now."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether there are receivers that wait for the source."""
+
+    def submit(self, message: Message) -> None:
+        """Take a message."""
+
+    def wait_for_room(self, timeout: float) -> bool:
+        """Wait for at most ``timeout`` seconds until the source may read on; whether it may."""
+
+    def give_up(self) -> None:
+        """Be full no more: lose, and announce, what is for receivers that are too slow."""
+
+    def reached(self, marker: str) -> None:
+        """Take note that all that was committed before the marker has been submitted."""
+
+    def gap(self, gap: Gap) -> None:
+        """Tell the receivers of a Gap, before anything that is submitted later."""
+
+    def connected(self) -> None:
+        """Tell the receivers that events can arrive from now on."""
+
+    def disconnected(self, error: BaseException) -> None:
+        """Tell the receivers that the connection is lost."""
+
+
+class Source(Protocol):
+    """Reads messages from somewhere in a thread of its own."""
+
+    def start(self) -> None:
+        """Connect, raising what is wrong, and read in the background from then on."""
+
+    def stop(self, timeout: float) -> None:
+        """Stop reading and give everything back, waiting at most ``timeout`` seconds."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What somebody listens to; without ``schema``, the table of that name in any."""
+
+    table: str
+    schema: str | None
+    ops: tuple[str, ...]
+
+
+class RemoteSink(Protocol):
+    """What a source that reads from a broker feeds. None of its methods runs the user's code."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the source should stop reading for now; what is not read waits at the broker."""
+
+    def wait_for_room(self, timeout: float) -> bool:
+        """Wait for at most ``timeout`` seconds until the source may read on; whether it may."""
+
+    def receive(
+        self,
+        attributes: Mapping[str, str],
+        data: bytes | None,
+        *,
+        position: str | None = None,
+        redelivered: bool = False,
+    ) -> None:
+        """Take a CloudEvent, its attributes without the protocol's prefix; whatever it is.
+
+        ``position`` says where it is at the broker.
+        """
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """Have ``call`` made once the receivers have returned from all that came before.
+
+        Those that raise are called again first, where there is a name. It is made in another
+        thread and must return at once: that is where to note what can be acknowledged now.
+        """
+
+    def gap(self, gap: Gap) -> None:
+        """Tell the receivers of a Gap, before anything that comes later."""
+
+    def connected(self) -> None:
+        """Tell the receivers that events can arrive from now on."""
+
+    def disconnected(self, error: BaseException) -> None:
+        """Tell the receivers that the connection is lost."""
+
+
+class RemoteSource(Protocol):
+    """Reads events from a broker in a thread of its own (a plugin of ``pgsignals_source``).
+
+    Its text, ``str(source)``, is where it reads, without a password.
+    """
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it is reading now."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread goes on, if only to connect again."""
+
+    def start(self, wanted: Sequence[Wanted], name: str | None, sink: RemoteSink) -> None:
+        """Connect, raising BrokerError for what is wrong, and read in the background from then on.
+
+        With a ``name``, all that have it share the events, which are acknowledged once receivers
+        have returned, so that who comes next goes on there. Without one, it gets all events from
+        now on. More than is wanted may be fed.
+        """
+
+    def refuse(self, position: str, reason: str) -> None:
+        """Tell the broker, as far as it wants to know, that a receiver could not take an event.
+
+        Called from any thread, before the event is settled like all others: it is not to come
+        again. ``position`` is what ``receive`` was given.
+        """
+
+    def stop(self, timeout: float) -> None:
+        """Read no more, waiting at most ``timeout`` seconds; acknowledging goes on."""
+
+    def close(self, timeout: float) -> None:
+        """Acknowledge what has been settled, then give everything back; called after ``stop``."""
+
+    def abandon(self) -> None:
+        """In the child of a fork: give up what is inherited, and leave the parent's be."""

@@ -1,0 +1,1 @@
+"""One PostgreSQL server: connection strings, connections, sessions, transactions and rights."""

@@ -1,0 +1,261 @@
+"""Sessions that never block for ever, and text in whatever encoding the database has."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psycopg2
+import psycopg2.extensions
+from psycopg2 import errors as pg
+from psycopg2 import sql
+from psycopg2.extensions import POLL_OK, POLL_WRITE, TRANSACTION_STATUS_IDLE, Notify
+from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import cursor as Cursor
+
+from .connection import connect_error
+from .dsn import libpq_dsn, libpq_options
+from .session_settings import session_settings
+from .waiter import Waiter
+
+# How text is represented, whatever bytes it consists of.
+_Codec = tuple[str, str]
+_UTF8 = ("utf-8", "surrogateescape")
+_LATIN1 = ("latin-1", "strict")
+_UNDECODED = (psycopg2.extensions.BYTES, psycopg2.extensions.BYTESARRAY)
+_TEXT_TYPES = frozenset(oid for kind in _UNDECODED for oid in kind.values)
+# Sent ahead of a statement whose text the server is to leave as it is.
+_UNCONVERTED = "SET LOCAL client_encoding TO SQL_ASCII; "
+_CONVERSION = (pg.CharacterNotInRepertoire, pg.UntranslatableCharacter)
+
+
+def _codec_of(encoding: str) -> _Codec:
+    """The codec for text of a database in that encoding, as far as Python has one."""
+    if encoding == "SQL_ASCII":
+        return _UTF8
+    return psycopg2.extensions.encodings.get(encoding, "ascii"), "surrogateescape"
+
+
+def _decoded_rows(cursor: Cursor, codec: _Codec) -> list[tuple[Any, ...]]:
+    # By columns, which takes half as long as to ask each value whether it is text.
+    columns: list[Any] = list(zip(*cursor.fetchall(), strict=True))
+    if columns:
+        for number, column in enumerate(cursor.description or ()):
+            if column.type_code in _TEXT_TYPES:
+                columns[number] = [_decoded(value, codec) for value in columns[number]]
+    return list(zip(*columns, strict=True))
+
+
+def _decoded(value: Any, codec: _Codec) -> Any:
+    """A text or an array of them, if not NULL; ``encode`` with the same codec gives its bytes."""
+    if isinstance(value, bytes):
+        return value.decode(*codec)
+    return None if value is None else [_decoded(each, codec) for each in value]
+
+
+def legible_rows(
+    cursor: Cursor, statement: str, parameters: Sequence[Any] | None = None
+) -> list[tuple[Any, ...]]:
+    """The rows of a query outside a transaction, as text to be shown, whatever bytes it has."""
+    encoding = cursor.connection.info.parameter_status("server_encoding") or "UTF8"
+    codec, _ = _codec_of(encoding)
+    with cursor.connection.cursor() as own:
+        for kind in _UNDECODED:
+            psycopg2.extensions.register_type(kind, own)
+        own.execute(_UNCONVERTED + statement, parameters)
+        return _decoded_rows(own, (codec, "replace"))
+
+
+class Session:
+    """A connection for listening that never blocks for longer than it is told.
+
+    psycopg2's asynchronous mode: a server that goes silent in the middle of a statement would hold
+    a blocking connection for ever. It commits each statement by itself.
+    """
+
+    def __init__(self, dsn: str, waiter: Waiter, cancelled: Callable[[], bool]) -> None:
+        self._waiter = waiter
+        self._cancelled = cancelled
+        self._dsn = libpq_dsn(dsn)
+        self._connection: Connection | None = None
+        self._codec = _UTF8
+        self._converted_from: str | None = None
+        self._encrypted = False
+        self._cursor: Cursor
+
+    def open(self, timeout: float, encoding: str = "UTF8") -> None:
+        """Connect within ``timeout`` seconds, or raise ConnectError.
+
+        ``encoding`` is the database's. One of SQL_ASCII holds any bytes, and the server ends the
+        session that asks for UTF-8 when other ones come.
+        """
+        any_bytes = encoding == "SQL_ASCII"
+        self._codec = _LATIN1 if any_bytes else _UTF8
+        self._converted_from = None if any_bytes or encoding == "UTF8" else encoding
+        try:
+            options = libpq_options(self._dsn, timeout)
+            if any_bytes:
+                options["client_encoding"] = "LATIN1"
+            self._connection = psycopg2.connect(self._dsn, async_=True, **options)
+            # Decoded here, since psycopg2 would refuse a whole result for one byte that is no text.
+            for kind in _UNDECODED:
+                psycopg2.extensions.register_type(kind, self._connection)
+            self._finish(time.monotonic() + timeout)
+            self._encrypted = self._connection.info.ssl_in_use
+        except (psycopg2.Error, TimeoutError, UnicodeError) as error:
+            failure = connect_error(self._dsn, error)
+        else:
+            return
+        self.close()
+        # Outside the handler, as in connect().
+        raise failure
+
+    def keep(self, timeout: float) -> None:
+        """Have the server keep the session, and its statements, for as long as we want.
+
+        To be called once it is known to be ours alone: what is set behind a pooler of transactions
+        stays there, for others.
+        """
+        self.execute(session_settings(self._live.server_version), timeout=timeout)
+
+    def execute(
+        self,
+        statement: str | sql.Composable,
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        timeout: float,
+    ) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows.
+
+        Bytes that are no text come in them as surrogates: ``text`` makes legible ones of them. What
+        the server cannot convert comes as such bytes, unless a transaction was begun before, which
+        ends by the error.
+        Raises psycopg2.Error, and TimeoutError when it takes longer than ``timeout`` seconds.
+        """
+        self._finish_former(timeout)
+        alone = self._live.info.transaction_status == TRANSACTION_STATUS_IDLE
+        try:
+            return self._execute(statement, parameters, timeout, self._codec)
+        except _CONVERSION:
+            if self._converted_from is None or not alone:
+                raise
+        return self.execute_unconverted(statement, parameters, timeout=timeout)
+
+    def execute_unconverted(
+        self,
+        statement: str | sql.Composable,
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        timeout: float,
+    ) -> list[tuple[Any, ...]]:
+        """Run a statement like ``execute``, and convert its text here rather than in the server.
+
+        A conversion in the server fails as a whole for one character that Unicode does not have.
+        The rest of a transaction that was begun before is not converted either.
+        """
+        self._finish_former(timeout)
+        codec = self._codec
+        if self._converted_from is not None:
+            statement = (
+                _UNCONVERTED + statement
+                if isinstance(statement, str)
+                else sql.SQL(_UNCONVERTED) + statement
+            )
+            codec = _codec_of(self._converted_from)
+        return self._execute(statement, parameters, timeout, codec)
+
+    def _finish_former(self, timeout: float) -> None:
+        """Wait for the answer to what was sent before: a heartbeat that is answered late, say."""
+        if self._live.isexecuting():
+            self._finish(time.monotonic() + timeout)
+
+    def _execute(
+        self,
+        statement: str | sql.Composable,
+        parameters: Sequence[Any] | Mapping[str, Any] | None,
+        timeout: float,
+        codec: _Codec,
+    ) -> list[tuple[Any, ...]]:
+        self.send(statement, parameters)
+        self._finish(time.monotonic() + timeout)
+        return _decoded_rows(self._cursor, codec) if self._cursor.description else []
+
+    def send(
+        self,
+        statement: str | sql.Composable,
+        parameters: Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin a statement without waiting for its end, which ``receive`` takes note of."""
+        # Kept, because the connection refers to it weakly: were it collected before the answer
+        # comes, poll() would fail with "the asynchronous cursor has disappeared".
+        self._cursor = self._live.cursor()
+        self._cursor.execute(statement, parameters)
+
+    def receive(self) -> list[Notify]:
+        """The notifications that have arrived, without waiting.
+
+        Over TLS, one poll may bring one notification of several that the socket no longer shows:
+        call it until it returns none, unless the session is ``plain``.
+        """
+        connection = self._live
+        connection.poll()
+        arrived: list[Notify] = connection.notifies
+        if arrived:
+            connection.notifies = []
+        # psycopg2 itself puts a replacement character for what is not UTF-8.
+        if self._codec is _UTF8:
+            return arrived
+        return [Notify(each.pid, each.channel, self.text(each.payload)) for each in arrived]
+
+    def text(self, value: str) -> str:
+        """A text that a statement returned, with a replacement character for what is not UTF-8."""
+        return value if value.isascii() else value.encode(*self._codec).decode("utf-8", "replace")
+
+    def given(self, value: str) -> str:
+        """A text that a statement is to give, as ``execute`` would return it."""
+        return value if value.isascii() else value.encode().decode(*self._codec)
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is no TLS, so that the socket shows all that ``receive`` has not read."""
+        return not self._encrypted
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for something to arrive; whether it has, rather than a wake-up or the time."""
+        return self._waiter.wait(self._live.fileno(), timeout)
+
+    def close(self) -> None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._waiter.forget()
+            connection.close()
+
+    def abandon(self) -> None:
+        """In the child of a fork: drop the socket without the goodbye that close() would send.
+
+        The server would take it for the parent's and end the parent's session.
+        """
+        if self._connection is not None:
+            os.close(self._connection.fileno())
+            self._connection = None
+
+    @property
+    def _live(self) -> Connection:
+        if self._connection is None:
+            raise psycopg2.InterfaceError("the session is closed")
+        return self._connection
+
+    def _finish(self, deadline: float) -> None:
+        connection = self._live
+        while (state := connection.poll()) != POLL_OK:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timeout expired: the server does not answer")
+            if self._cancelled():
+                raise TimeoutError("stopped while waiting for the server")
+            # On its way to the next host, libpq opens another socket under the same number.
+            self._waiter.forget()
+            self._waiter.wait(connection.fileno(), left, write=state == POLL_WRITE)

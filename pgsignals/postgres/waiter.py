@@ -1,0 +1,101 @@
+"""Waits for a socket or a wake-up, whichever comes first."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Where there is no poll(), Windows for one, there are no flags for it either.
+_READABLE: int = getattr(select, "POLLIN", 1)
+_WRITABLE: int = getattr(select, "POLLOUT", 4)
+
+
+class _Selector:
+    """``poll()`` for a platform, or under a library, that has none."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def register(self, descriptor: int, flags: int) -> None:
+        """As of ``select.poll``."""
+        event = selectors.EVENT_WRITE if flags == _WRITABLE else selectors.EVENT_READ
+        self._selector.register(descriptor, event)
+
+    def unregister(self, descriptor: int) -> None:
+        """As of ``select.poll``."""
+        self._selector.unregister(descriptor)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        """As of ``select.poll``."""
+        seconds = None if timeout is None else timeout / 1000
+        return [(key.fd, events) for key, events in self._selector.select(seconds)]
+
+
+class Waiter:
+    """Waits for a socket, and can be woken by any thread.
+
+    By ``poll()``, since ``select()`` refuses descriptors beyond 1,024. ``selectors`` would do, but
+    takes as long by itself as all else that a wait is.
+    """
+
+    def __init__(self) -> None:
+        self._poll: Any = select.poll() if hasattr(select, "poll") else _Selector()
+        self._awake, self._alarm = socket.socketpair()
+        self._awake.setblocking(False)
+        self._alarm.setblocking(False)
+        self._awake_number = self._awake.fileno()
+        self._poll.register(self._awake_number, _READABLE)
+        self._watched: int | None = None
+        self._writable = False
+
+    def wait(self, descriptor: int | None, timeout: float | None, write: bool = False) -> bool:
+        """Wait until ``descriptor`` can be read (or written), or for a wake-up or the time.
+
+        Returns whether it can.
+        """
+        if descriptor != self._watched or write != self._writable:
+            self.forget()
+            if descriptor is not None:
+                self._poll.register(descriptor, _WRITABLE if write else _READABLE)
+                self._watched, self._writable = descriptor, write
+        usable = False
+        # A negative time would be for ever; a part of a millisecond is rounded up.
+        for number, _ in self._poll.poll(None if timeout is None else max(0.0, 1000 * timeout)):
+            if number == self._awake_number:
+                self._drain()
+            else:
+                usable = True
+        return usable
+
+    def forget(self) -> None:
+        """Leave the descriptor alone; to be called before it is closed."""
+        if self._watched is not None:
+            self._poll.unregister(self._watched)
+            self._watched, self._writable = None, False
+
+    def sleep(self, seconds: float, until: Callable[[], bool]) -> None:
+        """Sleep for ``seconds``, or until woken with ``until()`` true."""
+        deadline = time.monotonic() + seconds
+        while not until() and (left := deadline - time.monotonic()) > 0:
+            self.wait(None, left)
+
+    def wake(self) -> None:
+        """End the wait, or the next one if none is under way."""
+        # A full buffer holds wake-ups enough, and who has closed this waits no more.
+        with contextlib.suppress(OSError):
+            self._alarm.send(b"\0")
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._awake.close()
+        self._alarm.close()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._awake.recv(4096):
+                pass

@@ -1,0 +1,4 @@
+"""The models that pgsignals knows by itself; plugins add others."""
+
+# A public path, which stays; the code is in the package.
+from .triggers.resolvers import *  # noqa: F403

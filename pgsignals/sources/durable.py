@@ -1,0 +1,349 @@
+"""Messages from the outbox: at least once, in commit-consistent order, from the cursor on."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from psycopg2.extensions import cursor as DatabaseCursor
+
+from ..consumers.acks import Partition
+from ..consumers.backfills.requests import NOTICE
+from ..consumers.backfills.runner import Backfilling
+from ..consumers.claims import Claims, Consumer
+from ..consumers.dead_letters import NOTICE as REDELIVER
+from ..consumers.dead_letters import DeadLetters
+from ..consumers.parking import Parking
+from ..core.errors import DatabaseError
+from ..core.events import Event, microseconds
+from ..core.logging import log
+from ..core.metrics import Meter
+from ..core.payload import Cast
+from ..core.redaction import error_text
+from ..core.rng import chance
+from ..outbox.awake_lock import SLEEP_SECONDS, Wakefulness
+from ..outbox.channels import read_by
+from ..outbox.log import Described, OutboxLog
+from ..postgres.session import Session
+from ..triggers import names
+from ..triggers.bodies import NO_OUTBOX
+from ..triggers.definitions import Definition
+from .channel_decoders import ChannelDecoder, RowDecoder
+from .polling import DurableSink, Follower, Poller
+from .session_checks import explaining_missing_rights, keep_triggers, queue_is_full
+from .thread import ConnectionSettings, Preparer, SessionThread
+from .trigger_history import Installation
+from .trigger_watch import TriggersChangedError
+
+ACKNOWLEDGE_SECONDS = 0.2
+# How often a part that another process reads is asked for.
+CLAIM_SECONDS = 0.5
+# How often at least a process that reads all parts looks whether another has come to share them.
+SHARE_SECONDS = 2.0
+
+
+class OutboxPreparer(Preparer, Protocol):
+    """What the source needs done before it can read the outbox."""
+
+    def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
+        """How to read each channel that a watcher wants."""
+
+
+class OutboxSource(SessionThread):
+    """Reads the outbox for one consumer, in one session, from one thread.
+
+    ``most`` events of a part are under way at once, those that are parked apart.
+    """
+
+    def __init__(
+        self,
+        settings: ConnectionSettings,
+        preparer: OutboxPreparer,
+        sink: DurableSink,
+        meter: Meter,
+        consumer: Consumer,
+        most: int,
+        parking: Parking | None = None,
+        follower: Follower | None = None,
+    ) -> None:
+        super().__init__(settings, preparer, meter, "reading the outbox", SLEEP_SECONDS)
+        self._sink = sink
+        self._consumer = consumer
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.name = consumer.name or f"process {self._holder}"
+        self._paused = False
+        self._log: OutboxLog
+        self._parking = parking
+        if parking is not None:
+            parking.ledger.wake = self._waiter.wake
+        self._verify_at = 0.0
+        self._state = Wakefulness()
+        self.dead_letters = DeadLetters(meter, self._waiter.wake)
+        self._backfilling = Backfilling(sink.hears)
+        self._installation = Installation(self.triggers, self.now)
+        begun = self._part_begun if follower is None else follower.part_begun
+        self._claims = Claims(consumer, self.name, sink.gap, self.now, begun)
+        self._decoder = RowDecoder(
+            preparer.decoders,
+            self.triggers,
+            self.now,
+            self.foreign,
+            self._refuse,
+            self._channels_described,
+        )
+        self._poller = Poller(
+            sink, consumer, most, self._claims, self._decoder, self._backfilling, follower
+        )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it reads, rather than standing by for another process."""
+        return bool(self._claims.parts)
+
+    @property
+    def outstanding(self) -> int:
+        """Events that have been read and not been acknowledged."""
+        return self._claims.outstanding
+
+    @property
+    def received(self) -> int:
+        """Events that have been read."""
+        return self._poller.received
+
+    def start(self) -> None:
+        with explaining_missing_rights(self._dsn, self._listen_dsn):
+            super().start()
+
+    def pause(self) -> None:
+        """Read no further, but go on acknowledging what has been read."""
+        self._paused = True
+        self._waiter.wake()
+
+    def stop(self, timeout: float) -> None:
+        """Acknowledge what has been taken care of, and leave the rest to whoever comes next."""
+        self._paused = True
+        super().stop(timeout)
+
+    def abandon(self) -> None:
+        self._claims.drop()
+        super().abandon()
+
+    def settle(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called once all that is committed by now has been submitted."""
+        self._poller.settle(call)
+        self._waiter.wake()
+
+    def channel_of(self, event: Event) -> int:
+        """The channel that an event came through; 0, which none has, if that is forgotten."""
+        return self._decoder.channel_of(event)
+
+    @property
+    def _cancelled(self) -> bool:
+        # Once connected, the last acknowledgement is still to come when it stops.
+        return self._stopping and self._session is None
+
+    def _listen(
+        self, session: Session, cursor: DatabaseCursor, definitions: Sequence[Definition]
+    ) -> None:
+        if queue_is_full(cursor):
+            log.warning(
+                "PostgreSQL's notification queue is full: events come late, since nobody "
+                "wakes this consumer; `pgsignals doctor` tells who is in the way"
+            )
+        else:
+            self._prove_round_trip(session, cursor)
+        keep_triggers(session, definitions, self._timing.timeout)
+
+    def _begin(
+        self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
+    ) -> None:
+        timeout = self._timing.timeout
+        store = OutboxLog(session, self.name, self._holder, timeout)
+        store.open()
+        epoch, _, server = store.surroundings()
+        self._clock.set(microseconds(server))
+        self.dead_letters.open(store.consumer)
+        if self._parking is not None:
+            self._parking.open(
+                self._claims, store.consumer, self.channel_of, self._decoder.decoders
+            )
+        described = store.channels()
+        own = [names.channel_key(each.trigger.hash) for each in definitions]
+        self._decoder.begin(own, described, cast)
+        self._claims.enrol(store, epoch, read_by(own, described))
+        self._installation.compare(
+            store, session, definitions, described, asked_at, self._preparer.missing
+        )
+        self._backfilling.begin(
+            store.consumer,
+            [*self._decoder.decoders().values()],
+            self._consumer.lease,
+        )
+        self._state = Wakefulness()
+        self._poller.begin(store)
+        self._claim()
+        store.wake_others()
+        self._log = store
+
+    def _read(self, session: Session) -> None:
+        try:
+            self._read_on(session)
+            self._leave()
+        except Exception as error:
+            if not self._stopping:
+                raise
+            log.warning("could not acknowledge at the end: %s", error_text(error))
+
+    def _lost(self, error: Exception) -> None:
+        self._sink.disconnected(error)
+
+    def _regained(self) -> None:
+        # The cursor says where to go on.
+        log.info("connected again")
+
+    def _close(self) -> None:
+        self._claims.drop()
+        super()._close()
+
+    def _read_on(self, session: Session) -> None:
+        """Read, acknowledge and keep the claims until paused and stopped."""
+        store, state = self._log, self._state
+        parts = self._claims.parts
+        self._sink.connected()
+        acknowledge_at = claim_at = renew_at = time.monotonic()
+        while not self._stopping:
+            now = self._turned_at = time.monotonic()
+            if self._heard(session):
+                state.wake(now)
+            if now >= claim_at:
+                self._claim()
+                claim_at = now + CLAIM_SECONDS * chance.uniform(0.8, 1.2)
+                if self._claims.complete:
+                    claim_at = now + min(SHARE_SECONDS, self._consumer.lease / 3)
+            found = more = False
+            if parts:
+                found, more = self._poll(store, state)
+                if found:
+                    state.wake(now)
+            self.dead_letters.save()
+            if self._parking is not None and parts:
+                # Nobody is called any more while it stops.
+                fed = self._parking.turn(not self._paused)
+                more = more or fed
+            if parts and now >= acknowledge_at:
+                acknowledge_at = now + ACKNOWLEDGE_SECONDS
+                due = now >= renew_at
+                if due:
+                    renew_at = now + self._consumer.lease / 3
+                    self._look_around(store)
+                    self._redeliver()
+                    if self._parking is not None:
+                        self._parking.tell_of_losses()
+                self._claims.acknowledge(due)
+            if parts and now >= self._verify_at:
+                self._verify_at = now + self._timing.heartbeat
+                self._look_at_triggers(store, session)
+            if more:
+                continue
+            done = time.monotonic()
+            pause = state.pause(store, done, done - now) if parts else CLAIM_SECONDS
+            wake_at = claim_at
+            if parts:
+                wake_at = min(wake_at, renew_at, self._verify_at)
+                if self._installation.doubted or any(part.busy for part in parts.values()):
+                    wake_at = min(wake_at, acknowledge_at)
+            session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
+
+    def _look_around(self, store: OutboxLog) -> None:
+        epoch, self._state.company, server = store.surroundings()
+        self._clock.set(microseconds(server))
+        if epoch != self._claims.epoch:
+            # Beginning anew, receivers get a Gap.
+            raise DatabaseError("the outbox has been made anew, by a restore say")
+
+    def _heard(self, session: Session) -> bool:
+        """Whether somebody says that there may be something."""
+        heard: set[str] = set()
+        while arrived := session.receive():
+            heard.update(notify.payload for notify in arrived)
+        if NOTICE in heard:
+            self._backfilling.look_again()
+        if NO_OUTBOX in heard:
+            self._installation.note_failed_writers(self._log, self.is_active)
+        if REDELIVER in heard:
+            self._redeliver()
+        return bool(heard)
+
+    def _poll(self, store: OutboxLog, state: Wakefulness) -> tuple[bool, bool]:
+        """One look, and a page for each part that wants one; whether there was, and is more."""
+        poll = self._poller.poll(store, state)
+        self._installation.note_shed(store, poll, self._claims)
+        return self._poller.read(store, poll, state, self._held_up)
+
+    def _held_up(self) -> bool:
+        return self._paused or (self._parking is not None and self._parking.ledger.blocks)
+
+    def _look_at_triggers(self, store: OutboxLog, session: Session) -> None:
+        try:
+            missing = self._installation.look(store, session)
+        except TriggersChangedError:
+            self._finish(store, session)
+            raise
+        if missing:
+            # What has been mended may be read by channels that nobody knew.
+            self._decoder.describe(store)
+
+    def _finish(self, store: OutboxLog, session: Session) -> None:
+        """Read all windows to their ends and acknowledge them, as long as a statement may take.
+
+        Whoever reads through other triggers begins a window anew: it would get again, with another
+        uid, what has been delivered of it, and behind that what only these triggers had.
+        """
+        deadline = time.monotonic() + self._timing.timeout
+        while not self._stopping and time.monotonic() < deadline:
+            self._turned_at = time.monotonic()
+            more = not self._paused and self._poller.read_windows(store)
+            self.dead_letters.save()
+            self._claims.acknowledge(renew=True)
+            parts = self._claims.parts.values()
+            unread = not self._paused and any(not part.reader.at_end for part in parts)
+            if not unread and not any(part.pages for part in parts):
+                return
+            if not more:
+                session.wait(ACKNOWLEDGE_SECONDS)
+
+    def _claim(self) -> None:
+        if not self._paused:
+            self._claims.claim()
+
+    def _part_begun(self, part: Partition) -> None:
+        """Take note of a part that is read from where it was acknowledged."""
+        # What the former holder noted of triggers is of its own, which may go now that nobody reads
+        # through them: ours are noted before that.
+        self._verify_at = 0.0
+        if self._parking is not None:
+            self._parking.begun(part)
+
+    def _channels_described(self) -> None:
+        if self._parking is not None:
+            self._parking.described()
+
+    def _redeliver(self) -> None:
+        self.dead_letters.redeliver(self._decoder.decoders(), self._sink.redeliver)
+
+    def _leave(self) -> None:
+        """Acknowledge for the last time, and let others read at once."""
+        store = self._log
+        self.dead_letters.save()
+        if self._parking is not None and self._claims.parts:
+            self._parking.leave()
+        self._claims.release()
+        if self._consumer.name is None:
+            store.consumer.forget()
+        if self._consumer.parts > 1:
+            store.consumer.leave()

@@ -1,0 +1,344 @@
+"""The end of the outbox as it grows, for readers who keep resume tokens.
+
+A process has one tail, however many readers, apart from the Hub's own consumer: that may have a
+name, which shares its events among processes, and waits for receivers, which readers need not.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Protocol
+
+from psycopg2 import errors as pg
+from psycopg2.extensions import cursor as Cursor
+
+from ..consumers.acks import Partition
+from ..consumers.claims import Consumer
+from ..consumers.dead_letters import DeadLetter
+from ..core.errors import PayloadError, StateError
+from ..core.events import Event, Gap, Message, Topic, moment
+from ..core.logging import log
+from ..core.metrics import Meter
+from ..core.payload import Broken, Cast
+from ..dispatch.in_flight import Lease, Page
+from ..outbox.archive import Archive, Found
+from ..outbox.cursors import Snapshot
+from ..outbox.log import Described
+from ..outbox.reader import Row, WindowReader
+from ..outbox.resume_tokens import ResumePoint, TokenCodec
+from ..postgres.connection import connect
+from ..triggers import names
+from ..triggers.definitions import Definition
+from ..triggers.installer import Drift
+from .channel_decoders import ChannelDecoder
+from .durable import OutboxSource
+from .thread import ConnectionSettings
+
+# For how long what all have read is kept at least, unless somebody has said otherwise.
+KEEP_SECONDS = 60
+_ATTACH_SECONDS = 2.0
+
+Decoders = Callable[[Sequence[Described], Cast], Mapping[int, ChannelDecoder]]
+
+
+class Reader(Protocol):
+    """Takes what a tail reads. The thread that reads calls it: nothing may block."""
+
+    def began(self, point: ResumePoint) -> None:
+        """Nothing of what came before follows: from this point on, everything."""
+
+    def wants(self, topic: Topic) -> bool:
+        """Whether its events are for this reader."""
+
+    def take(self, events: Sequence[Event], window: ResumePoint) -> None:
+        """Take events of a window; an event's point is that in ``window`` of its position."""
+
+    def turned(self, point: ResumePoint) -> None:
+        """Everything up to this point has been given."""
+
+    def missed(self, gap: Gap) -> None:
+        """Something may be missing here."""
+
+
+class Tail:
+    """Reads the outbox from now on for any number of readers, and again for those who come back.
+
+    What there is to prepare, the Hub's run has prepared: it gives its ``definitions`` and decoders.
+    """
+
+    def __init__(
+        self,
+        options: ConnectionSettings,
+        definitions: Callable[[], Sequence[Definition]],
+        decoders: Decoders,
+        drift: Callable[[Cursor, Sequence[Definition]], Drift | None],
+    ) -> None:
+        self._options = options
+        # The source's preparer asks the run's here, too, whose own source mends what is missing.
+        self.drift = drift
+        self.missing = ""
+        self._defined = definitions
+        self._decoders_of = decoders
+        self._readers: list[Reader] = []
+        self._condition = threading.Condition()
+        self._window: ResumePoint | None = None
+        self._turned: ResumePoint | None = None
+        self._decoders: Mapping[int, ChannelDecoder] = {}
+        self._definitions: Sequence[Definition] = ()
+        self._made: dict[int, int] = {}
+        self._archive: Archive | None = None
+        # Apart from the condition, which the thread that reads takes with each page: who comes back
+        # may have to wait for the database.
+        self._archive_lock = threading.Lock()
+        self.ended = False
+        # Of the part that is read, and Gaps of a later one, whose reading has yet to begin.
+        self._lease: Lease | None = None
+        self._gaps: list[Gap] = []
+        self._key = self._era = ""
+        self.codec = TokenCodec(self._key, "")
+        self.source = OutboxSource(
+            options,
+            self,
+            self,
+            # What it reads is counted where receivers get it.
+            Meter(),
+            Consumer(),
+            1 << 30,
+            follower=self,
+        )
+
+    def start(self) -> None:
+        """Connect, raising what is wrong, and read."""
+        self.source.start()
+
+    def stop(self, timeout: float) -> None:
+        """End, waiting at most ``timeout`` seconds. Safe to call twice."""
+        self.ended = True
+        self.source.stop(timeout)
+        if self._archive is not None:
+            self._archive.close()
+
+    def abandon(self) -> None:
+        """In the child of a fork: give up what is inherited."""
+        self._condition = threading.Condition()
+        self._archive_lock = threading.Lock()
+        self._readers = []
+        self.source.abandon()
+        if self._archive is not None:
+            self._archive.abandon()
+
+    def attach(self, reader: Reader) -> None:
+        """Tell the reader from now on, first of where it begins.
+
+        Raises StateError while the database cannot be read.
+        """
+        with self._condition:
+            # In the middle of a window there is no point from which it would get everything.
+            if not self._condition.wait_for(lambda: self._turned is not None, _ATTACH_SECONDS):
+                raise StateError("The outbox cannot be read now, or has too much to read.")
+            assert self._turned is not None
+            self._readers.append(reader)
+            reader.began(self._turned)
+
+    def detach(self, reader: Reader) -> None:
+        """Tell the reader no more."""
+        with self._condition:
+            if reader in self._readers:
+                self._readers.remove(reader)
+
+    def hurry(self) -> None:
+        """Look for something new at once."""
+        self.source.wake()
+
+    def read(self, point: ResumePoint) -> Found:
+        """See Archive."""
+        return self._open_archive().read(point)
+
+    def check(self, point: ResumePoint) -> tuple[bool, bool]:
+        """See Archive."""
+        return self._open_archive().check(point)
+
+    def installed_since(self, point: ResumePoint, wants: Callable[[Topic], bool]) -> bool:
+        """Whether a wanted trigger may have been made after the point, so that some were missed."""
+        return any(
+            self._made.get(names.channel_key(each.trigger.hash), 0) > point.high
+            for each in self._definitions
+            if wants(each.topic)
+        )
+
+    def decode(self, row: Row) -> Message | Gap | None:
+        """A row of the outbox; None for one that is no watcher's."""
+        found = self._decoders.get(row.channel)
+        if found is None or not (found.wants(row) and found.owns(row)):
+            return None
+        try:
+            message = found.decoder.decode(row.payload)
+        except PayloadError as error:
+            log.error("row %d of the outbox cannot be read: %s", row.id, error)
+            now = self.source.now()
+            return Gap(now, now, "watcher_broken", str(error))
+        if isinstance(message, Broken):
+            if message.at_us is None:
+                return self.source.triggers.silent_failure(self.source.now())
+            at = moment(message.at_us)
+            return Gap(at, at, "watcher_broken", message.error)
+        if not isinstance(message, Message):
+            return None
+        message.position = str(row.id)
+        return message
+
+    # The source's sink.
+
+    @property
+    def full(self) -> bool:
+        """See DurableSink: readers keep what they can, and read again what they cannot."""
+        return False
+
+    def submit_page(self, events: Sequence[Event], page: Page) -> None:
+        """See DurableSink."""
+        window = self._window
+        assert window is not None
+        with self._condition:
+            self._turned = None
+            for reader in self._readers:
+                wanted = [event for event in events if reader.wants(event._message.topic)]
+                if wanted:
+                    reader.take(wanted, window)
+        page.acknowledge()
+
+    def gap(self, gap: Gap, page: Page | None = None) -> None:
+        """See DurableSink."""
+        with self._condition:
+            self._gaps.append(gap)
+            # Readers are told where reading begins anew before they are told why.
+            if page is None or page.lease is self._lease:
+                self._tell_gaps()
+        if page is not None:
+            page.acknowledge()
+
+    def redeliver(self, event: Event, letter: DeadLetter) -> bool:
+        """See DurableSink: there are no dead letters."""
+        return False
+
+    def hears(self, topic: Topic) -> bool:
+        """See DurableSink."""
+        return True
+
+    def connected(self) -> None:
+        """See DurableSink."""
+
+    def disconnected(self, error: BaseException) -> None:
+        """See DurableSink."""
+        with self._condition:
+            self._turned = None
+
+    # The source's preparer.
+
+    def define(self, cursor: Cursor) -> Sequence[Definition]:
+        """See OutboxPreparer."""
+        self._definitions = self._defined()
+        return self._definitions
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        """See OutboxPreparer: what there is to prepare, the run has prepared."""
+        try:
+            cursor.execute(
+                "UPDATE pgsignals.settings SET keep_seconds = %s WHERE keep_seconds IS NULL",
+                (KEEP_SECONDS,),
+            )
+            cursor.execute("INSERT INTO pgsignals.era DEFAULT VALUES ON CONFLICT DO NOTHING")
+        except pg.InsufficientPrivilege as error:
+            log.warning(
+                "reconnecting browsers may see an unnecessary gap: this role cannot record how "
+                "long events are kept (%s); GRANT UPDATE (keep_seconds) ON pgsignals.settings and "
+                "INSERT ON pgsignals.era to it",
+                str(error).strip(),
+            )
+        cursor.execute(
+            "SELECT place_key::text, era::text FROM pgsignals.settings"
+            " LEFT JOIN pgsignals.era ON true"
+        )
+        [(self._key, era)] = cursor.fetchall()
+        # Without one that all know, ids are good in this process alone.
+        self._era = era or secrets.token_hex(16)
+
+    def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
+        """See OutboxPreparer."""
+        drift = self.drift(cursor, listened)
+        return "" if drift is None else drift.reason
+
+    def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
+        """See OutboxPreparer."""
+        self._made = {each.channel: each.made for each in channels}
+        self._decoders = self._decoders_of(channels, cast)
+        return self._decoders
+
+    # The source's follower.
+
+    def part_begun(self, part: Partition) -> None:
+        """Leave out what came before, which readers have, or read again by themselves."""
+        window = _reader(part)
+        part.skip_to(window.log.present(window))
+        point = _point(part)
+        triggers = names.digest(*sorted(each.trigger.name for each in self._definitions))
+        era = f"{part.announcing.epoch} {self._era}"
+        codec, self.codec = self.codec, TokenCodec(self._key, era, triggers)
+        if codec.epoch not in ("", self.codec.epoch):
+            log.error("the server has crashed or been replaced: browsers are told of a gap")
+        with self._condition:
+            self._lease = part.lease
+            self._turned = point
+            for reader in self._readers:
+                reader.began(point)
+            self._tell_gaps()
+            self._condition.notify_all()
+
+    def page_begun(self, part: Partition) -> None:
+        """See Follower."""
+        window = _reader(part).window
+        assert window is not None
+        self._window = _point(part, window.target)
+
+    def page_submitted(self, part: Partition) -> None:
+        """See Follower: the window may have come to its end."""
+        if part.reader.at_end:
+            point = _point(part)
+            with self._condition:
+                self._turned = point
+                for reader in self._readers:
+                    reader.turned(point)
+                self._condition.notify_all()
+
+    def _tell_gaps(self) -> None:
+        gaps, self._gaps = self._gaps, []
+        for gap in gaps:
+            for reader in self._readers:
+                reader.missed(gap)
+
+    def _open_archive(self) -> Archive:
+        with self._archive_lock:
+            if self._archive is None:
+                options = self._options
+                with closing(connect(options.dsn, options.timing.timeout)) as connection:
+                    encoding = connection.info.parameter_status("server_encoding") or "UTF8"
+                self._archive = Archive(options.session_dsn, encoding, options.timing.timeout)
+            return self._archive
+
+
+def _reader(part: Partition) -> WindowReader:
+    assert isinstance(part.reader, WindowReader)
+    return part.reader
+
+
+def _point(part: Partition, target: Snapshot | None = None) -> ResumePoint:
+    reader = _reader(part)
+    return ResumePoint(
+        reader.since,
+        reader.bounds.below(reader.since.xmin),
+        reader.bounds.below(reader.since.xmax),
+        part.announcing.shed,
+        target,
+    )

@@ -1,0 +1,117 @@
+"""Whether a consumer's triggers have been there all the time: where not, events may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+from ..consumers.claims import Claims
+from ..core.logging import log
+from ..outbox.channels import predecessors
+from ..outbox.log import Described, OutboxLog, Poll
+from ..postgres.session import Session
+from ..triggers.definitions import Definition
+from ..triggers.fingerprint import Fingerprint
+from .trigger_watch import TriggersChangedError, TriggerWatch
+
+
+class Installation:
+    """Compares the triggers with those that the consumer has kept, and has losses announced."""
+
+    def __init__(self, triggers: TriggerWatch, now: Callable[[], datetime]) -> None:
+        self._triggers = triggers
+        self._now = now
+        # The transactions with lower ids, or ours, may have written what is missing.
+        self._doubted: int | None = None
+        self._doubted_since: datetime | None = None
+
+    @property
+    def doubted(self) -> bool:
+        """Whether a loss has yet to be announced once more."""
+        return self._doubted is not None
+
+    def compare(
+        self,
+        store: OutboxLog,
+        session: Session,
+        definitions: Sequence[Definition],
+        described: Sequence[Described],
+        at: datetime,
+        missing: str,
+    ) -> None:
+        """Note what was written without a trigger since this consumer last looked.
+
+        ``definitions`` and ``missing`` are as in TriggerWatch, resolved since ``at``.
+        """
+        own, unread = predecessors(definitions, described)
+        others = {name for former in own.values() for name in former}
+        found = self._triggers.begin(session, definitions, at, missing, others)
+        kept = store.installation()
+        self._doubted = None
+        if kept is not None and not found.covers(kept, own, unread):
+            self.doubt(store, None)
+        elif not missing:
+            self._keep(store, found, at)
+
+    def look(self, store: OutboxLog, session: Session) -> bool:
+        """Compare the triggers with what they were; whether events may be missing.
+
+        Raises TriggersChangedError as TriggerWatch does.
+        """
+        since = self._triggers.verified_at
+        try:
+            found, gap = self._triggers.look(session, self._now, store.installation)
+        except TriggersChangedError:
+            # All may be as it was by the time that it is looked at again.
+            assert since is not None
+            store.mark_loss(since)
+            raise
+        at = self._triggers.verified_at
+        if gap is not None:
+            self.doubt(store, since)
+        elif not self._triggers.reason and self._doubted is None and at is not None:
+            self._keep(store, found, at)
+        return gap is not None
+
+    def doubt(self, store: OutboxLog, since: datetime | None) -> None:
+        """Announce that events may be missing, and once more when all is over that runs by now.
+
+        What a transaction that runs could not write is not missing before it has been committed,
+        which is after the first Gap.
+        """
+        self._doubted, self._doubted_since = store.poll(awake=True, begin=True).began, since
+        if not self._end_doubt(store, store.poll(awake=True)):
+            store.doubt_installation(since)
+
+    def note_failed_writers(self, store: OutboxLog, reading: bool) -> None:
+        """Doubt it, since writers say that they cannot reach the outbox."""
+        if self._doubted is None:
+            log.error("events were lost: writers cannot reach the outbox")
+            if reading:
+                self.doubt(store, self._triggers.verified_at)
+            else:
+                store.doubt_installation(None)
+
+    def note_shed(self, store: OutboxLog, poll: Poll, claims: Claims) -> None:
+        """Doubt it where writers have left something out, or no longer, if all is over by now."""
+        if self._doubted is None:
+            shed = [claims.note_shed(part, poll.shed) for part in claims.parts.values()]
+            if any(shed):
+                self.doubt(store, self._triggers.verified_at)
+        self._end_doubt(store, poll)
+
+    def _end_doubt(self, store: OutboxLog, poll: Poll) -> bool:
+        """Announce it for the last time, if all is over that ran then."""
+        if self._doubted is None or poll.snapshot.xmin <= self._doubted:
+            return False
+        self._doubted = None
+        store.doubt_installation(self._doubted_since)
+        found, at = self._triggers.fingerprint, self._triggers.verified_at
+        if not self._triggers.reason and found is not None and at is not None:
+            store.keep_installation(found, at, announced=True)
+        return True
+
+    def _keep(self, store: OutboxLog, found: Fingerprint, at: datetime) -> None:
+        # Another process, which reads by other triggers, may have missed what this one has had.
+        if not store.keep_installation(found, at):
+            self.doubt(store, None)

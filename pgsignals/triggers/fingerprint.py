@@ -1,0 +1,202 @@
+"""A fingerprint of watched tables and their triggers: whether somebody has changed them since."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from .definitions import Definition
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The watched tables, their triggers and the outbox as the catalogue has them at one moment.
+
+    ``tables`` stands for their names, columns and relatives, ``outbox`` for the rights on what
+    triggers write to. ``triggers`` has, by the trigger's name, its tables, its level, and which
+    rows of the catalogue it and its function are: one that was disabled and enabled again, dropped
+    and made again, or given to another owner is another. ``relations`` has, by OID, which row of
+    the catalogue a table is, and what is in that.
+    """
+
+    tables: str
+    triggers: Mapping[str, str]
+    outbox: str
+    relations: Mapping[str, str]
+
+    def encode(self) -> str:
+        """What is to be remembered, as text; what ``tables`` stands for is not."""
+        kept = _Kept(dict(self.triggers), self.outbox, dict(self.relations))
+        return msgspec.json.encode(kept).decode()
+
+    def has_outbox_of(self, kept: str) -> bool:
+        """Whether the outbox is the one that was remembered in ``kept``."""
+        try:
+            return _kept.decode(kept).outbox == self.outbox
+        except msgspec.MsgspecError:
+            return False
+
+    def undone(self, former: Mapping[str, str]) -> bool:
+        """Whether a table is another row of the catalogue, in which all is as it was.
+
+        So it is once it has been attached below another table, say, and detached again.
+        """
+        for oid in self.relations.keys() & former.keys():
+            row, _, content = self.relations[oid].partition(" ")
+            former_row, _, former_content = former[oid].partition(" ")
+            if row != former_row and content == former_content:
+                return True
+        return False
+
+    def covers(
+        self, kept: str, own: Mapping[str, Sequence[str]], unread: Mapping[str, Sequence[str]]
+    ) -> bool:
+        """Whether all that was written since ``kept`` was remembered has fired a trigger.
+
+        ``own`` has the names of the present triggers, each with those that its watcher may have had
+        before. One that is new covers what it replaces: a former one that is unchanged, has the
+        same tables, and is a row trigger if the new one has to be. One that was there all along
+        does not cover what fired those that are ``unread`` by now, where they had more tables.
+        """
+        try:
+            former = _kept.decode(kept)
+        except msgspec.MsgspecError:
+            return False
+        if former.outbox != self.outbox or self.undone(former.relations):
+            return False
+        for name, others in own.items():
+            reach = _reach(self.triggers.get(name, ""))
+            if any(not _reach(former.triggers.get(each, "")) <= reach for each in unread[name]):
+                return False
+            known = [each for each in (name, *others) if each in former.triggers]
+            if known and not any(
+                self.triggers.get(each) == former.triggers[each]
+                and _reach(former.triggers[each]) >= reach
+                for each in known
+            ):
+                return False
+        return True
+
+
+class _Kept(msgspec.Struct):
+    triggers: dict[str, str]
+    outbox: str
+    relations: dict[str, str]
+
+
+_kept = msgspec.json.Decoder(_Kept)
+
+
+def _reach(entry: str) -> set[tuple[str, str]]:
+    """The tables and levels that a trigger's entry begins with, what a row trigger covers twice."""
+    found = set()
+    for each in filter(None, entry.split(",")):
+        table, row, *_ = each.split(" ")
+        found |= {(table, "0"), (table, row)}
+    return found
+
+
+# The rights on what triggers write to.
+OUTBOX = """
+  SELECT pg_catalog.md5(coalesce(pg_catalog.string_agg(line, E'\\n' ORDER BY line), '')) FROM (
+    SELECT pg_catalog.concat_ws(' ', n.nspacl, n.nspowner, c.relname, c.relacl, c.relowner, n.xmin,
+                                c.xmin) AS line
+    FROM pg_catalog.pg_namespace n JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid
+    WHERE n.nspname = 'pgsignals' AND (c.relkind = 'S' OR c.relname = 'outbox')
+  ) AS lines
+"""
+
+# One row, read every now and then: hence no more than a few look-ups by index for each table.
+QUERY = (
+    """
+SELECT (
+  SELECT pg_catalog.md5(coalesce(pg_catalog.string_agg(line, E'\\n' ORDER BY line), '')) FROM (
+    SELECT pg_catalog.concat_ws(' ', 'name', c.oid, n.nspname, c.relname, c.relkind,
+                                c.relispartition) AS line
+    FROM ROWS FROM (pg_catalog.unnest(%(schemas)s::text[]), pg_catalog.unnest(%(names)s::text[]))
+      AS given (schema, name)
+    JOIN pg_catalog.pg_namespace n ON n.nspname = given.schema
+    JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = given.name
+    UNION ALL
+    SELECT pg_catalog.concat_ws(' ', 'column', attrelid, attnum, attname, atttypid, attgenerated)
+    FROM pg_catalog.pg_attribute
+    WHERE attrelid = ANY (%(tables)s::oid[]) AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT pg_catalog.concat_ws(' ', 'child', i.inhparent, i.inhrelid)
+    FROM pg_catalog.pg_inherits i
+    JOIN pg_catalog.pg_class c ON c.oid = i.inhparent AND c.relkind = 'r'
+    WHERE i.inhparent = ANY (%(tables)s::oid[])
+    UNION ALL
+    SELECT pg_catalog.concat_ws(' ', 'parent', inhrelid, inhparent)
+    FROM pg_catalog.pg_inherits WHERE inhrelid = ANY (%(tables)s::oid[])
+  ) AS lines
+), (
+  SELECT coalesce(pg_catalog.json_object_agg(name, entry), '{}')::text FROM (
+    SELECT t.tgname AS name, pg_catalog.string_agg(
+      pg_catalog.concat_ws(' ', t.tgrelid, t.tgtype & 1, t.oid, t.xmin, t.tgenabled, p.oid, p.xmin,
+                           parts.touched),
+      ',' ORDER BY t.tgrelid) AS entry
+    FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+    -- Of the triggers of partitions, which come and go, those that somebody has disabled, say,
+    -- since they were made: what depends on what is written then, and not again.
+    LEFT JOIN (
+      SELECT c.tgfoid, pg_catalog.string_agg(
+        pg_catalog.concat_ws(' ', c.oid, c.xmin), ' ' ORDER BY c.oid) AS touched
+      FROM pg_catalog.pg_trigger c
+      JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_trigger'::pg_catalog.regclass
+        AND d.objid = c.oid AND d.objsubid = 0 AND d.deptype = 'P'
+      WHERE c.tgparentid <> 0 AND c.tgname = ANY (%(triggers)s::name[]) AND c.xmin <> d.xmin
+      GROUP BY 1
+    ) AS parts ON parts.tgfoid = t.tgfoid
+    WHERE t.tgrelid = ANY (%(tables)s::oid[]) AND t.tgname = ANY (%(triggers)s::name[])
+      AND t.tgparentid = 0
+    GROUP BY 1
+  ) AS entries
+), ("""
+    + OUTBOX
+    + """), (
+  -- Without what VACUUM and ANALYZE write into a row in its place.
+  SELECT coalesce(pg_catalog.json_object_agg(oid, pg_catalog.concat_ws(' ', xmin, pg_catalog.md5(
+    pg_catalog.concat_ws(' ', relname, relnamespace, relowner, relacl, relam, relfilenode,
+      reltablespace, reltoastrelid, relpersistence, relkind, relnatts, relchecks, relhasrules,
+      relhastriggers, relhassubclass, relrowsecurity, relforcerowsecurity, relreplident,
+      relispartition, reloftype, reloptions)))), '{}')::text
+  FROM pg_catalog.pg_class WHERE oid = ANY (%(tables)s::oid[])
+)
+"""
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask for, once the watchers are resolved; ``others`` are triggers of the past."""
+
+    definitions: Sequence[Definition]
+    others: Collection[str] = field(default=())
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of QUERY."""
+        tables = {
+            (relation.schema, relation.name, relation.oid)
+            for definition in self.definitions
+            for relation in definition.trigger.spec.relations
+        }
+        own = [definition.trigger.name for definition in self.definitions]
+        return {
+            "schemas": [schema for schema, _, _ in tables],
+            "names": [name for _, name, _ in tables],
+            "tables": [oid for _, _, oid in tables],
+            "triggers": [*own, *self.others],
+        }
+
+
+def parse(row: tuple[Any, ...]) -> Fingerprint:
+    """The fingerprint that a row of QUERY says."""
+    tables, triggers, outbox, relations = row
+    return Fingerprint(
+        tables, msgspec.json.decode(triggers), outbox, msgspec.json.decode(relations)
+    )

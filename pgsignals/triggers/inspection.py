@@ -1,0 +1,96 @@
+"""The state of installed triggers, and of tables whose messages are nobody's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from psycopg2.extensions import cursor as Cursor
+
+from ..core.errors import ModelError, WatcherError
+from ..core.events import model_name
+from ..core.tables import Resolver
+from ..core.transport import Transport
+from ..core.watchers import Watcher
+from .catalogue import Installed, read_installed
+from .definitions import Definition, define
+from .installer import MISSING, OUTDATED, State, judge, plan
+from .table_lookup import resolve
+
+
+@dataclass(frozen=True)
+class ForeignTable:
+    """A table whose messages were ignored, since it is not, or no longer, the watched one.
+
+    ``name`` is its name by now, with the schema; None if it has gone.
+    """
+
+    oid: int
+    name: str | None
+    messages: int
+
+
+def read_states(
+    cursor: Cursor,
+    watchers: Sequence[Watcher],
+    resolvers: Sequence[Resolver],
+    namespace: str,
+    transport: Transport = Transport.NOTIFY,
+) -> list[State]:
+    """How the trigger of each watcher stands, and then the others of the namespace.
+
+    Triggers that no watcher needs are INSTALLED when somebody listens to them and STALE when nobody
+    does; without watchers that is how all are judged.
+    """
+    installed = read_installed(cursor, namespace)
+    if not watchers:
+        return [judge(item) for item in installed]
+    definitions: list[Definition] = []
+    broken: list[State] = []
+    explained: set[str] = set()
+    for watcher in watchers:
+        try:
+            definitions += define(cursor, [watcher], resolvers, namespace, transport)
+        except WatcherError as error:
+            former = _former(watcher, resolvers, installed)
+            for op in watcher.ops:
+                item = former.get(op)
+                if item is None:
+                    name = model_name(watcher.model)
+                    state = State(MISSING, "", name, op, watcher.label, "", 0, str(error))
+                else:
+                    explained.add(item.name)
+                    state = replace(judge(item), status=OUTDATED, detail=str(error))
+                broken.append(state)
+    states = plan([definition.trigger for definition in definitions], installed).states
+    return [state for state in states if state.name not in explained] + broken
+
+
+def _former(
+    watcher: Watcher, resolvers: Sequence[Resolver], installed: Sequence[Installed]
+) -> dict[str, Installed]:
+    """By operation, the triggers of a watcher that no longer fits its table."""
+    try:
+        ref, _ = resolve(watcher.model, resolvers)
+    except ModelError:
+        return {}
+    return {
+        item.tag.op: item
+        for item in installed
+        if item.table == ref.name
+        and ref.schema in (None, item.schema)
+        and item.tag.label == watcher.label
+    }
+
+
+def read_foreign(cursor: Cursor, counts: Mapping[int, int]) -> tuple[ForeignTable, ...]:
+    """The tables with these OIDs, and how many messages of each were ignored."""
+    if not counts:
+        return ()
+    cursor.execute(
+        "SELECT c.oid, n.nspname || '.' || c.relname FROM pg_catalog.pg_class c"
+        " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY (%s::oid[])",
+        (list(counts),),
+    )
+    named = dict(cursor.fetchall())
+    return tuple(ForeignTable(oid, named.get(oid), counts[oid]) for oid in sorted(counts))

@@ -1,0 +1,144 @@
+"""A log that is a list: what durable delivery reads is not the outbox's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from pgsignals.consumers.consumer_store import ConsumerStore
+from pgsignals.core.events import Message
+from pgsignals.core.payload import Decoder
+from pgsignals.postgres.session import Session
+
+PAGE = 2
+
+
+@dataclass
+class Entries:
+    """What was written: a payload of one row each; ``shed`` counts what was left out."""
+
+    payloads: list[str] = field(default_factory=list)
+    shed: int = 0
+
+
+@dataclass(frozen=True)
+class Index:
+    """A position: so many entries have been read."""
+
+    count: int
+
+    @property
+    def columns(self) -> Mapping[str, object]:
+        return {"last_id": self.count}
+
+    @property
+    def whole(self) -> Index:
+        return self
+
+
+class Kept(Message):
+    """A message whose payload nobody else holds."""
+
+    text: str = ""
+
+    def row_payload(self, number: int) -> str:
+        assert number == 0
+        return self.text
+
+
+class KeptDecoder:
+    """Decodes payloads of the log, and those that were kept of it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def decode(self, payload: str) -> Kept:
+        message = self._decoder.decode(payload)
+        assert isinstance(message, Message)
+        return Kept(**msgspec.structs.asdict(message), text=payload)
+
+
+class IndexReader:
+    """Reads the entries from one to a watermark, which is a count of them."""
+
+    def __init__(self, entries: Entries, position: Index, clean: bool) -> None:
+        self._entries = entries
+        self._doubtful = 0 if clean else len(entries.payloads)
+        self._next = self._end = position.count
+        self.ahead = position.count > len(entries.payloads)
+
+    @property
+    def position(self) -> Index:
+        return Index(self._next)
+
+    @property
+    def at_end(self) -> bool:
+        return self._next == self._end
+
+    @property
+    def unsure(self) -> bool:
+        return self._next < self._doubtful
+
+    @property
+    def replayed_after(self) -> int | None:
+        return None
+
+    def start_over(self) -> None:
+        self._next = self._end = 0
+        self._doubtful = len(self._entries.payloads)
+
+    def read_to(self, watermark: int) -> None:
+        if self.at_end:
+            self._end = max(self._end, watermark)
+
+    def covers(self, watermark: int) -> bool:
+        return self._next >= watermark
+
+    def read(self) -> list[str]:
+        return self._entries.payloads[self._next : min(self._end, self._next + PAGE)]
+
+    def doubts(self, message: Message) -> bool:
+        return message.sequence < self._doubtful
+
+    def turn(self, rows: Sequence[str]) -> Index:
+        self._next += len(rows)
+        return self.position
+
+
+class MemoryLog:
+    """The entries as one consumer sees them: see Log."""
+
+    columns: tuple[str, ...] = ("last_id",)
+    # What the outbox has of a position must have some value.
+    start: Mapping[str, str] = {"last_id": "0", "snapshot": "''", "floor": "0", "shed": "0"}
+    missed = "false"
+    messages = "(SELECT NULL::bigint AS id, NULL::text AS payload WHERE false)"
+
+    def __init__(self, entries: Entries, session: Session, consumer: str, holder: str) -> None:
+        self._entries = entries
+        self.consumer = ConsumerStore(session, self, consumer, holder, 30.0)
+
+    @property
+    def marking(self) -> str:
+        """How many there are: none is added while a chunk is read."""
+        return f"'{len(self._entries.payloads)}'::pg_catalog.text"
+
+    def open(self) -> None: ...
+
+    def poll(self) -> tuple[int, int]:
+        return len(self._entries.payloads), self._entries.shed
+
+    def position(self, columns: Mapping[str, Any]) -> Index:
+        return Index(columns["last_id"])
+
+    def watermark(self, text: str) -> int:
+        return int(text)
+
+    def reader(self, position: Index, clean: bool) -> IndexReader:
+        return IndexReader(self._entries, position, clean)
+
+    def shed_detail(self, count: int) -> str:
+        return f"{count} entries were left out"
