@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -188,3 +189,59 @@ def test_when_something_was_lost(hub: pgsignals.Hub, shop: Database, recorder: R
     [gap] = recorder.wait(1)
     assert gap.until == marked
     assert gap.since < marked
+
+
+@pytest.fixture
+def doubting(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> Iterator[Database]:
+    """A transaction for whose end the Hub waits, to announce once more what it has announced."""
+    hub.on_gap(recorder)
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer").stop()
+    # As a process leaves it that has seen something missing, and died.
+    shop("UPDATE pgsignals.consumers SET installation = ''")
+    long = Database(shop.dsn)
+    long("BEGIN")
+    # Before it has ended, what it could not write is not missing.
+    long("SELECT pg_current_xact_id()")
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
+    recorder.wait(1)
+    lost = "SELECT count(lost_until) FROM pgsignals.consumers"
+    eventually(lambda: shop(lost), lambda found: found == [(0,)])
+    yield long
+    long.connection.close()
+
+
+def test_both_gaps_of_a_loss_begin_at_one_time(
+    shop: Database, recorder: Recorder, doubting: Database
+) -> None:
+    """What another process has kept of the triggers since does not move the second Gap."""
+    [first] = recorder.wait(1)
+    shop("UPDATE pgsignals.consumers SET verified_at = clock_timestamp()")
+    doubting("COMMIT")
+    [_, second] = recorder.wait(2)
+    assert second.since <= first.until
+    assert second.until > first.until
+
+
+def test_a_loss_is_for_whoever_reads_to_announce(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, doubting: Database
+) -> None:
+    """A process that gets its part back from another one does not announce again what that has."""
+    # The other one has announced it all, and kept the triggers; then it dies.
+    with pgsignals.Hub().start(shop.dsn, ["items"], delivery="outbox", name="other"):
+        [(kept,)] = shop("SELECT installation FROM pgsignals.consumers WHERE name = 'other'")
+    shop("DELETE FROM pgsignals.consumers WHERE name = 'other'")
+    shop(
+        "UPDATE pgsignals.consumers SET holder = 'another', token = token + 1, installation = %s,"
+        " verified_at = clock_timestamp() WHERE name = 'mailer' RETURNING token",
+        (kept,),
+    )
+    holder = "SELECT holder <> 'another' FROM pgsignals.consumers WHERE name = 'mailer'"
+    eventually(lambda: shop(holder), lambda ours: ours == [(True,)])
+    doubting("COMMIT")
+    # It polls, looks at the triggers, and acknowledges.
+    kept_at = "SELECT verified_at FROM pgsignals.consumers WHERE name = 'mailer'"
+    [(before,)] = shop("SELECT clock_timestamp()")
+    eventually(lambda: shop(kept_at), lambda found: found[0][0] > before)
+    until_renewed(shop)
+    assert hub.stop()
+    assert len(recorder.items) == 1

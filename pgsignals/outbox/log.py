@@ -169,18 +169,20 @@ class OutboxLog:
             (since, self._name),
         )
 
-    def doubt_installation(self, since: datetime | None) -> None:
+    def doubt_installation(self, since: datetime | None) -> datetime | None:
         """Announce a Gap of what was written since the triggers were known to be right.
 
         That is ``since`` at the latest. Until a fingerprint is kept again, whoever starts announces
-        one, too.
+        one, too. Returns since when it is, beside what had not been acknowledged.
         """
-        self._execute(
+        found = self._execute(
             "UPDATE pgsignals.consumers SET installation = '', acknowledged_at ="
-            " least(acknowledged_at, verified_at, %s::timestamptz),"
-            " lost_until = pg_catalog.clock_timestamp() WHERE name = %s",
-            (since, self._name),
+            " least(acknowledged_at, verified_at, %(since)s::timestamptz),"
+            " lost_until = pg_catalog.clock_timestamp() WHERE name = %(name)s"
+            " RETURNING least(verified_at, %(since)s::timestamptz)",
+            {"since": since, "name": self._name},
         )
+        return min((at for (at,) in found if at is not None), default=since)
 
     def poll(self, awake: bool, begin: bool = False) -> Poll:
         """What there is by now; unless ``awake`` already, try to be who is.

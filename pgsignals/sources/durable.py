@@ -220,6 +220,8 @@ class OutboxSource(SessionThread):
             now = self._turned_at = time.monotonic()
             if self._heard(session):
                 state.wake(now)
+            if not parts:
+                self._installation.leave_to_others()
             if now >= claim_at:
                 self._claim()
                 claim_at = now + CLAIM_SECONDS * chance.uniform(0.8, 1.2)

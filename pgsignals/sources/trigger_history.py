@@ -81,7 +81,16 @@ class Installation:
         """
         self._doubted, self._doubted_since = store.poll(awake=True, begin=True).began, since
         if not self._end_doubt(store, store.poll(awake=True)):
-            store.doubt_installation(since)
+            # By the time of the second Gap another process may have kept the triggers, as of later.
+            self._doubted_since = store.doubt_installation(since)
+
+    def leave_to_others(self) -> None:
+        """Leave it to whoever reads to announce a loss once more: the database has it marked.
+
+        Announced by this process when it reads again, it would come twice, and be taken for a later
+        one.
+        """
+        self._doubted = None
 
     def note_failed_writers(self, store: OutboxLog, reading: bool) -> None:
         """Doubt it, since writers say that they cannot reach the outbox."""

@@ -144,6 +144,7 @@ class _Child:
             mutant=campaign.mutant,
             flaky=0.002,
             backend=campaign.destination.url if campaign.destination else "",
+            pace=campaign.pace,
         )
         with campaign.log_path.open("ab") as output:
             self._process = subprocess.Popen(
@@ -191,9 +192,8 @@ class Campaign:
 
     ``folder`` gets the ledger and the children's log. ``faults`` are injected, by default all that
     there are; ``drain`` seconds after a round all must have arrived. ``version`` is PostgreSQL's.
-    With ``to``, the consumers are relays to
-    such a broker, which is away for ``outage`` seconds at most, and what it has at the end is
-    judged too.
+    With ``to``, the consumers are relays to such a broker, which is away for ``outage`` seconds at
+    most, and what it has at the end is judged too. A receiver takes ``pace`` seconds.
     """
 
     def __init__(
@@ -210,6 +210,7 @@ class Campaign:
         consumers: tuple[ConsumerPlan, ...] = (),
         to: str = "",
         outage: float = OUTAGE_SECONDS,
+        pace: float = 0.0,
     ) -> None:
         self.ledger = folder / "ledger"
         self.log_path = folder / "log"
@@ -225,6 +226,7 @@ class Campaign:
         self._drain_seconds = drain or self._hear_seconds
         self._consumers = consumers or (RELAYS if to else CONSUMERS)
         self._outage = outage
+        self.pace = pace
         self.destination: Destination | None = DESTINATIONS[to]() if to else None
         everything = FAULTS + CHANGES * 2 + BROKER_FAULTS * (2 if to else 0)
         self._faults = everything if faults is None else tuple(faults)
@@ -448,7 +450,9 @@ class Campaign:
                 self._books[note.consumer].gaps.append(note)
                 self.outcome.remarks[f"gap {note.detail}"] += 1
                 if not self._changes.explain(note.since, note.until):
-                    self._unfounded.append(f"a Gap, where nothing was lost: {note}")
+                    self._unfounded.append(
+                        f"a Gap, where nothing was lost: {note}; last changed {self._changes.last}"
+                    )
             else:
                 detail = "" if note.kind == "emptied" else note.detail
                 self.outcome.remarks[f"{note.kind} {detail}".strip()] += 1

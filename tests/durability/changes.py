@@ -202,6 +202,11 @@ class Changes:
         """Whether something was changed in a period."""
         return any(each.overlaps(since, until) for each in self.periods)
 
+    @property
+    def last(self) -> str:
+        """When something was changed for the last time."""
+        return f"{self.periods[-1].since} to {self.periods[-1].until}" if self.periods else "never"
+
     def _revoke(self, now: float) -> _Step:
         right = self._chance.choice(_RIGHTS)
         back = _Step(

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,10 @@ TABLE = "public.records"
 
 @dataclass(frozen=True)
 class Orders:
-    """What a child is told. ``countdown``: at which passing of the failpoint it dies."""
+    """What a child is told. ``countdown``: at which passing of the failpoint it dies.
+
+    ``pace`` is how many seconds a receiver takes.
+    """
 
     dsn: str
     listen_dsn: str
@@ -66,6 +70,7 @@ class Orders:
     mutant: str = ""
     flaky: float = 0.0
     backend: str = ""
+    pace: float = 0.0
 
 
 class _Failpoint:
@@ -202,6 +207,8 @@ def main() -> None:
             pen.remark("raises")
             raise RuntimeError("now and then a receiver raises")
         failpoint.pass_by("before a receiver")
+        if orders.pace:
+            time.sleep(orders.pace)
         pen.deliver(
             event.id, event.values["n"], event.values["nonce"], event.uid, event.redelivered
         )
