@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]
 
 from pgsignals import BrokerError
 
@@ -26,6 +28,11 @@ _TELLING = (
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
+# How often it asks whether librdkafka, which tries on and on, knows by now why nobody answers.
+_LOOK_SECONDS = 0.5
+# No broker is there when none has taken a connection for so long. Not at once, since by the first
+# of a host's addresses nobody may listen while one does by the second.
+_REFUSED_SECONDS = 3.0
 # A fork does not copy librdkafka's threads: a client of the parent's that is closed in the child,
 # be it by the garbage collector, waits for them for ever.
 _inherited: list[object] = []
@@ -38,12 +45,17 @@ class Errors:
         self.latest: KafkaError | None = None
         self.down = False
 
+    @property
+    def telling(self) -> bool:
+        """Whether the latest says why there is no connection."""
+        return self.latest is not None and self.latest.code() in _TELLING
+
     def note(self, error: KafkaError) -> None:
         """Keep the error if it tells more than the one before; librdkafka calls this."""
         log.debug("%s", error.str())
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self.down = True
-        if self.latest is None or self.latest.code() not in _TELLING or error.code() in _TELLING:
+        if not self.telling or error.code() in _TELLING:
             self.latest = error
 
     def clear(self) -> None:
@@ -79,6 +91,27 @@ def client_config(options: Options, errors: Errors) -> dict[str, Any]:
         if path is not None:
             found[f"ssl.{name}.location"] = path
     return found | dict(options.config or {})
+
+
+def reach(
+    client: AdminClient | Consumer, options: Options, errors: Errors, timeout: float
+) -> ClusterMetadata:
+    """The topics that there are, by the first broker that answers within ``timeout`` seconds.
+
+    Raises BrokerError, without waiting to the end where the cause is known before.
+    """
+    errors.clear()
+    began = time.monotonic()
+    left = timeout
+    while True:
+        try:
+            return client.list_topics(timeout=min(left, _LOOK_SECONDS))
+        except KafkaException as error:
+            client.poll(0)  # Brings the cause.
+            waited = time.monotonic() - began
+            left = timeout - waited
+            if left <= 0 or errors.telling or (errors.down and waited >= _REFUSED_SECONDS):
+                raise broker_error(options, "not connected", errors, error) from error
 
 
 def broker_error(options: Options, what: str, errors: Errors, error: object = None) -> BrokerError:

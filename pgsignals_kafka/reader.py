@@ -9,13 +9,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]
 
 from pgsignals import Gap
 from pgsignals.sources import RemoteSink
 from pgsignals.sources.missed import announce_missed
 
-from .connection import Errors, broker_error, client_config, inherit
+from .connection import Errors, client_config, inherit, reach
 from .history import Topic, look
 from .options import Options
 from .progress import EPOCH, Partition, Progress
@@ -80,16 +80,11 @@ class Reader:
         self._take(known, end=True)
 
     def _known_at_start(self) -> list[Partition]:
-        try:
-            return self.topics(self._options.timeout)
-        except KafkaException as error:
-            self.consumer.poll(0)  # Brings the cause.
-            raise broker_error(self._options, "not connected", self._errors, error) from error
+        return _partitions(reach(self.consumer, self._options, self._errors, self._options.timeout))
 
     def topics(self, timeout: float) -> list[Partition]:
         """All partitions that the brokers have. Raises KafkaException where none answers."""
-        found = self.consumer.list_topics(timeout=timeout).topics
-        return [(topic, number) for topic, each in found.items() for number in each.partitions]
+        return _partitions(self.consumer.list_topics(timeout=timeout))
 
     def look_at(self, topics: Collection[str], timeout: float | None = None) -> dict[str, Topic]:
         """The topics as they are now. Raises KafkaException."""
@@ -234,3 +229,7 @@ class Reader:
     def _connect(self) -> Consumer:
         config = _CONSUMER | {"group.id": self.group}
         return Consumer(config | client_config(self._options, self._errors))
+
+
+def _partitions(found: ClusterMetadata) -> list[Partition]:
+    return [(topic, number) for topic, each in found.topics.items() for number in each.partitions]

@@ -11,7 +11,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, Resourc
 
 from pgsignals import BrokerError
 
-from .connection import Errors, broker_error, client_config
+from .connection import Errors, broker_error, client_config, reach
 from .history import Topic, look
 from .options import SendingOptions
 
@@ -44,12 +44,7 @@ class Topics:
 
     def reach(self, timeout: float) -> None:
         """Check that a broker answers. Raises BrokerError."""
-        admin = self._admin()
-        try:
-            admin.list_topics(timeout=min(timeout, self._options.timeout))
-        except KafkaException as error:
-            admin.poll(0)  # Brings the cause.
-            raise broker_error(self._options, "not connected", self._errors, error) from error
+        reach(self._admin(), self._options, self._errors, min(timeout, self._options.timeout))
         self._errors.clear()
 
     def check(self, topics: Collection[str]) -> None:
@@ -104,6 +99,8 @@ class Topics:
         return AdminClient(client_config(self._options, self._errors))
 
     def _missing(self, admin: AdminClient, topics: Collection[str]) -> list[str]:
+        # It says sooner than the question below why nobody answers.
+        reach(admin, self._options, self._errors, self._options.timeout)
         missing = []
         described = admin.describe_topics(
             TopicCollection(sorted(topics)), request_timeout=self._options.timeout
