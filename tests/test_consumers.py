@@ -39,6 +39,7 @@ from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import install
 from tests.conftest import DEADLINE, Database
 from tests.memory_log import Entries, KeptDecoder, MemoryLog
+from tests.waiting import eventually
 
 CHANNEL = 7
 
@@ -143,6 +144,7 @@ class Process:
         self._session = Session(written.db.dsn, self._waiter, lambda: False)
         self._session.open(DEADLINE)
         self._session.keep(DEADLINE)
+        [(self._backend,)] = self._session.execute("SELECT pg_backend_pid()", timeout=DEADLINE)
         self.log = written.open(self._session, holder)
         self.registry = Registry()
         topics = [each.topic for each in snapshot_topics(written.definitions)]
@@ -253,6 +255,13 @@ class Process:
         self.claims.drop()
         self._session.close()
         self._waiter.close()
+        # Until then its claim is taken by nobody.
+        eventually(self._sessions, lambda count: count == 0)
+
+    def _sessions(self) -> int:
+        activity = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+        [(count,)] = self.written.db(activity, (self._backend,))
+        return int(count)
 
 
 Start = Callable[..., Process]

@@ -76,7 +76,16 @@ def test_the_checker_finds_wrong_cursors_out(tmp_path: Path, mutant: str, sympto
 @pytest.mark.parametrize(("mutant", "fault"), [("blind", "ALTER TABLE"), ("unheeding", "REVOKE")])
 def test_the_checker_finds_silence_out(tmp_path: Path, mutant: str, fault: str) -> None:
     """A consumer that overlooks a changed table, or what writers could not write, does not pass."""
-    campaign = Campaign(tmp_path, seed=3, faults=[fault], mutant=mutant, drain=5.0, consumers=ALONE)
+    campaign = Campaign(
+        tmp_path,
+        seed=3,
+        faults=[fault],
+        mutant=mutant,
+        drain=5.0,
+        # Of a table that was made anew, nothing is ever heard again.
+        hear=15.0,
+        consumers=ALONE,
+    )
     with campaign.open():
         found = next((found for _ in range(20) if (found := campaign.run_round())), [])
     assert any("committed, but not delivered" in each for each in found), report(campaign.outcome)

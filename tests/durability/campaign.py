@@ -191,7 +191,8 @@ class Campaign:
     """A server, its consumers and the ledger, over any number of rounds.
 
     ``folder`` gets the ledger and the children's log. ``faults`` are injected, by default all that
-    there are; ``drain`` seconds after a round all must have arrived. ``version`` is PostgreSQL's.
+    there are; ``hear`` seconds after a round something must arrive, and all ``drain`` seconds after
+    that. ``version`` is PostgreSQL's.
     With ``to``, the consumers are relays to such a broker, which is away for ``outage`` seconds at
     most, and what it has at the end is judged too. A receiver takes ``pace`` seconds.
     """
@@ -207,6 +208,7 @@ class Campaign:
         version: int | None = None,
         mutant: str = "",
         drain: float | None = None,
+        hear: float | None = None,
         consumers: tuple[ConsumerPlan, ...] = (),
         to: str = "",
         outage: float = OUTAGE_SECONDS,
@@ -222,8 +224,9 @@ class Campaign:
         self._seconds = seconds
         self._writers = writers
         # A mutant never delivers all; but that anything arrives at all may take its time.
-        self._hear_seconds = BROKER_DRAIN_SECONDS if to else DRAIN_SECONDS
-        self._drain_seconds = drain or self._hear_seconds
+        patience = BROKER_DRAIN_SECONDS if to else DRAIN_SECONDS
+        self._hear_seconds = hear or patience
+        self._drain_seconds = drain or patience
         self._consumers = consumers or (RELAYS if to else CONSUMERS)
         self._outage = outage
         self.pace = pace
