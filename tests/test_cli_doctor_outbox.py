@@ -186,7 +186,7 @@ def test_partitions_that_a_transaction_holds(db: Database, connect: Any, dsn: st
     old = connect(dsn)
     old("BEGIN; INSERT INTO orders VALUES (1)")
     assert found(db, held_seconds=0.0)["partitions"].level == "ok"
-    db("SELECT setval('pgsignals.outbox_slot', 1)")
+    db("SELECT setval('pgsignals.outbox_segment', 1)")
     finding = found(db, held_seconds=0.0)["partitions"]
     assert finding.level == "warn"
     assert f"pid {old.connection.info.backend_pid} " in finding.message

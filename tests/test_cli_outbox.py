@@ -239,8 +239,8 @@ def test_a_reset_to_what_is_no_more(dsn: str, db: Database, hub: Hub, recorder: 
     since = moment(db)
     db("INSERT INTO orders VALUES (1)")
     with db.connection.cursor() as cursor:
-        tidy(cursor, slot_bytes=0)
-        [(turned,)] = db("SELECT opened_at FROM pgsignals.slots WHERE slot = 1")
+        tidy(cursor, segment_bytes=0)
+        [(turned,)] = db("SELECT opened_at FROM pgsignals.segments WHERE segment = 1")
         db("INSERT INTO orders VALUES (2)")
         eventually(lambda: tidy(cursor), lambda emptied: emptied == [0])
     assert hub.stop()

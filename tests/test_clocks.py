@@ -136,15 +136,15 @@ def test_partitions_and_a_clock_set_back(
     with items.connection.cursor() as cursor:
         for _ in range(2):
             insert(items)
-            tidy(cursor, slot_bytes=0)
+            tidy(cursor, segment_bytes=0)
         recorder.wait(2)
         assert hub.stop()
-        order = "SELECT slot FROM pgsignals.slots ORDER BY opened_at"
+        order = "SELECT segment FROM pgsignals.segments ORDER BY opened_at"
         before = items(order)
         set_clock(items, "-2 hours")
         tidy(cursor)
         assert items(order) == before
-        assert items("SELECT count(*) FROM pgsignals.slots WHERE opened_at > now()") == [(0,)]
+        assert items("SELECT count(*) FROM pgsignals.segments WHERE opened_at > now()") == [(0,)]
         eventually(
             lambda: (tidy(cursor), items("SELECT count(*) FROM pgsignals.outbox"))[1],
             lambda left: left == [(0,)],

@@ -461,11 +461,11 @@ def test_what_all_have_read_is_emptied(
     with shop.connection.cursor() as cursor:
         shop("INSERT INTO items SELECT generate_series(1, 5000)")
         recorder.wait(5000)
-        tidy(cursor, slot_bytes=0)
+        tidy(cursor, segment_bytes=0)
         shop("INSERT INTO items VALUES (6000)")
         recorder.wait(5001)
         acknowledged(hub, 5001)
-        assert tidy(cursor, slot_bytes=0) == [0]
+        assert tidy(cursor, segment_bytes=0) == [0]
     assert shop("SELECT count(*) FROM pgsignals.outbox_0") == [(0,)]
 
 
@@ -490,7 +490,7 @@ def test_a_transaction_that_commits_while_it_is_tidied_up(
         recorder.wait(1)
         acknowledged(hub, 1)
         with shop.connection.cursor() as cursor:
-            tidy(cursor, slot_bytes=0)
+            tidy(cursor, segment_bytes=0)
             monkeypatch.setattr(housekeeping, "_late", commit_then)
             assert tidy(cursor) == []
     finally:
@@ -507,7 +507,7 @@ def test_a_consumer_that_is_too_late(
     hub.stop()
     with shop.connection.cursor() as cursor:
         shop("INSERT INTO items SELECT generate_series(1, 5000)")
-        tidy(cursor, slot_bytes=0)
+        tidy(cursor, segment_bytes=0)
         shop("INSERT INTO items VALUES (6000)")
         shop("UPDATE pgsignals.settings SET retention_seconds = 0")
         assert tidy(cursor) == [0]

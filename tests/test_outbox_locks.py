@@ -80,9 +80,9 @@ def test_a_dead_letter_is_kept_afterwards(hub: Hub, shop: Database, locker: Data
     assert hub.status().reconnects == 0
 
 
-@pytest.mark.parametrize("slot", [0, 1, 3])
+@pytest.mark.parametrize("segment", [0, 1, 3])
 def test_the_housekeeper_passes_over_it(
-    hub: Hub, shop: Database, locker: Database, slot: int
+    hub: Hub, shop: Database, locker: Database, segment: int
 ) -> None:
     """It tidies the other partitions, and none when that is locked which is being written."""
     start(hub, shop)
@@ -91,11 +91,11 @@ def test_the_housekeeper_passes_over_it(
     shop("INSERT INTO items DEFAULT VALUES")
     with shop.connection.cursor() as cursor:
         cursor.execute("SET statement_timeout TO '30s'")
-        assert tidy(cursor, slot_bytes=0) == []  # Another partition is begun, after the first.
+        assert tidy(cursor, segment_bytes=0) == []  # Another partition is begun, after the first.
         shop("INSERT INTO items DEFAULT VALUES")
-        [(current,)] = shop("SELECT last_value FROM pgsignals.outbox_slot")
+        [(current,)] = shop("SELECT last_value FROM pgsignals.outbox_segment")
         assert current == 1
-        locker(LOCK.format(slot))
-        assert tidy(cursor) == ([0] if slot == 3 else [])
+        locker(LOCK.format(segment))
+        assert tidy(cursor) == ([0] if segment == 3 else [])
         locker("COMMIT")
-        assert tidy(cursor) == ([] if slot == 3 else [0])
+        assert tidy(cursor) == ([] if segment == 3 else [0])

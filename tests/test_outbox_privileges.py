@@ -197,12 +197,12 @@ def test_functions_qualify_all_that_they_use(
 
 
 _DECOYS = """
-CREATE TEMP TABLE outbox (id bigint, txid bigint, channel bigint, slot smallint, payload text);
+CREATE TEMP TABLE outbox (id bigint, txid bigint, channel bigint, segment smallint, payload text);
 CREATE TEMP TABLE pgs_new (id bigint, note text);
 CREATE TEMP TABLE pgs_old (id bigint, note text);
 CREATE TEMP TABLE orders (id bigint PRIMARY KEY, note text);
 CREATE TEMP SEQUENCE outbox_id;
-CREATE TEMP SEQUENCE outbox_slot;
+CREATE TEMP SEQUENCE outbox_segment;
 INSERT INTO pgs_new VALUES (666);
 CREATE DOMAIN pg_temp.text AS varchar(1);
 CREATE DOMAIN pg_temp.int8 AS bool;
@@ -445,10 +445,10 @@ def test_the_documented_grants_of_a_consumer(
             lambda rows: rows == [(2,)],
         )
         # The partition is turned, and then emptied since all is acknowledged.
-        assert tidy(cursor, slot_bytes=0) == []
+        assert tidy(cursor, segment_bytes=0) == []
         db("INSERT INTO orders VALUES (3)")
         recorder.wait(3)
-        eventually(lambda: tidy(cursor, slot_bytes=0), lambda emptied: emptied == [0])
+        eventually(lambda: tidy(cursor, segment_bytes=0), lambda emptied: emptied == [0])
         hub.stop()
         administration.reset_consumer(cursor, "mailer", "now")
         administration.drop_consumer(cursor, "mailer")

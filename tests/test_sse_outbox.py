@@ -246,7 +246,7 @@ def test_one_from_the_future(process: Process, shop: Database) -> None:
 def turn(shop: Database) -> None:
     """Begin another partition."""
     with shop.connection.cursor() as cursor:
-        tidy(cursor, slot_bytes=0)
+        tidy(cursor, segment_bytes=0)
 
 
 def emptied(shop: Database) -> list[int]:
@@ -260,9 +260,9 @@ def wait_until_emptied(shop: Database) -> None:
 
     def after() -> list[tuple[int]]:
         emptied(shop)
-        return shop("SELECT slot FROM pgsignals.slots WHERE emptied_id IS NOT NULL")
+        return shop("SELECT segment FROM pgsignals.segments WHERE emptied_id IS NOT NULL")
 
-    eventually(after, lambda slots: slots == [(0,)])
+    eventually(after, lambda segments: segments == [(0,)])
 
 
 def test_what_is_no_longer_kept_is_a_gap(process: Process, shop: Database) -> None:

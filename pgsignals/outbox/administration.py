@@ -99,12 +99,12 @@ def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetim
 
 
 def _kept_since(cursor: Cursor) -> datetime:
-    """From when on the outbox has everything: since the oldest partition was begun of those there.
+    """From when on the outbox has everything: since the oldest segment was begun of those there.
 
     Only one that was written to is left for another, so that an empty one has been emptied, but for
     the current one, which is the latest.
     """
-    cursor.execute("SELECT slot, opened_at FROM pgsignals.slots ORDER BY opened_at DESC")
+    cursor.execute("SELECT segment, opened_at FROM pgsignals.segments ORDER BY opened_at DESC")
     (_, since), *others = cursor.fetchall()
     found: datetime = since
     for number, opened_at in others:

@@ -28,7 +28,7 @@ SELECT pg_catalog.pg_current_snapshot()::text, shed.last_value, gone.emptied_id,
        gone.emptied_snapshot
 FROM pgsignals.outbox_shed AS shed
 LEFT JOIN LATERAL (
-  SELECT emptied_id, emptied_snapshot FROM pgsignals.slots
+  SELECT emptied_id, emptied_snapshot FROM pgsignals.segments
   WHERE emptied_id IS NOT NULL ORDER BY emptied_id DESC LIMIT 1
 ) AS gone ON true
 """

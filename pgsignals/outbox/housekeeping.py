@@ -1,4 +1,4 @@
-"""Keeps the outbox small: empties partitions that all have read, or that are too old or many.
+"""Keeps the outbox small: empties segments that all have read, or that are too old or many.
 
 What all have read is kept for a while where somebody wants to come back to it without a cursor.
 """
@@ -27,18 +27,18 @@ from ..postgres.connection import opened, transaction
 from ..triggers import names
 from .cursors import Snapshot
 from .inspection import held_claims
-from .schema import SLOTS
+from .schema import SEGMENTS
 
 EVERY_SECONDS = 10.0
-# The next partition is begun when the current one has grown to this, or is that old.
-SLOT_BYTES = 128 << 20
-SLOT_SECONDS = 3600.0
+# The next segment is begun when the current one has grown to this, or is that old.
+SEGMENT_BYTES = 128 << 20
+SEGMENT_SECONDS = 3600.0
 # A process without a name that has not been heard of for so long after its lease is gone.
 FORGET_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class _Slot:
+class _Segment:
     number: int
     size: int
     last_id: int | None
@@ -105,11 +105,11 @@ class Housekeeper:
 
 def tidy(
     cursor: Cursor,
-    slot_bytes: int = SLOT_BYTES,
-    slot_seconds: float = SLOT_SECONDS,
+    segment_bytes: int = SEGMENT_BYTES,
+    segment_seconds: float = SEGMENT_SECONDS,
     still: Stillness[tuple[str, int]] | None = None,
 ) -> list[int]:
-    """Empty what can be emptied, unless somebody else does it now; the partitions emptied.
+    """Empty what can be emptied, unless somebody else does it now; the segments emptied.
 
     What somebody has locked is left for the next time. The cursor's connection is in autocommit
     mode. ``still`` remembers from one call to the next who has gone.
@@ -127,11 +127,11 @@ def tidy(
             _set_back(cursor)
         cursor.execute(
             "SELECT retention_seconds, retention_bytes, coalesce(keep_seconds, 0), s.last_value"
-            " FROM pgsignals.settings, pgsignals.outbox_slot AS s"
+            " FROM pgsignals.settings, pgsignals.outbox_segment AS s"
         )
         [(seconds, size, keep, current)] = cursor.fetchall()
-        slots = _slots(cursor, current)
-        emptied = _empty_read(cursor, slots, keep)
+        segments = _segments(cursor, current)
+        emptied = _empty_read(cursor, segments, keep)
         for consumer, receiver in sorted(set(drop_parked(cursor, seconds, size))):
             log.error(
                 "the receiver %s of %s is so late that events parked for it are dropped: see the "
@@ -139,10 +139,12 @@ def tidy(
                 receiver,
                 consumer,
             )
-        left = [slot for slot in slots if slot.number not in emptied]
+        left = [segment for segment in segments if segment.number not in emptied]
         emptied += _enforce(cursor, left, seconds, size)
-        _forget_processed(cursor, [slot for slot in slots if slot.number not in emptied])
-        _turn(cursor, slots, emptied, slot_bytes, slot_seconds, size)
+        _forget_processed(
+            cursor, [segment for segment in segments if segment.number not in emptied]
+        )
+        _turn(cursor, segments, emptied, segment_bytes, segment_seconds, size)
         return emptied
     except pg.LockNotAvailable:
         log.debug("the outbox is not tidied up now, since somebody has locked it")
@@ -200,18 +202,18 @@ def _forget_processes(cursor: Cursor, still: Stillness[tuple[str, int]]) -> None
 
 
 def _set_back(cursor: Cursor) -> None:
-    """Have no partition begun later than now, where the clock was set back.
+    """Have no segment begun later than now, where the clock was set back.
 
     Until then none would seem old enough to be emptied.
     """
     cursor.execute(
-        "UPDATE pgsignals.slots SET opened_at = opened_at - ahead"
+        "UPDATE pgsignals.segments SET opened_at = opened_at - ahead"
         " FROM (SELECT pg_catalog.max(opened_at) - pg_catalog.clock_timestamp() AS ahead"
-        " FROM pgsignals.slots) AS latest WHERE ahead > interval '0'"
+        " FROM pgsignals.segments) AS latest WHERE ahead > interval '0'"
     )
 
 
-def _forget_processed(cursor: Cursor, slots: Sequence[_Slot]) -> None:
+def _forget_processed(cursor: Cursor, segments: Sequence[_Segment]) -> None:
     """Forget what was taken care of long ago, unless the outbox has it still.
 
     Where the clock was set forward, what seems to be of long ago may yet come again.
@@ -219,9 +221,9 @@ def _forget_processed(cursor: Cursor, slots: Sequence[_Slot]) -> None:
     cursor.execute(
         "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
         " WHERE p.at < pg_catalog.now() - retention_seconds * interval '1 s'"
-        " AND p.at < coalesce((SELECT pg_catalog.min(opened_at) FROM pgsignals.slots"
-        " WHERE slot = ANY (%s)), 'infinity')",
-        ([slot.number for slot in slots if slot.last_id is not None],),
+        " AND p.at < coalesce((SELECT pg_catalog.min(opened_at) FROM pgsignals.segments"
+        " WHERE segment = ANY (%s)), 'infinity')",
+        ([segment.number for segment in segments if segment.last_id is not None],),
     )
 
 
@@ -237,17 +239,17 @@ def _forget(cursor: Cursor) -> None:
     )
 
 
-def _slots(cursor: Cursor, current: int) -> list[_Slot]:
-    """The partitions, the current one first, then those never begun, then from the oldest on.
+def _segments(cursor: Cursor, current: int) -> list[_Segment]:
+    """The segments, the current one first, then those never begun, then from the oldest on.
 
     Without those that somebody has locked. Raises LockNotAvailable where that is the current one.
     """
     cursor.execute(
-        "SELECT slot, extract(epoch FROM pg_catalog.clock_timestamp() - opened_at)::float8"
-        " FROM pgsignals.slots"
+        "SELECT segment, extract(epoch FROM pg_catalog.clock_timestamp() - opened_at)::float8"
+        " FROM pgsignals.segments"
     )
     opened = dict(cursor.fetchall())
-    others = [number for number in range(SLOTS) if number != current]
+    others = [number for number in range(SEGMENTS) if number != current]
     others.sort(key=lambda number: -opened.get(number, math.inf))
     found = []
     for number, following in zip((current, *others), (current, *others[1:], current), strict=True):
@@ -267,7 +269,7 @@ def _slots(cursor: Cursor, current: int) -> list[_Slot]:
             if number == current:
                 raise
             continue
-        found.append(_Slot(number, size, last_id, opened.get(following, 0.0)))
+        found.append(_Segment(number, size, last_id, opened.get(following, 0.0)))
     return found
 
 
@@ -279,17 +281,17 @@ def _readers(cursor: Cursor) -> list[_Reader]:
     ]
 
 
-def _late(cursor: Cursor, slot: _Slot, readers: Sequence[_Reader]) -> list[_Reader]:
-    """Who has rows of the partition to read yet."""
+def _late(cursor: Cursor, segment: _Segment, readers: Sequence[_Reader]) -> list[_Reader]:
+    """Who has rows of the segment to read yet."""
     found = []
     for reader in readers:
-        if slot.last_id is None or reader.floor >= slot.last_id:
+        if segment.last_id is None or reader.floor >= segment.last_id:
             continue
         cursor.execute(
             sql.SQL(
                 "SELECT EXISTS (SELECT FROM {}"
                 " WHERE id > %s AND (txid >= %s OR txid = ANY (%s::bigint[])))"
-            ).format(slot.table),
+            ).format(segment.table),
             (reader.floor, reader.snapshot.xmax, list(reader.snapshot.running)),
         )
         [(late,)] = cursor.fetchall()
@@ -298,72 +300,72 @@ def _late(cursor: Cursor, slot: _Slot, readers: Sequence[_Reader]) -> list[_Read
     return found
 
 
-def _empty_read(cursor: Cursor, slots: Sequence[_Slot], keep: float) -> list[int]:
+def _empty_read(cursor: Cursor, segments: Sequence[_Segment], keep: float) -> list[int]:
     readers = _readers(cursor)
     emptied = []
-    for slot in slots[1:]:
-        if slot.last_id is None or slot.age < keep:
+    for segment in segments[1:]:
+        if segment.last_id is None or segment.age < keep:
             continue
         with _impatient(cursor):
-            late = _late(cursor, slot, readers)
-        if not late and _empty(cursor, slot):
-            emptied.append(slot.number)
+            late = _late(cursor, segment, readers)
+        if not late and _empty(cursor, segment):
+            emptied.append(segment.number)
     return emptied
 
 
-def _enforce(cursor: Cursor, slots: Sequence[_Slot], seconds: float, size: int) -> list[int]:
+def _enforce(cursor: Cursor, segments: Sequence[_Segment], seconds: float, size: int) -> list[int]:
     """Drop what is older than ``seconds``, and the oldest of what is more than ``size`` bytes."""
     emptied = []
-    total = sum(slot.size for slot in slots)
-    for slot in slots[1:]:
-        if slot.last_id is None or (slot.age <= seconds and total <= size):
+    total = sum(segment.size for segment in segments)
+    for segment in segments[1:]:
+        if segment.last_id is None or (segment.age <= seconds and total <= size):
             continue
-        if _empty(cursor, slot, dropping=True):
-            emptied.append(slot.number)
-            total -= slot.size
+        if _empty(cursor, segment, dropping=True):
+            emptied.append(segment.number)
+            total -= segment.size
     return emptied
 
 
-def _empty(cursor: Cursor, slot: _Slot, dropping: bool = False) -> bool:
-    """Empty a partition; False when it is in use.
+def _empty(cursor: Cursor, segment: _Segment, dropping: bool = False) -> bool:
+    """Empty a segment; False when it is in use.
 
     Unless this is ``dropping`` what somebody has to read yet, who is then told, that is a use too.
     """
     try:
         with _impatient(cursor):
-            return _empty_locked(cursor, slot, dropping)
+            return _empty_locked(cursor, segment, dropping)
     except pg.LockNotAvailable:
         return False
 
 
-def _empty_locked(cursor: Cursor, slot: _Slot, dropping: bool) -> bool:
-    cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(slot.table))
+def _empty_locked(cursor: Cursor, segment: _Segment, dropping: bool) -> bool:
+    cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(segment.table))
     # Whoever took this for the current one may have written to it since we looked.
     cursor.execute(
-        sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE id > %s)").format(slot.table),
-        (slot.last_id,),
+        sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE id > %s)").format(segment.table),
+        (segment.last_id,),
     )
     [(more,)] = cursor.fetchall()
     if more:
         return False
     # Only now that nobody can commit any more: a transaction that was under way when we looked
     # before has ids that may be lower than others which all have read.
-    late = _late(cursor, slot, _readers(cursor))
+    late = _late(cursor, segment, _readers(cursor))
     if late and not dropping:
         return False
-    cursor.execute(sql.SQL("TRUNCATE {}").format(slot.table))
+    cursor.execute(sql.SQL("TRUNCATE {}").format(segment.table))
     # With the lock, so that it sees everybody who had written there.
     cursor.execute(
-        "UPDATE pgsignals.slots SET emptied_id = %s,"
-        " emptied_snapshot = pg_catalog.pg_current_snapshot()::text WHERE slot = %s",
-        (slot.last_id, slot.number),
+        "UPDATE pgsignals.segments SET emptied_id = %s,"
+        " emptied_snapshot = pg_catalog.pg_current_snapshot()::text WHERE segment = %s",
+        (segment.last_id, segment.number),
     )
     for reader in late:
         log.error(
             "the consumer %s is so late that %d bytes of its events are dropped: see the "
             "retention in pgsignals.settings",
             reader.name,
-            slot.size,
+            segment.size,
         )
         cursor.execute(
             "UPDATE pgsignals.consumers SET lost_until = pg_catalog.clock_timestamp()"
@@ -375,28 +377,28 @@ def _empty_locked(cursor: Cursor, slot: _Slot, dropping: bool) -> bool:
 
 def _turn(
     cursor: Cursor,
-    slots: Sequence[_Slot],
+    segments: Sequence[_Segment],
     emptied: Sequence[int],
-    slot_bytes: int,
-    slot_seconds: float,
+    segment_bytes: int,
+    segment_seconds: float,
     retention_bytes: int,
 ) -> None:
-    """Begin another partition when the current one is big or old, and another is empty.
+    """Begin another segment when the current one is big or old, and another is empty.
 
     One that cannot be emptied, since a transaction that wrote to it lasts, is left out meanwhile.
     """
-    current, *others = slots
-    bound = min(slot_bytes, retention_bytes // SLOTS)
-    due = current.size > bound or current.age > slot_seconds
+    current, *others = segments
+    bound = min(segment_bytes, retention_bytes // SEGMENTS)
+    due = current.size > bound or current.age > segment_seconds
     if current.last_id is None or not due:
         return
-    free = (slot for slot in others if slot.last_id is None or slot.number in emptied)
+    free = (segment for segment in others if segment.last_id is None or segment.number in emptied)
     if (following := next(free, None)) is None:
         return
     cursor.execute(
-        "INSERT INTO pgsignals.slots VALUES (%s) ON CONFLICT (slot)"
+        "INSERT INTO pgsignals.segments VALUES (%s) ON CONFLICT (segment)"
         " DO UPDATE SET opened_at = excluded.opened_at",
         (following.number,),
     )
     # Not before the time is noted; from here on writers use it.
-    cursor.execute("SELECT pg_catalog.setval('pgsignals.outbox_slot', %s)", (following.number,))
+    cursor.execute("SELECT pg_catalog.setval('pgsignals.outbox_segment', %s)", (following.number,))

@@ -15,7 +15,7 @@ from ..core.events import event_uid
 from ..triggers import names
 from .channels import Channel, read_channels, wanted
 from .cursors import Snapshot
-from .schema import SLOTS
+from .schema import SEGMENTS
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # Of a longer backlog it is enough to know that it is longer.
@@ -52,7 +52,7 @@ class ConsumerState:
 
 @dataclass(frozen=True)
 class OutboxState:
-    """The outbox at one moment: its size, its partitions in use, and who reads it.
+    """The outbox at one moment: its size, its segments in use, and who reads it.
 
     ``shed`` counts statements that found it full while no consumer lived. ``backfills`` are those
     that are running. ``parked`` is what waits for single receivers that are too slow, or that call
@@ -114,10 +114,10 @@ def _channels(stored: Sequence[int], known: Mapping[int, Channel]) -> dict[int, 
 def read_outbox(cursor: Cursor) -> OutboxState:
     """The outbox and all its consumers. The schema must be there."""
     sizes = []
-    for slot in range(SLOTS):
+    for segment in range(SEGMENTS):
         cursor.execute(
-            f"SELECT pg_catalog.pg_total_relation_size('pgsignals.outbox_{slot}'),"
-            f" EXISTS (SELECT FROM pgsignals.outbox_{slot})"
+            f"SELECT pg_catalog.pg_total_relation_size('pgsignals.outbox_{segment}'),"
+            f" EXISTS (SELECT FROM pgsignals.outbox_{segment})"
         )
         sizes += cursor.fetchall()
     cursor.execute("SELECT last_value FROM pgsignals.outbox_shed")

@@ -6,7 +6,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from ..postgres.privileges import Right, current_role, grants, lacking
 from . import schema
-from .schema import NAME, SLOTS
+from .schema import NAME, SEGMENTS
 
 _WRITTEN = (
     "consumers",
@@ -15,11 +15,11 @@ _WRITTEN = (
     "parked",
     "parked_lost",
     "processed",
-    "slots",
+    "segments",
     "backfills",
     "backfill_parts",
 )
-_SEQUENCES = ("outbox_id", "outbox_full", "outbox_slot", "outbox_shed")
+_SEQUENCES = ("outbox_id", "outbox_full", "outbox_segment", "outbox_shed")
 
 
 def _needed(relation: str, kind: str) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def _needed(relation: str, kind: str) -> tuple[str, ...]:
         return ("SELECT", "UPDATE") if relation in _SEQUENCES else ()
     if relation in _WRITTEN:
         return ("SELECT", "INSERT", "UPDATE", "DELETE")
-    if relation in {f"outbox_{slot}" for slot in range(SLOTS)}:
+    if relation in {f"outbox_{segment}" for segment in range(SEGMENTS)}:
         return ("SELECT", "TRUNCATE")
     return ("SELECT",)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from psycopg2.extensions import cursor as Cursor
 
 from ..core.errors import ConfigurationError
-from .schema import SLOTS
+from .schema import SEGMENTS
 
 # A partition is emptied as a whole: less than this for each would drop what has just been written.
-LEAST_BYTES = SLOTS << 20
+LEAST_BYTES = SEGMENTS << 20
 LEAST_SECONDS = 60.0
 
 
@@ -42,7 +42,8 @@ def set_retention(
         )
     if size is not None and not LEAST_BYTES <= size < 1 << 63:
         raise ConfigurationError(
-            f"The outbox cannot be kept to {size} bytes: give {LEAST_BYTES} ({SLOTS} MiB) or more."
+            f"The outbox cannot be kept to {size} bytes: give {LEAST_BYTES} ({SEGMENTS} MiB) or "
+            "more."
         )
     cursor.execute(
         "UPDATE pgsignals.settings SET"

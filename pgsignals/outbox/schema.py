@@ -1,8 +1,8 @@
 """The schema ``pgsignals``: what durable delivery keeps in the database, and its upgrades.
 
-The outbox is a ring of partitions. Writers insert into the current one, and one that every consumer
-has read is emptied by TRUNCATE, which locks that partition alone: detaching or dropping one would
-lock the whole outbox, and with it every writer.
+The outbox is a ring of segments, the partitions of a table. Writers insert into the current one, and
+one that every consumer has read is emptied by TRUNCATE, which locks it alone: detaching or dropping
+one would lock the whole outbox, and with it every writer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..triggers import fingerprint, names
 from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock
 
 VERSION = 2
-SLOTS = 8
+SEGMENTS = 8
 
 # By default what nobody has fetched is kept for three days, or up to 4 GiB.
 RETENTION_SECONDS = 3 * 24 * 3600
@@ -34,43 +34,44 @@ _CREATION = (
     "CREATE SEQUENCE pgsignals.outbox_id",
     # Set to 1 by a writer that finds the outbox full while no consumer lives, and back to 0.
     "CREATE SEQUENCE pgsignals.outbox_full MINVALUE 0",
-    f"CREATE SEQUENCE pgsignals.outbox_slot MINVALUE 0 MAXVALUE {SLOTS - 1}",
+    f"CREATE SEQUENCE pgsignals.outbox_segment MINVALUE 0 MAXVALUE {SEGMENTS - 1}",
     "CREATE SEQUENCE pgsignals.outbox_shed MINVALUE 0",
     "SELECT pg_catalog.setval('pgsignals.outbox_id', 1),"
-    " pg_catalog.setval('pgsignals.outbox_slot', 0), pg_catalog.setval('pgsignals.outbox_full', 0),"
+    " pg_catalog.setval('pgsignals.outbox_segment', 0),"
+    " pg_catalog.setval('pgsignals.outbox_full', 0),"
     " pg_catalog.setval('pgsignals.outbox_shed', 0)",
     """CREATE TABLE pgsignals.outbox (
   id bigint NOT NULL,
   txid bigint NOT NULL,
   channel bigint NOT NULL,
   relation oid NOT NULL,
-  slot smallint NOT NULL,
+  segment smallint NOT NULL,
   payload text NOT NULL
-) PARTITION BY LIST (slot)""",
+) PARTITION BY LIST (segment)""",
     "ALTER TABLE pgsignals.outbox ALTER COLUMN payload SET STORAGE EXTERNAL",
     "CREATE INDEX outbox_id_idx ON pgsignals.outbox (id)",
     *(
         # A message of many rows fills a page, and stays in it. There is nothing to vacuum.
-        f"""CREATE TABLE pgsignals.outbox_{slot}
-  PARTITION OF pgsignals.outbox FOR VALUES IN ({slot})
+        f"""CREATE TABLE pgsignals.outbox_{segment}
+  PARTITION OF pgsignals.outbox FOR VALUES IN ({segment})
   WITH (autovacuum_enabled = off, toast.autovacuum_enabled = off, toast_tuple_target = 8160)"""
-        for slot in range(SLOTS)
+        for segment in range(SEGMENTS)
     ),
     """CREATE TABLE pgsignals.settings (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   retention_seconds double precision NOT NULL,
   retention_bytes bigint NOT NULL,
   keep_seconds double precision,
-  place_key uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid()
+  token_key uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid()
 )""",
     f"INSERT INTO pgsignals.settings VALUES (true, {RETENTION_SECONDS}, {RETENTION_BYTES})",
-    """CREATE TABLE pgsignals.slots (
-  slot smallint PRIMARY KEY,
+    """CREATE TABLE pgsignals.segments (
+  segment smallint PRIMARY KEY,
   opened_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
   emptied_id bigint,
   emptied_snapshot text
 )""",
-    "INSERT INTO pgsignals.slots VALUES (0)",
+    "INSERT INTO pgsignals.segments VALUES (0)",
     # Empty after a crash, which may take back the numbers of transactions that were seen to end.
     """CREATE UNLOGGED TABLE pgsignals.era (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
@@ -92,7 +93,7 @@ _CREATION = (
 )""",
     *TABLES,
     # Asked by writers while no consumer lives, so that nobody else keeps the outbox within bounds.
-    # Where somebody has locked a partition there is no size to be had: the writer does not wait for
+    # Where somebody has locked a segment there is no size to be had: the writer does not wait for
     # it. A restored schema may have no settings.
     """CREATE FUNCTION pgsignals.has_room() RETURNS boolean LANGUAGE plpgsql STABLE
   SET search_path TO pg_catalog, pg_temp
@@ -101,7 +102,8 @@ AS $$
 BEGIN
   RETURN """
     + " + ".join(
-        f"pg_total_relation_size('pgsignals.outbox_{slot}'::regclass)" for slot in range(SLOTS)
+        f"pg_total_relation_size('pgsignals.outbox_{segment}'::regclass)"
+        for segment in range(SEGMENTS)
     )
     + f"""
     < coalesce((SELECT retention_bytes FROM pgsignals.settings), {RETENTION_BYTES});
@@ -116,7 +118,7 @@ $$""",
   RETURNS boolean LANGUAGE plpgsql
 AS $$
 BEGIN
-  INSERT INTO pgsignals.outbox (id, txid, channel, relation, slot, payload)
+  INSERT INTO pgsignals.outbox (id, txid, channel, relation, segment, payload)
     SELECT $1, $2, $3, $4, $5, $6 WHERE $7;
   RETURN true;
 END
@@ -125,7 +127,7 @@ $$""",
     " FROM PUBLIC",
 )
 
-_SEQUENCES = ("outbox_id", "outbox_slot", "outbox_full", "outbox_shed")
+_SEQUENCES = ("outbox_id", "outbox_segment", "outbox_full", "outbox_shed")
 
 # For so long, in milliseconds, writers may queue behind an upgrade that waits for the outbox.
 _WRITERS_WAIT = 20
@@ -310,7 +312,7 @@ def ensuring_statement() -> str:
 _LEFT_OUT = """
 SELECT pg_catalog.concat_ws(', ',
   (SELECT 'the settings' WHERE NOT EXISTS (SELECT FROM pgsignals.settings)),
-  (SELECT 'the partitions'' times' WHERE NOT EXISTS (SELECT FROM pgsignals.slots)),
+  (SELECT 'the segments'' times' WHERE NOT EXISTS (SELECT FROM pgsignals.segments)),
   (SELECT pg_catalog.string_agg('the value of ' || c.relname, ', ' ORDER BY c.relname)
    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
    WHERE n.nspname = 'pgsignals' AND c.relname = ANY (%s)
@@ -329,9 +331,9 @@ _PUT_BACK = (
     *(
         f"SELECT pg_catalog.setval('pgsignals.{name}', 0)"
         f" WHERE pg_catalog.pg_sequence_last_value('pgsignals.{name}') IS NULL"
-        for name in ("outbox_slot", "outbox_full", "outbox_shed")
+        for name in ("outbox_segment", "outbox_full", "outbox_shed")
     ),
-    "INSERT INTO pgsignals.slots SELECT last_value FROM pgsignals.outbox_slot"
+    "INSERT INTO pgsignals.segments SELECT last_value FROM pgsignals.outbox_segment"
     " ON CONFLICT DO NOTHING",
 )
 

@@ -258,7 +258,7 @@ class Tail:
                 str(error).strip(),
             )
         cursor.execute(
-            "SELECT place_key::text, era::text FROM pgsignals.settings"
+            "SELECT token_key::text, era::text FROM pgsignals.settings"
             " LEFT JOIN pgsignals.era ON true"
         )
         [(self._key, era)] = cursor.fetchall()

@@ -285,23 +285,23 @@ _NOTIFY_WORK = (
 
 _WRITE = """
         IF pgs_messages IS NULL THEN
-          INSERT INTO pgsignals.outbox (id, txid, channel, relation, slot, payload)
-            VALUES (pgs_id, pgs_txid, {key}, {relation}, pgs_slot, pgs_text);
+          INSERT INTO pgsignals.outbox (id, txid, channel, relation, segment, payload)
+            VALUES (pgs_id, pgs_txid, {key}, {relation}, pgs_segment, pgs_text);
         ELSE
           -- Without a single function, whose right somebody could have revoked.
           FOR pgs_number IN 1..pgs_count LOOP
-            INSERT INTO pgsignals.outbox (id, txid, channel, relation, slot, payload)
-              VALUES (pgs_ids[pgs_number], pgs_txid, {key}, {relation}, pgs_slot,
+            INSERT INTO pgsignals.outbox (id, txid, channel, relation, segment, payload)
+              VALUES (pgs_ids[pgs_number], pgs_txid, {key}, {relation}, pgs_segment,
                 pgs_messages[pgs_number]);
           END LOOP;
         END IF;"""
 
 _PUT = """
     IF pgs_messages IS NULL THEN
-      pgs_proved := pgsignals.put(pgs_id, pgs_txid, {key}, {relation}, pgs_slot, pgs_text, true);
+      pgs_proved := pgsignals.put(pgs_id, pgs_txid, {key}, {relation}, pgs_segment, pgs_text, true);
     ELSE
       FOR pgs_number IN 1..pgs_count LOOP
-        pgs_proved := pgsignals.put(pgs_ids[pgs_number], pgs_txid, {key}, {relation}, pgs_slot,
+        pgs_proved := pgsignals.put(pgs_ids[pgs_number], pgs_txid, {key}, {relation}, pgs_segment,
           pgs_messages[pgs_number], true);
       END LOOP;
     END IF;"""
@@ -343,8 +343,8 @@ _OUTBOX_WORK = (
       pgs_txid := pg_catalog.pg_current_xact_id()::pg_catalog.text::pg_catalog.int8;
       pgs_id := pg_catalog.nextval('pgsignals.outbox_id'::pg_catalog.regclass);
       -- A sequence that a restored dump left without a value has none.
-      pgs_slot := coalesce(pg_catalog.pg_sequence_last_value(
-        'pgsignals.outbox_slot'::pg_catalog.regclass), 0);
+      pgs_segment := coalesce(pg_catalog.pg_sequence_last_value(
+        'pgsignals.outbox_segment'::pg_catalog.regclass), 0);
       IF (CASE WHEN pg_catalog.pg_try_advisory_lock_shared(@class@, @awake@)
             THEN pg_catalog.pg_advisory_unlock_shared(@class@, @awake@) ELSE false END) THEN
         -- Nobody is awake.
@@ -408,13 +408,13 @@ _OUTBOX_WORK = (
         END IF;
       END IF;
       IF pg_catalog.current_setting('pgsignals.written', true)
-          = pg_catalog.concat(pgs_txid, ':', pgs_slot)
+          = pg_catalog.concat(pgs_txid, ':', pgs_segment)
       THEN
         IF pgs_messages IS NULL THEN
           pgs_proved := pgsignals.put(
-            pgs_id, pgs_txid, {key}, {relation}, pgs_slot, pgs_text, false);
+            pgs_id, pgs_txid, {key}, {relation}, pgs_segment, pgs_text, false);
         ELSE
-          pgs_proved := pgsignals.put(pgs_ids[pgs_count], pgs_txid, {key}, {relation}, pgs_slot,
+          pgs_proved := pgsignals.put(pgs_ids[pgs_count], pgs_txid, {key}, {relation}, pgs_segment,
             pgs_messages[pgs_count], false);
         END IF;
         -- Last, since a statement before it may hear of a right that has been revoked.
@@ -429,7 +429,7 @@ _OUTBOX_WORK = (
     + _WRITE
     + """
       pgs_head := pg_catalog.set_config(
-        'pgsignals.written', pg_catalog.concat(pgs_txid, ':', pgs_slot), true);
+        'pgsignals.written', pg_catalog.concat(pgs_txid, ':', pgs_segment), true);
       RETURN NULL;"""
 )
 
@@ -483,6 +483,6 @@ OUTBOX = _body(
   pgs_id pg_catalog.int8;
   pgs_ids pg_catalog.int8[];
   pgs_count pg_catalog.int4;
-  pgs_slot pg_catalog.int8;""",
+  pgs_segment pg_catalog.int8;""",
     BY_NOTICE,
 )

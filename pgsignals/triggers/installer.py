@@ -289,7 +289,7 @@ _OUTBOX_RIGHTS = (
             ("SEQUENCE", "outbox_id", "UPDATE"),
             ("SEQUENCE", "outbox_shed", "UPDATE"),
             ("SEQUENCE", "outbox_full", "UPDATE", "SELECT"),
-            ("SEQUENCE", "outbox_slot", "SELECT"),
+            ("SEQUENCE", "outbox_segment", "SELECT"),
             ("FUNCTION", "has_room", "EXECUTE"),
             ("FUNCTION", "put", "EXECUTE"),
         )

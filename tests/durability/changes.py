@@ -32,7 +32,7 @@ _RIGHTS = (
     "SCHEMA pgsignals",
     "TABLE pgsignals.outbox",
     "SEQUENCE pgsignals.outbox_id",
-    "SEQUENCE pgsignals.outbox_slot",
+    "SEQUENCE pgsignals.outbox_segment",
     "SEQUENCE pgsignals.outbox_shed",
     "SEQUENCE pgsignals.outbox_full",
     "ALL SEQUENCES IN SCHEMA pgsignals",

@@ -152,18 +152,20 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
 
     empty = housekeeping._empty
 
-    def emptying(cursor: Any, slot: Any, *rest: Any, **options: Any) -> Any:
+    def emptying(cursor: Any, segment: Any, *rest: Any, **options: Any) -> Any:
         failpoint.pass_by("before emptying")
         dying = _Cursor(cursor, lambda: failpoint.pass_by("before the commit of emptying"))
-        done = empty(dying, slot, *rest, **options)
+        done = empty(dying, segment, *rest, **options)
         if done is not None:
-            pen.remark("emptied", str(slot.number))
+            pen.remark("emptied", str(segment.number))
             failpoint.pass_by("after emptying")
         return done
 
     housekeeping._empty = emptying
     housekeeping.EVERY_SECONDS = 0.3
-    housekeeping.tidy = functools.partial(housekeeping.tidy, slot_bytes=64 << 10, slot_seconds=1.0)
+    housekeeping.tidy = functools.partial(
+        housekeeping.tidy, segment_bytes=64 << 10, segment_seconds=1.0
+    )
 
 
 def _plant_in_broadcaster(backend: str, failpoint: _Failpoint) -> None:

@@ -202,7 +202,7 @@ FROM pg_catalog.pg_locks l
 JOIN pg_catalog.pg_class c ON c.oid = l.relation
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace AND n.nspname = 'pgsignals'
 LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-CROSS JOIN pgsignals.outbox_slot s
+CROSS JOIN pgsignals.outbox_segment s
 WHERE l.granted AND c.relname ~ '^outbox_[0-9]+$' AND c.relname <> 'outbox_' || s.last_value
   AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid()
   AND l.database = (SELECT oid FROM pg_catalog.pg_database
