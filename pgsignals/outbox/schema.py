@@ -1,8 +1,8 @@
 """The schema ``pgsignals``: what durable delivery keeps in the database, and its upgrades.
 
-The outbox is a ring of segments, the partitions of a table. Writers insert into the current one, and
-one that every consumer has read is emptied by TRUNCATE, which locks it alone: detaching or dropping
-one would lock the whole outbox, and with it every writer.
+The outbox is a ring of segments, the partitions of a table. Writers insert into the current one,
+and one that every consumer has read is emptied by TRUNCATE, which locks it alone: detaching or
+dropping one would lock the whole outbox, and with it every writer.
 """
 
 from __future__ import annotations
