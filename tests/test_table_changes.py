@@ -94,6 +94,18 @@ UNDONE = {
         "ALTER TABLE every_order ATTACH PARTITION orders DEFAULT",
         "ALTER TABLE every_order DETACH PARTITION orders; DROP TABLE every_order",
     ),
+    "attached, detached and altered": (
+        f"CREATE TABLE every_order {SHAPE} PARTITION BY RANGE (day);"
+        "ALTER TABLE every_order ATTACH PARTITION orders DEFAULT",
+        "ALTER TABLE every_order DETACH PARTITION orders; DROP TABLE every_order;"
+        "ALTER TABLE orders ADD remark text",
+    ),
+    "another in its place, and altered": (
+        f"ALTER TABLE orders RENAME TO orders_then; CREATE TABLE orders {SHAPE};"
+        "GRANT ALL ON orders TO {role}",
+        "DROP TABLE orders; ALTER TABLE orders_then RENAME TO orders;"
+        "ALTER TABLE orders ADD remark text",
+    ),
     "given to another role and back": (
         "ALTER FUNCTION {function}() OWNER TO {role}_2",
         "ALTER FUNCTION {function}() OWNER TO {role}",

@@ -40,16 +40,15 @@ class Fingerprint:
             return False
 
     def undone(self, former: Mapping[str, str]) -> bool:
-        """Whether a table is another row of the catalogue, in which all is as it was.
+        """Whether something has been done to a table since and been undone, so that rows went by.
 
-        So it is once it has been attached below another table, say, and detached again.
+        So it is once it has been attached below another table, say, and detached again; also where
+        something else has been done to it, too, that stays.
         """
-        for oid in self.relations.keys() & former.keys():
-            row, _, content = self.relations[oid].partition(" ")
-            former_row, _, former_content = former[oid].partition(" ")
-            if row != former_row and content == former_content:
-                return True
-        return False
+        return any(
+            _Relation.read(self.relations[oid]).undone(_Relation.read(former[oid]))
+            for oid in self.relations.keys() & former.keys()
+        )
 
     def covers(
         self, kept: str, own: Mapping[str, Sequence[str]], unread: Mapping[str, Sequence[str]]
@@ -79,6 +78,39 @@ class Fingerprint:
             ):
                 return False
         return True
+
+
+@dataclass(frozen=True)
+class _Relation:
+    """A table: its row of the catalogue, by xmin, what is in that, and how its name is kept.
+
+    ``named`` is the xmin of its type's row, which whoever names the table writes anew, and
+    ``columns`` those of its columns' rows, by number, which attaching it and detaching it writes.
+    """
+
+    row: str
+    content: str
+    named: str = ""
+    name: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, entry: str) -> _Relation:
+        row, content, *evidence = entry.split(" ")
+        if not evidence:
+            return cls(row, content)
+        named, name, columns = evidence
+        return cls(row, content, named, name, dict(each.split("=") for each in columns.split(",")))
+
+    def undone(self, former: _Relation) -> bool:
+        if self.row == former.row:
+            return False
+        if self.content == former.content:
+            return True
+        if self.name == former.name and self.named != former.named:
+            return True
+        common = self.columns.keys() & former.columns.keys()
+        return bool(common) and all(self.columns[each] != former.columns[each] for each in common)
 
 
 class _Kept(msgspec.Struct):
@@ -159,12 +191,17 @@ SELECT (
     + OUTBOX
     + """), (
   -- Without what VACUUM and ANALYZE write into a row in its place.
-  SELECT coalesce(pg_catalog.json_object_agg(oid, pg_catalog.concat_ws(' ', xmin, pg_catalog.md5(
-    pg_catalog.concat_ws(' ', relname, relnamespace, relowner, relacl, relam, relfilenode,
-      reltablespace, reltoastrelid, relpersistence, relkind, relnatts, relchecks, relhasrules,
-      relhastriggers, relhassubclass, relrowsecurity, relforcerowsecurity, relreplident,
-      relispartition, reloftype, reloptions)))), '{}')::text
-  FROM pg_catalog.pg_class WHERE oid = ANY (%(tables)s::oid[])
+  SELECT coalesce(pg_catalog.json_object_agg(c.oid, pg_catalog.concat_ws(' ', c.xmin,
+    pg_catalog.md5(pg_catalog.concat_ws(' ', relname, relnamespace, relowner, relacl, relam,
+      relfilenode, reltablespace, reltoastrelid, relpersistence, relkind, relnatts, relchecks,
+      relhasrules, relhastriggers, relhassubclass, relrowsecurity, relforcerowsecurity,
+      relreplident, relispartition, reloftype, reloptions)),
+    t.xmin, pg_catalog.md5(pg_catalog.concat_ws(' ', relname, relnamespace, relowner)),
+    (SELECT pg_catalog.string_agg(pg_catalog.concat(attnum, '=', a.xmin), ',' ORDER BY attnum)
+     FROM pg_catalog.pg_attribute AS a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
+  )), '{}')::text
+  FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_type AS t ON t.oid = c.reltype
+  WHERE c.oid = ANY (%(tables)s::oid[])
 )
 """
 )
