@@ -245,3 +245,36 @@ def test_a_loss_is_for_whoever_reads_to_announce(
     until_renewed(shop)
     assert hub.stop()
     assert len(recorder.items) == 1
+
+
+def statements(recorder: Recorder) -> pgsignals.Gap:
+    """The Gap of what writers left out."""
+    *_, gap = recorder.wait_until(lambda gap: "statements could not write" in gap.detail)
+    return gap
+
+
+def test_what_is_left_out_while_a_loss_is_announced(
+    shop: Database, recorder: Recorder, doubting: Database
+) -> None:
+    """It is announced as of when it was, though all else has been acknowledged since."""
+    [(left_out, _)] = shop("SELECT clock_timestamp(), nextval('pgsignals.outbox_shed')")
+    acknowledged = "SELECT acknowledged_at FROM pgsignals.consumers"
+    eventually(lambda: shop(acknowledged), lambda found: found[0][0] > left_out)
+    doubting("COMMIT")
+    assert statements(recorder).since <= left_out
+
+
+def test_what_was_left_out_when_a_process_died(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """Whoever takes over announces it as of when the triggers were right, not of the last word."""
+    hub.on_gap(recorder)
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer").stop()
+    # As a process leaves it that has seen something missing, has acknowledged on, and died.
+    [(right_at,)] = shop(
+        "UPDATE pgsignals.consumers SET installation = '', acknowledged_at = clock_timestamp()"
+        " RETURNING verified_at"
+    )
+    shop("SELECT nextval('pgsignals.outbox_shed')")
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer")
+    assert statements(recorder).since <= right_at

@@ -174,15 +174,17 @@ class Claims:
             part.collect()
             self._save(number, part, release=True)
 
-    def note_shed(self, part: Partition, shed: int) -> bool:
+    def note_shed(self, part: Partition, shed: int, since: datetime | None = None) -> bool:
         """Announce what writers left out, since they could not write to the log; if they did.
 
-        Their transactions need not have ended.
+        Their transactions need not have ended. They did it after ``since`` at the earliest, or
+        after all had been acknowledged.
         """
         if shed > part.announcing.shed:
             detail = self._log.shed_detail(shed - part.announcing.shed)
             log.error("events were lost: %s; `pgsignals doctor` tells more", detail)
-            gap = Gap(part.claim.acknowledged_at, self._now(), "retention", detail)
+            began = min(part.claim.acknowledged_at, since or part.claim.acknowledged_at)
+            gap = Gap(began, self._now(), "retention", detail)
             self._tell(part, gap, shed=shed)
             return True
         return False

@@ -134,7 +134,11 @@ SET holder = %(holder)s, token = c.token + 1, clean = false, channels = %(channe
 FROM free, pgsignals.consumers AS former
 WHERE c.name = free.name AND c.part = free.part
   AND former.name = free.name AND former.part = free.part
-RETURNING c.token, former.clean, c.epoch, c.shed, c.acknowledged_at, c.lost_until, former.channels,
+RETURNING c.token, former.clean, c.epoch, c.shed,
+          -- Marked by a former holder, who acknowledged on without a look at what writers left out.
+          CASE WHEN c.installation = '' THEN least(c.acknowledged_at, c.verified_at)
+               ELSE c.acknowledged_at END,
+          c.lost_until, former.channels,
           {{columns}},
           pg_catalog.pg_try_advisory_lock(
             %(class)s, ((%(key)s::bigint + c.token) %% 2147483647)::int),

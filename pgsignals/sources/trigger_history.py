@@ -102,12 +102,19 @@ class Installation:
                 store.doubt_installation(None)
 
     def note_shed(self, store: OutboxLog, poll: Poll, claims: Claims) -> None:
-        """Doubt it where writers have left something out, or no longer, if all is over by now."""
-        if self._doubted is None:
-            shed = [claims.note_shed(part, poll.shed) for part in claims.parts.values()]
-            if any(shed):
-                self.doubt(store, self._triggers.verified_at)
-        self._end_doubt(store, poll)
+        """Doubt it where writers have left something out, or no longer, if all is over by now.
+
+        What they leave out while it is doubted is announced once that has ended, as of its
+        beginning: all that was read since has been acknowledged meanwhile.
+        """
+        since = None
+        if self._doubted is not None:
+            since = self._doubted_since
+            if not self._end_doubt(store, poll):
+                return
+        shed = [claims.note_shed(part, poll.shed, since) for part in claims.parts.values()]
+        if any(shed):
+            self.doubt(store, since or self._triggers.verified_at)
 
     def _end_doubt(self, store: OutboxLog, poll: Poll) -> bool:
         """Announce it for the last time, if all is over that ran then."""
