@@ -12,8 +12,8 @@ import pytest
 from psycopg2.sql import SQL, Identifier
 
 from pgsignals.testing import Server
-from tests.commands import examined, run
 from tests.conftest import NEWEST, Database
+from tests.forked import examined, run
 
 
 @pytest.fixture(autouse=True)
