@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.commands import Program
 from tests.conftest import Database
+from tests.forked import Forked
 
 LEASE = 2.0
 
@@ -32,12 +32,12 @@ say("ended")
 
 
 @contextmanager
-def consumers(*dsns: str, partitions: int = 1, lease: float = LEASE) -> Iterator[list[Program]]:
+def consumers(*dsns: str, partitions: int = 1, lease: float = LEASE) -> Iterator[list[Forked]]:
     """Processes of one name, the first of which is active when the others start."""
-    found: list[Program] = []
+    found: list[Forked] = []
     try:
         for dsn in dsns:
-            found.append(Program("-c", CONSUME, str(partitions), str(lease), dsn=dsn))
+            found.append(Forked("-c", CONSUME, str(partitions), str(lease), dsn=dsn))
             assert found[-1].out() == "started"
         yield found
     finally:

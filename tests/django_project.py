@@ -9,8 +9,25 @@ from psycopg2.extensions import parse_dsn
 
 from tests.commands import Program, Result
 from tests.conftest import DEADLINE
+from tests.forked import LIBRARY, Forked
 
 PROJECT = Path(__file__).parent.parent / "examples" / "django_shop"
+
+# What all commands import, whatever the project.
+DJANGO = (
+    "django.contrib.contenttypes.checks",
+    "django.core.checks.registry",
+    "django.core.management",
+    "django.core.management.commands.migrate",
+    "django.db.migrations.autodetector",
+    "django.db.models",
+    "django.forms",
+    "django.template.loader",
+    "django.urls",
+    "django.utils.autoreload",
+    "django.views.debug",
+    "pgsignals.contrib.django.operations",
+)
 
 
 def variables(dsn: str) -> dict[str, str]:
@@ -18,6 +35,15 @@ def variables(dsn: str) -> dict[str, str]:
     given = parse_dsn(dsn)
     names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
     return {variable: given[name] for name, variable in names.items()}
+
+
+class Command(Forked):
+    """A command in a process that need not import Django anew.
+
+    What a driver decides is left out: a project says which one it has before it imports that.
+    """
+
+    modules = (*LIBRARY, *DJANGO)
 
 
 class Project:
@@ -33,14 +59,23 @@ class Project:
         self._started: list[Program] = []
 
     def start(self, *arguments: str, **more: str) -> Program:
-        """Start a command of manage.py."""
+        """Start a command of manage.py as a user does."""
         environment = {**self._variables, **more}
         self._started.append(Program("manage.py", *arguments, cwd=self.path, **environment))
         return self._started[-1]
 
+    def fork(self, *arguments: str) -> Program:
+        """Start a command of manage.py with Django at hand."""
+        self._started.append(Command("manage.py", *arguments, cwd=self.path, **self._variables))
+        return self._started[-1]
+
+    def end(self, *arguments: str) -> Result:
+        """Run a command of manage.py to its end."""
+        return self.fork(*arguments).end()
+
     def run(self, *arguments: str) -> Result:
         """Run a command of manage.py to its end, which is a good one."""
-        result = self.start(*arguments).end()
+        result = self.end(*arguments)
         assert result.code == 0, result
         return result
 

@@ -21,6 +21,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 import pgsignals
 from pgsignals import ConfigurationError, DriftError, Hub, InstallLockError, TableError
+from pgsignals.contrib import migrations
 from pgsignals.testing import Server
 from pgsignals.triggers import names
 from tests.conftest import Database, Recorder
@@ -459,7 +460,11 @@ def test_a_schema_of_the_same_name_is_left_alone(project: Project, db: Database)
 
 
 def test_a_table_that_is_locked(
-    project: Project, db: Database, connect: Callable[..., Database], dsn: str
+    project: Project,
+    db: Database,
+    connect: Callable[..., Database],
+    dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who holds the lock is named, nothing is changed, nobody waits, and it can be run again."""
     db("CREATE TABLE items (id int PRIMARY KEY)")
@@ -468,6 +473,16 @@ def test_a_table_that_is_locked(
     other.connection.autocommit = False
     installers = f"SELECT pg_advisory_xact_lock({names.LOCK_CLASS}, {names.INSTALL_LOCK})"
     locked = "The table public.items is locked"
+    locking = migrations._locking
+
+    def impatient(statements: Sequence[str]) -> tuple[str, ...]:
+        """What a migration runs, which waits for other installers no longer than for tables."""
+        waits, shorter = "set_config('lock_timeout', '2s'", "set_config('lock_timeout', '500ms'"
+        found = locking(statements)
+        assert waits in " ".join(found)
+        return tuple(each.replace(waits, shorter) for each in found)
+
+    monkeypatch.setattr(migrations, "_locking", impatient)
 
     def fails(move: Callable[[], None], lock: str, expected: str) -> None:
         before = triggers(db)

@@ -12,8 +12,9 @@ from psycopg2.sql import SQL, Identifier
 
 from pgsignals import Hub
 from pgsignals.testing import Server, find_installations
-from tests.commands import Result, run
+from tests.commands import Result
 from tests.conftest import Database, Recorder
+from tests.forked import run
 
 SCHEMA = '''
 CREATE TABLE orders (id serial PRIMARY KEY, status text, total numeric, at timestamptz);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ import pytest
 from psycopg2.sql import SQL, Identifier
 
 from pgsignals.testing import Server
-from tests.commands import examined, run
 from tests.conftest import NEWEST, Database
+from tests.forked import Forked, examined, run
 
 
 @pytest.fixture(autouse=True)
@@ -210,9 +211,23 @@ def pooler(server: Server) -> Iterator[Pooler]:
     made.close()
 
 
+# ``pgsignals doctor``, which does not wait long for what never comes.
+IMPATIENT = """
+from pgsignals.cli import main
+from pgsignals.cli.checks import database
+database.ROUND_TRIP_SECONDS = 0.5
+main(prog_name="pgsignals")
+"""
+
+
 def test_a_transaction_pooler_is_found(dsn: str, pooler: Pooler, server: Server) -> None:
     """A notification that does not come round fails, and the fix is about the pool's mode."""
     pooled = dsn.replace(str(server.port), str(pooler.port)) + "?sslmode=disable&gssencmode=disable"
-    code, found = examined(dsn=pooled)
-    assert (code, found["pooler"]["level"], found["round trip"]["level"]) == (1, "warn", "fail")
+    result = Forked("-c", IMPATIENT, "doctor", "--json", dsn=pooled).end()
+    found = {each["check"]: each for each in json.loads(result.out[0])["checks"]}
+    assert (result.code, found["pooler"]["level"], found["round trip"]["level"]) == (
+        1,
+        "warn",
+        "fail",
+    )
     assert "pool_mode = session" in found["round trip"]["fix"]

@@ -17,19 +17,19 @@ import pytest
 
 import pgsignals
 from pgsignals import Hub
-from tests.commands import Command, run
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.forked import Forked, run
 
-Watch = Callable[..., Command]
+Watch = Callable[..., Forked]
 
 
 @pytest.fixture
 def watching(dsn: str) -> Iterator[Watch]:
     """Starts ``pgsignals watch`` and returns when it is ready."""
-    started: list[Command] = []
+    started: list[Forked] = []
 
-    def start(*arguments: str, cwd: Path | None = None) -> Command:
-        command = Command("watch", *arguments, dsn=dsn, cwd=cwd)
+    def start(*arguments: str, cwd: Path | None = None) -> Forked:
+        command = Forked("-m", "pgsignals", "watch", *arguments, dsn=dsn, cwd=cwd)
         started.append(command)
         assert command.err().startswith("Watching ")
         return command
@@ -81,7 +81,9 @@ def test_prints_one_line_for_each_event(watching: Watch, db: Database) -> None:
 
 def test_says_what_it_watches(dsn: str) -> None:
     """The ready line names each table with its operations."""
-    command = Command("watch", "orders:updated,inserted", "public.orders:truncated", dsn=dsn)
+    command = Forked(
+        "-m", "pgsignals", "watch", "orders:updated,inserted", "public.orders:truncated", dsn=dsn
+    )
     assert command.err() == (
         "Watching orders (inserted, updated), public.orders (truncated). Press Ctrl-C to stop."
     )
@@ -340,11 +342,21 @@ def test_a_full_disk_is_an_error(dsn: str, db: Database) -> None:
     assert triggers(db) == 0
 
 
+# ``pgsignals watch``, which gives up a locked table soon.
+IMPATIENT = """
+import functools
+from pgsignals import Hub
+from pgsignals.cli import main
+Hub.start = functools.partialmethod(Hub.start, install_timeout=1.0)
+main(prog_name="pgsignals")
+"""
+
+
 def test_a_failed_start_leaves_nothing(dsn: str, db: Database) -> None:
     """When one table stays locked, the triggers of the others go again."""
     db("CREATE TABLE zebras (id int PRIMARY KEY)")
     db("BEGIN; LOCK TABLE zebras IN ROW EXCLUSIVE MODE")
-    result = run("watch", "orders", "zebras", dsn=dsn)
+    result = Forked("-c", IMPATIENT, "watch", "orders", "zebras", dsn=dsn).end()
     db("ROLLBACK")
     assert result.code == 1
     assert result.err[0] == "Removed 3 triggers."
@@ -420,7 +432,7 @@ def failing():
 def test_app_gives_watchers(dsn: str, tmp_path: Path, app: str, ready: str) -> None:
     """--app takes a list, a function, or something with WATCHERS, from the current directory."""
     (tmp_path / "shop.py").write_text(APP)
-    command = Command("watch", "--app", app, dsn=dsn, cwd=tmp_path)
+    command = Forked("-m", "pgsignals", "watch", "--app", app, dsn=dsn, cwd=tmp_path)
     assert command.err() == f"Watching {ready}. Press Ctrl-C to stop."
     assert command.interrupt().code == 0
 

@@ -11,9 +11,9 @@ import pgsignals
 from pgsignals.consumers.liveness import Stillness
 from pgsignals.outbox import housekeeping
 from pgsignals.outbox.housekeeping import tidy
-from tests.commands import Program
 from tests.conftest import Database, Recorder
 from tests.consumers import consumers, insert
+from tests.forked import Forked
 from tests.waiting import eventually
 
 HOLDERS = "SELECT count(DISTINCT holder) FROM pgsignals.consumers WHERE holder <> ''"
@@ -179,7 +179,7 @@ def test_a_process_without_a_name(items: Database, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(housekeeping, "FORGET_SECONDS", 0.0)
     known = "SELECT count(*) FROM pgsignals.consumers"
     still: Stillness[tuple[str, int]] = Stillness()
-    program = Program("-c", NAMELESS, dsn=items.dsn)
+    program = Forked("-c", NAMELESS, dsn=items.dsn)
     try:
         assert program.out() == "started"
         set_clock(items, "2 hours")

@@ -104,7 +104,7 @@ def test_the_readme(project: Project, db: Database) -> None:
 
 def test_records_load_with_what_belongs_to_them(migrated: Project, db: Database) -> None:
     """A receiver of one application loads a record and its related ones by Django's ORM."""
-    listener = migrated.start("pgsignals", "listen")
+    listener = migrated.fork("pgsignals", "listen")
     listener.err()
     db(
         "WITH made AS (INSERT INTO shop_order (customer) VALUES ('Ann') RETURNING id)"
@@ -121,7 +121,7 @@ def test_migrations_run_the_sql_that_sqlmigrate_shows(migrated: Project, db: Dat
     assert [line.split()[0] for line in status.out[1:5]] == ["INSTALLED"] * 4
     migrated.run("migrate", "shop", "0001")
     assert triggers(db) == ["billing_payment"]
-    assert migrated.start("pgsignals", "status").end().code == 1
+    assert migrated.end("pgsignals", "status").code == 1
     printed = "\n".join(migrated.run("sqlmigrate", "shop", "0002").out)
     assert printed.count("CREATE TRIGGER") == 3
     db(printed)
@@ -149,7 +149,7 @@ def test_sqlmigrate_before_the_tables_are_there(project: Project, db: Database) 
 def test_a_migration_that_fails_leaves_nothing(project: Project, db: Database) -> None:
     """Tables and triggers of one migration come together or not at all."""
     project.write("billing/migrations/0001_initial.py", '["order_id", "amount"]', '["amont"]')
-    result = project.start("migrate", "billing").end()
+    result = project.end("migrate", "billing")
     assert result.code == 1
     assert "did you mean 'amount'" in "\n".join(result.err)
     assert db("SELECT 1 FROM pg_class WHERE relname = 'billing_payment'") == []
@@ -163,7 +163,7 @@ def test_a_table_that_is_locked(
     other = connect(dsn)
     other.connection.autocommit = False
     other("INSERT INTO shop_order (customer) VALUES ('Bob')")
-    result = migrated.start("migrate", "shop").end()
+    result = migrated.end("migrate", "shop")
     assert result.code == 1
     error = result.err[-1]
     assert "InstallLockError: The table public.shop_order is locked" in error
@@ -177,7 +177,7 @@ def test_a_table_that_is_locked(
 
 def test_a_listener_is_never_made_deaf(migrated: Project, db: Database) -> None:
     """Backwards, a trigger that somebody listens to stays, and the rest goes."""
-    listener = migrated.start("pgsignals", "listen")
+    listener = migrated.fork("pgsignals", "listen")
     listener.err()
     migrated.run("migrate", "billing", "zero")
     migrated.run("migrate", "shop", "0001")
@@ -208,7 +208,7 @@ def test_the_check_warns_of_drift(migrated: Project, db: Database) -> None:
     assert "inserted on public.billing_payment is outdated: the trigger is disabled" in warning
     assert "pgsignals.W001" not in "\n".join(migrated.run("check").err)
     migrated.write("project/settings.py", '{"INSTALL": "check"}', '{"INSTAL": "check"}')
-    failed = migrated.start(*check).end()
+    failed = migrated.end(*check)
     assert failed.code == 1
     assert "unknown key 'INSTAL' (did you mean 'INSTALL'?)" in "\n".join(failed.err)
 
@@ -224,7 +224,7 @@ def test_the_outbox(migrated: Project, db: Database) -> None:
     warning = "\n".join(migrated.run(*check).err)
     assert warning.count("pgsignals.W001") == 5
     assert "The schema pgsignals, which the outbox needs, is missing" in warning
-    assert migrated.start("pgsignals", "status").end().code == 1
+    assert migrated.end("pgsignals", "status").code == 1
     migrated.write(
         "shop/migrations/0002_watchers.py",
         "InstallWatchers(",
@@ -243,7 +243,7 @@ def test_the_outbox(migrated: Project, db: Database) -> None:
         "-- Nothing to do: the database is as it should be."
     ]
 
-    listener = migrated.start("pgsignals", "listen")
+    listener = migrated.fork("pgsignals", "listen")
     listener.err()
     db("INSERT INTO shop_order (customer) VALUES ('Ann')")
     assert listener.out() == "order 1 of Ann: nothing yet"
@@ -255,7 +255,7 @@ def test_the_outbox(migrated: Project, db: Database) -> None:
     migrated.run("migrate", "shop", "0001")
     assert triggers(db).count("shop_order") == 3
     migrated.run("migrate", "shop")
-    listener = migrated.start("pgsignals", "listen")
+    listener = migrated.fork("pgsignals", "listen")
     assert listener.out() == "order 2 of Bob: nothing yet"
     listener.process.send_signal(signal.SIGTERM)
     listener.end()
@@ -269,7 +269,7 @@ def test_the_check_finds_a_field_that_there_is_not(project: Project) -> None:
     """A misspelt column is a mistake before the tables are there, and after."""
     project.write("shop/signals.py", 'columns=["status"]', 'columns=["statuss"]')
     for command in ("migrate", "check"):
-        failed = project.start(command, "--database", "default").end()
+        failed = project.end(command, "--database", "default")
         assert failed.code == 1
         error = "\n".join(failed.err)
         assert "'statuss', which is no field of Order (did you mean 'status'?)" in error
@@ -283,7 +283,7 @@ def test_the_check_leaves_tables_to_the_migrations(project: Project) -> None:
     project.write(
         "project/settings.py", '"CHECK"' if False else 'os.environ.get("PGPORT", "")', '"1"'
     )
-    result = project.start("check", "--database", "default").end()
+    result = project.end("check", "--database", "default")
     assert "pgsignals.W002" in "\n".join(result.err)
 
 
@@ -295,7 +295,7 @@ def test_install_and_other_commands(migrated: Project, db: Database) -> None:
     assert '"ok":true' in migrated.run("pgsignals", "status", "--json").out[0]
     migrated.run("pgsignals", "uninstall")
     assert triggers(db) == []
-    failed = migrated.start("pgsignals", "listen").end()
+    failed = migrated.end("pgsignals", "listen")
     assert failed.code == 1
     assert "pgsignals install" in "\n".join(failed.err)
 
@@ -303,7 +303,7 @@ def test_install_and_other_commands(migrated: Project, db: Database) -> None:
 @BOTH_DRIVERS
 def test_a_dead_connection_heals(migrated: Project, db: Database) -> None:
     """A receiver whose Django connection was cut works at the next event; none is left open."""
-    listener = migrated.start("pgsignals", "listen")
+    listener = migrated.fork("pgsignals", "listen")
     listener.err()
     pay = "INSERT INTO billing_payment (order_id, amount) VALUES (%s, 1)"
     for number in (1, 2):
@@ -325,7 +325,7 @@ def test_a_dead_connection_heals(migrated: Project, db: Database) -> None:
 def test_connections_do_not_leak(migrated: Project, db: Database, age: str) -> None:
     """Django's connection is closed after each event, or kept and healed with CONN_MAX_AGE."""
     migrated.write("project/settings.py", '"NAME":', f'"CONN_MAX_AGE": {age}, "NAME":')
-    listener = migrated.start("pgsignals", "listen")
+    listener = migrated.fork("pgsignals", "listen")
     listener.err()
     others = (
         "SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
@@ -414,7 +414,7 @@ def test_squashing_writes_watchers(migrated: Project) -> None:
 def test_a_database_that_is_not_postgresql(project: Project) -> None:
     """The error says which setting to change."""
     project.write("project/settings.py", "backends.postgresql", "backends.sqlite3")
-    result = project.start("pgsignals", "listen").end()
+    result = project.end("pgsignals", "listen")
     assert result.code == 1
     assert "is of sqlite: name one of PostgreSQL in PGSIGNALS['DATABASE']" in result.err[-1]
 
@@ -436,7 +436,7 @@ def test_a_gap_comes_with_healthy_connections(migrated: Project, db: Database) -
         '    print(f"gap, {Order.objects.count()} orders", flush=True)\n\n\n'
         '@pgsignals.on(Order, "updated")',
     )
-    listener = migrated.start("pgsignals", "listen")
+    listener = migrated.fork("pgsignals", "listen")
     listener.err()
     db("INSERT INTO shop_order (customer) VALUES ('Ann')")
     listener.out()
@@ -483,10 +483,10 @@ def test_two_databases(
     assert triggers(db) == ["shop_order"] * 3
     assert triggers(reports) == ["billing_payment"]
 
-    refused = project.start("pgsignals", "listen").end()
+    refused = project.end("pgsignals", "listen")
     assert refused.code == 1
     assert "Payment is of the database 'reports' of DATABASES" in "\n".join(refused.err)
-    checked = project.start("check", "--database", "default").end()
+    checked = project.end("check", "--database", "default")
     assert "pgsignals.E001" in "\n".join(checked.err)
 
     declared = "\n\nhub = pgsignals.Hub()\nPAYMENTS = ["
@@ -500,8 +500,8 @@ def test_two_databases(
     for alias in ("default", "reports"):
         project.run("check", "--database", alias, "--fail-level", "INFO")
         assert project.run("pgsignals", "--database", alias, "status").code == 0
-    mains = project.start("pgsignals", "listen")
-    others = project.start("pgsignals", "--database", "reports", "listen")
+    mains = project.fork("pgsignals", "listen")
+    others = project.fork("pgsignals", "--database", "reports", "listen")
     assert mains.err() == others.err() == "Listening. Press Ctrl-C to stop."
     db("INSERT INTO shop_order (customer) VALUES ('Ann')")
     assert mains.out() == "order 1 of Ann: nothing yet"
@@ -513,5 +513,5 @@ def test_two_databases(
         + reports("SELECT proname FROM pg_proc WHERE proname ~ '^pgsig'")[0][0]
         + " CASCADE"
     )
-    checked = project.start("check", "--database", "reports").end()
+    checked = project.end("check", "--database", "reports")
     assert "pgsignals.W001" in "\n".join(checked.err)

@@ -15,8 +15,8 @@ from pgsignals.outbox.inspection import read_outbox
 from pgsignals.triggers import names
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import prune
-from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.forked import run
 from tests.waiting import eventually
 
 

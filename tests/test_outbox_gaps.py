@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import pgsignals
 from tests.broadcasters import Broker
-from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.forked import Forked
 from tests.waiting import eventually
 
 CONSUME = """
@@ -65,7 +66,7 @@ def shop(db: Database) -> Database:
     return db
 
 
-def until_heard(program: Program, line: str) -> list[str]:
+def until_heard(program: Forked, line: str) -> list[str]:
     """What it says up to that line."""
     heard = [program.out()]
     while heard[-1] != line:
@@ -89,7 +90,7 @@ def test_a_process_killed_in_a_gap_receiver(hub: pgsignals.Hub, shop: Database, 
     [(epoch,)] = shop("SELECT epoch FROM pgsignals.consumers")
     shop(statement)
     for manner in ("hangs", "hangs", "returns"):
-        program = Program("-c", CONSUME, manner, dsn=shop.dsn)
+        program = Forked("-c", CONSUME, manner, dsn=shop.dsn)
         try:
             until_heard(program, reason)
             if manner == "hangs":
@@ -102,7 +103,7 @@ def test_a_process_killed_in_a_gap_receiver(hub: pgsignals.Hub, shop: Database, 
             program.process.kill()
             program.process.wait()
     shop("INSERT INTO items VALUES (1)")
-    program = Program("-c", CONSUME, "returns", dsn=shop.dsn)
+    program = Forked("-c", CONSUME, "returns", dsn=shop.dsn)
     try:
         assert reason not in until_heard(program, "1")
     finally:
@@ -120,7 +121,7 @@ def test_a_process_killed_while_it_is_told_of_a_broken_watcher(
     shop("ALTER TABLE items RENAME COLUMN name TO title")
     shop("INSERT INTO items VALUES (1)")
     for manner in ("hangs", "returns"):
-        program = Program("-c", CONSUME, manner, dsn=shop.dsn)
+        program = Forked("-c", CONSUME, manner, dsn=shop.dsn)
         try:
             until_heard(program, "watcher_broken")
             until_renewed(shop)
@@ -202,12 +203,24 @@ def doubting(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> Iterator
     long("BEGIN")
     # Before it has ended, what it could not write is not missing.
     long("SELECT pg_current_xact_id()")
-    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", lease=1.0)
+    hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer", lease=1.0, heartbeat=0.2)
     recorder.wait(1)
     lost = "SELECT count(lost_until) FROM pgsignals.consumers"
     eventually(lambda: shop(lost), lambda found: found == [(0,)])
     yield long
     long.connection.close()
+
+
+def test_a_loss_that_is_known_is_announced_at_once(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """However long the lease is that is renewed from time to time, no Gap waits for that."""
+    hub.on_gap(recorder)
+    options: dict[str, Any] = {"name": "mailer", "heartbeat": 0.05, "lease": 3600.0}
+    hub.start(shop.dsn, ["items"], delivery="outbox", **options)
+    shop("ALTER TABLE items DISABLE TRIGGER USER; ALTER TABLE items ENABLE TRIGGER USER")
+    [gap] = recorder.wait(1)
+    assert gap.since < gap.until
 
 
 def test_both_gaps_of_a_loss_begin_at_one_time(

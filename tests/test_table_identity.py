@@ -13,8 +13,8 @@ from pgsignals import Hub, watch
 from pgsignals.hub.hub import Delivery, Install
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.triggers.installer import INSTALLED
-from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.forked import run
 from tests.table_changes import CHANGES, SHAPE, covering, name_of, now
 from tests.waiting import eventually
 
@@ -196,7 +196,7 @@ def test_each_of_several_hubs(
                 [("orders", "inserted")],
                 delivery=delivery,
                 name=None if name_of(delivery) is None else f"mailer_{number}",
-                heartbeat=0.2,
+                heartbeat=0.05,
             )
         into = CHANGES[change].into
         write = f"INSERT INTO {into} (id) VALUES (1)"
@@ -218,7 +218,7 @@ def test_a_table_that_a_migration_makes_anew(
     heard = Heard(hub, "orders")
     install = ("install", "orders:inserted", "--delivery", delivery)
     run(*install, dsn=each_dsn)
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.2}
+    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     hub.start(each_dsn, [("orders", "inserted")], install="check", **options)
     lost_at = lose(each_db, CHANGES["made anew"].statements, "INSERT INTO orders (id) VALUES (1)")
     run(*install, dsn=each_dsn)
@@ -237,7 +237,7 @@ def test_a_table_made_anew_before_a_connection_is_lost(
     install = ("install", "orders:inserted", "--delivery", delivery)
     run(*install, dsn=each_dsn)
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.2}
+    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     hub.start(each_dsn, [("orders", "inserted")], install="check", **options)
     first = lose(each_db, CHANGES["made anew"].statements, "INSERT INTO orders (id) VALUES (1)")
     eventually(hub.health, lambda health: "events are missing" in health.reason)
@@ -293,7 +293,7 @@ def test_a_table_that_cannot_be_mended(
         [(table, "inserted") for table in "abc"],
         delivery=delivery,
         name=name_of(delivery),
-        heartbeat=0.2,
+        heartbeat=0.05,
         lock_timeout=0.02,
     )
     until_looked()
@@ -362,7 +362,7 @@ def test_a_partition_whose_trigger_is_silent(
     each_db(PARTED)
     each_db("CREATE TABLE later PARTITION OF between FOR VALUES IN ('later')")
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.2}
+    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     watchers = [watch("orders", "inserted", replicated=replicated)]
     hub.start(each_dsn, watchers, **options)
     if "down" in state:
@@ -448,7 +448,7 @@ def test_a_table_renamed_away_and_back(
     each_db(f"CREATE TABLE orders {SHAPE}")
     run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.2}
+    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     hub.start(each_dsn, [("orders", "inserted")], install=install, **options)
     each_db(f"ALTER TABLE orders RENAME TO away; CREATE TABLE orders {SHAPE}")
     eventually(hub.health, lambda health: "another" in health.reason or "away" in health.reason)
@@ -475,7 +475,7 @@ def test_a_disabled_trigger_and_a_lost_connection(
     each_db(f"CREATE TABLE orders {SHAPE}")
     run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.2}
+    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     hub.start(each_dsn, [("orders", "inserted")], install=install, **options)
     first = lose(
         each_db,
@@ -517,7 +517,7 @@ def test_a_trigger_that_is_disabled_while_a_hub_starts(
     run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
     heard = Heard(hub, "orders")
     monkeypatch.setattr(TriggerWatch, "begin", begin_late)
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.2}
+    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     hub.start(each_dsn, [("orders", "inserted")], install=install, **options)
     if install == "check":
         eventually(hub.health, lambda health: "disabled" in health.reason)

@@ -15,9 +15,9 @@ from pgsignals import Hub, watch
 from pgsignals.contrib.resumable import open_feed
 from pgsignals.hub.hub import Delivery
 from pgsignals.testing import Server
-from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.event_source import Browser, Tab
+from tests.forked import run
 from tests.waiting import eventually
 
 ITEMS = watch("items", extra=["name"])

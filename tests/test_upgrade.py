@@ -22,8 +22,8 @@ from pgsignals.outbox import schema
 from pgsignals.outbox.privileges import missing_grants
 from pgsignals.triggers.installer import Limits, prune
 from tests import upgrade_program
-from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.forked import run
 from tests.upgrade_program import NEXT, Application
 from tests.waiting import eventually
 

@@ -237,6 +237,10 @@ class OutboxSource(SessionThread):
                 # Nobody is called any more while it stops.
                 fed = self._parking.turn(not self._paused)
                 more = more or fed
+            if self._installation.marked:
+                # A renewal announces it: this one, and not one a third of a long lease later.
+                self._installation.marked = False
+                acknowledge_at = renew_at = now
             if parts and now >= acknowledge_at:
                 acknowledge_at = now + ACKNOWLEDGE_SECONDS
                 due = now >= renew_at
@@ -250,7 +254,7 @@ class OutboxSource(SessionThread):
             if parts and now >= self._verify_at:
                 self._verify_at = now + self._timing.heartbeat
                 self._look_at_triggers(store, session)
-            if more:
+            if more or self._installation.marked:
                 continue
             done = time.monotonic()
             pause = state.pause(store, done, done - now) if parts else CLAIM_SECONDS

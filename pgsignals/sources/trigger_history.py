@@ -24,6 +24,8 @@ class Installation:
         # The transactions with lower ids, or ours, may have written what is missing.
         self._doubted: int | None = None
         self._doubted_since: datetime | None = None
+        # Whether a loss has been marked that has yet to be announced: whoever renews a claim does.
+        self.marked = False
 
     @property
     def doubted(self) -> bool:
@@ -82,7 +84,7 @@ class Installation:
         self._doubted, self._doubted_since = store.poll(awake=True, begin=True).began, since
         if not self._end_doubt(store, store.poll(awake=True)):
             # By the time of the second Gap another process may have kept the triggers, as of later.
-            self._doubted_since = store.doubt_installation(since)
+            self._doubted_since = self._mark(store, since)
 
     def leave_to_others(self) -> None:
         """Leave it to whoever reads to announce a loss once more: the database has it marked.
@@ -99,7 +101,7 @@ class Installation:
             if reading:
                 self.doubt(store, self._triggers.verified_at)
             else:
-                store.doubt_installation(None)
+                self._mark(store, None)
 
     def note_shed(self, store: OutboxLog, poll: Poll, claims: Claims) -> None:
         """Doubt it where writers have left something out, or no longer, if all is over by now.
@@ -121,11 +123,15 @@ class Installation:
         if self._doubted is None or poll.snapshot.xmin <= self._doubted:
             return False
         self._doubted = None
-        store.doubt_installation(self._doubted_since)
+        self._mark(store, self._doubted_since)
         found, at = self._triggers.fingerprint, self._triggers.verified_at
         if not self._triggers.reason and found is not None and at is not None:
             store.keep_installation(found, at, announced=True)
         return True
+
+    def _mark(self, store: OutboxLog, since: datetime | None) -> datetime | None:
+        self.marked = True
+        return store.doubt_installation(since)
 
     def _keep(self, store: OutboxLog, found: Fingerprint, at: datetime) -> None:
         # Another process, which reads by other triggers, may have missed what this one has had.
