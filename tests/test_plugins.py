@@ -222,6 +222,7 @@ def test_a_plugin_whose_hooks_raise(
     hub: pgsignals.Hub,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is named, without the secrets of what it was given; nobody else's hooks are left out."""
     install("raising", HOOKS)
@@ -234,6 +235,7 @@ def test_a_plugin_whose_hooks_raise(
     with pytest.raises(pgsignals.ConfigurationError) as told:
         hub.start(db.dsn, ["orders"], backends="nats://s3cret@there/")
     assert "s3cret" not in str(told.value)
+    monkeypatch.setattr("pgsignals_kafka.connection._REFUSED_SECONDS", 0.5)
     with pytest.raises(pgsignals.BrokerError, match="nothing answers there"):
         hub.start(f"kafka://ann:s3cret@127.0.0.1:{free_port()}/", ["orders"])
     hub.start(
