@@ -60,8 +60,7 @@ class Reader:
         # The Gaps to announce once the partitions are read again.
         self._missed: list[Gap] = []
         self.consumer = self._connect()
-        # With errors of its own: it does not read.
-        self._admin = AdminClient(client_config(options, Errors()))
+        self._admin = self._connect_admin()
 
     @property
     def joining(self) -> bool:
@@ -88,7 +87,12 @@ class Reader:
 
     def look_at(self, topics: Collection[str], timeout: float | None = None) -> dict[str, Topic]:
         """The topics as they are now. Raises KafkaException."""
-        return look(self._admin, topics, timeout or self._options.timeout)
+        found = look(self._admin, topics, timeout or self._options.timeout)
+        if any(len(topic.ends) < topic.partitions for topic in found.values()):
+            # This client does not believe in a leader of an older epoch either, and would never
+            # say where a partition ends that was put back; another one says it the next time.
+            self._admin = self._connect_admin()
+        return found
 
     def take_new(self, known: Sequence[Partition]) -> None:
         """Read what is new of these partitions from its beginning. Raises KafkaException."""
@@ -225,6 +229,10 @@ class Reader:
         """Leave the clients to the parent of this process."""
         inherit(self.consumer)
         inherit(self._admin)
+
+    def _connect_admin(self) -> AdminClient:
+        # With errors of its own: it does not read.
+        return AdminClient(client_config(self._options, Errors()))
 
     def _connect(self) -> Consumer:
         config = _CONSUMER | {"group.id": self.group}

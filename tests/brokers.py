@@ -17,11 +17,14 @@ from typing import Any
 import pytest
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
+from tests.java import archived, kept_classpath, make_archive
 from tests.missing import missing, program
 
 _POM = Path(__file__).parent / "kafka" / "pom.xml"
 START_SECONDS = 90.0
 PASSWORD = "s3cret-of-ann"
+# With characters that a URL cannot have as they are.
+ODD_PASSWORD = "s3cret/of:bob@"
 
 
 def free_port() -> int:
@@ -110,6 +113,10 @@ class Process:
 def kafka_classpath() -> str:
     """The jars of Apache Kafka, in Maven's local repository."""
     program("java", package="openjdk-17-jre-headless")
+    return kept_classpath(_POM, _find_classpath)
+
+
+def _find_classpath() -> str:
     program("mvn", package="maven")
     with tempfile.NamedTemporaryFile("r") as found:
         for offline in (["--offline"], []):
@@ -195,11 +202,26 @@ class Kafka(Process):
 
     def start(self) -> None:
         """Start it, again too, and return when it takes connections."""
-        self.launch([*self._java(), "-Xmx384m", "kafka.Kafka", str(self._configuration)], self.port)
+        make_archive(kafka_classpath(), self._start_and_stop_another)
+        self._launch()
+
+    def _launch(self, *options: str) -> None:
+        server = ("-Xmx384m", "kafka.Kafka", str(self._configuration))
+        self.launch([*self._java(), *options, *server], self.port)
+
+    @staticmethod
+    def _start_and_stop_another(option: str) -> None:
+        another = Kafka()
+        try:
+            another._launch(option)
+            another.stop()
+        finally:
+            another.close()
 
     def _java(self) -> list[str]:
         return [
             *("java", "-cp", kafka_classpath(), "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
+            *archived(kafka_classpath()),
             f"-Dlog4j2.configurationFile={self.folder / 'log4j2.yaml'}",
         ]
 

@@ -23,7 +23,7 @@ from psycopg2.sql import SQL, Identifier
 import pgsignals
 from pgsignals.hub.hub import Delivery
 from pgsignals.testing import Server, find_installations
-from tests.brokers import PASSWORD, Kafka, Nats, tls_files
+from tests.brokers import ODD_PASSWORD, PASSWORD, Kafka, Nats, tls_files
 from tests.missing import Missing, missing
 
 # Seconds after which a test gives up: a busy machine is slow, and only a failure waits for it.
@@ -294,7 +294,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
             "sasl.enabled.mechanisms": "PLAIN",
             "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
                 "org.apache.kafka.common.security.plain.PlainLoginModule required "
-                f'user_ann="{PASSWORD}";'
+                f'user_ann="{PASSWORD}" user_bob="{ODD_PASSWORD}";'
             ),
         },
     )

@@ -407,6 +407,12 @@ def stored_count(server: Nats, prefix: str) -> int:
     return found
 
 
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers from Kafka notice sooner what has become of topics and of brokers."""
+    monkeypatch.setattr("pgsignals_kafka.source.LOOK_SECONDS", 0.5)
+
+
 class Topics:
     """Does to a prefix's one topic what administrators do."""
 
@@ -464,6 +470,7 @@ def to_kafka() -> Iterator[Callable[[str], KafkaBroadcaster]]:
         each.close()
 
 
+@pytest.mark.usefixtures("looks_often")
 @pytest.mark.parametrize("name", [None, "mailer"])
 def test_a_topic_made_anew(
     kafka: Kafka,
@@ -566,6 +573,7 @@ def test_partitions_that_came_while_nobody_read(
     assert make_event(1).uid not in [event.uid for event in recorder.items]
 
 
+@pytest.mark.usefixtures("looks_often")
 def test_brokers_put_back_to_an_older_state(
     prefix: str,
     hub: Hub,
@@ -581,7 +589,7 @@ def test_brokers_put_back_to_an_older_state(
     try:
         own.start()
         Topics(own, prefix).make()
-        url = f"{own.url}?prefix={prefix}"
+        url = f"{own.url}?prefix={prefix}&librdkafka.reconnect.backoff.max.ms=200"
         broadcaster = to_kafka(url)
         send(broadcaster, *range(5))
         own.stop()

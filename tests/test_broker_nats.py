@@ -23,6 +23,7 @@ from pgsignals.testing.conformance import (
 from pgsignals_nats import NatsBroadcaster, NatsSource
 from tests.brokers import Nats, free_port
 from tests.conftest import Database, Recorder
+from tests.redelivery import shorten_ack_wait
 
 
 def read_all(server: Nats, prefix: str, count: int) -> list[tuple[Mapping[str, str], bytes]]:
@@ -74,7 +75,12 @@ class TestSourceConformance(SourceConformance):
 
     @pytest.fixture
     def make_source(self, nats_server: Nats, prefix: str) -> Callable[[], NatsSource]:
-        return lambda: NatsSource.from_url(f"{nats_server.url}?prefix={prefix}")
+        def make() -> NatsSource:
+            # What a source that has gone did not acknowledge comes after this time, not 30 s.
+            shorten_ack_wait(nats_server, prefix, 3.0)
+            return NatsSource.from_url(f"{nats_server.url}?prefix={prefix}")
+
+        return make
 
 
 def test_a_server_that_is_away(prefix: str) -> None:

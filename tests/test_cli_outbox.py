@@ -13,8 +13,8 @@ import pgsignals
 from pgsignals import Hub
 from pgsignals.outbox import administration
 from pgsignals.outbox.housekeeping import tidy
-from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.inside import run
 from tests.waiting import eventually
 
 

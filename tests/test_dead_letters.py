@@ -13,8 +13,8 @@ from psycopg2.sql import SQL, Identifier, Literal
 
 from pgsignals import Event, Hub, watch
 from pgsignals.testing import Server
-from tests.commands import run
 from tests.conftest import Database, Recorder
+from tests.inside import run
 from tests.waiting import eventually
 
 ITEMS = watch("items", "inserted", "updated", "deleted", extra=["name"])

@@ -19,6 +19,7 @@ from pgsignals.plugins.loader import load_plugins
 from pgsignals.testing.conformance import DEADLINE, make_event
 from tests.brokers import Nats
 from tests.conftest import Recorder
+from tests.redelivery import shorten_ack_wait
 from tests.waiting import eventually
 
 # Brokers take their time to give up a member that has died.
@@ -32,6 +33,26 @@ def url(request: pytest.FixtureRequest, prefix: str) -> str:
     """Where the events come from: each broker in its turn."""
     broker = request.getfixturevalue("kafka" if request.param == "kafka" else "nats_server")
     return f"{broker.url}?prefix={prefix}"
+
+
+@pytest.fixture
+def hasty(url: str) -> str:
+    """The same place, for members of a group whose coming and going is noticed early."""
+    if not url.startswith("kafka:"):
+        return url
+    return f"{url}&librdkafka.session.timeout.ms=6000&librdkafka.heartbeat.interval.ms=300"
+
+
+@pytest.fixture
+def give_up(request: pytest.FixtureRequest, url: str, prefix: str) -> Callable[[], None]:
+    """Has the broker wait no longer for acknowledgements of one that has gone."""
+
+    def give_up() -> None:
+        # Where a member of a group has left, Kafka waits for nothing.
+        if url.startswith("nats:"):
+            shorten_ack_wait(request.getfixturevalue("nats_server"), prefix, 1.0)
+
+    return give_up
 
 
 @pytest.fixture
@@ -117,7 +138,7 @@ def test_after_the_last_try_it_is_passed_over(
 
 
 def test_what_is_being_tried_again_is_not_acknowledged(
-    url: str, send: Send, hub: pgsignals.Hub, recorder: Recorder
+    url: str, give_up: Callable[[], None], send: Send, hub: pgsignals.Hub, recorder: Recorder
 ) -> None:
     """When the process ends meanwhile, the event comes again, and says so."""
     raised = threading.Event()
@@ -132,11 +153,12 @@ def test_what_is_being_tried_again_is_not_acknowledged(
     assert raised.wait(DEADLINE)
     assert eventually(hub.status, lambda status: status.retrying == 1).unacknowledged == 1
     hub.stop()
+    give_up()
     second = pgsignals.Hub()
     second.on("conformance")(recorder)
     second.start(url, ["conformance"], name="mailer")
     try:
-        [event] = recorder.wait(1, 45)
+        [event] = recorder.wait(1)
     finally:
         second.stop()
     assert (number(event), event.redelivered) == (1, True)
@@ -266,13 +288,18 @@ pgsignals.run()
 
 
 def test_what_may_have_come_before_says_so(
-    url: str, send: Send, hub: pgsignals.Hub, recorder: Recorder, tmp_path: Path
+    hasty: str,
+    give_up: Callable[[], None],
+    send: Send,
+    hub: pgsignals.Hub,
+    recorder: Recorder,
+    tmp_path: Path,
 ) -> None:
     """After a kill -9 in a receiver the event is redelivered; what comes later is not."""
     script = tmp_path / "dies.py"
     script.write_text(_DIES)
     child = subprocess.Popen(
-        [sys.executable, str(script), url], stdout=subprocess.PIPE, text=True, bufsize=1
+        [sys.executable, str(script), hasty], stdout=subprocess.PIPE, text=True, bufsize=1
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "started\n"
@@ -280,10 +307,10 @@ def test_what_may_have_come_before_says_so(
     assert child.stdout.readline() == "dying\n"
     child.wait(DEADLINE)
     child.stdout.close()
+    give_up()
     hub.on("conformance")(recorder)
-    hub.start(url, ["conformance"], name="mailer")
-    # Both brokers take a while before they give up the process that is gone.
-    recorder.wait_until(lambda event: number(event) == 2, 90)
+    hub.start(hasty, ["conformance"], name="mailer")
+    recorder.wait_until(lambda event: number(event) == 2)
     send(3)
     found = {number(event): event for event in recorder.wait_until(lambda e: number(e) == 3)}
     assert found[2].redelivered
@@ -307,16 +334,16 @@ def test_what_is_new_to_everybody_does_not_say_otherwise(
 
 
 def test_who_joins_and_who_leaves_share_the_events(
-    url: str, send: Send, hub: pgsignals.Hub, recorder: Recorder
+    hasty: str, send: Send, hub: pgsignals.Hub, recorder: Recorder
 ) -> None:
     """In an orderly handover each event comes to one of the name, once, and is not redelivered."""
     second = pgsignals.Hub()
     for each in (hub, second):
         each.on("conformance")(recorder)
-    hub.start(url, ["conformance"], name="mailer")
+    hub.start(hasty, ["conformance"], name="mailer")
     send(*range(1, 101), record=None)
     recorder.wait(100)
-    second.start(url, ["conformance"], name="mailer")
+    second.start(hasty, ["conformance"], name="mailer")
     try:
         for first in range(101, 401, 20):
             send(*range(first, first + 20), record=None)

@@ -20,7 +20,7 @@ from pgsignals.dispatch.in_flight import Lease, Page
 from pgsignals.dispatch.registry import Registry, Subscription, receiver_name
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.testing.conformance import make_event
-from tests.commands import Program, run
+from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.hanging import (
     QUEUE_SIZE,
@@ -34,6 +34,7 @@ from tests.hanging import (
 from tests.hanging import gate as gate
 from tests.hanging import others as others
 from tests.hanging import shop as shop
+from tests.inside import run
 from tests.waiting import eventually
 
 # Past the queue of a receiver that hangs.

@@ -29,14 +29,14 @@ from pgsignals.cli.relay_config import RelayConfig, look_up_secret, read_config
 from pgsignals.plugins.loader import load_plugins
 from pgsignals.testing import find_installations
 from pgsignals.testing.proxy import Proxy
-from tests.brokers import Kafka, Nats, free_port
-from tests.commands import Command, Program, Result, run
+from tests.brokers import ODD_PASSWORD, Kafka, Nats, free_port
+from tests.commands import Program, Result
 from tests.conftest import DEADLINE, Database
 from tests.django_project import Project
+from tests.inside import run
 from tests.terminal import Terminal
 from tests.waiting import eventually
 
-PASSWORD = "s3cret/of:ann@"
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "relay"
 
@@ -120,20 +120,10 @@ def psql(dsn: str, script: str) -> None:
 class KafkaBroker:
     """Apache Kafka, as the tests below use a broker; with a port that asks for a password."""
 
-    def __init__(self) -> None:
-        login = "org.apache.kafka.common.security.plain.PlainLoginModule required "
-        self.server = Kafka(
-            **{
-                "sasl.enabled.mechanisms": "PLAIN",
-                "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
-                    f'{login}user_ann="{PASSWORD}";'
-                ),
-            }
-        )
-        self.server.start()
-        self.port = self.server.port
-        self.guarded = f"kafka://127.0.0.1:{self.server.sasl_port}/"
-        self.url = self.server.url
+    def __init__(self, server: Kafka) -> None:
+        self.port = server.port
+        self.guarded = f"kafka://127.0.0.1:{server.sasl_port}/"
+        self.url = server.url
         self.missing = "there is no topic"
 
     def ids(self, prefix: str) -> list[int]:
@@ -169,7 +159,7 @@ class NatsBroker:
     def __init__(self) -> None:
         self.server = Nats()
         self.server.start()
-        self._guarded = Nats(f'authorization {{ user: ann, password: "{PASSWORD}" }}\n')
+        self._guarded = Nats(f'authorization {{ user: bob, password: "{ODD_PASSWORD}" }}\n')
         self._guarded.start()
         self.port = self.server.port
         self.guarded = self._guarded.url
@@ -212,12 +202,10 @@ class NatsBroker:
 Broker = KafkaBroker | NatsBroker
 
 
-@pytest.fixture(scope="module")
-def kafka_broker() -> Iterator[KafkaBroker]:
+@pytest.fixture
+def kafka_broker(kafka: Kafka) -> KafkaBroker:
     """A running Apache Kafka."""
-    running = KafkaBroker()
-    yield running
-    running.server.close()
+    return KafkaBroker(kafka)
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +464,7 @@ def test_wrong_credentials(
     broker: Broker, prefix: str, db: Database, start: Callable[..., Program], tmp_path: Path
 ) -> None:
     """They are an error that says so and shows none of them; the right ones work."""
-    (tmp_path / "password").write_text(f"{PASSWORD}\n")
+    (tmp_path / "password").write_text(f"{ODD_PASSWORD}\n")
     path = write(
         tmp_path,
         f"""
@@ -490,19 +478,19 @@ def test_wrong_credentials(
         """,
     )
 
-    def check(user: str) -> tuple[int, str]:
-        result = start("--config", str(path), "--check", BROKER_USER=user).end()
+    def check() -> tuple[int, str]:
+        result = run("relay", "--config", str(path), "--check", dsn=db.dsn, BROKER_USER="bob")
         return result.code, "\n".join(result.out + result.err)
 
-    code, text = check("ann")
+    code, text = check()
     assert code == 0, text
     (tmp_path / "password").write_text("wr0ng-one")
-    code, text = check("ann")
+    code, text = check()
     assert code == 1
     assert "the password" in text
     assert "is wrong" in text
     assert "wr0ng-one" not in text
-    relay = start("--config", str(path), BROKER_USER="ann")
+    relay = start("--config", str(path), BROKER_USER="bob")
     assert "is wrong" in says(relay, "trying again")
     ended = terminate(relay)
     assert ended.code == 0
@@ -693,7 +681,7 @@ def test_a_file_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         url = "kafka://localhost:9092/?prefix=shop"
         """,
     )
-    monkeypatch.setenv("PASSWORD", PASSWORD)
+    monkeypatch.setenv("PASSWORD", ODD_PASSWORD)
     found = read_config(path, RelayConfig())
     assert (found.name, found.dsn, found.listen_dsn) == ("shop", "service=shop", "host=direct")
     assert (found.namespace, found.install, found.prune) == ("relays", "check", True)
@@ -703,7 +691,7 @@ def test_a_file_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (watcher.model, watcher.ops, watcher.columns) == ("orders", ("updated",), ("status",))
     assert (watcher.extra, watcher.label, watcher.replicated) == (("total",), "paid", True)
     main, kafka = found.targets
-    assert main.url == "nats://ann:s3cret%2Fof%3Aann%40@h1:4222,h2:4222/?prefix=shop"
+    assert main.url == "nats://ann:s3cret%2Fof%3Abob%40@h1:4222,h2:4222/?prefix=shop"
     assert (main.name, kafka.name) == ("main", "kafka")
     assert "s3cret" not in repr(found)
     assert look_up_secret("postgresql://localhost/shop") == "postgresql://localhost/shop"
@@ -745,7 +733,11 @@ def test_a_wrong_command_line(arguments: Sequence[str], says: str, dsn: str) -> 
 
 
 def test_what_counts_where_both_say_something(
-    nats_broker: NatsBroker, prefix: str, dsn: str, tmp_path: Path
+    nats_broker: NatsBroker,
+    prefix: str,
+    dsn: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Options go before the file, and the file before the environment; its targets are added to."""
     write(
@@ -760,9 +752,10 @@ def test_what_counts_where_both_say_something(
     )
     nowhere = f"postgresql://127.0.0.1:{free_port()}/shop"
 
+    monkeypatch.chdir(tmp_path)
+
     def relay(*arguments: str) -> str:
-        command = Command("relay", *arguments, "--check", dsn=nowhere, cwd=tmp_path)
-        return "\n".join(command.end().out)
+        return "\n".join(run("relay", *arguments, "--check", dsn=nowhere).out)
 
     assert "ok    connection" in relay()
     assert "fail  connection" in relay("--dsn", nowhere)
@@ -884,7 +877,7 @@ def test_the_example(
         "NATS_URL": f"{nats_broker.url}?prefix={prefix}&create=true",
     }
     path = str(EXAMPLE / "pgsignals.toml")
-    checked = start("--config", path, "--check", **variables).end()
+    checked = run("relay", "--config", path, "--check", dsn=db.dsn, **variables)
     assert checked.code == 0, checked
     relay = start("--config", path, **variables)
     says(relay, "nats: active")
