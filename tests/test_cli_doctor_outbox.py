@@ -14,8 +14,8 @@ from pgsignals.cli.checks.outbox import _consumers, examine_outbox
 from pgsignals.outbox.inspection import ConsumerState, OutboxState
 from pgsignals.outbox.retention_settings import Retention
 from pgsignals.outbox.schema import RETENTION_BYTES, RETENTION_SECONDS
-from tests.commands import examined
 from tests.conftest import Database
+from tests.forked import examined
 from tests.grants import documented_grants
 
 

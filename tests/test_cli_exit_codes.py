@@ -11,8 +11,9 @@ import pytest
 
 from pgsignals import Hub
 from pgsignals.cli import main
-from tests.commands import Program, run
+from tests.commands import Program
 from tests.conftest import Database
+from tests.forked import run
 
 PAGE = (Path(__file__).parent.parent / "docs/cli.md").read_text()
 

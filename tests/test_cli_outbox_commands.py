@@ -14,8 +14,9 @@ import pytest
 from pgsignals import Hub, watch
 from pgsignals.cli.units import parse_size, parse_time, size_text, time_text
 from pgsignals.outbox.schema import RETENTION_BYTES, RETENTION_SECONDS
-from tests.commands import Command, run
+from tests.commands import Command
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.forked import run
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from pgsignals.hub.hub import Delivery
 from pgsignals.hub.setup import Setup
 from pgsignals.sources.trigger_watch import TriggerWatch
 from tests.broadcasters import Broker
-from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.event_source import Browser, Tab
+from tests.forked import run
 from tests.grants import installer as installer
 from tests.table_changes import CHANGES, SHAPE, Change, covering, name_of, now
 from tests.waiting import eventually

@@ -11,8 +11,8 @@ import pytest
 import pgsignals
 from pgsignals.triggers import installer
 from tests.broadcasters import Broker
-from tests.commands import run
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.forked import run
 
 NAMED = pgsignals.watch("items", "inserted", extra=["name"])
 PLAIN = pgsignals.watch("items", "inserted")

@@ -20,8 +20,8 @@ from pgsignals.resolvers import BUILTIN
 from pgsignals.triggers import names
 from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import install
-from tests.commands import run
 from tests.conftest import Database, Recorder
+from tests.forked import run
 from tests.grants import documented_grants
 from tests.waiting import eventually
 
