@@ -313,19 +313,53 @@ def test_the_table_was_away(hub: Hub, each_dsn: str, each_db: Database) -> None:
     heard.wait_until(lambda event: event.id[0] == 1)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["ALTER TABLE orders RENAME TO away", "DROP TABLE orders"],
+    ids=["renamed", "dropped"],
+)
 def test_gone_before_its_triggers_are_made(
-    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+    hub: Hub,
+    each_dsn: str,
+    each_db: Database,
+    delivery: Delivery,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
 ) -> None:
-    """A table that is renamed between resolving and installing is an error that says so."""
+    """A table that goes between resolving and installing is an error that says so."""
     each_db(f"CREATE TABLE orders {SHAPE}")
 
-    def renamed(preparer: Any, *args: Any, install: Any) -> None:
-        each_db("ALTER TABLE orders RENAME TO away")
+    def changed(preparer: Any, *args: Any, install: Any) -> None:
+        each_db(change)
         install(preparer, *args)
 
-    monkeypatch.setattr(Setup, "install", partialmethod(renamed, install=Setup.install))
+    monkeypatch.setattr(Setup, "install", partialmethod(changed, install=Setup.install))
     with pytest.raises(pgsignals.DatabaseError, match=r"renamed or dropped while .* Try again"):
         hub.start(each_dsn, [("orders", "inserted")], delivery=delivery)
+
+
+def test_made_anew_before_its_triggers_are_made(
+    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another table in its place by then is an error, or its events are heard, or are a Gap."""
+    each_db(f"CREATE TABLE orders {SHAPE}")
+    heard = Recorder()
+    hub.subscribe(heard, "orders", "inserted")
+    hub.on_gap(heard)
+
+    def changed(preparer: Any, *args: Any, install: Any) -> None:
+        each_db(f"DROP TABLE orders; CREATE TABLE orders {SHAPE}")
+        monkeypatch.undo()
+        install(preparer, *args)
+
+    monkeypatch.setattr(Setup, "install", partialmethod(changed, install=Setup.install))
+    try:
+        hub.start(each_dsn, [("orders", "inserted")], delivery=delivery, heartbeat=0.05)
+    except pgsignals.DatabaseError as error:
+        assert "Try again" in str(error)  # noqa: PT017
+        hub.start(each_dsn, [("orders", "inserted")], delivery=delivery, heartbeat=0.05)
+    each_db("INSERT INTO orders (id) VALUES (1)")
+    heard.wait(1)
 
 
 def test_written_without_a_trigger_while_away(hub: Hub, each_dsn: str, each_db: Database) -> None:

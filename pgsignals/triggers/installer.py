@@ -328,7 +328,10 @@ def _check_definer(cursor: Cursor, table: Table) -> None:
         " WHERE c.oid = %s AND r.rolname = current_user",
         (table.oid,),
     )
-    [(owner, role, superuser, trusted)] = cursor.fetchall()
+    found = cursor.fetchall()
+    if not found:
+        raise _gone(table.qualified, "there is no such table any more")
+    [(owner, role, superuser, trusted)] = found
     if trusted:
         return
     if not superuser:
@@ -534,17 +537,20 @@ def in_install_lock(
                 'owner, and start with install="check".'
             ) from error
         except (pg.UndefinedTable, pg.InvalidSchemaName) as error:
-            # Resolved a moment ago: what the watchers need is another table by now, or none.
-            raise DatabaseError(
-                f"{place} was renamed or dropped while its triggers were installed: "
-                f"{error.diag.message_primary}. Try again."
-            ) from error
+            raise _gone(place, error.diag.message_primary) from error
         except (pg.DuplicateObject, pg.DuplicateFunction) as error:
             raise DatabaseError(
                 f"{error.diag.message_primary}, and it is not ours: its function carries no "
                 "pgsignals comment, so it is left alone. Rename or drop it, or use another "
                 "namespace=."
             ) from error
+
+
+def _gone(place: str, reason: str | None) -> DatabaseError:
+    """What was resolved a moment ago is another table by now, or none."""
+    return DatabaseError(
+        f"{place} was renamed or dropped while its triggers were installed: {reason}. Try again."
+    )
 
 
 _HOLDERS = """
