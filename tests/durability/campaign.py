@@ -290,9 +290,10 @@ class Campaign:
         finally:
             writers.stop()
         outcome.transactions += writers.done
-        self._changes.heal()
+        # First: a change waits for the locks of a process that is in a black hole.
         for child in self._children:
             child.heal()
+        self._changes.heal()
         if self.destination is not None:
             self.destination.heal()
         found = self._hear() + self._drain() + writers.problems[:_MOST_SHOWN]
