@@ -21,8 +21,8 @@ from pathlib import Path
 from packaging.metadata import Metadata
 
 from pgsignals.testing import find_installations
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 CORE = "pgsignals"
 # The schemes of the URLs that each makes known.
 PLUGINS = {"pgsignals-kafka": "kafka", "pgsignals-nats": "nats"}

@@ -10,8 +10,9 @@ from psycopg2.extensions import parse_dsn
 from tests.commands import Program, Result
 from tests.conftest import DEADLINE
 from tests.forked import LIBRARY, Forked
+from tests.paths import ROOT
 
-PROJECT = Path(__file__).parent.parent / "examples" / "django_shop"
+PROJECT = ROOT / "examples" / "django_shop"
 
 # What all commands import, whatever the project.
 DJANGO = (

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import Database
+from tests.paths import ROOT
 
 
 def documented_grants(role: str) -> tuple[str, ...]:
     """What docs/outbox.md has a role granted that it calls ``role``, as ``make_role`` takes it."""
-    page = (Path(__file__).parent.parent / "docs/outbox.md").read_text()
+    page = (ROOT / "docs/outbox.md").read_text()
     found = re.findall(rf"^GRANT ([^;]*) TO {role};", page, re.MULTILINE)
     assert found, role
     return tuple(found)

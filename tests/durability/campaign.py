@@ -21,6 +21,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
+from tests.paths import ROOT
 
 from .changes import CHANGES, OWNER, ROLES, SUPERUSER, WRITER, Changes
 from .child import FAILPOINTS, RELAY_FAILPOINTS, Orders
@@ -152,7 +153,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                cwd=Path(__file__).parents[2],
+                cwd=ROOT,
             )
         self.restart_at = None
 

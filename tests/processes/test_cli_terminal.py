@@ -17,10 +17,9 @@ from click.testing import CliRunner
 from pgsignals.cli import main
 from tests.commands import run
 from tests.conftest import DEADLINE, Database
+from tests.paths import ROOT
 from tests.terminal import ESCAPE, Terminal
 from tests.terminal import terminal as terminal
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

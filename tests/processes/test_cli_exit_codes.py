@@ -14,8 +14,9 @@ from pgsignals.cli import main
 from tests.commands import Program
 from tests.conftest import Database
 from tests.forked import run
+from tests.paths import ROOT
 
-PAGE = (Path(__file__).parent.parent / "docs/cli.md").read_text()
+PAGE = (ROOT / "docs/cli.md").read_text()
 
 # What ends with each code, given a table "orders" and the consumer "mailer", which is down.
 CASES: dict[str, dict[int, list[str]]] = {

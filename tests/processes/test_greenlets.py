@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from pgsignals.hub.hub import Delivery
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
+from tests.paths import ROOT
 from tests.served import Served, Tab
 from tests.waiting import eventually
-
-ROOT = Path(__file__).parent.parent
 
 GEVENT = "from gevent import monkey; monkey.patch_all()"
 PATCHED = {

@@ -343,7 +343,7 @@ def test_watchers(dsn: str, hub: Hub, given: Any, by_setting: bool) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("tests.test_flask:NOTHING", "NOTHING"), (7, "give a list"), ((), "nothing to watch")],
+    [("tests.server.test_flask:NOTHING", "NOTHING"), (7, "give a list"), ((), "nothing to watch")],
 )
 def test_watchers_that_are_none(dsn: str, hub: Hub, given: Any, message: str) -> None:
     """What is no list of watchers is refused, saying what it was."""

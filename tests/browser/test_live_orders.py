@@ -9,15 +9,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import chromium
 from tests.conftest import DEADLINE, Database
-
-ROOT = Path(__file__).parent.parent
+from tests.paths import ROOT
 
 expect.set_options(timeout=DEADLINE * 1000)
 

@@ -43,6 +43,7 @@ from benchmarks.plots import line_plot
 from benchmarks.processes import Child, processor_seconds
 from benchmarks.report import Results, Row, page, publish, table
 from pgsignals.testing import Server
+from tests.paths import ROOT
 
 WRITTEN = 2_000
 
@@ -93,7 +94,8 @@ def test_each_side_receives_as_many_events_as_were_written(
 
 def test_django_pgpubsub_receives_as_many_events_as_were_written(server: Server) -> None:
     """The same of django-pgpubsub, in a process of its own, since Django is set up once."""
-    program = "import sys; from tests.test_benchmarks import pubsub_in; pubsub_in(*sys.argv[1:])"
+    module = "tests.processes.test_benchmarks"
+    program = f"import sys; from {module} import pubsub_in; pubsub_in(*sys.argv[1:])"
     databases = [shop(server), shop(server)]
     done = subprocess.run(
         [sys.executable, "-c", program, *databases], capture_output=True, text=True, check=False
@@ -294,5 +296,5 @@ def test_the_table_aligns() -> None:
 
 def test_the_rows_are_documented() -> None:
     """Whoever looks a row up finds what it measures."""
-    text = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text()
+    text = (ROOT / "benchmarks" / "README.md").read_text()
     assert [name for name in ROWS if f"`{name}`" not in text] == []

@@ -10,7 +10,6 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +33,7 @@ from pgsignals.sources import notify
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.paths import ROOT
 
 KILL = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -508,7 +508,7 @@ def test_health_over_a_life(hub: Hub, dsn: str, server: Server) -> None:
 
 def test_the_probes_of_the_documentation(dsn: str) -> None:
     """What the page shows for Flask and for plain WSGI answers 503, and 200 while a Hub runs."""
-    page = (Path(__file__).parent.parent / "docs" / "observability.md").read_text()
+    page = (ROOT / "docs" / "observability.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     [for_flask] = [block for block in blocks if "@app.get" in block]
     [plain] = [block for block in blocks if "def probe" in block]

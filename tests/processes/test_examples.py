@@ -16,15 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiosmtpd.controller import Controller
 
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.paths import ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 SECRET = "whsec_" + base64.b64encode(b"a secret of 24 bytes ok!").decode()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -15,8 +14,8 @@ from pgsignals.cli.flask import group
 from pgsignals.contrib.flask import PgSignals
 from tests.commands import Program, Result
 from tests.conftest import DEADLINE, Database
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 FLASK = ("-m", "flask", "--app", "tests.flask_shop", "pgsignals")
 
 

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +19,9 @@ from pgsignals_kafka.options import SendingOptions as KafkaSendingOptions
 from pgsignals_nats import NatsBroadcaster, NatsSource
 from pgsignals_nats.options import Options as NatsOptions
 from pgsignals_nats.options import SendingOptions as NatsSendingOptions
+from tests.paths import ROOT
 
-PAGES = Path(__file__).parent.parent / "docs"
+PAGES = ROOT / "docs"
 SIDES: list[tuple[type[Any], type[BrokerOptions]]] = [
     (KafkaBroadcaster, KafkaSendingOptions),
     (KafkaSource, KafkaOptions),

@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -19,8 +18,9 @@ from pgsignals.cli import main
 from pgsignals.contrib.flask import PgSignals
 from pgsignals.plugins import hookspecs
 from tests.conftest import Database, Recorder
+from tests.paths import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 PAGES = {page.stem: page.read_text() for page in DOCS.glob("*.md")}
 EVERYTHING = "\n".join(PAGES.values())
 

@@ -29,9 +29,8 @@ from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
 from tests.event_source import Browser
+from tests.paths import ROOT
 from tests.served import Tab
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

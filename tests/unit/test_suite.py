@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-pytest_plugins = "pytester"
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
+pytest_plugins = "pytester"
 
 
 @pytest.fixture

@@ -17,10 +17,9 @@ import pytest
 
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
+from tests.paths import ROOT
 from tests.served import Served
 from tests.waiting import eventually
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,9 +29,10 @@ from pgsignals.contrib.starlette import _feeds, aposition, position, sse
 from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
+from tests.paths import ROOT
 from tests.waiting import eventually
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "fastapi_live"
+EXAMPLE = ROOT / "examples" / "fastapi_live"
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,13 @@ import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 WORKERS = 4
 IN_WORKERS = ("--config", "python:tests.web_gunicorn", "tests.web:app")
 

@@ -26,8 +26,9 @@ import pgsignals
 from pgsignals import Hub
 from tests.browser import chromium
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.paths import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 # A block; or what a reader is asked to do otherwise.
 STEP = re.compile(
     r"^```(?P<kind>sh|python|text|html)\n(?P<block>.*?)^```$"

@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 from psycopg2.extensions import parse_dsn
 
 from tests.conftest import DEADLINE, Database
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 # Around the example, so that the test knows when it runs: before that, Ctrl-C is Python's affair.

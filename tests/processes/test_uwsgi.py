@@ -6,15 +6,14 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.commands import Program, Result
 from tests.conftest import Database
+from tests.paths import ROOT
 from tests.served import Served
 
-ROOT = Path(__file__).parent.parent
 RUN = "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])"
 
 Start = Callable[..., Served]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +18,9 @@ from pgsignals.contrib.flask import PgSignals
 from tests.browser import chromium
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.event_source import Browser
+from tests.paths import ROOT
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 expect.set_options(timeout=DEADLINE * 1000)
 

@@ -19,11 +19,11 @@ from pgsignals.plugins.loader import load_plugins
 from tests.brokers import Nats, free_port
 from tests.conftest import Database, Recorder
 from tests.distributions import Environment, run
+from tests.paths import ROOT
 
 # The first test builds the wheels.
 pytestmark = pytest.mark.timeout(400)
 
-ROOT = Path(__file__).parent.parent
 EXAMPLE = Path("examples/plugin_audit")
 _BUILT_BY = re.compile(r"^requires = (\[.*\])$", re.MULTILINE)
 

@@ -34,10 +34,10 @@ from tests.commands import Program, Result
 from tests.conftest import DEADLINE, Database
 from tests.django_project import Project
 from tests.inside import run
+from tests.paths import ROOT
 from tests.terminal import Terminal
 from tests.waiting import eventually
 
-ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "relay"
 
 # The same columns on both sides; each side has its own receivers.

@@ -11,7 +11,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import psycopg2
@@ -25,6 +24,7 @@ from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.forked import run
+from tests.paths import ROOT
 
 # Each of its parts has the word that is looked for: parts are what a DSN that lacks the quoting
 # would give away.
@@ -206,7 +206,8 @@ def everything(port: str, goods: str, bads: str) -> None:
 
 def test_a_process_that_prints_everything(guarded: Server) -> None:
     """Log records, errors with all that led to them, and every object, through good and bad."""
-    script = "import sys; from tests.test_canary import everything; everything(*sys.argv[1:])"
+    module = "tests.processes.test_canary"
+    script = f"import sys; from {module} import everything; everything(*sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-X", "utf8", "-c", script, str(guarded.port), "GOOD", "BAD"],
         env={
@@ -215,7 +216,7 @@ def test_a_process_that_prints_everything(guarded: Server) -> None:
             "BAD": "\n".join(bad(guarded)),
             "PYTHONIOENCODING": "utf-8:backslashreplace",
         },
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
