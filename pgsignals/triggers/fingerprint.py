@@ -103,12 +103,12 @@ class _Relation:
         return cls(row, content, named, name, dict(each.split("=") for each in columns.split(",")))
 
     def undone(self, former: _Relation) -> bool:
-        if self.row == former.row:
-            return False
-        if self.content == former.content:
-            return True
-        if self.name == former.name and self.named != former.named:
-            return True
+        if self.row != former.row:
+            if self.content == former.content:
+                return True
+            if self.name == former.name and self.named != former.named:
+                return True
+        # Of a table that only inherits, and then no longer, the row stays.
         common = self.columns.keys() & former.columns.keys()
         return bool(common) and all(self.columns[each] != former.columns[each] for each in common)
 

@@ -94,6 +94,10 @@ UNDONE = {
         "ALTER TABLE every_order ATTACH PARTITION orders DEFAULT",
         "ALTER TABLE every_order DETACH PARTITION orders; DROP TABLE every_order",
     ),
+    "inheriting, and no longer": (
+        "CREATE TABLE every_order (LIKE orders); ALTER TABLE orders INHERIT every_order",
+        "ALTER TABLE orders NO INHERIT every_order; DROP TABLE every_order",
+    ),
     "attached, detached and altered": (
         f"CREATE TABLE every_order {SHAPE} PARTITION BY RANGE (day);"
         "ALTER TABLE every_order ATTACH PARTITION orders DEFAULT",
