@@ -28,8 +28,9 @@ _TELLING = (
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
-# How often it asks whether librdkafka, which tries on and on, knows by now why nobody answers.
-_LOOK_SECONDS = 0.5
+# After so many seconds each it looks whether librdkafka, which tries on and on, knows by now why
+# nobody answers. Then it waits to the end: a look ends the question, and a broker may be slow.
+_LOOKS = (0.5, 1.0, 1.5)
 # No broker is there when none has taken a connection for so long. Not at once, since by the first
 # of a host's addresses nobody may listen while one does by the second.
 _REFUSED_SECONDS = 3.0
@@ -101,17 +102,17 @@ def reach(
     Raises BrokerError, without waiting to the end where the cause is known before.
     """
     errors.clear()
-    began = time.monotonic()
-    left = timeout
-    while True:
+    began, failure = time.monotonic(), None
+    for seconds in (*_LOOKS, timeout):
+        waited = time.monotonic() - began
+        if errors.telling or waited >= timeout or (errors.down and waited >= _REFUSED_SECONDS):
+            break
         try:
-            return client.list_topics(timeout=min(left, _LOOK_SECONDS))
+            return client.list_topics(timeout=min(seconds, timeout - waited))
         except KafkaException as error:
+            failure = error
             client.poll(0)  # Brings the cause.
-            waited = time.monotonic() - began
-            left = timeout - waited
-            if left <= 0 or errors.telling or (errors.down and waited >= _REFUSED_SECONDS):
-                raise broker_error(options, "not connected", errors, error) from error
+    raise broker_error(options, "not connected", errors, failure) from failure
 
 
 def broker_error(options: Options, what: str, errors: Errors, error: object = None) -> BrokerError:

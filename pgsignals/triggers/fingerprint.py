@@ -100,7 +100,8 @@ class _Relation:
         if not evidence:
             return cls(row, content)
         named, name, columns = evidence
-        return cls(row, content, named, name, dict(each.split("=") for each in columns.split(",")))
+        numbered = (each.split("=") for each in columns.split(",") if each)
+        return cls(row, content, named, name, dict(numbered))
 
     def undone(self, former: _Relation) -> bool:
         if self.row != former.row:
@@ -197,7 +198,8 @@ SELECT (
       relhasrules, relhastriggers, relhassubclass, relrowsecurity, relforcerowsecurity,
       relreplident, relispartition, reloftype, reloptions)),
     t.xmin, pg_catalog.md5(pg_catalog.concat_ws(' ', relname, relnamespace, relowner)),
-    (SELECT pg_catalog.string_agg(pg_catalog.concat(attnum, '=', a.xmin), ',' ORDER BY attnum)
+    (SELECT coalesce(pg_catalog.string_agg(
+       pg_catalog.concat(attnum, '=', a.xmin), ',' ORDER BY attnum), '')
      FROM pg_catalog.pg_attribute AS a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
   )), '{}')::text
   FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_type AS t ON t.oid = c.reltype

@@ -27,6 +27,7 @@ from pgsignals.testing.conformance import (
     SourceConformance,
     make_event,
 )
+from pgsignals.testing.proxy import Proxy
 from pgsignals_kafka import KafkaBroadcaster, KafkaSource
 from tests.brokers import PASSWORD, Kafka, as_written, free_port, read_all
 from tests.conftest import Database, Recorder
@@ -232,6 +233,16 @@ def test_a_broker_that_is_away(prefix: str) -> None:
     with pytest.raises(BrokerError, match="nothing answers there"):
         Hub().start(f"kafka://127.0.0.1:{port}/?prefix={prefix}", ["orders"])
     broadcaster.close()
+
+
+def test_a_broker_that_is_slow(kafka: Kafka, prefix: str) -> None:
+    """One that takes longer to answer than a look at the cause lasts is reached all the same."""
+    with Proxy("127.0.0.1", kafka.port) as line:
+        line.slow(delay=0.8)
+        slow = kafka.url.replace(f":{kafka.port}", f":{line.port}")
+        broadcaster = KafkaBroadcaster.from_url(f"{slow}?prefix={prefix}")
+        assert broadcaster.flush(DEADLINE)
+        broadcaster.close()
 
 
 def test_a_topic_that_is_missing(kafka: Kafka, prefix: str) -> None:
