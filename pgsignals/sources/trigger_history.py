@@ -24,6 +24,8 @@ class Installation:
         # The transactions with lower ids, or ours, may have written what is missing.
         self._doubted: int | None = None
         self._doubted_since: datetime | None = None
+        # How much writers had left out when that was doubted for the last time.
+        self._shed = -1
         # Whether a loss has been marked that has yet to be announced: whoever renews a claim does.
         self.marked = False
 
@@ -49,7 +51,7 @@ class Installation:
         others = {name for former in own.values() for name in former}
         found = self._triggers.begin(session, definitions, at, missing, others)
         kept = store.installation()
-        self._doubted = None
+        self._doubted, self._shed = None, -1
         if kept is not None and not found.covers(kept, own, unread):
             self.doubt(store, None)
         elif not missing:
@@ -115,7 +117,9 @@ class Installation:
             if not self._end_doubt(store, poll):
                 return
         shed = [claims.note_shed(part, poll.shed, since) for part in claims.parts.values()]
-        if any(shed):
+        # A part that was claimed later may have yet to be told what all others have been.
+        if any(shed) and poll.shed > self._shed:
+            self._shed = poll.shed
             self.doubt(store, since or self._triggers.verified_at)
 
     def _end_doubt(self, store: OutboxLog, poll: Poll) -> bool:

@@ -291,3 +291,40 @@ def test_what_was_left_out_when_a_process_died(
     shop("SELECT nextval('pgsignals.outbox_shed')")
     hub.start(shop.dsn, ["items"], delivery="outbox", name="mailer")
     assert statements(recorder).since <= right_at
+
+
+def test_what_was_left_out_is_new_to_a_part_that_comes_later(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+) -> None:
+    """Its Gap is its own: the parts that have been told of it get no other one."""
+    hub.on_gap(recorder)
+    hub.start(
+        shop.dsn,
+        ["items"],
+        delivery="outbox",
+        name="mailer",
+        partitions=2,
+        lease=1.0,
+        heartbeat=0.1,
+    )
+    shop("SELECT nextval('pgsignals.outbox_shed')")
+    told = (
+        "SELECT count(*) FROM pgsignals.consumers, pgsignals.outbox_shed AS s"
+        " WHERE shed = last_value AND lost_until IS NULL AND installation <> '' AND holder <> '-'"
+    )
+    recorder.wait(2)
+    eventually(lambda: shop(told), lambda found: found == [(2,)])
+    before = len(recorder.items)
+    # As of a part that another process has had, which died before it was told.
+    shop(
+        "UPDATE pgsignals.consumers SET holder = '-', token = token + 1, shed = shed - 1"
+        " WHERE part = 1"
+    )
+    recorder.wait(before + 1)
+    eventually(lambda: shop(told), lambda found: found == [(2,)])
+    kept_at = "SELECT min(verified_at) FROM pgsignals.consumers"
+    [(now,)] = shop("SELECT clock_timestamp()")
+    eventually(lambda: shop(kept_at), lambda found: found[0][0] > now)
+    assert hub.stop()
+    [gap] = recorder.items[before:]
+    assert "1 statements" in gap.detail
