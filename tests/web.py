@@ -6,6 +6,9 @@ Each process prints what it hears, with its id, in one write, so that lines do n
 from __future__ import annotations
 
 import os
+import sys
+import threading
+from pathlib import Path
 
 import psycopg2
 from flask import Flask
@@ -60,15 +63,38 @@ def health() -> str:
     return pgsignals.health().reason
 
 
+def _rest() -> None:
+    """In uWSGI's master, wait until no other thread runs: beside one, it forks workers that hang.
+
+    So docs/operations.md says of py-call-uwsgi-fork-hooks.
+    """
+    uwsgi = sys.modules.get("uwsgi")
+    if uwsgi is None or uwsgi.worker_id():
+        return
+    tasks, pause = Path("/proc/self/task"), threading.Event()
+
+    def turns() -> list[str]:
+        others = [each for each in tasks.iterdir() if each.name != str(os.getpid())]
+        lines = [line for each in others for line in (each / "status").read_text().splitlines()]
+        return [line for line in lines if "ctxt_switches" in line]
+
+    before: list[str] = []
+    while (now := turns()) != before:
+        before = now
+        pause.wait(0.05)
+
+
 def listening() -> Flask:
     """The application, which listens already: in the master of a server that forks afterwards."""
     pgsignals.start(DSN, ["items"], restart_after_fork=True)
+    _rest()
     return app
 
 
 def listening_once() -> Flask:
     """The same, without listening in the children of the master."""
     pgsignals.start(DSN, ["items"])
+    _rest()
     return app
 
 
@@ -83,5 +109,6 @@ def hooked() -> Flask:
 
     if os.environ["HOOK"] == "late":
         pgsignals.start(DSN, ["items"], restart_after_fork=True)
+        _rest()
     uwsgi.post_fork_hook = lambda: _print("hook")
     return app if pgsignals.default_hub.running else listening()
