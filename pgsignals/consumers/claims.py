@@ -144,7 +144,7 @@ class Claims:
             self.enrol(self._log, self.epoch, self._channels)
 
     def _count_members(self) -> int:
-        """How many processes share the parts; not one that hangs, though its session is there."""
+        """Count the processes that share the parts, without those that hang in a live session."""
         found = self._log.consumer.members(self._consumer.lease)
         still = self._members.note({holder: (self.epoch, beat) for holder, beat in found.items()})
         return sum(still[holder] < beat.lease for holder, beat in found.items())

@@ -86,12 +86,12 @@ class DeadLetters:
         self._consumer = consumer
 
     def add(self, event: Undeliverable, kept: Callable[[], None]) -> None:
-        """Have an event kept as a dead letter, and ``kept`` called then."""
+        """Keep an event as a dead letter at the next save, and call ``kept`` then."""
         self._queue.put((event, kept))
         self._wake()
 
     def discard(self, key: int) -> None:
-        """Have a dead letter forgotten, since it has been delivered."""
+        """Remove a dead letter at the next save, since it has been delivered."""
         self._queue.put((key, lambda: None))
         self._wake()
 
@@ -217,7 +217,7 @@ def dead_letter(cursor: Cursor, key: int) -> KeptLetter:
 
 
 def retry(cursor: Cursor, keys: Sequence[int] | None) -> int:
-    """Have these, or all, delivered again by whoever is active; how many."""
+    """Ask the active process to deliver these, or all, again; returns how many."""
     cursor.execute(
         "UPDATE pgsignals.dead_letters SET retry = true"
         " WHERE %(keys)s::bigint[] IS NULL OR id = ANY (%(keys)s::bigint[])",

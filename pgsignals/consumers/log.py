@@ -1,4 +1,4 @@
-"""What durable delivery reads: a log, of which it knows positions that only the log can interpret.
+"""The log that durable delivery reads, whose positions only the log itself can interpret.
 
 The outbox is one. A consumer's claims, acknowledgements, dead letters, parked events and backfills
 are kept in tables of the schema ``pgsignals``, whatever the log is; a log says what of a position
@@ -20,11 +20,11 @@ Watermark: TypeAlias = Any
 
 
 class Position(Protocol):
-    """How far a partition has been read. Only its log knows what it says."""
+    """A place in a log up to which a partition has been read; only that log can interpret it."""
 
     @property
     def columns(self) -> Mapping[str, object]:
-        """What is kept of it, by the log's columns of ``pgsignals.consumers``."""
+        """The values to store, by the log's columns of ``pgsignals.consumers``."""
 
     @property
     def whole(self) -> Position:
@@ -32,11 +32,11 @@ class Position(Protocol):
 
 
 class Reader(Protocol):
-    """What a partition has yet to read of the log, from a position on."""
+    """The reader of one partition, from a position on."""
 
     @property
     def position(self) -> Position:
-        """Where reading stands: what is acknowledged once all that was read is."""
+        """The position that is acknowledged once all that was read is."""
 
     @property
     def at_end(self) -> bool:
@@ -61,7 +61,7 @@ class Reader(Protocol):
         """
 
     def read_to(self, watermark: Watermark) -> None:
-        """Where everything has been read, go on up to a watermark."""
+        """Go on up to a watermark, if everything before has been read."""
 
     def covers(self, watermark: Watermark) -> bool:
         """Whether everything has been read up to a watermark."""
@@ -112,4 +112,4 @@ class Log(Protocol):
         """A reader from a position on; ``clean``: nothing behind it has been delivered."""
 
     def shed_detail(self, count: int) -> str:
-        """What it means for people that writers have left so much out."""
+        """Explain to people that writers have left out ``count`` messages, and why that happens."""

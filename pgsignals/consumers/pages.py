@@ -1,4 +1,4 @@
-"""What is read of a log together, and where the consumer stands once that is acknowledged."""
+"""A page of a log, and the position that is acknowledged with it."""
 
 from __future__ import annotations
 
