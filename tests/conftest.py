@@ -22,6 +22,7 @@ from psycopg2.sql import SQL, Identifier
 
 import pgsignals
 from pgsignals.hub.hub import Delivery
+from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.testing import Server, find_installations
 from tests.brokers import ODD_PASSWORD, PASSWORD, Kafka, Nats, tls_files
 from tests.missing import Missing, missing
@@ -285,6 +286,21 @@ class Recorder:
 def recorder() -> Recorder:
     """A receiver that keeps what it gets."""
     return Recorder()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Gets each look at the triggers once it has ended, of whichever Hub."""
+    made, look = Recorder(), TriggerWatch.look
+
+    def counted(self: TriggerWatch, *args: Any) -> Any:
+        try:
+            return look(self, *args)
+        finally:
+            made(self)
+
+    monkeypatch.setattr(TriggerWatch, "look", counted)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from pgsignals.testing.server import StopMode
 from pgsignals.triggers import names
-from tests.conftest import DEADLINE, Database
+from tests.conftest import DEADLINE, Database, Recorder
 from tests.event_source import Browser, Tab, told
 from tests.grants import documented_grants
 from tests.waiting import eventually
@@ -400,9 +400,11 @@ def test_a_role_that_does_not_own_the_schema(
         shop(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
-def test_a_broken_watcher(process: Process, shop: Database) -> None:
+def test_a_broken_watcher(process: Process, shop: Database, looks: Recorder) -> None:
     """A change that the trigger could not describe is a gap, now and for who comes back."""
     feed = process()
+    # One that finds the watcher broken announces that as well.
+    looks.wait(1)
     tab, away = Tab(feed, Browser()), Tab(feed, Browser())
     shop("INSERT INTO items VALUES (1)")
     assert tab.wait(1) == away.wait(1)
