@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import msgspec
 
 from pgsignals.consumers.consumer_store import ConsumerStore
+from pgsignals.consumers.log import Poll
 from pgsignals.core.events import Message
 from pgsignals.core.payload import Decoder
 from pgsignals.postgres.session import Session
@@ -117,9 +119,11 @@ class MemoryLog:
     missed = "false"
     messages = "(SELECT NULL::bigint AS id, NULL::text AS payload WHERE false)"
 
-    def __init__(self, entries: Entries, session: Session, consumer: str, holder: str) -> None:
+    def __init__(
+        self, entries: Entries, session: Session, consumer: str, holder: str, timeout: float
+    ) -> None:
         self._entries = entries
-        self.consumer = ConsumerStore(session, self, consumer, holder, 30.0)
+        self.consumer = ConsumerStore(session, self, consumer, holder, timeout)
 
     @property
     def marking(self) -> str:
@@ -128,8 +132,24 @@ class MemoryLog:
 
     def open(self) -> None: ...
 
-    def poll(self) -> tuple[int, int]:
-        return len(self._entries.payloads), self._entries.shed
+    def surroundings(self) -> tuple[str, datetime]:
+        return "list/1", datetime.now(timezone.utc)
+
+    def poll(self) -> Poll:
+        return Poll(len(self._entries.payloads), self._entries.shed)
+
+    def pause(self, worked: float) -> float:
+        return 0.01
+
+    def wake(self) -> None: ...
+
+    def stir(self) -> None: ...
+
+    def writers(self) -> None:
+        """Nobody writes for longer than a moment."""
+
+    def have_ended(self, writers: None, watermark: int | None = None) -> bool:
+        return True
 
     def position(self, columns: Mapping[str, Any]) -> Index:
         return Index(columns["last_id"])

@@ -7,16 +7,34 @@ stands there, and where its own messages are found, if anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from ..core.events import Message
+from psycopg2.extensions import cursor as Cursor
+
+from ..core.events import Event, Gap, Message
+from ..core.payload import Broken, Cast, Decoder
+from ..postgres.session import Session
+from ..triggers.definitions import Definition
 
 if TYPE_CHECKING:
-    from .consumer_store import ConsumerStore
+    from .consumer_store import Channels, ConsumerStore
 
 # A moment of the log: what was committed before it, and nothing else. Only the log looks into it.
 Watermark: TypeAlias = Any
+# Those whose transactions were under way at a moment. Only the log looks into it.
+Writers: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Poll:
+    """The log at one moment, and how much writers had left out a little later."""
+
+    watermark: Watermark
+    shed: int
 
 
 class Position(Protocol):
@@ -66,10 +84,10 @@ class Reader(Protocol):
     def covers(self, watermark: Watermark) -> bool:
         """Whether everything has been read up to a watermark."""
 
-    def read(self) -> list[Any]:
+    def read(self) -> list[Any] | None:
         """The next messages, as the log holds them; none, or few, at the end.
 
-        Raises LockNotAvailable while somebody has locked them.
+        None while somebody has locked them.
         """
 
     def doubts(self, message: Message) -> bool:
@@ -102,6 +120,34 @@ class Log(Protocol):
     def consumer(self) -> ConsumerStore:
         """The consumer's rows in the database."""
 
+    def open(self) -> None:
+        """Prepare the session: to be called once after it has connected."""
+
+    def surroundings(self) -> tuple[str, datetime]:
+        """The name of this history, and the server's clock.
+
+        The history is that of the cluster, the database and the log in it, and, behind a slash, of
+        the promotions that led here.
+        """
+
+    def poll(self) -> Poll:
+        """What there is by now."""
+
+    def pause(self, worked: float) -> float:
+        """Seconds until the next poll, if nothing is heard before; the last took ``worked``."""
+
+    def wake(self) -> None:
+        """Take note that there is something, or may be."""
+
+    def stir(self) -> None:
+        """Have the consumers of other processes told, with a pause, that there may be something."""
+
+    def writers(self) -> Writers:
+        """Those who may be writing by now."""
+
+    def have_ended(self, writers: Writers, watermark: Watermark | None = None) -> bool:
+        """Whether all of them had ended at a watermark, or have by now."""
+
     def position(self, columns: Mapping[str, Any]) -> Position:
         """The position of which ``columns`` are kept."""
 
@@ -113,3 +159,62 @@ class Log(Protocol):
 
     def shed_detail(self, count: int) -> str:
         """Explain to people that writers have left out ``count`` messages, and why that happens."""
+
+
+class MessageDecoder(Protocol):
+    """Decodes what one log after another holds, each read through a session of its own."""
+
+    @property
+    def channels(self) -> Channels:
+        """The channels to read."""
+
+    def begin(self, log: Log, definitions: Sequence[Definition], cast: Cast) -> None:
+        """Go on in a new session."""
+
+    def describe(self) -> None:
+        """Learn of channels that were not known."""
+
+    def predecessors(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """By the name of each trigger, those that its watcher has had before.
+
+        The second has those alone that are younger: they are not read any more.
+        """
+
+    def decoders(self) -> dict[int, Decoder]:
+        """The decoder of each channel, for payloads that were kept."""
+
+    def channel_of(self, event: Event) -> int:
+        """The channel that an event came through; 0, which none has, if that is forgotten."""
+
+    def decode(self, found: Sequence[Any], since: datetime) -> Iterator[Message | Gap]:
+        """What was read is to the watchers; what cannot be read was written after ``since``."""
+
+
+@dataclass(frozen=True)
+class DecoderHooks:
+    """What a decoder asks and tells whoever reads with it.
+
+    ``now`` is the server's clock, and ``failure`` gives the Gap for what a trigger could not
+    describe. ``foreign`` counts, by OID, the messages of tables that are not the watched ones.
+    ``refuse`` is called for a message that cannot be read, ``described`` when channels have become
+    known.
+    """
+
+    now: Callable[[], datetime]
+    failure: Callable[[Broken], Gap]
+    foreign: Counter[int]
+    refuse: Callable[[], None]
+    described: Callable[[], None]
+
+
+class LogProvider(Protocol):
+    """Makes what a consumer reads with."""
+
+    def log(self, session: Session, consumer: str, holder: str, timeout: float) -> Log:
+        """The log, through a session in which no statement takes longer than ``timeout``."""
+
+    def decoder(self, hooks: DecoderHooks) -> MessageDecoder:
+        """The decoder of the log."""
+
+    def missing_grants(self, cursor: Cursor) -> list[str]:
+        """The statements that give the role what reading takes, and it lacks."""

@@ -22,7 +22,7 @@ from ..dispatch.in_process import InProcess
 from ..outbox.inspection import read_outbox
 from ..postgres.connection import opened
 from ..postgres.notification_queue import read_queue_usage
-from ..sources.durable import OutboxSource
+from ..sources.durable import DurableSource
 from ..sources.notify import NotifySource
 from ..triggers.inspection import read_foreign, read_states
 from .callbacks import Callbacks
@@ -267,7 +267,7 @@ class DatabaseDelivery(Delivery):
 
     @property
     @abstractmethod
-    def _sources(self) -> Sequence[NotifySource | OutboxSource]: ...
+    def _sources(self) -> Sequence[NotifySource | DurableSource]: ...
 
     @property
     def _missing(self) -> str:

@@ -23,7 +23,7 @@ from ..dispatch.in_flight import Page
 from ..outbox.housekeeping import Housekeeper
 from ..plugins.broadcaster import Broadcaster
 from ..postgres.connection import opened
-from ..sources.durable import OutboxSource
+from ..sources.durable import DurableSource
 from ..sources.tail import Tail
 from .callbacks import Callbacks
 from .delivery import DatabaseDelivery, Reading, Working
@@ -79,7 +79,7 @@ class DurableDelivery(DatabaseDelivery):
             now=lambda: self.source.now(),
             backends=self._forwarders,
         )
-        self.source = OutboxSource(
+        self.source = DurableSource(
             options,
             self._setup,
             self,
@@ -172,7 +172,7 @@ class DurableDelivery(DatabaseDelivery):
         self.dispatcher.announce(tell)
 
     @property
-    def _sources(self) -> list[OutboxSource]:
+    def _sources(self) -> list[DurableSource]:
         return [self.source] if self._receiving else [each.source for each in self._forwarders]
 
     @property

@@ -14,7 +14,7 @@ from ..core.metrics import Meter
 from ..dispatch.backend_status import BackendStatus
 from ..dispatch.forwarder import Forwarder, Item
 from ..plugins.broadcaster import Broadcaster
-from ..sources.durable import OutboxPreparer, OutboxSource
+from ..sources.durable import DurablePreparer, DurableSource
 from .options import Options
 
 
@@ -28,14 +28,16 @@ class DurableForwarder(Forwarder):
         self,
         broadcaster: Broadcaster,
         options: Options,
-        preparer: OutboxPreparer,
+        preparer: DurablePreparer,
         consumer: Consumer,
         meter: Meter,
     ) -> None:
         super().__init__(broadcaster, options.queue_size, meter)
         # Whether the broadcaster has something that it has not acknowledged.
         self._published = False
-        self.source = OutboxSource(options, preparer, self, meter, consumer, 2 * options.queue_size)
+        self.source = DurableSource(
+            options, preparer, self, meter, consumer, 2 * options.queue_size
+        )
 
     @property
     def failure(self) -> str:

@@ -29,8 +29,9 @@ from ..outbox.channels import (
     understood,
     wanted,
 )
+from ..outbox.decoding import ChannelDecoder
 from ..outbox.log import Described
-from ..sources.channel_decoders import ChannelDecoder
+from ..outbox.provider import OutboxProvider
 from ..triggers import names
 from ..triggers.definitions import Definition, define
 from ..triggers.installer import (
@@ -152,7 +153,7 @@ class Setup:
         return self._define(cursor, self._options.watchers)
 
 
-class DurableSetup(Setup):
+class DurableSetup(Setup, OutboxProvider):
     """The setup of all consumers of a delivery: the schema and their decoders, too.
 
     ``consumers`` are their names: none of a process that has no name, whose consumers end with it.

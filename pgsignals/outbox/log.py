@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from weakref import WeakSet
 
+from psycopg2 import errors as pg
+
 from ..consumers.consumer_store import ConsumerStore
-from ..consumers.log import Position
+from ..consumers.log import Poll, Position
 from ..consumers.schema import IMPATIENT
+from ..core.logging import log
 from ..postgres.session import Session
 from ..triggers import names
-from ..triggers.fingerprint import OUTBOX, Fingerprint
+from .awake_lock import AwakeLock
 from .cursors import Snapshot, Window
 from .reader import PAGE_BYTES, PAGE_ROWS, Cursor, Row, WindowReader
+
+# How often, awake, it notes from which id on later transactions write, at the price of a
+# transaction's id: after so many rows, which it would read again with each page, or so long.
+NOTE_ROWS = 50
+NOTE_SECONDS = 0.1
 
 # Ranges of ids: from the first of two on, and below the second, if there is one.
 Ids = tuple[tuple[int, int | None], ...]
 
 
 @dataclass(frozen=True)
-class Poll:
+class Look:
     """The database at one moment: its snapshot, and a later count of ids and of what was shed.
 
     ``began``, if asked for, is the id of a transaction of ours: those above it began after so many
@@ -95,16 +104,20 @@ class OutboxLog:
 
     def __init__(self, session: Session, consumer: str, holder: str, timeout: float) -> None:
         self._session = session
-        self._name = consumer
         self._timeout = timeout
         self.consumer = ConsumerStore(session, self, consumer, holder, timeout)
         self._readers: WeakSet[WindowReader] = WeakSet()
+        self._lock = AwakeLock(self._execute)
+        # How many ids had been given out by the last look, and when that was last noted.
+        self._given_out = self._noted = 0
+        self._noted_at = 0.0
+        self._locked = False
+        self.wake, self.stir, self.pause = self._lock.wake, self._lock.stir, self._lock.pause
 
     def _execute(self, statement: Any, parameters: Any = None) -> list[tuple[Any, ...]]:
         return self._session.execute(statement, parameters, timeout=self._timeout)
 
     def open(self) -> None:
-        """Prepare the session: to be called once after it has connected."""
         # Acknowledgements may be lost when the server crashes: what they spared comes again.
         self._execute("SET synchronous_commit TO off")
         # There are no statistics, and reading goes by id alone.
@@ -117,13 +130,13 @@ class OutboxLog:
             "SELECT pg_catalog.pg_advisory_lock_shared(%s, %s)",
             (names.LOCK_CLASS, names.ALIVE_LOCK),
         )
+        self._given_out = self._look().given_out
 
-    def surroundings(self) -> tuple[str, bool, datetime]:
-        """The name of this history, whether other consumers live, and the server's clock.
+    def surroundings(self) -> tuple[str, datetime]:
+        """See Log; takes note, too, of whether other consumers live.
 
-        The history is that of the cluster, the database and its outbox, which a restore over them
-        makes anew, and of the promotions that led here. The control file knows of a promotion only
-        after the next checkpoint; names of WAL files do at once.
+        A restore makes the outbox anew. The control file knows of a promotion only after the next
+        checkpoint; names of WAL files do at once.
         """
         [(cluster, database, outbox, timeline, consumers, clock)] = self._execute(
             "SELECT system_identifier, d.oid, 'pgsignals.outbox'::pg_catalog.regclass::oid,"
@@ -136,55 +149,30 @@ class OutboxLog:
             " WHERE d.datname = pg_catalog.current_database()",
             (names.LOCK_CLASS, names.ALIVE_LOCK),
         )
-        return f"{cluster}-{database}-{outbox}/{int(timeline, 16)}", consumers > 1, clock
+        self._lock.company = consumers > 1
+        return f"{cluster}-{database}-{outbox}/{int(timeline, 16)}", clock
 
-    def installation(self) -> str | None:
-        """The fingerprint of the triggers as this consumer last knew them."""
-        found = self._execute(
-            "SELECT installation FROM pgsignals.consumers WHERE name = %s ORDER BY part LIMIT 1",
-            (self._name,),
-        )
-        return found[0][0] if found else None
+    def poll(self) -> Poll:
+        new, now = self._given_out - self._noted, time.monotonic()
+        due = new >= NOTE_ROWS or (new > 0 and now - self._noted_at >= NOTE_SECONDS)
+        look = self._look(awake=not self._lock.wanted, begin=due and self._lock.awake)
+        self._lock.looked(look.snapshot, look.awake)
+        self._given_out = look.given_out
+        if look.began is not None:
+            self._noted, self._noted_at = look.given_out, now
+        return Poll(look.snapshot, look.shed)
 
-    def keep_installation(self, found: Fingerprint, at: datetime, announced: bool = False) -> bool:
-        """Keep the fingerprint of the triggers, which have been right until ``at``.
+    def writers(self) -> int:
+        """The id of a transaction of ours: those that are under way have lower ones."""
+        began = self._look(begin=True).began
+        assert began is not None
+        return began
 
-        False where another process has marked a loss, unless that has been ``announced``. What an
-        upgrade has put there, since it altered the outbox after ``found`` was read, stays.
-        """
-        return bool(
-            self._execute(
-                "UPDATE pgsignals.consumers SET verified_at = %s,"
-                f" installation = CASE WHEN ({OUTBOX}) = %s THEN %s ELSE installation END"
-                " WHERE name = %s AND (%s OR installation IS DISTINCT FROM '') RETURNING part",
-                (at, found.outbox, found.encode(), self._name, announced),
-            )
-        )
+    def have_ended(self, writers: int, watermark: Snapshot | None = None) -> bool:
+        seen = self._look().snapshot if watermark is None else watermark
+        return seen.xmin > writers
 
-    def mark_loss(self, since: datetime) -> None:
-        """Mark a loss since the triggers were right, which whoever looks next announces."""
-        self._execute(
-            "UPDATE pgsignals.consumers SET installation = '',"
-            " verified_at = least(verified_at, %s::timestamptz) WHERE name = %s",
-            (since, self._name),
-        )
-
-    def doubt_installation(self, since: datetime | None) -> datetime | None:
-        """Announce a Gap of what was written since the triggers were known to be right.
-
-        That is ``since`` at the latest. Until a fingerprint is kept again, whoever starts announces
-        one, too. Returns since when it is, beside what had not been acknowledged.
-        """
-        found = self._execute(
-            "UPDATE pgsignals.consumers SET installation = '', acknowledged_at ="
-            " least(acknowledged_at, verified_at, %(since)s::timestamptz),"
-            " lost_until = pg_catalog.clock_timestamp() WHERE name = %(name)s"
-            " RETURNING least(verified_at, %(since)s::timestamptz)",
-            {"since": since, "name": self._name},
-        )
-        return min((at for (at,) in found if at is not None), default=since)
-
-    def poll(self, awake: bool, begin: bool = False) -> Poll:
+    def _look(self, awake: bool = True, begin: bool = False) -> Look:
         """What there is by now; unless ``awake`` already, try to be who is.
 
         With ``begin`` it takes a transaction's id, of which there are so many.
@@ -196,7 +184,7 @@ class OutboxLog:
             began = int(began)
             for reader in self._readers:
                 reader.bounds.note(began + 1, given_out)
-        return Poll(Snapshot.parse(snapshot), given_out, shed, awake, began)
+        return Look(Snapshot.parse(snapshot), given_out, shed, awake, began)
 
     def position(self, columns: Mapping[str, Any]) -> Cursor:
         target = columns["target"]
@@ -212,13 +200,13 @@ class OutboxLog:
 
     def reader(self, position: Position, clean: bool) -> WindowReader:
         assert isinstance(position, Cursor)
-        return self._reader(position, self.poll(awake=True).snapshot, clean)
+        return self._reader(position, self._look().snapshot, clean)
 
     def present(self, reader: WindowReader) -> WindowReader:
         """A reader from now on, in place of one that nothing has been read with."""
-        before = self.poll(awake=True, begin=True)
+        before = self._look(begin=True)
         assert before.began is not None
-        first, now = before.began + 1, self.poll(awake=True).snapshot
+        first, now = before.began + 1, self._look().snapshot
         floor = reader.position.floor if now.xmin < first else before.given_out
         found = self._reader(Cursor(now, floor), now, clean=True)
         found.bounds.note(first, before.given_out)
@@ -235,38 +223,26 @@ class OutboxLog:
             " was there, or a right, a partition or a setting of it was missing"
         )
 
-    def read(self, window: Window, last_id: int) -> list[Row]:
+    def read(self, window: Window, last_id: int) -> list[Row] | None:
         """The next rows of a window, by id: see Reader."""
-        rows = self._execute(
-            IMPATIENT + "EXECUTE pgsignals_read (%s, %s, %s::bigint[], %s, %s::bigint[])",
-            (
-                max(window.after, last_id),
-                window.since.xmax,
-                list(window.ended),
-                window.target.xmax,
-                list(window.target.running),
-            ),
-        )
+        try:
+            rows = self._execute(
+                IMPATIENT + "EXECUTE pgsignals_read (%s, %s, %s::bigint[], %s, %s::bigint[])",
+                (
+                    max(window.after, last_id),
+                    window.since.xmax,
+                    list(window.ended),
+                    window.target.xmax,
+                    list(window.target.running),
+                ),
+            )
+        except pg.LockNotAvailable:
+            if not self._locked:
+                log.warning("somebody has locked the outbox: nothing is read until they give it up")
+            self._locked = True
+            return None
+        self._locked = False
         return [Row(row[0], row[1], row[2], self._session.text(row[3])) for row in rows]
-
-    def release_awake(self) -> None:
-        """Let writers send a notification again."""
-        self._execute(
-            "SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.LOCK_CLASS, names.AWAKE_LOCK)
-        )
-
-    def wake_others(self) -> None:
-        """Tell the other consumers that there may be something."""
-        self._execute(names.wake_statement("awake"))
-
-    def writers_under_way(self) -> bool:
-        """Whether a transaction that has written to the outbox goes on."""
-        [(found,)] = self._execute(
-            "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks"
-            " WHERE relation = 'pgsignals.outbox'::pg_catalog.regclass"
-            " AND mode = 'RowExclusiveLock' AND granted)"
-        )
-        return bool(found)
 
     def channels(self) -> list[Described]:
         """What the rows of each channel are, since when, and of which tables."""

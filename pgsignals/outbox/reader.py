@@ -112,8 +112,7 @@ class WindowReader:
     def covers(self, watermark: Snapshot) -> bool:
         return self.since.covers(watermark)
 
-    def read(self) -> list[Row]:
-        """The next rows. Raises LockNotAvailable while somebody has locked a partition."""
+    def read(self) -> list[Row] | None:
         assert self.window is not None
         return self.log.read(self.window, self.last_id)
 

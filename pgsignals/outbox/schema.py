@@ -166,7 +166,7 @@ _COMMENT = f"^{_OURS}, version ([0-9]+)(?:, for programs from ([0-9]+) on)?$"
 
 # Altered, the outbox has another fingerprint, by which consumers would take it that somebody had
 # meddled with the rights on it.
-_RIGHTS = f"({fingerprint.OUTBOX})"
+_RIGHTS = f"({fingerprint.TARGET})"
 _BEFORE = (
     # Those who have a row of it locked are waited for before writers wait behind us.
     f"LOCK TABLE {NAME}.consumers IN SHARE ROW EXCLUSIVE MODE",

@@ -1,4 +1,4 @@
-"""Messages from the outbox: at least once, in commit-consistent order, from the cursor on."""
+"""Messages from a log: at least once, in commit-consistent order, from the cursor on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from ..consumers.backfills.runner import Backfilling
 from ..consumers.claims import Claims, Consumer
 from ..consumers.dead_letters import NOTICE as REDELIVER
 from ..consumers.dead_letters import DeadLetters
+from ..consumers.log import DecoderHooks, Log, LogProvider
 from ..consumers.parking import Parking
 from ..core.errors import DatabaseError
 from ..core.events import Event, microseconds
@@ -26,14 +27,9 @@ from ..core.metrics import Meter
 from ..core.payload import Cast
 from ..core.redaction import error_text
 from ..core.rng import chance
-from ..outbox.awake_lock import SLEEP_SECONDS, Wakefulness
-from ..outbox.channels import read_by
-from ..outbox.log import Described, OutboxLog
 from ..postgres.session import Session
-from ..triggers import names
-from ..triggers.bodies import NO_OUTBOX
+from ..triggers.bodies import CANNOT_WRITE
 from ..triggers.definitions import Definition
-from .channel_decoders import ChannelDecoder, RowDecoder
 from .polling import DurableSink, Follower, Poller
 from .session_checks import explaining_missing_rights, keep_triggers, queue_is_full
 from .thread import ConnectionSettings, Preparer, SessionThread
@@ -43,19 +39,18 @@ from .trigger_watch import TriggersChangedError
 ACKNOWLEDGE_SECONDS = 0.2
 # How often a part that another process reads is asked for.
 CLAIM_SECONDS = 0.5
+# How long it waits at most before it turns again, whatever the log says.
+TURN_SECONDS = 5.0
 # How often at least a process that reads all parts looks whether another has come to share them.
 SHARE_SECONDS = 2.0
 
 
-class OutboxPreparer(Preparer, Protocol):
-    """What the source needs done before it can read the outbox."""
-
-    def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
-        """How to read each channel that a watcher wants."""
+class DurablePreparer(Preparer, LogProvider, Protocol):
+    """What the source needs done before it can read, and what it reads with."""
 
 
-class OutboxSource(SessionThread):
-    """Reads the outbox for one consumer, in one session, from one thread.
+class DurableSource(SessionThread):
+    """Reads a log for one consumer, in one session, from one thread.
 
     ``most`` events of a part are under way at once, those that are parked apart.
     """
@@ -63,7 +58,7 @@ class OutboxSource(SessionThread):
     def __init__(
         self,
         settings: ConnectionSettings,
-        preparer: OutboxPreparer,
+        preparer: DurablePreparer,
         sink: DurableSink,
         meter: Meter,
         consumer: Consumer,
@@ -71,30 +66,31 @@ class OutboxSource(SessionThread):
         parking: Parking | None = None,
         follower: Follower | None = None,
     ) -> None:
-        super().__init__(settings, preparer, meter, "reading the outbox", SLEEP_SECONDS)
+        super().__init__(settings, preparer, meter, "reading events", TURN_SECONDS)
+        self._provider: LogProvider = preparer
         self._sink = sink
         self._consumer = consumer
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.name = consumer.name or f"process {self._holder}"
         self._paused = False
-        self._log: OutboxLog
+        self._log: Log
         self._parking = parking
         if parking is not None:
             parking.ledger.wake = self._waiter.wake
         self._verify_at = 0.0
-        self._state = Wakefulness()
         self.dead_letters = DeadLetters(meter, self._waiter.wake)
         self._backfilling = Backfilling(sink.hears)
         self._installation = Installation(self.triggers, self.now)
         begun = self._part_begun if follower is None else follower.part_begun
         self._claims = Claims(consumer, self.name, sink.gap, self.now, begun)
-        self._decoder = RowDecoder(
-            preparer.decoders,
-            self.triggers,
-            self.now,
-            self.foreign,
-            self._refuse,
-            self._channels_described,
+        self._decoder = preparer.decoder(
+            DecoderHooks(
+                self.now,
+                lambda broken: self.triggers.failure(broken, self.now()),
+                self.foreign,
+                self._refuse,
+                self._channels_described,
+            )
         )
         self._poller = Poller(
             sink, consumer, most, self._claims, self._decoder, self._backfilling, follower
@@ -116,7 +112,8 @@ class OutboxSource(SessionThread):
         return self._poller.received
 
     def start(self) -> None:
-        with explaining_missing_rights(self._dsn, self._listen_dsn):
+        grants = self._provider.missing_grants
+        with explaining_missing_rights(self._dsn, self._listen_dsn, grants):
             super().start()
 
     def pause(self) -> None:
@@ -162,33 +159,30 @@ class OutboxSource(SessionThread):
     def _begin(
         self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
     ) -> None:
-        timeout = self._timing.timeout
-        store = OutboxLog(session, self.name, self._holder, timeout)
+        self._log = store = self._provider.log(
+            session, self.name, self._holder, self._timing.timeout
+        )
         store.open()
-        epoch, _, server = store.surroundings()
+        epoch, server = store.surroundings()
         self._clock.set(microseconds(server))
         self.dead_letters.open(store.consumer)
         if self._parking is not None:
             self._parking.open(
                 self._claims, store.consumer, self.channel_of, self._decoder.decoders
             )
-        described = store.channels()
-        own = [names.channel_key(each.trigger.hash) for each in definitions]
-        self._decoder.begin(own, described, cast)
-        self._claims.enrol(store, epoch, read_by(own, described))
+        self._decoder.begin(store, definitions, cast)
+        self._claims.enrol(store, epoch, self._decoder.channels)
+        self._installation.open(store)
         self._installation.compare(
-            store, session, definitions, described, asked_at, self._preparer.missing
+            session, definitions, self._decoder, asked_at, self._preparer.missing
         )
         self._backfilling.begin(
             store.consumer,
             [*self._decoder.decoders().values()],
             self._consumer.lease,
         )
-        self._state = Wakefulness()
-        self._poller.begin(store)
         self._claim()
-        store.wake_others()
-        self._log = store
+        store.stir()
 
     def _read(self, session: Session) -> None:
         try:
@@ -212,14 +206,14 @@ class OutboxSource(SessionThread):
 
     def _read_on(self, session: Session) -> None:
         """Read, acknowledge and keep the claims until paused and stopped."""
-        store, state = self._log, self._state
+        store = self._log
         parts = self._claims.parts
         self._sink.connected()
         acknowledge_at = claim_at = renew_at = time.monotonic()
         while not self._stopping:
             now = self._turned_at = time.monotonic()
             if self._heard(session):
-                state.wake(now)
+                store.wake()
             if not parts:
                 self._installation.leave_to_others()
             if now >= claim_at:
@@ -229,9 +223,9 @@ class OutboxSource(SessionThread):
                     claim_at = now + min(SHARE_SECONDS, self._consumer.lease / 3)
             found = more = False
             if parts:
-                found, more = self._poll(store, state)
+                found, more = self._poll(store)
                 if found:
-                    state.wake(now)
+                    store.wake()
             self.dead_letters.save()
             if self._parking is not None and parts:
                 # Nobody is called any more while it stops.
@@ -253,24 +247,23 @@ class OutboxSource(SessionThread):
                 self._claims.acknowledge(due)
             if parts and now >= self._verify_at:
                 self._verify_at = now + self._timing.heartbeat
-                self._look_at_triggers(store, session)
+                self._look_at_triggers(session)
             if more or self._installation.marked:
                 continue
-            done = time.monotonic()
-            pause = state.pause(store, done, done - now) if parts else CLAIM_SECONDS
-            wake_at = claim_at
+            pause = store.pause(time.monotonic() - now) if parts else CLAIM_SECONDS
+            wake_at = min(claim_at, now + TURN_SECONDS)
             if parts:
                 wake_at = min(wake_at, renew_at, self._verify_at)
                 if self._installation.doubted or any(part.busy for part in parts.values()):
                     wake_at = min(wake_at, acknowledge_at)
             session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
 
-    def _look_around(self, store: OutboxLog) -> None:
-        epoch, self._state.company, server = store.surroundings()
+    def _look_around(self, store: Log) -> None:
+        epoch, server = store.surroundings()
         self._clock.set(microseconds(server))
         if epoch != self._claims.epoch:
             # Beginning anew, receivers get a Gap.
-            raise DatabaseError("the outbox has been made anew, by a restore say")
+            raise DatabaseError("the log has been made anew, by a restore say")
 
     def _heard(self, session: Session) -> bool:
         """Whether somebody says that there may be something."""
@@ -279,32 +272,32 @@ class OutboxSource(SessionThread):
             heard.update(notify.payload for notify in arrived)
         if NOTICE in heard:
             self._backfilling.look_again()
-        if NO_OUTBOX in heard:
-            self._installation.note_failed_writers(self._log, self.is_active)
+        if CANNOT_WRITE in heard:
+            self._installation.note_failed_writers(self.is_active)
         if REDELIVER in heard:
             self._redeliver()
         return bool(heard)
 
-    def _poll(self, store: OutboxLog, state: Wakefulness) -> tuple[bool, bool]:
+    def _poll(self, store: Log) -> tuple[bool, bool]:
         """One look, and a page for each part that wants one; whether there was, and is more."""
-        poll = self._poller.poll(store, state)
-        self._installation.note_shed(store, poll, self._claims)
-        return self._poller.read(store, poll, state, self._held_up)
+        poll = self._poller.poll(store)
+        self._installation.note_shed(poll, self._claims)
+        return self._poller.read(store, poll, self._held_up)
 
     def _held_up(self) -> bool:
         return self._paused or (self._parking is not None and self._parking.ledger.blocks)
 
-    def _look_at_triggers(self, store: OutboxLog, session: Session) -> None:
+    def _look_at_triggers(self, session: Session) -> None:
         try:
-            missing = self._installation.look(store, session)
+            missing = self._installation.look(session)
         except TriggersChangedError:
-            self._finish(store, session)
+            self._finish(session)
             raise
         if missing:
             # What has been mended may be read by channels that nobody knew.
-            self._decoder.describe(store)
+            self._decoder.describe()
 
-    def _finish(self, store: OutboxLog, session: Session) -> None:
+    def _finish(self, session: Session) -> None:
         """Read all windows to their ends and acknowledge them, as long as a statement may take.
 
         Whoever reads through other triggers begins a window anew: it would get again, with another
@@ -313,7 +306,7 @@ class OutboxSource(SessionThread):
         deadline = time.monotonic() + self._timing.timeout
         while not self._stopping and time.monotonic() < deadline:
             self._turned_at = time.monotonic()
-            more = not self._paused and self._poller.read_windows(store)
+            more = not self._paused and self._poller.read_windows()
             self.dead_letters.save()
             self._claims.acknowledge(renew=True)
             parts = self._claims.parts.values()

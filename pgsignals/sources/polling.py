@@ -1,4 +1,4 @@
-"""Polls the outbox: one look after another, and a page for each part that has something new."""
+"""Polls a log: one look after another, and a page for each part that has something new."""
 
 from __future__ import annotations
 
@@ -8,27 +8,15 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-from psycopg2 import errors as pg
-
 from ..consumers.acks import Partition
 from ..consumers.backfills.runner import Backfilling
 from ..consumers.claims import Claims, Consumer
 from ..consumers.consumer_store import Progress
 from ..consumers.dead_letters import DeadLetter
-from ..consumers.log import Position
+from ..consumers.log import Log, MessageDecoder, Poll, Position, Watermark
 from ..consumers.pages import LogPage
 from ..core.events import Event, Gap, Message, Topic
-from ..core.logging import log
 from ..dispatch.in_flight import Page
-from ..outbox.awake_lock import Wakefulness
-from ..outbox.cursors import Snapshot
-from ..outbox.log import OutboxLog, Poll
-from .channel_decoders import RowDecoder
-
-# How often, awake, it notes from which id on later transactions write, at the price of a
-# transaction's id: after so many rows, which it would read again with each page, or so long.
-NOTE_ROWS = 50
-NOTE_SECONDS = 0.1
 
 
 class DurableSink(Protocol):
@@ -74,7 +62,7 @@ class Follower(Protocol):
 
 
 class Poller:
-    """Looks at the outbox, and submits pages to the sink, for the parts that are claimed.
+    """Looks at the log, and submits pages to the sink, for the parts that are claimed.
 
     ``most`` events of a part are under way at once.
     """
@@ -85,7 +73,7 @@ class Poller:
         consumer: Consumer,
         most: int,
         claims: Claims,
-        decoder: RowDecoder,
+        decoder: MessageDecoder,
         backfilling: Backfilling,
         follower: Follower | None,
     ) -> None:
@@ -96,42 +84,25 @@ class Poller:
         self._decoder = decoder
         self._backfilling = backfilling
         self._follower = follower
-        self._locked = False
-        self._given_out = self._noted = 0
-        self._noted_at = 0.0
         self._asked: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._awaited: list[tuple[Snapshot, Callable[[], None]]] = []
+        self._awaited: list[tuple[Watermark, Callable[[], None]]] = []
         self.received = 0
-
-    def begin(self, store: OutboxLog) -> None:
-        """Go on in a new session."""
-        self._given_out = store.poll(awake=True).given_out
 
     def settle(self, call: Callable[[], None]) -> None:
         """Have ``call`` called once all that is committed by now has been submitted."""
         self._asked.put(call)
 
-    def poll(self, store: OutboxLog, state: Wakefulness) -> Poll:
-        """Poll once, and take note of what that says for later windows."""
+    def poll(self, source: Log) -> Poll:
+        """Poll once."""
         # Those that ask later may mean more than this poll sees.
         asked = self._asked.qsize()
-        new = self._given_out - self._noted
         now = time.monotonic()
-        note = new >= NOTE_ROWS or (new > 0 and now - self._noted_at >= NOTE_SECONDS)
-        poll = store.poll(awake=state.held or not state.awake, begin=state.awake and note)
-        if state.awake:
-            state.held = poll.awake
-        state.seen = poll.snapshot
-        self._given_out = poll.given_out
-        if poll.began is not None:
-            self._noted, self._noted_at = poll.given_out, now
-        self._awaited += [(poll.snapshot, self._asked.get()) for _ in range(asked)]
+        poll = source.poll()
+        self._awaited += [(poll.watermark, self._asked.get()) for _ in range(asked)]
         self._claims.polled_at = now
         return poll
 
-    def read(
-        self, store: OutboxLog, poll: Poll, state: Wakefulness, held_up: Callable[[], bool]
-    ) -> tuple[bool, bool]:
+    def read(self, source: Log, poll: Poll, held_up: Callable[[], bool]) -> tuple[bool, bool]:
         """Read a page for each part that wants one; whether there was, and is more."""
         found = more = stirred = filling = False
         for part in self._claims.parts.values():
@@ -143,12 +114,12 @@ class Poller:
             if ready and part.reader.at_end:
                 self._backfilling.take(part)
             if not self._backfilling.holds(part):
-                part.reader.read_to(poll.snapshot)
+                part.reader.read_to(poll.watermark)
             filling = filling or self._backfilling.under_way(part)
             if not part.reader.at_end:
                 stirred = True
                 if ready:
-                    any_rows = self.read_page(store, part)
+                    any_rows = self.read_page(part)
                     found = found or any_rows
                     more = more or not part.reader.at_end
             if ready and part.reader.at_end and self._backfilling.holds(part):
@@ -157,34 +128,29 @@ class Poller:
                 self._submit(part, messages, part.reader.position, progress)
                 more = True
         if found or (stirred and self._sink.full):
-            state.stirred = True
+            source.stir()
         self._call_awaited()
         return found or filling, more
 
-    def read_windows(self, store: OutboxLog) -> bool:
+    def read_windows(self) -> bool:
         """Read a page of each window that has begun; whether there is more of one."""
         more = False
         for part in self._claims.parts.values():
             if not part.reader.at_end and self._has_room(part):
-                self.read_page(store, part)
+                self.read_page(part)
                 more = more or not part.reader.at_end
         return more
 
-    def read_page(self, store: OutboxLog, part: Partition) -> bool:
+    def read_page(self, part: Partition) -> bool:
         """Read a page of the part's window, and submit it; whether it had any rows."""
         if self._follower is not None:
             self._follower.page_begun(part)
-        try:
-            rows = part.reader.read()
-        except pg.LockNotAvailable:
-            if not self._locked:
-                log.warning("somebody has locked the outbox: nothing is read until they give it up")
-            self._locked = True
+        rows = part.reader.read()
+        if rows is None:
             return False
-        self._locked = False
         messages: list[Message] = []
         broken = False
-        for found in self._decoder.decode(store, rows, part.claim.acknowledged_at):
+        for found in self._decoder.decode(rows, part.claim.acknowledged_at):
             if isinstance(found, Gap):
                 self._sink.gap(found)
                 broken = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 
@@ -11,7 +11,6 @@ from psycopg2 import errors as pg
 from psycopg2.extensions import cursor as Cursor
 
 from ..core.errors import ConnectError, PrivilegeError
-from ..outbox.privileges import missing_grants
 from ..postgres.connection import connect
 from ..postgres.dsn import display
 from ..postgres.session import Session
@@ -59,8 +58,10 @@ def explaining_read_only(dsn: str) -> Iterator[None]:
 
 
 @contextmanager
-def explaining_missing_rights(dsn: str, listen_dsn: str) -> Iterator[None]:
-    """Raise PrivilegeError with the fix where the role may not read the outbox."""
+def explaining_missing_rights(
+    dsn: str, listen_dsn: str, missing_grants: Callable[[Cursor], list[str]]
+) -> Iterator[None]:
+    """Raise PrivilegeError with the fix, the ``missing_grants``, where the role may not read."""
     try:
         yield
     except pg.InsufficientPrivilege as error:

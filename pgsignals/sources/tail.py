@@ -26,15 +26,16 @@ from ..core.payload import Broken, Cast
 from ..dispatch.in_flight import Lease, Page
 from ..outbox.archive import Archive, Found
 from ..outbox.cursors import Snapshot
+from ..outbox.decoding import ChannelDecoder
 from ..outbox.log import Described
+from ..outbox.provider import OutboxProvider
 from ..outbox.reader import Row, WindowReader
 from ..outbox.resume_tokens import ResumePoint, TokenCodec
 from ..postgres.connection import connect
 from ..triggers import names
 from ..triggers.definitions import Definition
 from ..triggers.installer import Drift
-from .channel_decoders import ChannelDecoder
-from .durable import OutboxSource
+from .durable import DurableSource
 from .thread import ConnectionSettings
 
 # For how long what all have read is kept at least, unless somebody has said otherwise.
@@ -63,7 +64,7 @@ class Reader(Protocol):
         """Something may be missing here."""
 
 
-class Tail:
+class Tail(OutboxProvider):
     """Reads the outbox from now on for any number of readers, and again for those who come back.
 
     What there is to prepare, the Hub's run has prepared: it gives its ``definitions`` and decoders.
@@ -99,7 +100,7 @@ class Tail:
         self._gaps: list[Gap] = []
         self._key = self._era = ""
         self.codec = TokenCodec(self._key, "")
-        self.source = OutboxSource(
+        self.source = DurableSource(
             options,
             self,
             self,
@@ -238,12 +239,12 @@ class Tail:
     # The source's preparer.
 
     def define(self, cursor: Cursor) -> Sequence[Definition]:
-        """See OutboxPreparer."""
+        """See DurablePreparer."""
         self._definitions = self._defined()
         return self._definitions
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """See OutboxPreparer: what there is to prepare, the run has prepared."""
+        """See DurablePreparer: what there is to prepare, the run has prepared."""
         try:
             cursor.execute(
                 "UPDATE pgsignals.settings SET keep_seconds = %s WHERE keep_seconds IS NULL",
@@ -266,12 +267,12 @@ class Tail:
         self._era = era or secrets.token_hex(16)
 
     def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
-        """See OutboxPreparer."""
+        """See DurablePreparer."""
         drift = self.drift(cursor, listened)
         return "" if drift is None else drift.reason
 
     def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
-        """See OutboxPreparer."""
+        """See DurablePreparer."""
         self._made = {each.channel: each.made for each in channels}
         self._decoders = self._decoders_of(channels, cast)
         return self._decoders

@@ -100,7 +100,7 @@ class TriggerWatch:
         assert former is not None
         durable = any(each.trigger.spec.transport.durable for each in self._definitions)
         former = _forgive(former, found, kept)
-        same = found == former or (not durable and found == replace(former, outbox=found.outbox))
+        same = found == former or (not durable and found == replace(former, target=found.target))
         if same and not self._fresh and not self.reason:
             self.verified_at, self.fingerprint = at, found
             return found, None
@@ -132,7 +132,7 @@ class TriggerWatch:
             touched = found.triggers != former.triggers or found.undone(former.relations)
             if drift is not None:
                 detail = drift.reason
-            elif known or touched or (durable and found.outbox != former.outbox):
+            elif known or touched or (durable and found.target != former.target):
                 detail = TOUCHED
         if not detail:
             return found, None
@@ -171,6 +171,6 @@ def _forgive(
 
     An upgrade of the schema has altered it, or another process has announced the loss.
     """
-    if found.outbox != former.outbox and found.has_outbox_of(kept() or ""):
-        return replace(former, outbox=found.outbox)
+    if found.target != former.target and found.has_target_of(kept() or ""):
+        return replace(former, target=found.target)
     return former

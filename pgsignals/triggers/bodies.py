@@ -11,7 +11,7 @@ from ..core.payload import SILENT
 from . import names
 
 # The payload of a wake-up by a function that could do no more.
-NO_OUTBOX = "no outbox"
+CANNOT_WRITE = "no outbox"
 
 # In the functions' texts, the table that they serve, as CREATE FUNCTION finds it.
 TABLES = "{pgsignals_tables}"
@@ -451,7 +451,7 @@ def _body(work: str, proof: str, proved: str, declarations: str, last: int) -> s
         "share": names.QUEUE_SHARE,
         "limit": names.QUEUE_LIMIT,
         "silent": SILENT,
-        "no_outbox": NO_OUTBOX,
+        "no_outbox": CANNOT_WRITE,
         "wake": names.WAKE_CHANNEL,
         "class": names.LOCK_CLASS,
         "awake": names.AWAKE_LOCK,

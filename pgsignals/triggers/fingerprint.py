@@ -13,9 +13,9 @@ from .definitions import Definition
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The watched tables, their triggers and the outbox as the catalogue has them at one moment.
+    """The watched tables and their triggers as the catalogue has them at one moment.
 
-    ``tables`` stands for their names, columns and relatives, ``outbox`` for the rights on what
+    ``tables`` stands for their names, columns and relatives, ``target`` for the rights on what
     triggers write to. ``triggers`` has, by the trigger's name, its tables, its level, and which
     rows of the catalogue it and its function are: one that was disabled and enabled again, dropped
     and made again, or given to another owner is another. ``relations`` has, by OID, which row of
@@ -24,18 +24,18 @@ class Fingerprint:
 
     tables: str
     triggers: Mapping[str, str]
-    outbox: str
+    target: str
     relations: Mapping[str, str]
 
     def encode(self) -> str:
         """What is to be remembered, as text; what ``tables`` stands for is not."""
-        kept = _Kept(dict(self.triggers), self.outbox, dict(self.relations))
+        kept = _Kept(dict(self.triggers), self.target, dict(self.relations))
         return msgspec.json.encode(kept).decode()
 
-    def has_outbox_of(self, kept: str) -> bool:
-        """Whether the outbox is the one that was remembered in ``kept``."""
+    def has_target_of(self, kept: str) -> bool:
+        """Whether triggers write to what was remembered in ``kept``."""
         try:
-            return _kept.decode(kept).outbox == self.outbox
+            return _kept.decode(kept).target == self.target
         except msgspec.MsgspecError:
             return False
 
@@ -64,7 +64,7 @@ class Fingerprint:
             former = _kept.decode(kept)
         except msgspec.MsgspecError:
             return False
-        if former.outbox != self.outbox or self.undone(former.relations):
+        if former.target != self.target or self.undone(former.relations):
             return False
         for name, others in own.items():
             reach = _reach(self.triggers.get(name, ""))
@@ -116,7 +116,7 @@ class _Relation:
 
 class _Kept(msgspec.Struct):
     triggers: dict[str, str]
-    outbox: str
+    target: str = msgspec.field(name="outbox")
     relations: dict[str, str]
 
 
@@ -133,7 +133,7 @@ def _reach(entry: str) -> set[tuple[str, str]]:
 
 
 # The rights on what triggers write to.
-OUTBOX = """
+TARGET = """
   SELECT pg_catalog.md5(coalesce(pg_catalog.string_agg(line, E'\\n' ORDER BY line), '')) FROM (
     SELECT pg_catalog.concat_ws(' ', n.nspacl, n.nspowner, c.relname, c.relacl, c.relowner, n.xmin,
                                 c.xmin) AS line
@@ -189,7 +189,7 @@ SELECT (
     GROUP BY 1
   ) AS entries
 ), ("""
-    + OUTBOX
+    + TARGET
     + """), (
   -- Without what VACUUM and ANALYZE write into a row in its place.
   SELECT coalesce(pg_catalog.json_object_agg(c.oid, pg_catalog.concat_ws(' ', c.xmin,
@@ -235,7 +235,7 @@ class Question:
 
 def parse(row: tuple[Any, ...]) -> Fingerprint:
     """The fingerprint that a row of QUERY says."""
-    tables, triggers, outbox, relations = row
+    tables, triggers, target, relations = row
     return Fingerprint(
-        tables, msgspec.json.decode(triggers), outbox, msgspec.json.decode(relations)
+        tables, msgspec.json.decode(triggers), target, msgspec.json.decode(relations)
     )

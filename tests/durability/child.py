@@ -146,7 +146,7 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
 
     state = threading.local()
     _wrap(ConsumerStore, "claim", _nothing, if_any("after the claim"))
-    _wrap(OutboxLog, "poll", _nothing, if_any("after a look"))
+    _wrap(OutboxLog, "_look", _nothing, if_any("after a look"))
     _wrap(WindowReader, "read", _nothing, if_any("after read"))
     _wrap(ConsumerStore, "acknowledge", acknowledging, acknowledged)
 

@@ -10,7 +10,7 @@ from pgsignals.consumers import claims
 from pgsignals.dispatch import forwarder, in_flight
 from pgsignals.outbox import cursors, log, reader
 from pgsignals.outbox.cursors import Snapshot, Window
-from pgsignals.outbox.log import OutboxLog, Poll
+from pgsignals.outbox.log import Look, OutboxLog
 from pgsignals.outbox.reader import Cursor, Row, WindowReader
 from pgsignals.sources.trigger_history import Installation
 from pgsignals.sources.trigger_watch import TriggerWatch
@@ -61,14 +61,14 @@ def read_by_id() -> None:
 
 def read_by_transaction() -> None:
     """``txid < xmin``, by transactions: one that began earlier and wrote later comes first."""
-    poll = OutboxLog.poll
+    look = OutboxLog._look
 
-    def poll_at_xmin(self: OutboxLog, awake: bool, begin: bool = False) -> Poll:
-        seen = poll(self, awake, begin)
+    def look_at_xmin(self: OutboxLog, awake: bool = True, begin: bool = False) -> Look:
+        seen = look(self, awake, begin)
         return replace(seen, snapshot=Snapshot(seen.snapshot.xmin, seen.snapshot.xmin))
 
     _read_with("ORDER BY id LIMIT", "ORDER BY txid, id LIMIT")
-    OutboxLog.poll = poll_at_xmin
+    OutboxLog._look = look_at_xmin
     reader.IdBounds.below = lambda self, txid: 0
 
 
@@ -114,8 +114,8 @@ def believe_the_triggers() -> None:
 def believe_the_writers() -> None:
     """What writers could not write to the outbox is missing, and nobody says so."""
     claims.Claims.note_shed = lambda self, part, shed: False
-    Installation.note_failed_writers = lambda self, store, reading: None
-    Installation.doubt = lambda self, store, since: None
+    Installation.note_failed_writers = lambda self, reading: None
+    Installation.doubt = lambda self, since: None
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

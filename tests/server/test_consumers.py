@@ -71,10 +71,6 @@ class Written(ABC):
         """The log as a process sees it."""
 
     @abstractmethod
-    def poll(self, log: Any) -> tuple[Any, int]:
-        """The watermark by now, and how much was shed."""
-
-    @abstractmethod
     def payload(self, row: Any) -> str:
         """The payload of what was read."""
 
@@ -98,10 +94,6 @@ class WrittenOutbox(Written):
         log.open()
         return log
 
-    def poll(self, log: OutboxLog) -> tuple[Any, int]:
-        poll = log.poll(awake=True)
-        return poll.snapshot, poll.shed
-
     def payload(self, row: Any) -> str:
         return str(row.payload)
 
@@ -123,10 +115,7 @@ class WrittenList(Written):
         self.entries.shed += 1
 
     def open(self, session: Session, holder: str) -> MemoryLog:
-        return MemoryLog(self.entries, session, "mailer", holder)
-
-    def poll(self, log: MemoryLog) -> tuple[int, int]:
-        return log.poll()
+        return MemoryLog(self.entries, session, "mailer", holder, 30.0)
 
     def payload(self, row: str) -> str:
         return row
@@ -198,13 +187,13 @@ class Process:
     def read(self) -> None:
         """Deliver what there is by now; nothing is acknowledged."""
         for part in self.parts:
-            watermark, shed = self.written.poll(self.log)
-            self.claims.note_shed(part, shed)
+            poll = self.log.poll()
+            self.claims.note_shed(part, poll.shed)
             while True:
                 if part.reader.at_end:
                     self.backfilling.take(part)
                 if not self.backfilling.holds(part):
-                    part.reader.read_to(watermark)
+                    part.reader.read_to(poll.watermark)
                 if part.reader.at_end and not self.backfilling.holds(part):
                     return
                 while not part.reader.at_end:

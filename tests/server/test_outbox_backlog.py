@@ -74,7 +74,7 @@ def test_a_page_does_not_look_through_former_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However fast rows come, each is looked at a few dozen times at most."""
-    monkeypatch.setattr(polling, "NOTE_SECONDS", 1e9)
+    monkeypatch.setattr(outbox_log, "NOTE_SECONDS", 1e9)
     db("CREATE TABLE items (id bigint PRIMARY KEY)")
     hub.on("items", "inserted")(recorder)
     hub.start(dsn, ["items"], delivery="outbox", name="mailer")

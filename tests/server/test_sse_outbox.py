@@ -229,7 +229,7 @@ def test_an_id_of_another_database(
     theirs = process().position
     monkeypatch.setattr(
         "pgsignals.outbox.log.OutboxLog.surroundings",
-        lambda store: ("1-2-3/4", False, datetime.now(timezone.utc)),
+        lambda store: ("1-2-3/4", datetime.now(timezone.utc)),
     )
     assert Tab(process(), Browser(last_id=theirs)).wait(1) == ["unknown_id"]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from ..consumers.consumer_store import Channels
+from ..consumers.log import DecoderHooks, Log
 from ..core.errors import PayloadError
 from ..core.events import Event, Gap, Message
 from ..core.logging import log
 from ..core.payload import Broken, Cast, Decoder
-from ..outbox.log import Described, Ids, OutboxLog
-from ..outbox.reader import Row
-from .trigger_watch import TriggerWatch
+from ..triggers import names
+from ..triggers.definitions import Definition
+from .channels import predecessors, read_by
+from .log import Described, Ids, OutboxLog
+from .reader import Row
 
 
 @dataclass(frozen=True)
@@ -38,81 +41,77 @@ class ChannelDecoder:
 
 
 class RowDecoder:
-    """Decodes the rows of one session after another.
-
-    ``foreign`` counts, by OID, the rows of tables that are not the watched ones. ``refuse`` is
-    called for a row that cannot be read, ``described`` when channels have become known.
-    """
+    """Decodes the rows of one session after another; ``decoders`` says how to read each channel."""
 
     def __init__(
         self,
         decoders: Callable[[Sequence[Described], Cast], Mapping[int, ChannelDecoder]],
-        triggers: TriggerWatch,
-        now: Callable[[], datetime],
-        foreign: Counter[int],
-        refuse: Callable[[], None],
-        described: Callable[[], None],
+        hooks: DecoderHooks,
     ) -> None:
         self._decoders_of = decoders
-        self._triggers = triggers
-        self._now = now
-        self._foreign = foreign
-        self._refuse = refuse
-        self._on_described = described
+        self._hooks = hooks
+        self._log: OutboxLog
         self._cast: Cast
+        self._definitions: Sequence[Definition] = ()
+        self._described: Sequence[Described] = ()
         self._own: frozenset[int] = frozenset()
-        self.channels: Mapping[int, ChannelDecoder] = {}
+        self._found: Mapping[int, ChannelDecoder] = {}
+
+    @property
+    def channels(self) -> Channels:
+        return read_by(sorted(self._own), self._described)
+
+    def begin(self, log: Log, definitions: Sequence[Definition], cast: Cast) -> None:
+        assert isinstance(log, OutboxLog)
+        self._log, self._definitions, self._cast = log, definitions, cast
+        self._own = frozenset(names.channel_key(each.trigger.hash) for each in definitions)
+        self._described = log.channels()
+        self._found = self._decoders_of(self._described, cast)
+
+    def predecessors(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        return predecessors(self._definitions, self._described)
 
     def decoders(self) -> dict[int, Decoder]:
-        """The decoder of each channel."""
-        return {key: found.decoder for key, found in self.channels.items()}
-
-    def begin(self, own: Sequence[int], described: Sequence[Described], cast: Cast) -> None:
-        """Go on in a new session; ``own`` are the channels of our triggers."""
-        self._own, self._cast = frozenset(own), cast
-        self.channels = self._decoders_of(described, cast)
+        return {key: found.decoder for key, found in self._found.items()}
 
     def channel_of(self, event: Event) -> int:
-        """The channel that an event came through; 0, which none has, if that is forgotten."""
         name = event._message.topic.name
-        channels = (key for key, each in self.channels.items() if each.decoder.topic.name == name)
+        channels = (key for key, each in self._found.items() if each.decoder.topic.name == name)
         return next(channels, 0)
 
-    def describe(self, store: OutboxLog) -> None:
+    def describe(self) -> None:
         """Learn of channels that were not known, and whose the rows of the others are.
 
         Which ids are read of those stays: what is read from one of two twins goes on to be.
         """
-        known, found = self.channels, self._decoders_of(store.channels(), self._cast)
-        self.channels = {**known, **found} | {
+        known, found = self._found, self._decoders_of(self._log.channels(), self._cast)
+        self._found = {**known, **found} | {
             key: replace(known[key], relations=found[key].relations)
             for key in known.keys() & found.keys()
         }
-        self._on_described()
+        self._hooks.described()
 
-    def decode(
-        self, store: OutboxLog, rows: Sequence[Row], since: datetime
-    ) -> Iterator[Message | Gap]:
-        """What ``rows`` are to the watchers; what cannot be read was written after ``since``.
+    def decode(self, rows: Sequence[Row], since: datetime) -> Iterator[Message | Gap]:
+        """See MessageDecoder.
 
         A trigger may be made, also for another table, at any time, and by anybody. It is described
         before it writes: what is asked after the rows were read knows whose each row is.
         """
         described = False
         for row in rows:
-            found = self.channels.get(row.channel)
+            found = self._found.get(row.channel)
             if found is None:
                 unknown = row.channel in self._own
             else:
                 unknown = not found.owns(row) and found.wants(row)
             if unknown and not described:
-                self.describe(store)
+                self.describe()
                 described = True
-                found = self.channels.get(row.channel)
+                found = self._found.get(row.channel)
             if found is None or not found.wants(row):
                 continue
             if not found.owns(row):
-                self._foreign[row.relation] += 1
+                self._hooks.foreign[row.relation] += 1
                 continue
             decoded = self._decode(found.decoder, row, since)
             if decoded is not None:
@@ -122,14 +121,14 @@ class RowDecoder:
         try:
             message = decoder.decode(row.payload)
         except PayloadError as error:
-            self._refuse()
+            self._hooks.refuse()
             detail = f"row {row.id} of the outbox cannot be read: {error}"
             log.error("%s", detail, extra=decoder.topic.fields)
             # Unlike a channel, which anybody may notify, it holds only what triggers wrote.
-            return Gap(since, self._now(), "watcher_broken", detail)
+            return Gap(since, self._hooks.now(), "watcher_broken", detail)
         if isinstance(message, Broken):
             log.error("a watcher is broken: %s", message.error, extra=decoder.topic.fields)
-            return self._triggers.failure(message, self._now())
+            return self._hooks.failure(message)
         if not isinstance(message, Message):
             return None
         message.position = str(row.id)
