@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -70,6 +72,24 @@ def now(db: Database) -> datetime:
     return at
 
 
-def covering(gaps: Sequence[Any], at: datetime) -> bool:
-    """Whether one of the Gaps holds a moment."""
-    return any(gap.since <= at <= gap.until for gap in gaps)
+@dataclass
+class Period:
+    """Two moments, by the server's clock, between which something happened."""
+
+    early: datetime
+    late: datetime
+
+
+@contextmanager
+def timed(db: Database) -> Iterator[Period]:
+    """The time that the body takes: all that it does is committed in it."""
+    early = now(db)
+    period = Period(early, early)
+    yield period
+    period.late = now(db)
+
+
+def covering(gaps: Sequence[Any], lost: datetime | Period) -> bool:
+    """Whether one of the Gaps holds a moment, or one of a period, which nobody knows better."""
+    period = Period(lost, lost) if isinstance(lost, datetime) else lost
+    return any(gap.since <= period.late and period.early <= gap.until for gap in gaps)

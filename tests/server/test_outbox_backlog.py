@@ -7,7 +7,8 @@ import threading
 import pytest
 
 import pgsignals
-from pgsignals.sources import durable, polling
+from pgsignals.outbox import log as outbox_log
+from pgsignals.sources import durable
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
@@ -93,4 +94,4 @@ def test_a_page_does_not_look_through_former_ones(
 
     # Counts come once the session has gone.
     found = eventually(seen, lambda count: count >= rows)
-    assert found < 2 * polling.NOTE_ROWS * rows
+    assert found < 2 * outbox_log.NOTE_ROWS * rows

@@ -22,7 +22,7 @@ from pgsignals.testing import Server
 from pgsignals.triggers import names
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.forked import run
-from tests.table_changes import CHANGES, OURS, SHAPE, Change, covering, name_of, now
+from tests.table_changes import CHANGES, OURS, SHAPE, Change, covering, name_of, now, timed
 from tests.waiting import eventually
 
 
@@ -42,10 +42,10 @@ def test_changed_while_a_hub_runs(
     hub.subscribe(heard, "orders", "inserted")
     hub.on_gap(gaps)
     hub.start(each_dsn, ["orders"], delivery=delivery, name=name_of(delivery), heartbeat=0.05)
-    change.make(each_db)
-    lost_at = now(each_db)
-    each_db(f"INSERT INTO {change.into} (id) VALUES (2)")
-    eventually(lambda: list(gaps.items), lambda found: covering(found, lost_at))
+    with timed(each_db) as lost:
+        change.make(each_db)
+        each_db(f"INSERT INTO {change.into} (id) VALUES (2)")
+    eventually(lambda: list(gaps.items), lambda found: covering(found, lost))
     eventually(
         lambda: [state.status for state in hub.status().watchers if state.op == "inserted"],
         lambda found: "INSTALLED" in found and "OUTDATED" not in found,
@@ -284,9 +284,9 @@ def test_a_commit_after_the_gap(
         each_db(f"GRANT ALL ON {right} TO {role}")
         granted_at = now(each_db)
         eventually(lambda: list(gaps.items), lambda found: covering(found, granted_at))
-        lost_at = now(each_db)
-        late.commit()
-    eventually(lambda: list(gaps.items), lambda found: covering(found, lost_at))
+        with timed(each_db) as lost:
+            late.commit()
+    eventually(lambda: list(gaps.items), lambda found: covering(found, lost))
 
 
 def test_the_installer_lacks_a_right(
@@ -421,10 +421,10 @@ def test_changed_while_a_hub_starts(
     hub.on_gap(gaps)
     monkeypatch.setattr(TriggerWatch, "begin", begin_late)
     options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery)}
-    hub.start(each_dsn, [("orders", "inserted")], heartbeat=0.05, **options)
-    lost_at = now(each_db)
-    each_db(f"INSERT INTO {into} (id) VALUES (2)")
-    eventually(lambda: list(gaps.items), lambda found: covering(found, lost_at))
+    with timed(each_db) as lost:
+        hub.start(each_dsn, [("orders", "inserted")], heartbeat=0.05, **options)
+        each_db(f"INSERT INTO {into} (id) VALUES (2)")
+    eventually(lambda: list(gaps.items), lambda found: covering(found, lost))
     eventually(lambda: hub.status().reconnects, lambda count: count > 0)
     each_db(f"INSERT INTO {into} (id) VALUES (3)")
     assert heard.wait_until(lambda event: event.id[0] == 3)
@@ -458,13 +458,13 @@ def test_a_column_that_is_computed_when_read(
     hub.on_gap(gaps)
     watcher = watch("orders", "inserted", extra=["gross"])
     hub.start(each_dsn, [watcher], delivery=delivery, name=name_of(delivery), heartbeat=0.05)
-    each_db(
-        "ALTER TABLE orders DROP COLUMN gross;"
-        "ALTER TABLE orders ADD COLUMN gross int GENERATED ALWAYS AS (net * 2) VIRTUAL"
-    )
-    lost_at = now(each_db)
-    each_db("INSERT INTO orders (id, net) VALUES (1, 2)")
-    eventually(lambda: list(gaps.items), lambda found: covering(found, lost_at))
+    with timed(each_db) as lost:
+        each_db(
+            "ALTER TABLE orders DROP COLUMN gross;"
+            "ALTER TABLE orders ADD COLUMN gross int GENERATED ALWAYS AS (net * 2) VIRTUAL"
+        )
+        each_db("INSERT INTO orders (id, net) VALUES (1, 2)")
+    eventually(lambda: list(gaps.items), lambda found: covering(found, lost))
     assert "OUTDATED" in {state.status for state in hub.status().watchers}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import datetime
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.triggers.installer import INSTALLED
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.forked import run
-from tests.table_changes import CHANGES, SHAPE, covering, name_of, now
+from tests.table_changes import CHANGES, SHAPE, Period, covering, name_of, timed
 from tests.waiting import eventually
 
 # A table's triggers, and whether each fires for each row.
@@ -71,8 +70,8 @@ class Heard:
         events = self.events[table].wait_until(lambda event: _id(event) == number)
         return [_id(event) for event in events]
 
-    def until_announced(self, *lost_at: datetime) -> None:
-        """Wait until all these moments are in Gaps."""
+    def until_announced(self, *lost_at: Period) -> None:
+        """Wait until all that was lost then is in Gaps."""
         eventually(
             lambda: list(self.gaps.items),
             lambda gaps: all(covering(gaps, at) for at in lost_at),
@@ -84,14 +83,14 @@ def _id(event: Any) -> int:
     return found
 
 
-def lose(db: Database, change: str, write: str) -> datetime:
-    """Change something and write in one transaction, which nobody can mend in between; its time."""
+def lose(db: Database, change: str, write: str) -> Period:
+    """Change something and write in one transaction, which nobody can mend in between; its end."""
     db("BEGIN")
     db(change)
     db(write)
-    at = now(db)
-    db("COMMIT")
-    return at
+    with timed(db) as commit:
+        db("COMMIT")
+    return commit
 
 
 # ---- tables of somebody else ----
