@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
-from pgsignals.consumers.consumer_store import ConsumerStore
-from pgsignals.consumers.log import Poll
-from pgsignals.core.events import Message
-from pgsignals.core.payload import Decoder
+from pgsignals.consumers.backfills.chunks import snapshot_topics
+from pgsignals.consumers.consumer_store import Channels, ConsumerStore
+from pgsignals.consumers.log import DecoderHooks, Log, Poll
+from pgsignals.core.events import Event, Gap, Message
+from pgsignals.core.payload import Cast, Decoder
 from pgsignals.postgres.session import Session
+from pgsignals.triggers import names
+from pgsignals.triggers.definitions import Definition
 
 PAGE = 2
 
@@ -24,6 +28,12 @@ class Entries:
 
     payloads: list[str] = field(default_factory=list)
     shed: int = 0
+
+    def write(self, *numbers: int) -> None:
+        """Write what one statement would: the rows of these keys."""
+        at, index = round(time.time() * 1e6), len(self.payloads)
+        rows = "\n".join(map(str, numbers))
+        self.payloads.append(f'{{"v":1,"x":1,"s":{index},"t":{at}}}\n{rows}')
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,8 @@ class Kept(Message):
     text: str = ""
 
     def row_payload(self, number: int) -> str:
-        assert number == 0
-        return self.text
+        head, *rows = self.text.split("\n")
+        return f"{head}\n{rows[number]}"
 
 
 class KeptDecoder:
@@ -56,6 +66,7 @@ class KeptDecoder:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        self.topic = decoder.topic
 
     def decode(self, payload: str) -> Kept:
         message = self._decoder.decode(payload)
@@ -114,8 +125,13 @@ class MemoryLog:
     """The entries as one consumer sees them: see Log."""
 
     columns: tuple[str, ...] = ("last_id",)
-    # What the outbox has of a position must have some value.
-    start: Mapping[str, str] = {"last_id": "0", "snapshot": "''", "floor": "0", "shed": "0"}
+    # What the outbox has of a position must have some value, which its housekeeping reads.
+    start: Mapping[str, str] = {
+        "last_id": "0",
+        "snapshot": "pg_catalog.pg_current_snapshot()::text",
+        "floor": "0",
+        "shed": "0",
+    }
     missed = "false"
     messages = "(SELECT NULL::bigint AS id, NULL::text AS payload WHERE false)"
 
@@ -162,3 +178,52 @@ class MemoryLog:
 
     def shed_detail(self, count: int) -> str:
         return f"{count} entries were left out"
+
+
+class MemoryDecoder:
+    """Decodes what the list has, all of it of the first definition: see MessageDecoder."""
+
+    def __init__(self) -> None:
+        self.channels = Channels((), 0, ())
+        self._decoders: dict[int, Decoder] = {}
+
+    def begin(self, log: Log, definitions: Sequence[Definition], values: Cast) -> None:
+        found = {names.channel_key(each.trigger.hash): each.decoder(values) for each in definitions}
+        self.channels = Channels([*found], 0, ())
+        self._decoders = {key: cast("Decoder", KeptDecoder(each)) for key, each in found.items()}
+        # A backfill's.
+        self._decoders |= {
+            each.channel: each.decoder(values) for each in snapshot_topics(definitions)
+        }
+
+    def describe(self) -> None: ...
+
+    def predecessors(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        return {}, {}
+
+    def decoders(self) -> dict[int, Decoder]:
+        return self._decoders
+
+    def channel_of(self, event: Event) -> int:
+        return self.channels.own[0]
+
+    def decode(self, found: Sequence[str], since: datetime) -> Iterator[Message | Gap]:
+        decoder = self._decoders[self.channels.own[0]]
+        for payload in found:
+            message = decoder.decode(payload)
+            assert isinstance(message, Message)
+            message.position = str(message.sequence)
+            yield message
+
+
+class MemoryProvider:
+    """Has a source read the list: see LogProvider."""
+
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
+
+    def log(self, session: Session, consumer: str, holder: str, timeout: float) -> MemoryLog:
+        return MemoryLog(self._entries, session, consumer, holder, timeout)
+
+    def decoder(self, hooks: DecoderHooks) -> MemoryDecoder:
+        return MemoryDecoder()

@@ -243,7 +243,7 @@ class Claims:
         our_cluster, _, our_timeline = self.epoch.partition("/")
         detail = ""
         if cluster != our_cluster:
-            detail = f"cluster, database or outbox are others: {our_cluster}, and were {cluster}"
+            detail = f"cluster, database or log are others: {our_cluster}, and were {cluster}"
         elif part.reader.ahead:
             detail = "the database has gone back in time"
         if detail:

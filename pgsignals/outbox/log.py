@@ -125,7 +125,6 @@ class OutboxLog:
         self._execute("SET plan_cache_mode TO force_generic_plan; SET jit TO off")
         self._execute(_PREPARE)
         self._execute(read_statement("pgsignals_read", PAGE_ROWS, PAGE_BYTES))
-        self._execute(f"LISTEN {names.WAKE_CHANNEL}")
         self._execute(
             "SELECT pg_catalog.pg_advisory_lock_shared(%s, %s)",
             (names.LOCK_CLASS, names.ALIVE_LOCK),

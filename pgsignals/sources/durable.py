@@ -28,10 +28,11 @@ from ..core.payload import Cast
 from ..core.redaction import error_text
 from ..core.rng import chance
 from ..postgres.session import Session
+from ..triggers import names
 from ..triggers.bodies import CANNOT_WRITE
 from ..triggers.definitions import Definition
 from .polling import DurableSink, Follower, Poller
-from .session_checks import explaining_missing_rights, keep_triggers, queue_is_full
+from .session_checks import explaining_missing_rights, keep_triggers, listen_to, queue_is_full
 from .thread import ConnectionSettings, Preparer, SessionThread
 from .trigger_history import Installation
 from .trigger_watch import TriggersChangedError
@@ -162,6 +163,8 @@ class DurableSource(SessionThread):
         self._log = store = self._provider.log(
             session, self.name, self._holder, self._timing.timeout
         )
+        # Whoever asks for something, a backfill say, notifies, whatever the log is.
+        session.execute(listen_to(names.WAKE_CHANNEL), timeout=self._timing.timeout)
         store.open()
         epoch, server = store.surroundings()
         self._clock.set(microseconds(server))

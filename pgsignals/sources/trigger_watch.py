@@ -117,7 +117,7 @@ class TriggerWatch:
         found = self._read(session)
         former = _forgive(former, found, kept)
         if durable and self.reason and found.triggers != former.triggers:
-            # What is installed by now may write to a channel, or of a table, that the outbox did
+            # What is installed by now may write to a channel, or of a table, that the log did
             # not know yet when this session asked it what to read.
             raise TriggersChangedError("what was missing is installed")
         known, self.reason, self.fingerprint = self.reason, missing, found
@@ -167,7 +167,7 @@ class TriggerWatch:
 def _forgive(
     former: Fingerprint, found: Fingerprint, kept: Callable[[], str | None]
 ) -> Fingerprint:
-    """``former``, with the outbox that is there now if the consumer keeps that one.
+    """``former``, with what triggers write to by now if the consumer keeps that.
 
     An upgrade of the schema has altered it, or another process has announced the loss.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
@@ -107,9 +106,7 @@ class WrittenList(Written):
         self.decoder = KeptDecoder(self.decoder)
 
     def write(self, number: int) -> None:
-        at = round(time.time() * 1e6)
-        index = len(self.entries.payloads)
-        self.entries.payloads.append(f'{{"v":1,"x":1,"s":{index},"t":{at}}}\n{number}')
+        self.entries.write(number)
 
     def shed(self) -> None:
         self.entries.shed += 1

@@ -15,7 +15,6 @@ from psycopg2 import sql
 from ...core.errors import PayloadError
 from ...core.events import Message, Topic, model_identity, model_name
 from ...core.payload import VERSION, Cast, Decoder
-from ...core.transport import Transport
 from ...triggers import names
 from ...triggers.definitions import Definition
 from ...triggers.sql import SETTINGS, Specification, fields, row_text, value_of_text, value_text
@@ -99,7 +98,7 @@ def _snapshot_topic(group: Sequence[Definition]) -> SnapshotTopic:
         op=OP,
         label=first.watcher.label,
         tracked=tracked,
-        transport=Transport.OUTBOX,
+        transport=first.trigger.spec.transport,
     )
     hashed = names.digest(
         OP,
