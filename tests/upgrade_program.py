@@ -16,7 +16,8 @@ import msgspec
 import pgsignals
 from pgsignals.core.payload import Layout
 from pgsignals.outbox import schema
-from pgsignals.triggers import bodies, sql
+from pgsignals.triggers import sql
+from pgsignals.triggers.bodies import BODIES
 
 Tell = Callable[[tuple[Any, ...]], None]
 
@@ -73,10 +74,8 @@ def become_next(strange: bool) -> None:
     schema.UPGRADES = (*schema.UPGRADES, NEXT)
     schema.VERSION = NEXT.version
     sql.FORMAT += 1
-    bodies.NOTIFY, bodies.OUTBOX = (
-        each.replace("BEGIN", "-- of the next version\nBEGIN", 1)
-        for each in (bodies.NOTIFY, bodies.OUTBOX)
-    )
+    for transport, body in BODIES.items():
+        sql.BODIES[transport] = body.replace("BEGIN", "-- of the next version\nBEGIN", 1)  # type: ignore[index]
     if strange:
         decode = Layout.decode
         Layout.encode = lambda self: json.dumps({"next": msgspec.json.encode(self).decode()})  # type: ignore[method-assign]

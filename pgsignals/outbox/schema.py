@@ -113,7 +113,7 @@ END
 $$""",
     "REVOKE ALL ON FUNCTION pgsignals.has_room() FROM PUBLIC",
     # One statement with one plan, which a trigger's function tries without a row before it depends
-    # on it: see triggers/bodies.py.
+    # on it: see triggers/bodies/outbox.py.
     """CREATE FUNCTION pgsignals.put(bigint, bigint, bigint, oid, bigint, text, boolean)
   RETURNS boolean LANGUAGE plpgsql
 AS $$

@@ -29,7 +29,7 @@ from ..core.redaction import error_text
 from ..core.rng import chance
 from ..postgres.session import Session
 from ..triggers import names
-from ..triggers.bodies import CANNOT_WRITE
+from ..triggers.bodies.common import CANNOT_WRITE
 from ..triggers.definitions import Definition
 from .polling import DurableSink, Follower, Poller
 from .session_checks import explaining_missing_rights, keep_triggers, listen_to, queue_is_full

@@ -12,7 +12,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from ..core.transport import Transport
 from . import names
-from .bodies import TABLES
+from .bodies.common import TABLES
 
 
 class Tag(msgspec.Struct, frozen=True, rename={"format": "pgsignals"}):

@@ -14,7 +14,8 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.payload import RAW_TYPES, VERSION, Field, Layout
 from ..core.tables import Column, Relation, Table
 from ..core.transport import Transport
-from . import bodies, names
+from . import names
+from .bodies import BODIES, common
 from .quoting import dollar_quoted, literal, quoted_identifier
 
 # Bump when the generated text is meant to replace what older versions installed.
@@ -269,7 +270,7 @@ def _select(spec: Specification) -> sql.Composable:
     if spec.op == "truncated":
         return sql.SQL(
             "pgs_lines := CASE WHEN pgs_try OPERATOR(pg_catalog.<) {} THEN '[]' END;"
-        ).format(sql.SQL(str(bodies.BY_ERROR)))
+        ).format(sql.SQL(str(common.BY_ERROR)))
     line, conditions = _line(spec, False), _conditions(spec)
     key = spec.table.key_columns if spec.op == "updated" else ()
     moved = sql.SQL(" OR ").join(map(differs, key))
@@ -290,7 +291,7 @@ def _select(spec: Specification) -> sql.Composable:
             "          WHERE {conditions};\n"
             "      END IF;"
         ).format(
-            attempt=sql.SQL(str(bodies.BY_STATEMENT)),
+            attempt=sql.SQL(str(common.BY_STATEMENT)),
             fetched=sql.SQL(",\n          ").join(fetched),
             into=sql.SQL(into),
             rows=_rows(spec),
@@ -313,8 +314,8 @@ def _select(spec: Specification) -> sql.Composable:
             "      ELSIF pgs_try OPERATOR(pg_catalog.=) {by_statement} THEN\n"
             "        EXECUTE "
         ).format(
-            by_variables=sql.SQL(str(bodies.BY_VARIABLES)),
-            by_statement=sql.SQL(str(bodies.BY_STATEMENT)),
+            by_variables=sql.SQL(str(common.BY_VARIABLES)),
+            by_statement=sql.SQL(str(common.BY_STATEMENT)),
             conditions=conditions,
             assign=assign,
         ),
@@ -416,15 +417,15 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     """
     select = _select(spec)
     # What stands for the table, which only CREATE FUNCTION knows, stands for nothing else.
-    token, written = bodies.TABLES, select.as_string(cursor)
+    token, written = common.TABLES, select.as_string(cursor)
     while token in written:
         token = f"{token[:-1]}_}}"
     relation, mine, sure = _relation(spec, token)
     # A row of the outbox has the table in a column of its own.
     told = sql.SQL("") if spec.transport.durable else sql.SQL("""',"r":', {}, """).format(relation)
-    first = bodies.BY_VARIABLES if spec.row_level else bodies.BY_STATEMENT
+    first = common.BY_VARIABLES if spec.row_level else common.BY_STATEMENT
     body = (
-        sql.SQL(_qualified(bodies.OUTBOX if spec.transport.durable else bodies.NOTIFY))
+        sql.SQL(_qualified(BODIES[spec.transport]))
         .format(
             first=sql.SQL(str(first)),
             select=select,
