@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime, time, timedelta, timezone
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -85,6 +88,23 @@ def test_what_is_printed_stays_in_its_line(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
     assert shown == text or not text.isprintable()
+
+
+@given(
+    st.datetimes(
+        datetime(1, 1, 3),
+        datetime(9999, 12, 29),
+        timezones=st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(
+            lambda offset: timezone(timedelta(seconds=offset // timedelta(seconds=1)))
+        ),
+    )
+)
+def test_a_time_stays_what_it_is(at: datetime) -> None:
+    """A time is the same one in JSON, also where its offset from UTC has seconds."""
+    found = json.loads(to_json({"value": [at, at.timetz()]}))["value"]
+    moment, clock = (each.replace("Z", "+00:00") for each in found)
+    assert datetime.fromisoformat(moment) == at
+    assert time.fromisoformat(clock) == at.timetz()
 
 
 @given(st.recursive(st.none() | st.integers() | st.text() | st.binary(), st.lists))
