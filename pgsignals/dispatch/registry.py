@@ -210,7 +210,7 @@ class Registry:
             before = self._topics, self._names
             self._topics = tuple(topics) if delivered else ()
             # Over a reconnection, events of former topics may still be queued: those stay known.
-            self._names = self._names | {_key(topic): _names(topic, topics) for topic in topics}
+            self._names = self._names | _names(topics)
             self._routes.clear()
             try:
                 for subscription in self._subscriptions:
@@ -275,7 +275,8 @@ class Registry:
         Raises ReceiverError when a receiver asks for a column that the topic does not have.
         """
         with self._lock:
-            self._names[_key(topic)] = names = _names(topic, [topic])
+            self._names |= (found := _names([topic]))
+            names = found[_key(topic)]
             self._routes.clear()
             for subscription in self._subscriptions:
                 if model_identity(subscription.target) in names and (
@@ -549,19 +550,22 @@ def _key(topic: Topic) -> Key:
     return (topic.label if topic.label is not None else model_identity(topic.model), topic.op)
 
 
-def _names(topic: Topic, topics: Sequence[Topic]) -> tuple[int | str, ...]:
-    """The names by which receivers may call the topic's watcher."""
-    if topic.label is not None:
-        return (topic.label,)
-    found: list[int | str] = [model_identity(topic.model)]
-    qualified = f"{topic.schema}.{topic.table}"
-    if qualified not in found:
-        found.append(qualified)
-    schemas = {t.schema for t in topics if t.table == topic.table}
-    if topic.table not in found and len(schemas) == 1:
-        found.append(topic.table)
-    labels = {t.label for t in topics}
-    return tuple(name for name in found if name not in labels)
+def _names(topics: Sequence[Topic]) -> dict[Key, tuple[int | str, ...]]:
+    """By the topics' keys, the names by which receivers may call their watchers."""
+    labels = {topic.label for topic in topics}
+    schemas: dict[str, set[str]] = {}
+    for topic in topics:
+        schemas.setdefault(topic.table, set()).add(topic.schema)
+    found: dict[Key, tuple[int | str, ...]] = {}
+    for topic in topics:
+        if topic.label is not None:
+            found[_key(topic)] = (topic.label,)
+            continue
+        names = [model_identity(topic.model), f"{topic.schema}.{topic.table}"]
+        if len(schemas[topic.table]) == 1:
+            names.append(topic.table)
+        found[_key(topic)] = tuple(dict.fromkeys(name for name in names if name not in labels))
+    return found
 
 
 def _check_operation(op: object) -> None:

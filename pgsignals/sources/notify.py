@@ -207,8 +207,9 @@ class NotifySource(SessionThread):
         timeout = self._timing.timeout
         keep_triggers(session, definitions, timeout)
         for definition in definitions:
-            session.execute(listen_to(definition.channel), timeout=timeout)
             log.debug("listening on %s for %s", definition.channel, definition)
+        # At once: a round trip for each of hundreds would take as long as all else.
+        session.execute(listen_to(*(each.channel for each in definitions)), timeout=timeout)
         [(listening,)] = session.execute("SELECT pg_catalog.clock_timestamp()", timeout=timeout)
         self._heard = microseconds(listening)
         self._set_back += self._clock.set(self._heard)

@@ -20,9 +20,11 @@ from ..triggers.definitions import Definition
 IN_RECOVERY = "SELECT pg_catalog.pg_is_in_recovery()"
 
 
-def listen_to(channel: str) -> sql.Composed:
-    """The statement that listens to a channel."""
-    return sql.SQL("LISTEN {}").format(sql.Identifier(channel))
+def listen_to(*channels: str) -> sql.Composed:
+    """The statements that listen to channels."""
+    return sql.SQL("; ").join(
+        sql.SQL("LISTEN {}").format(sql.Identifier(channel)) for channel in channels
+    )
 
 
 def server_time(cursor: Cursor) -> datetime:

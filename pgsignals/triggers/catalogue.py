@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -124,7 +124,8 @@ LEFT JOIN pg_catalog.pg_trigger t
   ON t.tgfoid = p.oid AND t.tgname = p.proname AND t.tgparentid = 0
 LEFT JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
 LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE p.proname LIKE 'pgsignals\\_%' AND p.pronargs = 0
+WHERE p.proname LIKE 'pgsignals\\_%%' AND p.pronargs = 0
+  AND (%(names)s::pg_catalog.name[] IS NULL OR p.proname = ANY (%(names)s::pg_catalog.name[]))
 ORDER BY f.nspname, p.proname, t.oid
 """
 
@@ -132,7 +133,9 @@ ORDER BY f.nspname, p.proname, t.oid
 _SILENT_PARTS = """
 SELECT t.tgfoid, pg_catalog.array_agg(t.tgrelid::pg_catalog.regclass::text ORDER BY t.tgrelid)
 FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_trigger p ON p.oid = t.tgparentid
-WHERE t.tgenabled <> p.tgenabled AND t.tgname LIKE 'pgsignals\\_%' GROUP BY 1
+WHERE t.tgenabled <> p.tgenabled AND t.tgname LIKE 'pgsignals\\_%%'
+  AND (%(names)s::pg_catalog.name[] IS NULL OR t.tgname = ANY (%(names)s::pg_catalog.name[]))
+GROUP BY 1
 """
 
 # Advisory keys are 32-bit numbers that pg_locks shows as unsigned oids.
@@ -197,16 +200,20 @@ def read_listeners(cursor: Cursor) -> list[list[int]]:
     return [keys for _, keys in cursor.fetchall()]
 
 
-def read_installed(cursor: Cursor, namespace: str | None) -> list[Installed]:
+def read_installed(
+    cursor: Cursor, namespace: str | None, named: Collection[str] | None = None
+) -> list[Installed]:
     """Our functions of one namespace, or of all, with their triggers, by table and operation.
 
-    What does not carry a tag of ours is never returned, whatever its name.
+    ``named`` narrows it to these names. What does not carry a tag of ours is never returned,
+    whatever its name.
     """
     listeners = read_listeners(cursor)
     channels = _read_consumed(cursor)
-    cursor.execute(_FUNCTIONS)
+    parameters = {"names": None if named is None else list(named)}
+    cursor.execute(_FUNCTIONS, parameters)
     groups = [list(rows) for _, rows in groupby(cursor.fetchall(), key=lambda row: row[0])]
-    cursor.execute(_SILENT_PARTS)
+    cursor.execute(_SILENT_PARTS, parameters)
     silent = dict(cursor.fetchall())
     able = _read_able(cursor, {rows[0][6] for rows in groups if rows[0][5]})
     found = []

@@ -19,7 +19,7 @@ from ..core.transport import Transport
 from ..core.watchers import Watcher
 from ..postgres.session_settings import error_position
 from .sql import Specification, Trigger, compile_trigger, fields
-from .table_lookup import describe, resolve
+from .table_lookup import describe_all, resolve
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ def define(
     path = sql.SQL(", ").join(sql.Identifier(s) for s in (*schemas, "pg_temp")).as_string(cursor)
     found = []
     found_by_name: dict[str, Watcher] = {}
-    tables: dict[int | str, tuple[Table, Resolver]] = {}
+    models = {model_identity(watcher.model): watcher.model for watcher in watchers}
+    resolved = [resolve(model, resolvers) for model in models.values()]
+    described = describe_all(cursor, [ref for ref, _ in resolved])
+    tables = dict(zip(models, described, strict=True))
+    resolvers_of = {key: found for key, (_, found) in zip(models, resolved, strict=True)}
     for watcher in watchers:
         identity = model_identity(watcher.model)
-        if identity not in tables:
-            ref, resolver = resolve(watcher.model, resolvers)
-            tables[identity] = describe(cursor, ref), resolver
-        table, resolver = tables[identity]
+        table, resolver = tables[identity], resolvers_of[identity]
         columns = tuple(table.column(name) for name in watcher.columns)
         extra = tuple(table.column(name) for name in watcher.extra)
         tracked = tuple(dict.fromkeys((*columns, *extra)))

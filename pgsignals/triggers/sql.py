@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from psycopg2 import sql
@@ -47,6 +48,7 @@ SETTINGS = (
 _OPERATOR = re.compile(r"(?<= )(?:\|\||<=|>=|<>|[-+*/<>=~])(?= )")
 
 
+@lru_cache(maxsize=32)
 def _qualified(text: str) -> str:
     """``text`` with each operator that stands between spaces looked up in pg_catalog alone."""
     return _OPERATOR.sub(r"OPERATOR(pg_catalog.\g<0>)", text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from psycopg2.extensions import cursor as Cursor
 
@@ -62,23 +64,29 @@ def resolve(model: object, resolvers: Sequence[Resolver]) -> tuple[TableRef, Res
     )
 
 
+# Each of these asks about all tables at once: hundreds of round trips would take seconds.
 _FIND = """
-SELECT c.oid, n.nspname, c.relname, c.relkind,
+SELECT given.number, c.oid, n.nspname, c.relname, c.relkind,
        EXISTS (SELECT FROM pg_catalog.pg_inherits i WHERE i.inhrelid = c.oid)
-FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relname = %(name)s
-  AND CASE WHEN %(schema)s IS NULL THEN pg_catalog.pg_table_is_visible(c.oid)
-           ELSE n.nspname = %(schema)s END
+FROM ROWS FROM (pg_catalog.unnest(%(names)s::pg_catalog.name[]),
+                pg_catalog.unnest(%(schemas)s::pg_catalog.name[]))
+  WITH ORDINALITY AS given (name, schema, number)
+JOIN pg_catalog.pg_class c ON c.relname = given.name
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE CASE WHEN given.schema IS NULL THEN pg_catalog.pg_table_is_visible(c.oid)
+           ELSE n.nspname = given.schema END
 """
 
 
 _FAMILY = """
 WITH RECURSIVE family AS (
-    SELECT i.inhrelid AS relation FROM pg_catalog.pg_inherits i WHERE i.inhparent = %(oid)s
+    SELECT i.inhparent AS head, i.inhrelid AS relation FROM pg_catalog.pg_inherits i
+    WHERE i.inhparent = ANY (%(oids)s::pg_catalog.oid[])
   UNION
-    SELECT i.inhrelid FROM family f JOIN pg_catalog.pg_inherits i ON i.inhparent = f.relation
+    SELECT f.head, i.inhrelid
+    FROM family f JOIN pg_catalog.pg_inherits i ON i.inhparent = f.relation
 )
-SELECT n.nspname, c.relname, c.oid
+SELECT f.head, n.nspname, c.relname, c.oid
 FROM family f JOIN pg_catalog.pg_class c ON c.oid = f.relation
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relpersistence <> 't' AND NOT c.relispartition
@@ -98,38 +106,39 @@ LIMIT 5000
 # Follows domains down to the type that a query's result announces, and arrays to their elements.
 _COLUMNS = """
 WITH RECURSIVE base AS (
-    SELECT a.attnum, a.atttypid AS typid FROM pg_catalog.pg_attribute a
-    WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
+    SELECT a.attrelid, a.attnum, a.atttypid AS typid FROM pg_catalog.pg_attribute a
+    WHERE a.attrelid = ANY (%(oids)s::pg_catalog.oid[]) AND a.attnum > 0 AND NOT a.attisdropped
   UNION ALL
-    SELECT b.attnum, t.typbasetype FROM base b
+    SELECT b.attrelid, b.attnum, t.typbasetype FROM base b
     JOIN pg_catalog.pg_type t ON t.oid = b.typid WHERE t.typtype = 'd'
 )
-SELECT a.attname, t.oid, tn.nspname, t.typname,
+SELECT a.attrelid, a.attname, t.oid, tn.nspname, t.typname,
        pn.nspname, p.proname, a.atttypid <> t.oid,
        CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN e.typname ELSE t.typname END,
        CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN en.nspname ELSE tn.nspname END,
        CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN e.typtype ELSE t.typtype END,
        a.attgenerated = 'v'
 FROM base b
-JOIN pg_catalog.pg_attribute a ON a.attrelid = %(oid)s AND a.attnum = b.attnum
+JOIN pg_catalog.pg_attribute a ON a.attrelid = b.attrelid AND a.attnum = b.attnum
 JOIN pg_catalog.pg_type t ON t.oid = b.typid AND t.typtype <> 'd'
 JOIN pg_catalog.pg_namespace tn ON tn.oid = t.typnamespace
 JOIN pg_catalog.pg_proc p ON p.oid = t.typoutput
 JOIN pg_catalog.pg_namespace pn ON pn.oid = p.pronamespace
 LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
 LEFT JOIN pg_catalog.pg_namespace en ON en.oid = e.typnamespace
-ORDER BY a.attnum
+ORDER BY a.attrelid, a.attnum
 """
 
 
 _KEY = """
-SELECT a.attname
+SELECT i.indrelid, a.attname
 FROM pg_catalog.pg_index i
 CROSS JOIN LATERAL pg_catalog.unnest(i.indkey::pg_catalog.int2[])
   WITH ORDINALITY AS k(attnum, position)
 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-WHERE i.indrelid = %(oid)s AND i.indisprimary AND k.position <= i.indnkeyatts
-ORDER BY k.position
+WHERE i.indrelid = ANY (%(oids)s::pg_catalog.oid[])
+  AND i.indisprimary AND k.position <= i.indnkeyatts
+ORDER BY i.indrelid, k.position
 """
 
 
@@ -139,11 +148,31 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
     Raises TableError when there is no such table, or it is not one that can have triggers,
     ModelError when the model is of another database.
     """
-    if ref.home is not None:
-        check_home(cursor, ref.home)
+    return describe_all(cursor, [ref])[0]
+
+
+def describe_all(cursor: Cursor, refs: Sequence[TableRef]) -> list[Table]:
+    """The tables as the catalogue describes them, in their order; raises what ``describe`` does."""
+    if not refs:
+        return []
+    names, schemas = [ref.name for ref in refs], [ref.schema for ref in refs]
+    cursor.execute(_FIND, {"names": names, "schemas": schemas})
+    rows = {number - 1: row for number, *row in cursor.fetchall()}
+    for number, ref in enumerate(refs):
+        if ref.home is not None:
+            check_home(cursor, ref.home)
+        _check_kind(cursor, ref, rows.get(number))
+    asked = {"oids": [oid for oid, *_ in rows.values()]}
+    columns, keys, families = (_grouped(cursor, each, asked) for each in (_COLUMNS, _KEY, _FAMILY))
+    return [
+        _table(ref, rows[number], *(each[rows[number][0]] for each in (columns, keys, families)))
+        for number, ref in enumerate(refs)
+    ]
+
+
+def _check_kind(cursor: Cursor, ref: TableRef, row: Sequence[Any] | None) -> None:
+    """Raise TableError unless there is a table, as ``row`` of _FIND says."""
     wanted = ref.name if ref.schema is None else f"{ref.schema}.{ref.name}"
-    cursor.execute(_FIND, {"name": ref.name, "schema": ref.schema})
-    row = cursor.fetchone()
     if row is None:
         cursor.execute(_NAMES, {"schema": ref.schema})
         known = [name for (name,) in cursor.fetchall()]
@@ -152,14 +181,31 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
             f"There is no table {wanted!r}{where}{near(wanted, known)} Create it first, by a "
             "migration for instance, or say which schema has it: 'schema.table'."
         )
-    oid, schema, name, kind, inherits = row
+    kind = row[3]
     if kind not in ("r", "p"):
         raise TableError(f"{wanted!r} is {_KINDS.get(kind, 'not a table')}.")
 
+
+def _grouped(cursor: Cursor, query: str, asked: dict[str, Any]) -> Mapping[int, list[Any]]:
+    """The rows of a query by their first column, the OID of a table, without that."""
+    cursor.execute(query, asked)
+    found: dict[int, list[Any]] = defaultdict(list)
+    for oid, *row in cursor.fetchall():
+        found[oid].append(row)
+    return found
+
+
+def _table(
+    ref: TableRef,
+    row: Sequence[Any],
+    column_rows: Sequence[Any],
+    key_rows: Sequence[Any],
+    family: Sequence[Any],
+) -> Table:
+    oid, schema, name, kind, inherits = row
     attribute_of: dict[str, str] = {}
     for attribute, column_name in ref.attributes.items():
         attribute_of.setdefault(column_name, attribute)
-    cursor.execute(_COLUMNS, {"oid": oid})
     columns = tuple(
         Column(
             name=column_name,
@@ -185,24 +231,19 @@ def describe(cursor: Cursor, ref: TableRef) -> Table:
             element_schema,
             element_kind,
             virtual,
-        ) in cursor.fetchall()
+        ) in column_rows
     )
     present = {column.name for column in columns}
-    cursor.execute(_KEY, {"oid": oid})
-    key = tuple(column_name for (column_name,) in cursor.fetchall()) or ref.key
+    key = tuple(column_name for (column_name,) in key_rows) or ref.key
     if missing := [column_name for column_name in key if column_name not in present]:
         raise TableError(f"{schema}.{name} lacks the model's key column {missing[0]!r}.")
     if ref.only is not None and ref.only[0] not in present:
         raise TableError(f"{schema}.{name} lacks the model's discriminator {ref.only[0]!r}.")
-    children: tuple[Relation, ...] = ()
-    if kind != "p":
-        cursor.execute(_FAMILY, {"oid": oid})
-        children = tuple(Relation(*each) for each in cursor.fetchall())
     return Table(
         schema=schema,
         name=name,
         oid=oid,
-        children=children,
+        children=() if kind == "p" else tuple(Relation(*each) for each in family),
         partitioned=kind == "p",
         inherits=inherits,
         columns=columns,

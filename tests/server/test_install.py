@@ -69,6 +69,35 @@ def poll(question: Callable[[], Any]) -> Any:
     return answer
 
 
+class Counted(Cursor):
+    """Counts its statements."""
+
+    count = 0
+
+    def execute(self, query: Any, parameters: Any = None) -> None:
+        Counted.count += 1
+        super().execute(query, parameters)
+
+
+@pytest.mark.parametrize("tables", [1, 40])
+def test_a_start_with_many_tables(dsn: str, db: Database, tables: int) -> None:
+    """What is there already is found by as many statements for many tables as for one."""
+    watched = [f"t{number}" for number in range(tables)]
+    for each in watched:
+        db(f"CREATE TABLE {each} (id int PRIMARY KEY)")
+    install(dsn, watched)
+    connection = psycopg2.connect(dsn, cursor_factory=Counted)
+    connection.autocommit = True
+    try:
+        with connection.cursor() as cursor:
+            Counted.count = 0
+            found = define(cursor, normalize(watched), BUILTIN, "default")
+            assert installer.install(cursor, "default", [each.trigger for each in found]) == []
+    finally:
+        connection.close()
+    assert Counted.count <= 12
+
+
 def until_deaf(db: Database, names: Sequence[str]) -> None:
     """Wait until the server has noticed that nobody listens to the triggers any more."""
     with session(db.dsn) as cursor:
