@@ -17,6 +17,7 @@ import nats.js.errors
 from nats.aio.client import Client
 
 from pgsignals import BrokerError
+from pgsignals.plugins.within import within
 
 from .options import Options
 
@@ -164,27 +165,6 @@ def stream_error(options: Options, error: Exception) -> BrokerError:
         return BrokerError(f"{options}: JetStream is not enabled for this account.")
     text = getattr(error, "description", None) or str(error) or type(error).__name__
     return BrokerError(f"{options}: the stream {name} cannot be used: {text}")
-
-
-async def within(seconds: float, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled after so many seconds; that raises TimeoutError.
-
-    Before Python 3.12, asyncio.wait_for() swallows a cancellation that comes when the work has just
-    ended: a task that was told to end goes on.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-        timed_out = not task.done()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # It counts as seen, also where a cancellation leads away from here.
-    if timed_out and task.cancelled():
-        raise asyncio.TimeoutError
-    return task.result()
 
 
 class Loop:

@@ -10,7 +10,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from .connection import within
+from pgsignals.plugins.within import within
 
 AT_ONCE = 500
 # A request ends after so long and is made anew, so that a server which has forgotten it, and a

@@ -20,11 +20,12 @@ from nats.js import JetStreamContext
 from pgsignals import BrokerError, Gap, PgSignalsError
 from pgsignals.backoff import Backoff
 from pgsignals.cloudevents import attributes_of
+from pgsignals.plugins.within import within
 from pgsignals.sources import RemoteSink, Wanted
 from pgsignals.sources.missed import announce_missed
 from pgsignals.urls import taking
 
-from .connection import PREFIX, Loop, connect, stream_error, within
+from .connection import PREFIX, Loop, connect, stream_error
 from .consumer import MOST, Consumer
 from .options import Options, SendingOptions
 from .progress import Progress

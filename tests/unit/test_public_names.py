@@ -38,6 +38,7 @@ PUBLIC = {
     ),
     "pgsignals.inspection": "BackendStatus ForeignTable Health Status",
     "pgsignals.metrics": "COUNTERS GAUGES Metrics Tracer",
+    "pgsignals.plugins.within": "within",
     "pgsignals.resolvers": "DjangoResolver PlainResolver SQLAlchemyResolver",
     "pgsignals.sources": "RemoteSink RemoteSource Wanted",
     "pgsignals.sources.missed": "announce_missed",
