@@ -332,21 +332,8 @@ class Event(msgspec.Struct, frozen=True, eq=False):
         )
         return found
 
-    def _record(self) -> tuple[Any, ...]:
-        return (
-            self.uid,
-            self.op,
-            self.label,
-            self.schema,
-            self.table,
-            self.key,
-            self.values,
-            self.old,
-            self.changed,
-            self.truncated,
-            self.at,
-            dict(self.context),
-        )
+    def _record(self) -> dict[str, Any]:
+        return {**self.to_dict(), "old": self.old, "changed": self.changed, "txid": None}
 
     def __eq__(self, other: object) -> bool:
         return self._record() == other._record() if isinstance(other, Event) else NotImplemented
