@@ -21,11 +21,14 @@ from ..outbox import schema
 from ..postgres.connection import connect
 from ..triggers import names
 from ..triggers.catalogue import Installed, read_installed
+from ..triggers.definitions import define
 from ..triggers.installer import lock_holders, plan
 from ..triggers.sql import Trigger, registration
 from ..triggers.table_lookup import describe, resolve
 
 Rows = list[tuple[Any, ...]]
+# ``installing`` or ``removing``.
+Planning = Callable[[Cursor, str, Sequence[Watcher], Sequence[Resolver], Transport], "Change"]
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _NO_TRANSACTION = "25P01"
@@ -172,6 +175,18 @@ def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
 
 
 def installing(
+    cursor: Cursor,
+    namespace: str,
+    watchers: Sequence[Watcher],
+    resolvers: Sequence[Resolver],
+    transport: Transport,
+) -> Change:
+    """What installing the triggers of watchers takes: see ``creating``."""
+    found = define(cursor, watchers, resolvers, namespace, transport)
+    return creating(cursor, namespace, [each.trigger for each in found], transport)
+
+
+def creating(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], transport: Transport
 ) -> Change:
     """What the triggers that are missing or outdated take, and the outbox if they write to it."""
@@ -189,9 +204,16 @@ def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change
 
 
 def removing(
-    cursor: Cursor, namespace: str, watchers: Sequence[Watcher], resolvers: Sequence[Resolver]
+    cursor: Cursor,
+    namespace: str,
+    watchers: Sequence[Watcher],
+    resolvers: Sequence[Resolver],
+    transport: Transport,
 ) -> Change:
-    """What removes the triggers of watchers, however they were defined when they were installed."""
+    """What removes the triggers of watchers, however they were defined when they were installed.
+
+    That is of either transport.
+    """
     identities = set()
     for watcher in watchers:
         ref, _ = resolve(watcher.model, resolvers)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,11 @@ from ...core.tables import Resolver, TableRef
 from ...core.transport import Transport
 from ...core.watchers import Watcher, normalize
 from ...hub.options import all_resolvers
-from ...triggers.definitions import define
 from ...triggers.resolvers.django import DjangoResolver, is_model
 from ...triggers.table_lookup import resolve
 from ..migrations import (
     Change,
+    Planning,
     borrowed_cursor,
     installing,
     removing,
@@ -67,34 +67,13 @@ class InstallWatchers(Operation):
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Create what is missing."""
-        watchers = self._watchers(app_label, schema_editor, to_state.apps)
-        if not watchers:
-            return
-        resolvers = _resolvers(to_state.apps)
-
-        def change(cursor: Cursor) -> Change:
-            alias = schema_editor.connection.alias
-            transport = Transport(self.delivery or default_delivery(alias))
-            namespace = self.namespace or default_namespace(alias)
-            found = define(cursor, watchers, resolvers, namespace, transport)
-            return installing(cursor, namespace, [each.trigger for each in found], transport)
-
-        self._apply(schema_editor, resolvers, to_state.apps, change)
+        self._run(app_label, schema_editor, to_state.apps, installing)
 
     def database_backwards(
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Remove them."""
-        watchers = self._watchers(app_label, schema_editor, from_state.apps)
-        if not watchers:
-            return
-        resolvers = _resolvers(from_state.apps)
-
-        def change(cursor: Cursor) -> Change:
-            namespace = self.namespace or default_namespace(schema_editor.connection.alias)
-            return removing(cursor, namespace, watchers, resolvers)
-
-        self._apply(schema_editor, resolvers, from_state.apps, change)
+        self._run(app_label, schema_editor, from_state.apps, removing)
 
     def describe(self) -> str:
         """What ``migrate`` and ``sqlmigrate`` print."""
@@ -123,10 +102,18 @@ class InstallWatchers(Operation):
             )
         ]
 
-    def _apply(
-        self, schema_editor: Any, resolvers: Sequence[Resolver], models: Any, change: Any
-    ) -> None:
+    def _run(self, app_label: str, schema_editor: Any, models: Any, planning: Planning) -> None:
         connection = schema_editor.connection
+        watchers = self._watchers(app_label, schema_editor, models)
+        if not watchers:
+            return
+        resolvers = all_resolvers([_HistoricalResolver(models)])
+
+        def change(cursor: Cursor) -> Change:
+            transport = Transport(self.delivery or default_delivery(connection.alias))
+            namespace = self.namespace or default_namespace(connection.alias)
+            return planning(cursor, namespace, watchers, resolvers, transport)
+
         if not schema_editor.collect_sql:
             with _cursor(connection) as cursor:
                 # Where the migration is not atomic, this is its whole transaction.
@@ -144,7 +131,11 @@ class InstallWatchers(Operation):
             schema_editor.execute(statement, None)
 
     def _foreseen(
-        self, connection: Any, resolvers: Sequence[Resolver], models: Any, change: Any
+        self,
+        connection: Any,
+        resolvers: Sequence[Resolver],
+        models: Any,
+        change: Callable[[Cursor], Change],
     ) -> tuple[str, ...]:
         """What would be run, with tables that earlier migrations have yet to create.
 
@@ -154,7 +145,7 @@ class InstallWatchers(Operation):
         with transaction.atomic(connection.alias), _cursor(connection) as cursor:
             try:
                 with transaction.atomic(connection.alias):
-                    found: Change = change(cursor)
+                    found = change(cursor)
             except TableError:
                 wanted = {resolve(watcher.model, resolvers)[0].name for watcher in self.watchers}
                 present = set(connection.introspection.table_names())
@@ -191,22 +182,14 @@ class _HistoricalResolver(DjangoResolver):
         return model
 
 
-def _resolvers(models: Any) -> tuple[Resolver, ...]:
-    return all_resolvers([_HistoricalResolver(models)])
-
-
-@contextmanager
-def _cursor(connection: Any) -> Iterator[Cursor]:
+def _cursor(connection: Any) -> AbstractContextManager[Cursor]:
     def execute(statement: str) -> list[tuple[Any, ...]]:
         with connection.cursor() as cursor:
             cursor.execute(statement)
             return list(cursor.fetchall()) if cursor.description else []
 
     connection.ensure_connection()
-    with borrowed_cursor(
-        connection.connection, lambda: dsn_of(connection.alias), execute
-    ) as cursor:
-        yield cursor
+    return borrowed_cursor(connection.connection, lambda: dsn_of(connection.alias), execute)
 
 
 class _WatcherSerializer(BaseSerializer):
