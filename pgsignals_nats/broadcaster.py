@@ -19,12 +19,13 @@ from nats.js import JetStreamContext
 from pgsignals import BrokerError, Event, Gap
 from pgsignals.broadcasters.ledger import SentLedger
 from pgsignals.cloudevents import Writer, header_name, record_key
-from pgsignals.urls import taking
+from pgsignals.urls import BrokerEnd, taking
 
 from .connection import PREFIX, Loop, connect, stream_error
 from .history import ID
 from .options import SendingOptions
 from .ordering import Item, RecordQueue
+from .progress import EPOCH
 from .stream import Stream, check
 
 log = logging.getLogger("pgsignals.nats")
@@ -39,10 +40,9 @@ _HEADER_OVERHEAD = 8
 # once more.
 _HEAD = 56
 _header_name = functools.cache(functools.partial(header_name, prefix=PREFIX))
-_EPOCH = datetime.fromtimestamp(0, timezone.utc)
 
 
-class NatsBroadcaster:
+class NatsBroadcaster(BrokerEnd[SendingOptions]):
     """Sends events to a subject for each operation of a table, all of one stream.
 
     Its keywords are the options of ``nats://`` URLs, ``user``, ``password``, and ``config``,
@@ -81,12 +81,6 @@ class NatsBroadcaster:
         self._looking: set[asyncio.Task[None]] = set()
         self._pumping = False
         self._inbox = ""
-
-    def __str__(self) -> str:
-        return str(self._options)
-
-    def __repr__(self) -> str:
-        return f"<NatsBroadcaster {self}>"
 
     def publish(self, events: Sequence[Event]) -> None:
         loop = self._begin()
@@ -189,7 +183,7 @@ class NatsBroadcaster:
         """Find the stream; tell the readers of another one, and send again what it lacks."""
         if why := await self._stream.find(self._jetstream, self._max_payload):
             log.error("%s: events that were sent may be lost: %s", self, why)
-            gap = Gap(_EPOCH, datetime.now(timezone.utc), "restored", why)
+            gap = Gap(EPOCH, datetime.now(timezone.utc), "restored", why)
             self._notice = self._gap_item(gap)
             self._ledger.forget_acknowledged(why)
 

@@ -48,7 +48,7 @@ PUBLIC = {
     ),
     "pgsignals.testing.conformance": "BroadcasterConformance Written make_event",
     "pgsignals.testing.pytest_plugin": "",
-    "pgsignals.urls": "Address BrokerOptions option parse_url scheme_of taking",
+    "pgsignals.urls": "Address BrokerEnd BrokerOptions option parse_url scheme_of taking",
 }
 
 
