@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from .errors import StateError
-from .process import after_fork
+from .process import after_fork, notice_fork
 from .threads import Thread
 
 T = TypeVar("T")
@@ -37,6 +37,8 @@ def termination(call: Callable[[], object], *, once: bool = False) -> Iterator[N
             _restore()
         call()
 
+    # A fork that is noticed later would take the handlers back.
+    notice_fork()
     _guard_forks()
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
