@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import click
 import psycopg2
@@ -190,26 +190,19 @@ def watch(
         ctx.exit(_TIMED_OUT)
 
 
+@dataclass
 class _Printer:
     """Prints events, one at a time, until it is closed."""
 
-    def __init__(
-        self,
-        end: End,
-        as_json: bool,
-        count: int | None,
-        shell_command: str | None,
-        lossless: bool = False,
-    ) -> None:
-        self.printed = 0
-        self.failure: Exception | None = None
-        self._end = end
-        self._as_json = as_json
-        self._count = count
-        self._shell_command = shell_command
-        self._lossless = lossless
-        self._closed = threading.Event()
-        self._never = threading.Event()
+    end: End
+    as_json: bool
+    count: int | None
+    shell_command: str | None
+    lossless: bool
+    printed: int = 0
+    failure: Exception | None = None
+    _closed: threading.Event = field(default_factory=threading.Event)
+    _never: threading.Event = field(default_factory=threading.Event)
 
     @property
     def stuck(self) -> bool:
@@ -217,7 +210,7 @@ class _Printer:
 
         An event is acknowledged when they do.
         """
-        return self._lossless and self._closed.is_set()
+        return self.lossless and self._closed.is_set()
 
     def receiver(self, unchanged: Collection[str]) -> Callable[[Event], None]:
         """A receiver; ``unchanged`` are columns to show though an update left them alone."""
@@ -236,7 +229,7 @@ class _Printer:
 
     def _print(self, event: Event, unchanged: Collection[str]) -> None:
         try:
-            click.echo(to_json(event.to_dict()) if self._as_json else event_line(event, unchanged))
+            click.echo(to_json(event.to_dict()) if self.as_json else event_line(event, unchanged))
         except OSError as error:
             abandon_stdout()
             # That a reader such as head(1) has read enough is no failure.
@@ -245,14 +238,14 @@ class _Printer:
             self._finish()
             return
         self.printed += 1
-        if self._shell_command is not None:
-            _run(self._shell_command, event)
-        if self.printed == self._count:
+        if self.shell_command is not None:
+            _run(self.shell_command, event)
+        if self.printed == self.count:
             self._finish()
 
     def _finish(self) -> None:
         self.close()
-        self._end.give("finished")
+        self.end.give("finished")
 
 
 def _run(command: str, event: Event) -> None:
