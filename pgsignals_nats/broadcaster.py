@@ -34,7 +34,6 @@ log = logging.getLogger("pgsignals.nats")
 _WINDOW = 2_000
 # A message that is not acknowledged after so many seconds is taken for lost.
 _ACK_SECONDS = 10.0
-_CONNECT_SECONDS = 20.0
 _HEADER_OVERHEAD = 8
 # The length of the other headers, with room for what is added to the id of a message that is sent
 # once more.
@@ -115,9 +114,7 @@ class NatsBroadcaster(BrokerEnd[SendingOptions]):
     def check(self, tables: Sequence[tuple[str, str]]) -> None:
         loop = Loop()
         try:
-            loop.run(check(self._options, tables), _CONNECT_SECONDS)
-        except TimeoutError as error:
-            raise BrokerError(f"{self}: not connected: {error}") from error
+            loop.connect(check(self._options, tables), self._options)
         finally:
             loop.close()
 
@@ -146,10 +143,8 @@ class NatsBroadcaster(BrokerEnd[SendingOptions]):
         client = self._client
         if client is None or not client.is_connected or self._stream.astray:
             lost = client is None or not client.is_connected
-            try:
-                self._loop.run(self._connect() if lost else self._find_stream(), _CONNECT_SECONDS)
-            except TimeoutError as error:
-                raise BrokerError(f"{self}: not connected: {error}") from error
+            work = self._connect() if lost else self._find_stream()
+            self._loop.connect(work, self._options)
             self._check()
         if self._notice is not None:
             self._send(self._loop, [self._notice])

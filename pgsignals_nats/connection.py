@@ -29,6 +29,8 @@ T = TypeVar("T")
 PREFIX = "ce-"
 _NO_TLS = "the server does not offer TLS"
 _CONNECT_SECONDS = 8
+# The same, with all that is asked of JetStream then.
+_CONNECTED_SECONDS = 20.0
 
 
 async def connect(options: Options, closed: Callable[[], Awaitable[None]]) -> Client:
@@ -205,6 +207,13 @@ class Loop:
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise TimeoutError(f"no answer within {timeout:g} s") from None
+
+    def connect(self, work: Coroutine[Any, Any, T], options: Options) -> T:
+        """The result of ``work``, which connects. Raises BrokerError where nobody answers."""
+        try:
+            return self.run(work, _CONNECTED_SECONDS)
+        except TimeoutError as error:
+            raise BrokerError(f"{options}: not connected: {error}") from error
 
     def call(self, what: Callable[..., object], *arguments: object) -> None:
         """Call a function in the loop, if it has not ended, without waiting for it."""

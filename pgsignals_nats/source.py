@@ -35,7 +35,6 @@ log = logging.getLogger("pgsignals.nats")
 
 # A loss is noticed this soon.
 _LOOK_SECONDS = 2.0
-_CONNECT_SECONDS = 20.0
 # The longest pause between tries to connect, or to find the stream, is that of Kafka's client.
 _BACKOFF_SECONDS = 5.0
 
@@ -93,10 +92,7 @@ class NatsSource(BrokerEnd[Options]):
             self._progress.heard = datetime.now(timezone.utc)
         loop = Loop()
         try:
-            loop.run(self._connect(), _CONNECT_SECONDS)
-        except TimeoutError as error:
-            loop.close()
-            raise BrokerError(f"{self}: not connected: {error}") from error
+            loop.connect(self._connect(), options)
         except BaseException:
             loop.close()
             raise

@@ -181,7 +181,7 @@ def list_backfills(cursor: Cursor) -> Answer:
         ],
         "There are no backfills.",
     )
-    return {"backfills": found}, table
+    return Answer({"backfills": found}, table)
 
 
 @backfills.command("cancel", epilog=examples("pgsignals backfills cancel 3"))
@@ -191,4 +191,4 @@ def cancel_backfill(cursor: Cursor, id: int) -> Answer:  # noqa: A002
     """End one. What is with receivers is still delivered."""
     cancelled = administration.cancel(cursor, id)
     text = f"Cancelled backfill {id}." if cancelled else f"Backfill {id} had ended."
-    return {"backfill": id, "cancelled": cancelled}, text
+    return Answer({"backfill": id, "cancelled": cancelled}, text)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from psycopg2.extensions import cursor as Cursor
@@ -21,10 +21,17 @@ from pgsignals.outbox.schema import read_version
 from pgsignals.postgres.connection import opened
 
 from .options import dsn_option, json_option
-from .output import amount, emit, examples, print_table, printable
+from .output import amount, emit, examples, notice, print_table, printable
 
-Answer = tuple[object, str | Callable[[], object]]
 Command = Callable[..., object]
+
+
+class Answer(NamedTuple):
+    """What a command has to say: for JSON, for people as ``emit`` takes it, and on stderr."""
+
+    data: object
+    tell: str | Callable[[], object]
+    notices: Sequence[str] = ()
 
 
 def print_outbox(outbox: OutboxState) -> None:
@@ -96,18 +103,17 @@ def opened_outbox(dsn: str) -> Iterator[Cursor]:
 
 
 def asking_outbox(function: Callable[..., Answer]) -> Command:
-    """Make a command, with ``--dsn`` and ``--json``, of a function of a cursor.
-
-    The function returns what ``emit`` takes: the answer for JSON, and that for people.
-    """
+    """Make a command, with ``--dsn`` and ``--json``, of a function of a cursor."""
 
     @dsn_option
     @json_option
     @wraps(function)
     def call(dsn: str, as_json: bool, **given: Any) -> None:
         with opened_outbox(dsn) as cursor:
-            answer, tell = function(cursor, **given)
-        emit(as_json, answer, tell)
+            answer = function(cursor, **given)
+        emit(as_json, answer.data, answer.tell)
+        for text in answer.notices:
+            notice(text)
 
     return call
 
@@ -128,7 +134,7 @@ def list_consumers(cursor: Cursor) -> Answer:
     """List the consumers, and how far each is behind."""
     outbox = read_outbox(cursor)
     answer = {"consumers": outbox.consumers, "parked": outbox.parked}
-    return answer, partial(print_outbox, outbox)
+    return Answer(answer, partial(print_outbox, outbox))
 
 
 @consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
@@ -141,7 +147,7 @@ def drop_consumer(cursor: Cursor, name: str) -> Answer:
     """
     dead = administration.drop_consumer(cursor, name)
     text = f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it."
-    return {"dropped": name, "dead_letters": dead}, text
+    return Answer({"dropped": name, "dead_letters": dead}, text)
 
 
 def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:
@@ -175,24 +181,23 @@ def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | dat
     help="now: skip what is there. earliest: deliver again all that the outbox still holds. TIME: "
     "deliver again what happened from then on; in ISO 8601, and in UTC unless it has a zone.",
 )
-@dsn_option
-@json_option
-def reset_consumer(name: str, target: str | datetime, dsn: str, as_json: bool) -> None:
+@asking_outbox
+def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> Answer:
     """Have a consumer go on from somewhere else.
 
     One that a process reads for is left alone: stop that first. Where the outbox does not go back
     to TIME, the consumer gets a Gap.
     """
-    with opened_outbox(dsn) as cursor:
-        lost_until = administration.reset_consumer(cursor, name, target)
+    lost_until = administration.reset_consumer(cursor, name, target)
     answer = {"reset": name, "to": str(target), "lost_until": lost_until}
-    emit(as_json, answer, f"The consumer {name!r} goes on from {target}.")
-    if lost_until is not None:
-        click.echo(
-            f"The outbox has nothing from before {lost_until} any more: the consumer will get a "
-            "Gap up to then.",
-            err=True,
-        )
+    text = f"The consumer {name!r} goes on from {target}."
+    if lost_until is None:
+        return Answer(answer, text)
+    gap = (
+        f"The outbox has nothing from before {lost_until} any more: the consumer will get a Gap up "
+        "to then."
+    )
+    return Answer(answer, text, [gap])
 
 
 @click.group(
@@ -217,7 +222,7 @@ def list_letters(cursor: Cursor) -> Answer:
         [(str(e.id), e.consumer, e.receiver, e.uid, str(e.attempts), e.error) for e in found],
         "There are no dead letters.",
     )
-    return {"dead_letters": found}, table
+    return Answer({"dead_letters": found}, table)
 
 
 @dead_letters.command("show", epilog=examples("pgsignals dead-letters show 1"))
@@ -232,7 +237,7 @@ def show_letter(cursor: Cursor, id: int) -> Answer:  # noqa: A002
         printable(found.payload, "\n\t"),
         printable(found.traceback, "\n"),
     )
-    return found, "\n".join(lines)
+    return Answer(found, "\n".join(lines))
 
 
 def _chosen(command: Command) -> Command:
@@ -259,7 +264,7 @@ def retry_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
     receiver takes is a dead letter no more.
     """
     count = letters.retry(cursor, keys)
-    return {"retried": count}, f"{amount(count, 'dead letter')} will be delivered again."
+    return Answer({"retried": count}, f"{amount(count, 'dead letter')} will be delivered again.")
 
 
 @dead_letters.command("drop", epilog=examples("pgsignals dead-letters drop --all"))
@@ -268,4 +273,4 @@ def retry_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
 def drop_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
     """Forget them."""
     count = letters.drop_letters(cursor, keys)
-    return {"dropped": count}, f"{amount(count, 'dead letter')} dropped."
+    return Answer({"dropped": count}, f"{amount(count, 'dead letter')} dropped.")

@@ -28,16 +28,7 @@ from pgsignals.triggers.installer import prune
 from pgsignals.triggers.table_lookup import describe, resolve
 
 from .interrupt import End, interruptible
-from .options import (
-    Scope,
-    Watched,
-    database_options,
-    delivery_option,
-    load_app,
-    parse_names,
-    scoped,
-    watcher_options,
-)
+from .options import Scope, Watched, given_watchers, parse_names, scope_options
 from .output import abandon_stdout, amount, event_line, examples, listed, notice, value_text
 
 _TIMED_OUT = 124  # as timeout(1) has it
@@ -70,15 +61,13 @@ class _Columns:
         "pgsignals watch orders --delivery outbox --name audit --json >> audit.jsonl",
     )
 )
-@watcher_options
-@delivery_option
+@scope_options
 @click.option(
     "--name",
     metavar="NAME",
     help="With --delivery outbox: the consumer that goes on where it was, from one run to the "
     "next. Without, events are those from now on.",
 )
-@database_options
 @click.option(
     "--columns", metavar="A,B", type=parse_names, help="Only updates that change one of these."
 )
@@ -98,7 +87,6 @@ class _Columns:
     "when it fails, that is told there too.",
 )
 @click.option("--keep", is_flag=True, help="Leave the triggers that this installs.")
-@scoped
 @click.pass_context
 def watch(
     ctx: click.Context,
@@ -141,9 +129,7 @@ def watch(
             "--count does not go with --name: what a consumer has read beyond it would not be "
             "acknowledged, and come again each time."
         )
-    from_app = load_app(scope.app)
-    if not scope.watched and not from_app:
-        raise click.UsageError("Give what to watch: WATCH arguments such as 'orders', or --app.")
+    from_app = given_watchers((), scope.app, required=not scope.watched)
 
     hub = Hub()
     with interruptible() as end:
