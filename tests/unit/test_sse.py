@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 import pgsignals
 from pgsignals.contrib import sse
+from pgsignals.contrib.event_stream import View, encode, last_event_id
 from pgsignals.contrib.ring import Entry, Ring
-from pgsignals.contrib.sse import Feed, View, encode, last_event_id
+from pgsignals.contrib.sse import Feed
 from pgsignals.contrib.sse import _Position as Position
 from pgsignals.testing import Simulation, simulated
 from pgsignals.testing.conformance import make_event
