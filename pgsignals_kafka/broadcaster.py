@@ -31,7 +31,6 @@ _HEADER_OVERHEAD = 9
 # The length of the names of all attributes that there may be, with their overhead.
 _MOST_NAMES = 1_000
 _ROOM_SECONDS = 10.0
-_header_name = functools.cache(functools.partial(header_name, prefix=PREFIX))
 _PRODUCER = {
     "acks": "all",
     "enable.idempotence": True,
@@ -279,7 +278,7 @@ class KafkaBroadcaster(BrokerEnd[SendingOptions]):
 
 
 def _headers(attributes: Mapping[str, str]) -> list[tuple[str, str | bytes | None]]:
-    return [(_header_name(name), text) for name, text in attributes.items()]
+    return [(header_name(name, PREFIX), text) for name, text in attributes.items()]
 
 
 def _exceeds(limit: int, key: bytes | None, value: bytes, attributes: Mapping[str, str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import time
@@ -38,7 +37,6 @@ _HEADER_OVERHEAD = 8
 # The length of the other headers, with room for what is added to the id of a message that is sent
 # once more.
 _HEAD = 56
-_header_name = functools.cache(functools.partial(header_name, prefix=PREFIX))
 
 
 class NatsBroadcaster(BrokerEnd[SendingOptions]):
@@ -309,7 +307,7 @@ def _headers(attributes: Mapping[str, str], stream: str) -> dict[str, str]:
     for name, text in attributes.items():
         # As CloudEvents has it for headers: what is not printable ASCII is percent-encoded.
         safe = text if text.isascii() and text.isprintable() and "%" not in text else quote(text)
-        found[_header_name(name)] = safe
+        found[header_name(name, PREFIX)] = safe
     return found
 
 

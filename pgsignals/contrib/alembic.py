@@ -34,11 +34,10 @@ from ..triggers.table_lookup import resolve
 from .migrations import (
     Change,
     Planning,
+    Wanted,
     borrowed_cursor,
     creating,
-    installing,
     pruning,
-    removing,
     run,
     source,
     sqlstates,
@@ -96,7 +95,7 @@ class InstallWatchersOp(_WatchersOp):
     """``op.install_watchers``."""
 
     name = "install_watchers"
-    planning = staticmethod(installing)
+    planning = staticmethod(Wanted.installing)
 
     @classmethod
     def install_watchers(
@@ -129,7 +128,7 @@ class UninstallWatchersOp(_WatchersOp):
     """``op.uninstall_watchers``."""
 
     name = "uninstall_watchers"
-    planning = staticmethod(removing)
+    planning = staticmethod(Wanted.removing)
 
     @classmethod
     def uninstall_watchers(
@@ -177,8 +176,8 @@ def _apply(operations: Operations, operation: _WatchersOp) -> None:
     connection = operations.get_bind()
     with _cursor(connection) as cursor:
         if watchers:
-            change = operation.planning(cursor, namespace, watchers, all_resolvers(()), transport)
-            statements = (*statements, *change.forward)
+            wanted = Wanted(watchers, all_resolvers(()), namespace, transport)
+            statements = (*statements, *operation.planning(wanted, cursor).forward)
         run(cursor, statements, connection.begin_nested)
 
 

@@ -27,8 +27,6 @@ from ..triggers.sql import Trigger, registration
 from ..triggers.table_lookup import describe, resolve
 
 Rows = list[tuple[Any, ...]]
-# ``installing`` or ``removing``.
-Planning = Callable[[Cursor, str, Sequence[Watcher], Sequence[Resolver], Transport], "Change"]
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _NO_TRANSACTION = "25P01"
@@ -174,18 +172,6 @@ def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
     return None if row is None else (row[0], row[1])
 
 
-def installing(
-    cursor: Cursor,
-    namespace: str,
-    watchers: Sequence[Watcher],
-    resolvers: Sequence[Resolver],
-    transport: Transport,
-) -> Change:
-    """What installing the triggers of watchers takes: see ``creating``."""
-    found = define(cursor, watchers, resolvers, namespace, transport)
-    return creating(cursor, namespace, [each.trigger for each in found], transport)
-
-
 def creating(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], transport: Transport
 ) -> Change:
@@ -203,28 +189,38 @@ def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change
     return _change(cursor, [], [item for item in found.unwanted if not item.in_use])
 
 
-def removing(
-    cursor: Cursor,
-    namespace: str,
-    watchers: Sequence[Watcher],
-    resolvers: Sequence[Resolver],
-    transport: Transport,
-) -> Change:
-    """What removes the triggers of watchers, however they were defined when they were installed.
+@dataclass(frozen=True)
+class Wanted:
+    """Watchers, and what their triggers are to be."""
 
-    That is of either transport.
-    """
-    identities = set()
-    for watcher in watchers:
-        ref, _ = resolve(watcher.model, resolvers)
-        table = describe(cursor, ref)
-        identities |= {(table.schema, table.name, op, watcher.label) for op in watcher.ops}
-    items = [
-        item
-        for item in read_installed(cursor, namespace)
-        if (item.schema, item.table, item.tag.op, item.tag.label) in identities
-    ]
-    return _change(cursor, [], items)
+    watchers: Sequence[Watcher]
+    resolvers: Sequence[Resolver]
+    namespace: str
+    transport: Transport
+
+    def installing(self, cursor: Cursor) -> Change:
+        """What installing their triggers takes: see ``creating``."""
+        namespace, transport = self.namespace, self.transport
+        found = define(cursor, self.watchers, self.resolvers, namespace, transport)
+        return creating(cursor, namespace, [each.trigger for each in found], transport)
+
+    def removing(self, cursor: Cursor) -> Change:
+        """What removes them, of either transport, however they were defined at their time."""
+        identities = set()
+        for watcher in self.watchers:
+            ref, _ = resolve(watcher.model, self.resolvers)
+            table = describe(cursor, ref)
+            identities |= {(table.schema, table.name, op, watcher.label) for op in watcher.ops}
+        items = [
+            item
+            for item in read_installed(cursor, self.namespace)
+            if (item.schema, item.table, item.tag.op, item.tag.label) in identities
+        ]
+        return _change(cursor, [], items)
+
+
+# ``Wanted.installing`` or ``Wanted.removing``.
+Planning = Callable[[Wanted, Cursor], Change]
 
 
 def source(watcher: Watcher, model: str) -> str:

@@ -8,6 +8,7 @@ so that whoever reads it without a database has the same Python value again.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -129,6 +130,7 @@ class Writer:
         return attributes, data
 
 
+@functools.cache
 def header_name(attribute: str, prefix: str) -> str:
     """The name of an attribute in the headers of a protocol, whose attributes have a prefix."""
     return "content-type" if attribute == "datacontenttype" else prefix + attribute

@@ -21,15 +21,7 @@ from ...core.watchers import Watcher, normalize
 from ...hub.options import all_resolvers
 from ...triggers.resolvers.django import DjangoResolver, is_model
 from ...triggers.table_lookup import resolve
-from ..migrations import (
-    Change,
-    Planning,
-    borrowed_cursor,
-    installing,
-    removing,
-    run,
-    source,
-)
+from ..migrations import Change, Planning, Wanted, borrowed_cursor, run, source
 from .conf import default_delivery, default_namespace, dsn_of
 
 
@@ -67,13 +59,13 @@ class InstallWatchers(Operation):
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Create what is missing."""
-        self._run(app_label, schema_editor, to_state.apps, installing)
+        self._run(app_label, schema_editor, to_state.apps, Wanted.installing)
 
     def database_backwards(
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Remove them."""
-        self._run(app_label, schema_editor, from_state.apps, removing)
+        self._run(app_label, schema_editor, from_state.apps, Wanted.removing)
 
     def describe(self) -> str:
         """What ``migrate`` and ``sqlmigrate`` print."""
@@ -108,12 +100,9 @@ class InstallWatchers(Operation):
         if not watchers:
             return
         resolvers = all_resolvers([_HistoricalResolver(models)])
-
-        def change(cursor: Cursor) -> Change:
-            transport = Transport(self.delivery or default_delivery(connection.alias))
-            namespace = self.namespace or default_namespace(connection.alias)
-            return planning(cursor, namespace, watchers, resolvers, transport)
-
+        namespace = self.namespace or default_namespace(connection.alias)
+        transport = Transport(self.delivery or default_delivery(connection.alias))
+        change = partial(planning, Wanted(watchers, resolvers, namespace, transport))
         if not schema_editor.collect_sql:
             with _cursor(connection) as cursor:
                 # Where the migration is not atomic, this is its whole transaction.
