@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from psycopg2.extensions import cursor as Cursor
 from pgsignals.consumers import dead_letters as letters
 from pgsignals.consumers.backfills.requests import BackfillState
 from pgsignals.core.errors import DatabaseError
+from pgsignals.core.events import read_time
 from pgsignals.outbox import administration
 from pgsignals.outbox.inspection import OutboxState, read_outbox
 from pgsignals.outbox.schema import read_version
@@ -58,12 +58,12 @@ def print_outbox(outbox: OutboxState) -> None:
                     each.name,
                     f"{each.part + 1}/{each.parts}",
                     "active" if each.active else "nobody reads",
-                    str(each.lag),
+                    each.lag,
                     f"{each.lag_seconds:.1f}",
-                    "" if each.oldest_at is None else f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
-                    each.oldest or "",
-                    str(each.acknowledged),
-                    str(each.dead_letters),
+                    each.oldest_at and f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
+                    each.oldest,
+                    each.acknowledged,
+                    each.dead_letters,
                 )
                 for each in outbox.consumers
             ],
@@ -154,14 +154,12 @@ def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | dat
     if value in ("now", "earliest"):
         return value
     try:
-        # Python 3.10 does not know the Z.
-        found = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", value))
+        return read_time(value)
     except ValueError:
         raise click.BadParameter(
             f"{value!r} is neither 'now' nor 'earliest' nor a time such as "
             "'2026-03-31 14:00+02:00' or, in UTC, '2026-03-31T12:00'."
         ) from None
-    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 @consumers.command(
@@ -219,7 +217,7 @@ def list_letters(cursor: Cursor) -> Answer:
     table = partial(
         print_table,
         ("ID", "CONSUMER", "RECEIVER", "EVENT", "TRIES", "ERROR"),
-        [(str(e.id), e.consumer, e.receiver, e.uid, str(e.attempts), e.error) for e in found],
+        [(e.id, e.consumer, e.receiver, e.uid, e.attempts, e.error) for e in found],
         "There are no dead letters.",
     )
     return Answer({"dead_letters": found}, table)

@@ -22,7 +22,7 @@ import msgspec
 from psycopg2.extras import DateRange, DateTimeRange, DateTimeTZRange, NumericRange, Range
 
 from ..core.errors import PayloadError
-from ..core.events import Event, Gap, Message, Topic, microseconds
+from ..core.events import Event, Gap, Message, Topic, microseconds, read_time
 from ..core.watchers import EVENT_OPERATIONS
 
 SPEC_VERSION = "1.0"
@@ -55,16 +55,8 @@ class Writer:
         return found
 
     def _common(self, event: Event) -> dict[str, str]:
-        found = {
-            "specversion": SPEC_VERSION,
-            "id": "",
-            "source": self._source,
-            "type": TYPE_PREFIX + event.op,
-            "subject": f"{event.schema}.{event.table}",
-            "time": _time_text(event.at),
-            "datacontenttype": CONTENT_TYPE,
-            "dataschema": SCHEMA,
-        }
+        subject = f"{event.schema}.{event.table}"
+        found = self._attributes(TYPE_PREFIX + event.op, event.at, subject=subject)
         if context := event.context:
             for name in _TRACE:
                 value = context.get(name)
@@ -118,16 +110,19 @@ class Writer:
         )
         # The same whenever it is sent again, as that of an event is.
         identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._source} {data!r}")
-        attributes = {
+        return self._attributes(GAP_TYPE, gap.until, identity.hex), data
+
+    def _attributes(self, kind: str, at: datetime, uid: str = "", **more: str) -> dict[str, str]:
+        return {
             "specversion": SPEC_VERSION,
-            "id": identity.hex,
+            "id": uid,
             "source": self._source,
-            "type": GAP_TYPE,
-            "time": _time_text(gap.until),
+            "type": kind,
+            **more,
+            "time": _time_text(at),
             "datacontenttype": CONTENT_TYPE,
             "dataschema": SCHEMA,
         }
-        return attributes, data
 
 
 @functools.cache
@@ -260,11 +255,11 @@ def read(attributes: Mapping[str, str], data: bytes | None) -> Received | Gap:
             )
         if attributes["type"] == GAP_TYPE:
             gap = msgspec.convert(_decode(data), _GapData)
-            return Gap(_read_time(gap.since), _read_time(gap.until), gap.reason, gap.detail)
+            return Gap(read_time(gap.since), read_time(gap.until), gap.reason, gap.detail)
         found = msgspec.convert(_decode(data), _Data)
         if found.op not in EVENT_OPERATIONS or attributes["type"] != TYPE_PREFIX + found.op:
             raise PayloadError(f"the type {attributes['type']} with the operation {found.op}")
-        at_us = microseconds(_read_time(attributes["time"]))
+        at_us = microseconds(read_time(attributes["time"]))
     except KeyError as error:
         raise PayloadError(f"a CloudEvent without the attribute {error}") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -475,12 +470,6 @@ def _read_bytes(text: str) -> memoryview:
     if not text.startswith("\\x"):
         raise ValueError(text)
     return memoryview(bytes.fromhex(text[2:]))
-
-
-def _read_time(text: str) -> datetime:
-    # Python 3.10 does not know the Z.
-    found = datetime.fromisoformat(re.sub(r"Z$", "+00:00", text))
-    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 def _range_reader(
