@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -15,13 +15,13 @@ from psycopg2.extensions import cursor as Cursor
 
 from ...core.errors import TableError, WatcherError
 from ...core.events import model_name
-from ...core.tables import Resolver, TableRef
+from ...core.tables import TableRef
 from ...core.transport import Transport
 from ...core.watchers import Watcher, normalize
 from ...hub.options import all_resolvers
 from ...triggers.resolvers.django import DjangoResolver, is_model
 from ...triggers.table_lookup import resolve
-from ..migrations import Change, Planning, Wanted, borrowed_cursor, run, source
+from ..migrations import Planning, Wanted, borrowed_cursor, run, source
 from .conf import default_delivery, default_namespace, dsn_of
 
 
@@ -102,17 +102,17 @@ class InstallWatchers(Operation):
         resolvers = all_resolvers([_HistoricalResolver(models)])
         namespace = self.namespace or default_namespace(connection.alias)
         transport = Transport(self.delivery or default_delivery(connection.alias))
-        change = partial(planning, Wanted(watchers, resolvers, namespace, transport))
+        wanted = Wanted(watchers, resolvers, namespace, transport)
         if not schema_editor.collect_sql:
             with _cursor(connection) as cursor:
                 # Where the migration is not atomic, this is its whole transaction.
                 savepoint = partial(transaction.atomic, connection.alias)
                 with savepoint():
-                    statements = change(cursor).forward
+                    statements = planning(wanted, cursor).forward
                 run(cursor, statements, savepoint)
             return
         try:
-            statements = self._foreseen(connection, resolvers, models, change)
+            statements = self._foreseen(connection, models, wanted, planning)
         except (WatcherError, DatabaseError) as error:
             reason = " ".join(str(error).split())
             statements = (f"-- pgsignals reads the tables when the migration runs: {reason}",)
@@ -120,11 +120,7 @@ class InstallWatchers(Operation):
             schema_editor.execute(statement, None)
 
     def _foreseen(
-        self,
-        connection: Any,
-        resolvers: Sequence[Resolver],
-        models: Any,
-        change: Callable[[Cursor], Change],
+        self, connection: Any, models: Any, wanted: Wanted, planning: Planning
     ) -> tuple[str, ...]:
         """What would be run, with tables that earlier migrations have yet to create.
 
@@ -134,18 +130,18 @@ class InstallWatchers(Operation):
         with transaction.atomic(connection.alias), _cursor(connection) as cursor:
             try:
                 with transaction.atomic(connection.alias):
-                    found = change(cursor)
+                    found = planning(wanted, cursor)
             except TableError:
-                wanted = {resolve(watcher.model, resolvers)[0].name for watcher in self.watchers}
+                names = {resolve(each.model, wanted.resolvers)[0].name for each in self.watchers}
                 present = set(connection.introspection.table_names())
                 with connection.schema_editor(atomic=False) as editor:
                     for model in models.get_models():
                         table = DjangoResolver(routed=False).resolve(model)
-                        if table is not None and table.name in wanted - present:
+                        if table is not None and table.name in names - present:
                             editor.create_model(model)
                     # Constraints to other tables, which may be missing too.
                     editor.deferred_sql.clear()
-                found = change(cursor)
+                found = planning(wanted, cursor)
             transaction.set_rollback(True, connection.alias)
         return found.forward
 
