@@ -15,10 +15,11 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from pgsignals import BrokerError, Event, Gap
 from pgsignals.broadcasters.ledger import SentLedger
 from pgsignals.cloudevents import Writer, former_record_key, header_name, record_key
-from pgsignals.urls import taking
+from pgsignals.urls import BrokerEnd, taking
 
 from .connection import PREFIX, Errors, broker_error, client_config, inherit
 from .options import SendingOptions
+from .progress import EPOCH
 from .topics import DEFAULT_LIMIT, Topics
 
 log = logging.getLogger("pgsignals.kafka")
@@ -30,8 +31,6 @@ _HEADER_OVERHEAD = 9
 # The length of the names of all attributes that there may be, with their overhead.
 _MOST_NAMES = 1_000
 _ROOM_SECONDS = 10.0
-_header_name = functools.cache(functools.partial(header_name, prefix=PREFIX))
-_EPOCH = datetime.fromtimestamp(0, timezone.utc)
 _PRODUCER = {
     "acks": "all",
     "enable.idempotence": True,
@@ -47,7 +46,7 @@ _PRODUCER = {
 }
 
 
-class KafkaBroadcaster:
+class KafkaBroadcaster(BrokerEnd[SendingOptions]):
     """Sends events to a topic for each table, keyed by the record's key.
 
     Its keywords are the options of ``kafka://`` URLs, ``user``, ``password``, ``config`` (settings
@@ -77,12 +76,6 @@ class KafkaBroadcaster:
     def from_url(cls, url: str) -> KafkaBroadcaster:
         """``kafka://user:password@host:port,host:port/?prefix=…&librdkafka.NAME=…``."""
         return cls(**SendingOptions.read(url))
-
-    def __str__(self) -> str:
-        return str(self._options)
-
-    def __repr__(self) -> str:
-        return f"<KafkaBroadcaster {self}>"
 
     def publish(self, events: Sequence[Event]) -> None:
         """Send events, waiting where librdkafka's queue has no room. Raises BrokerError."""
@@ -270,7 +263,7 @@ class KafkaBroadcaster:
             self._give_up()
             # Events that were acknowledged since the last flush are sent again, too.
             self._ledger.clear()
-            self._missed = Gap(_EPOCH, datetime.now(timezone.utc), "restored", why)
+            self._missed = Gap(EPOCH, datetime.now(timezone.utc), "restored", why)
             raise BrokerError(f"{self}: {why}.")
 
     def _producer(self, limit: int) -> Producer:
@@ -285,7 +278,7 @@ class KafkaBroadcaster:
 
 
 def _headers(attributes: Mapping[str, str]) -> list[tuple[str, str | bytes | None]]:
-    return [(_header_name(name), text) for name, text in attributes.items()]
+    return [(header_name(name, PREFIX), text) for name, text in attributes.items()]
 
 
 def _exceeds(limit: int, key: bytes | None, value: bytes, attributes: Mapping[str, str]) -> bool:

@@ -14,7 +14,7 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, KafkaError, KafkaException,
 
 from pgsignals.cloudevents import attributes_of
 from pgsignals.sources import RemoteSink, Wanted
-from pgsignals.urls import taking
+from pgsignals.urls import BrokerEnd, taking
 
 from .changes import Changes
 from .connection import PREFIX, Errors, broker_error
@@ -29,7 +29,7 @@ _AT_ONCE = 1_000
 _COMMIT_SECONDS = 1.0
 
 
-class KafkaSource:
+class KafkaSource(BrokerEnd[Options]):
     """Reads the topics of the watched tables.
 
     With a name it is a member of the consumer group of that name, which begins with what comes
@@ -55,12 +55,6 @@ class KafkaSource:
     def from_url(cls, url: str) -> KafkaSource:
         """``kafka://user:password@host:port,host:port/?prefix=…&librdkafka.NAME=…``."""
         return cls(**Options.read(url, sending=SendingOptions))
-
-    def __str__(self) -> str:
-        return str(self._options)
-
-    def __repr__(self) -> str:
-        return f"<KafkaSource {self}>"
 
     @property
     def is_connected(self) -> bool:

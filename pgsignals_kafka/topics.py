@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -29,18 +30,12 @@ class Topics:
     def __init__(self, options: SendingOptions, errors: Errors) -> None:
         self._options = options
         self._errors = errors
-        self._names: dict[tuple[str, str], str] = {}
+        # The topic of a table.
+        self.name_of = functools.cache(options.topic_of)
         # The longest record that each topic takes, of those that are known to be there.
         self.limits: dict[str, int] = {}
         self._known: dict[str, Topic] = {}
         self._looked_at = -_LOOK_SECONDS
-
-    def name_of(self, schema: str, table: str) -> str:
-        """The topic of a table."""
-        place = schema, table
-        if place not in self._names:
-            self._names[place] = self._options.topic_of(schema, table)
-        return self._names[place]
 
     def reach(self, timeout: float) -> None:
         """Check that a broker answers. Raises BrokerError."""

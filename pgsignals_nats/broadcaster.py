@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import time
@@ -19,12 +18,13 @@ from nats.js import JetStreamContext
 from pgsignals import BrokerError, Event, Gap
 from pgsignals.broadcasters.ledger import SentLedger
 from pgsignals.cloudevents import Writer, header_name, record_key
-from pgsignals.urls import taking
+from pgsignals.urls import BrokerEnd, taking
 
 from .connection import PREFIX, Loop, connect, stream_error
 from .history import ID
 from .options import SendingOptions
 from .ordering import Item, RecordQueue
+from .progress import EPOCH
 from .stream import Stream, check
 
 log = logging.getLogger("pgsignals.nats")
@@ -33,16 +33,13 @@ log = logging.getLogger("pgsignals.nats")
 _WINDOW = 2_000
 # A message that is not acknowledged after so many seconds is taken for lost.
 _ACK_SECONDS = 10.0
-_CONNECT_SECONDS = 20.0
 _HEADER_OVERHEAD = 8
 # The length of the other headers, with room for what is added to the id of a message that is sent
 # once more.
 _HEAD = 56
-_header_name = functools.cache(functools.partial(header_name, prefix=PREFIX))
-_EPOCH = datetime.fromtimestamp(0, timezone.utc)
 
 
-class NatsBroadcaster:
+class NatsBroadcaster(BrokerEnd[SendingOptions]):
     """Sends events to a subject for each operation of a table, all of one stream.
 
     Its keywords are the options of ``nats://`` URLs, ``user``, ``password``, and ``config``,
@@ -82,12 +79,6 @@ class NatsBroadcaster:
         self._pumping = False
         self._inbox = ""
 
-    def __str__(self) -> str:
-        return str(self._options)
-
-    def __repr__(self) -> str:
-        return f"<NatsBroadcaster {self}>"
-
     def publish(self, events: Sequence[Event]) -> None:
         loop = self._begin()
         items: dict[str, Item] = {}
@@ -121,9 +112,7 @@ class NatsBroadcaster:
     def check(self, tables: Sequence[tuple[str, str]]) -> None:
         loop = Loop()
         try:
-            loop.run(check(self._options, tables), _CONNECT_SECONDS)
-        except TimeoutError as error:
-            raise BrokerError(f"{self}: not connected: {error}") from error
+            loop.connect(check(self._options, tables), self._options)
         finally:
             loop.close()
 
@@ -152,10 +141,8 @@ class NatsBroadcaster:
         client = self._client
         if client is None or not client.is_connected or self._stream.astray:
             lost = client is None or not client.is_connected
-            try:
-                self._loop.run(self._connect() if lost else self._find_stream(), _CONNECT_SECONDS)
-            except TimeoutError as error:
-                raise BrokerError(f"{self}: not connected: {error}") from error
+            work = self._connect() if lost else self._find_stream()
+            self._loop.connect(work, self._options)
             self._check()
         if self._notice is not None:
             self._send(self._loop, [self._notice])
@@ -189,7 +176,7 @@ class NatsBroadcaster:
         """Find the stream; tell the readers of another one, and send again what it lacks."""
         if why := await self._stream.find(self._jetstream, self._max_payload):
             log.error("%s: events that were sent may be lost: %s", self, why)
-            gap = Gap(_EPOCH, datetime.now(timezone.utc), "restored", why)
+            gap = Gap(EPOCH, datetime.now(timezone.utc), "restored", why)
             self._notice = self._gap_item(gap)
             self._ledger.forget_acknowledged(why)
 
@@ -320,7 +307,7 @@ def _headers(attributes: Mapping[str, str], stream: str) -> dict[str, str]:
     for name, text in attributes.items():
         # As CloudEvents has it for headers: what is not printable ASCII is percent-encoded.
         safe = text if text.isascii() and text.isprintable() and "%" not in text else quote(text)
-        found[_header_name(name)] = safe
+        found[header_name(name, PREFIX)] = safe
     return found
 
 

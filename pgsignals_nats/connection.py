@@ -17,6 +17,7 @@ import nats.js.errors
 from nats.aio.client import Client
 
 from pgsignals import BrokerError
+from pgsignals.plugins.within import within
 
 from .options import Options
 
@@ -28,6 +29,8 @@ T = TypeVar("T")
 PREFIX = "ce-"
 _NO_TLS = "the server does not offer TLS"
 _CONNECT_SECONDS = 8
+# The same, with all that is asked of JetStream then.
+_CONNECTED_SECONDS = 20.0
 
 
 async def connect(options: Options, closed: Callable[[], Awaitable[None]]) -> Client:
@@ -166,27 +169,6 @@ def stream_error(options: Options, error: Exception) -> BrokerError:
     return BrokerError(f"{options}: the stream {name} cannot be used: {text}")
 
 
-async def within(seconds: float, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled after so many seconds; that raises TimeoutError.
-
-    Before Python 3.12, asyncio.wait_for() swallows a cancellation that comes when the work has just
-    ended: a task that was told to end goes on.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-        timed_out = not task.done()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # It counts as seen, also where a cancellation leads away from here.
-    if timed_out and task.cancelled():
-        raise asyncio.TimeoutError
-    return task.result()
-
-
 class Loop:
     """An event loop in a thread of its own, for a library that has nothing else."""
 
@@ -225,6 +207,13 @@ class Loop:
         except concurrent.futures.TimeoutError:
             future.cancel()
             raise TimeoutError(f"no answer within {timeout:g} s") from None
+
+    def connect(self, work: Coroutine[Any, Any, T], options: Options) -> T:
+        """The result of ``work``, which connects. Raises BrokerError where nobody answers."""
+        try:
+            return self.run(work, _CONNECTED_SECONDS)
+        except TimeoutError as error:
+            raise BrokerError(f"{options}: not connected: {error}") from error
 
     def call(self, what: Callable[..., object], *arguments: object) -> None:
         """Call a function in the loop, if it has not ended, without waiting for it."""

@@ -91,14 +91,8 @@ class Options(BrokerOptions):
         """The subject of Gaps: it has a token fewer than any event's."""
         return f"{self.prefix}.{_GAP_TOKEN}"
 
-    def subject_of(self, schema: str, table: str, op: str) -> str:
-        """The subject of a table's operation."""
-        return self.subject.format(
-            prefix=self.prefix, schema=escaped(schema), table=escaped(table), op=op
-        )
-
-    def filter_of(self, schema: str | None, table: str, op: str) -> str:
-        """A subject with a wildcard for the schema where there is none."""
+    def subject_of(self, schema: str | None, table: str, op: str) -> str:
+        """The subject of a table's operation; without a schema, with a wildcard for that."""
         return self.subject.format(
             prefix=self.prefix,
             schema="*" if schema is None else escaped(schema),

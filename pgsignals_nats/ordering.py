@@ -5,22 +5,19 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
+@dataclass(eq=False, slots=True)
 class Item:
     """A message, from when it is published to when it is acknowledged."""
 
-    __slots__ = ("headers", "payload", "record", "sent_at", "subject", "uid")
-
-    def __init__(
-        self, uid: str, subject: str, payload: bytes, headers: dict[str, str], record: object
-    ) -> None:
-        self.uid = uid
-        self.subject = subject
-        self.payload = payload
-        self.headers = headers
-        self.record = record
-        self.sent_at = 0.0
+    uid: str
+    subject: str
+    payload: bytes
+    headers: dict[str, str]
+    record: object
+    sent_at: float = 0.0
 
 
 class RecordQueue:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from .connection import within
+from pgsignals.plugins.within import within
 
 AT_ONCE = 500
 # A request ends after so long and is made anew, so that a server which has forgotten it, and a
@@ -20,24 +21,20 @@ _PULL_SECONDS = 5.0
 _DRAIN_SECONDS = 2.0
 
 
+@dataclass(eq=False)
 class Pull:
     """Asks for messages over one connection and passes them to ``take``.
 
     It calls ``over`` when a request ends, and ``gone``, with the reason, when there is no consumer.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        take: Callable[[Msg], None],
-        over: Callable[[], None],
-        gone: Callable[[str], Awaitable[None]],
-    ) -> None:
-        self._client = client
-        self._take = take
-        self._over = over
-        self._gone = gone
-        self._inbox = client.new_inbox()
+    client: Client
+    take: Callable[[Msg], None]
+    over: Callable[[], None]
+    gone: Callable[[str], Awaitable[None]]
+
+    def __post_init__(self) -> None:
+        self._inbox = self.client.new_inbox()
         self._subscription: Subscription
         # Messages that the server has been asked for and has not sent yet.
         self._asked = 0
@@ -47,7 +44,7 @@ class Pull:
 
     async def open(self) -> None:
         """Subscribe to the answers."""
-        self._subscription = await self._client.subscribe(
+        self._subscription = await self.client.subscribe(
             self._inbox, cb=self._receive, pending_msgs_limit=-1, pending_bytes_limit=-1
         )
 
@@ -60,7 +57,7 @@ class Pull:
             return
         self._asked, self._asked_at = AT_ONCE, now
         request = {"batch": AT_ONCE, "expires": int(_PULL_SECONDS * 1e9)}
-        await self._client.publish(
+        await self.client.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}",
             json.dumps(request).encode(),
             reply=self._inbox,
@@ -84,17 +81,17 @@ class Pull:
             return
         self._asked -= 1
         if self._asked <= 0:
-            self._over()
+            self.over()
         # One that is not taken is not acknowledged: whoever comes next gets it.
         if not self._deaf:
-            self._take(message)
+            self.take(message)
 
     async def _end(self, status: str, description: str) -> None:
         if status == "100":
             return  # A heartbeat.
         self._asked = 0
-        self._over()
+        self.over()
         # Nothing came in time, or the request was ended.
         if status in ("404", "408") or (status == "409" and "Deleted" not in description):
             return
-        await self._gone(f"{status} {description}")
+        await self.gone(f"{status} {description}")

@@ -20,11 +20,12 @@ from nats.js import JetStreamContext
 from pgsignals import BrokerError, Gap, PgSignalsError
 from pgsignals.backoff import Backoff
 from pgsignals.cloudevents import attributes_of
+from pgsignals.plugins.within import within
 from pgsignals.sources import RemoteSink, Wanted
 from pgsignals.sources.missed import announce_missed
-from pgsignals.urls import taking
+from pgsignals.urls import BrokerEnd, taking
 
-from .connection import PREFIX, Loop, connect, stream_error, within
+from .connection import PREFIX, Loop, connect, stream_error
 from .consumer import MOST, Consumer
 from .options import Options, SendingOptions
 from .progress import Progress
@@ -34,12 +35,11 @@ log = logging.getLogger("pgsignals.nats")
 
 # A loss is noticed this soon.
 _LOOK_SECONDS = 2.0
-_CONNECT_SECONDS = 20.0
 # The longest pause between tries to connect, or to find the stream, is that of Kafka's client.
 _BACKOFF_SECONDS = 5.0
 
 
-class NatsSource:
+class NatsSource(BrokerEnd[Options]):
     """Reads the subjects of the watched tables from their stream.
 
     With a name it is a durable consumer of that name, which begins with what comes after its first
@@ -73,12 +73,6 @@ class NatsSource:
         """``nats://user:password@host:port/?prefix=…``; ``nats://token@host`` for a token."""
         return cls(**Options.read(url, sending=SendingOptions))
 
-    def __str__(self) -> str:
-        return str(self._options)
-
-    def __repr__(self) -> str:
-        return f"<NatsSource {self}>"
-
     @property
     def is_connected(self) -> bool:
         return self._client is not None and self._client.is_connected
@@ -91,17 +85,14 @@ class NatsSource:
     def start(self, wanted: Sequence[Wanted], name: str | None, sink: RemoteSink) -> None:
         self._sink = sink
         options = self._options
-        filters = {options.filter_of(w.schema, w.table, op) for w in wanted for op in w.ops}
+        filters = {options.subject_of(w.schema, w.table, op) for w in wanted for op in w.ops}
         filters.add(options.gap_subject)
         self._consumer = Consumer(options, name, filters, self._progress)
         if name is None:
             self._progress.heard = datetime.now(timezone.utc)
         loop = Loop()
         try:
-            loop.run(self._connect(), _CONNECT_SECONDS)
-        except TimeoutError as error:
-            loop.close()
-            raise BrokerError(f"{self}: not connected: {error}") from error
+            loop.connect(self._connect(), options)
         except BaseException:
             loop.close()
             raise

@@ -140,12 +140,9 @@ async def _ignore() -> None:
 
 def _covers(pattern: str, subject: str) -> bool:
     """Whether a stream's subject, which may have wildcards, takes a message's."""
-    wanted = subject.split(".")
-    tokens = pattern.split(".")
-    if tokens[-1] == ">":
-        return len(wanted) >= len(tokens) and _same(tokens[:-1], wanted)
-    return len(wanted) == len(tokens) and _same(tokens, wanted)
-
-
-def _same(tokens: Sequence[str], wanted: Sequence[str]) -> bool:
-    return all(token in ("*", each) for token, each in zip(tokens, wanted, strict=False))
+    wanted, tokens = subject.split("."), pattern.split(".")
+    if tokens[-1] == ">" and len(wanted) >= len(tokens):
+        tokens.pop()
+        del wanted[len(tokens) :]
+    same = (token in ("*", each) for token, each in zip(tokens, wanted, strict=False))
+    return len(wanted) == len(tokens) and all(same)

@@ -7,8 +7,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from pgsignals.contrib.event_stream import EVERYTHING, View
 from pgsignals.contrib.resumable import ResumableClient, ResumableFeed
-from pgsignals.contrib.sse import EVERYTHING, View
 from tests.conftest import DEADLINE
 from tests.waiting import eventually
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 
 import click
 from psycopg2.extensions import cursor as Cursor
@@ -162,26 +163,16 @@ def backfills() -> None:
 def list_backfills(cursor: Cursor) -> Answer:
     """List them, the latest last; those that ended days ago are forgotten."""
     found = administration.backfills(cursor)
+    values_of = attrgetter(
+        "id", "consumer", "target", "state", "done", "total", "delivered", "condition", "error"
+    )
     table = partial(
         print_table,
         ("ID", "CONSUMER", "OF", "STATE", "DONE", "TOTAL", "EVENTS", "WHERE", "ERROR"),
-        [
-            (
-                str(each.id),
-                each.consumer,
-                each.target,
-                each.state,
-                str(each.done),
-                str(each.total),
-                str(each.delivered),
-                each.condition or "",
-                each.error or "",
-            )
-            for each in found
-        ],
+        [values_of(each) for each in found],
         "There are no backfills.",
     )
-    return {"backfills": found}, table
+    return Answer({"backfills": found}, table)
 
 
 @backfills.command("cancel", epilog=examples("pgsignals backfills cancel 3"))
@@ -191,4 +182,4 @@ def cancel_backfill(cursor: Cursor, id: int) -> Answer:  # noqa: A002
     """End one. What is with receivers is still delivered."""
     cancelled = administration.cancel(cursor, id)
     text = f"Cancelled backfill {id}." if cancelled else f"Backfill {id} had ended."
-    return {"backfill": id, "cancelled": cancelled}, text
+    return Answer({"backfill": id, "cancelled": cancelled}, text)

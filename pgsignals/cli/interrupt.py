@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from types import FrameType
 
-from ..core.termination import take
+from ..core.termination import take, termination
 
 
 class End:
@@ -34,24 +32,5 @@ class End:
 def interruptible() -> Iterator[End]:
     """SIGINT and SIGTERM give the reason ``interrupted``, once; the next one acts as ever."""
     end = End()
-    signals = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    ]
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        restore()
-        end.give("interrupted")
-
-    for number in signals:
-        signal.signal(number, handle)
-    try:
+    with termination(lambda: end.give("interrupted"), once=True):
         yield end
-    finally:
-        restore()

@@ -112,12 +112,6 @@ def database_options(function: F) -> F:
     return dsn_option(namespace_option(function))
 
 
-def watcher_options(function: F) -> F:
-    """``WATCH …`` and ``--app``."""
-    argument = click.argument("watched", metavar="[WATCH]...", nargs=-1, type=parse_watched)
-    return app_option(argument(function))
-
-
 @dataclass(frozen=True)
 class Scope:
     """The database, the triggers there and the watchers that a command is about."""
@@ -137,23 +131,16 @@ class Scope:
         return define(cursor, watchers, all_resolvers(()), self.namespace, self.delivery)
 
 
-def scoped(function: Callable[..., object]) -> Callable[..., object]:
-    """Give a command a Scope in place of the options that say it.
-
-    They are those of ``watcher_options``, ``delivery_option`` and ``database_options``.
-    """
+def scope_options(function: Callable[..., object]) -> Callable[..., object]:
+    """Give a command a Scope, and the options that say it: ``WATCH …``, ``--app`` and so on."""
 
     @functools.wraps(function)
     def call(**given: Any) -> object:
         scope = Scope(**{each.name: given.pop(each.name) for each in fields(Scope)})
         return function(scope, **given)
 
-    return call
-
-
-def scope_options(function: Callable[..., object]) -> Callable[..., object]:
-    """The options that a Scope takes, before those of ``function``, and the Scope for it."""
-    return watcher_options(delivery_option(database_options(scoped(function))))
+    argument = click.argument("watched", metavar="[WATCH]...", nargs=-1, type=parse_watched)
+    return app_option(argument(delivery_option(database_options(call))))
 
 
 def given_watchers(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from psycopg2.extensions import cursor as Cursor
@@ -15,16 +14,24 @@ from psycopg2.extensions import cursor as Cursor
 from pgsignals.consumers import dead_letters as letters
 from pgsignals.consumers.backfills.requests import BackfillState
 from pgsignals.core.errors import DatabaseError
+from pgsignals.core.events import read_time
 from pgsignals.outbox import administration
 from pgsignals.outbox.inspection import OutboxState, read_outbox
 from pgsignals.outbox.schema import read_version
 from pgsignals.postgres.connection import opened
 
 from .options import dsn_option, json_option
-from .output import amount, emit, examples, print_table, printable
+from .output import amount, emit, examples, notice, print_table, printable
 
-Answer = tuple[object, str | Callable[[], object]]
 Command = Callable[..., object]
+
+
+class Answer(NamedTuple):
+    """What a command has to say: for JSON, for people as ``emit`` takes it, and on stderr."""
+
+    data: object
+    tell: str | Callable[[], object]
+    notices: Sequence[str] = ()
 
 
 def print_outbox(outbox: OutboxState) -> None:
@@ -51,12 +58,12 @@ def print_outbox(outbox: OutboxState) -> None:
                     each.name,
                     f"{each.part + 1}/{each.parts}",
                     "active" if each.active else "nobody reads",
-                    str(each.lag),
+                    each.lag,
                     f"{each.lag_seconds:.1f}",
-                    "" if each.oldest_at is None else f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
-                    each.oldest or "",
-                    str(each.acknowledged),
-                    str(each.dead_letters),
+                    each.oldest_at and f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
+                    each.oldest,
+                    each.acknowledged,
+                    each.dead_letters,
                 )
                 for each in outbox.consumers
             ],
@@ -96,18 +103,17 @@ def opened_outbox(dsn: str) -> Iterator[Cursor]:
 
 
 def asking_outbox(function: Callable[..., Answer]) -> Command:
-    """Make a command, with ``--dsn`` and ``--json``, of a function of a cursor.
-
-    The function returns what ``emit`` takes: the answer for JSON, and that for people.
-    """
+    """Make a command, with ``--dsn`` and ``--json``, of a function of a cursor."""
 
     @dsn_option
     @json_option
     @wraps(function)
     def call(dsn: str, as_json: bool, **given: Any) -> None:
         with opened_outbox(dsn) as cursor:
-            answer, tell = function(cursor, **given)
-        emit(as_json, answer, tell)
+            answer = function(cursor, **given)
+        emit(as_json, answer.data, answer.tell)
+        for text in answer.notices:
+            notice(text)
 
     return call
 
@@ -128,7 +134,7 @@ def list_consumers(cursor: Cursor) -> Answer:
     """List the consumers, and how far each is behind."""
     outbox = read_outbox(cursor)
     answer = {"consumers": outbox.consumers, "parked": outbox.parked}
-    return answer, partial(print_outbox, outbox)
+    return Answer(answer, partial(print_outbox, outbox))
 
 
 @consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
@@ -141,21 +147,19 @@ def drop_consumer(cursor: Cursor, name: str) -> Answer:
     """
     dead = administration.drop_consumer(cursor, name)
     text = f"Forgot the consumer {name!r} and {amount(dead, 'dead letter')} of it."
-    return {"dropped": name, "dead_letters": dead}, text
+    return Answer({"dropped": name, "dead_letters": dead}, text)
 
 
 def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | datetime:
     if value in ("now", "earliest"):
         return value
     try:
-        # Python 3.10 does not know the Z.
-        found = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", value))
+        return read_time(value)
     except ValueError:
         raise click.BadParameter(
             f"{value!r} is neither 'now' nor 'earliest' nor a time such as "
             "'2026-03-31 14:00+02:00' or, in UTC, '2026-03-31T12:00'."
         ) from None
-    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 @consumers.command(
@@ -175,24 +179,23 @@ def _target(ctx: click.Context, param: click.Parameter, value: str) -> str | dat
     help="now: skip what is there. earliest: deliver again all that the outbox still holds. TIME: "
     "deliver again what happened from then on; in ISO 8601, and in UTC unless it has a zone.",
 )
-@dsn_option
-@json_option
-def reset_consumer(name: str, target: str | datetime, dsn: str, as_json: bool) -> None:
+@asking_outbox
+def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> Answer:
     """Have a consumer go on from somewhere else.
 
     One that a process reads for is left alone: stop that first. Where the outbox does not go back
     to TIME, the consumer gets a Gap.
     """
-    with opened_outbox(dsn) as cursor:
-        lost_until = administration.reset_consumer(cursor, name, target)
+    lost_until = administration.reset_consumer(cursor, name, target)
     answer = {"reset": name, "to": str(target), "lost_until": lost_until}
-    emit(as_json, answer, f"The consumer {name!r} goes on from {target}.")
-    if lost_until is not None:
-        click.echo(
-            f"The outbox has nothing from before {lost_until} any more: the consumer will get a "
-            "Gap up to then.",
-            err=True,
-        )
+    text = f"The consumer {name!r} goes on from {target}."
+    if lost_until is None:
+        return Answer(answer, text)
+    gap = (
+        f"The outbox has nothing from before {lost_until} any more: the consumer will get a Gap up "
+        "to then."
+    )
+    return Answer(answer, text, [gap])
 
 
 @click.group(
@@ -214,10 +217,10 @@ def list_letters(cursor: Cursor) -> Answer:
     table = partial(
         print_table,
         ("ID", "CONSUMER", "RECEIVER", "EVENT", "TRIES", "ERROR"),
-        [(str(e.id), e.consumer, e.receiver, e.uid, str(e.attempts), e.error) for e in found],
+        [(e.id, e.consumer, e.receiver, e.uid, e.attempts, e.error) for e in found],
         "There are no dead letters.",
     )
-    return {"dead_letters": found}, table
+    return Answer({"dead_letters": found}, table)
 
 
 @dead_letters.command("show", epilog=examples("pgsignals dead-letters show 1"))
@@ -232,7 +235,7 @@ def show_letter(cursor: Cursor, id: int) -> Answer:  # noqa: A002
         printable(found.payload, "\n\t"),
         printable(found.traceback, "\n"),
     )
-    return found, "\n".join(lines)
+    return Answer(found, "\n".join(lines))
 
 
 def _chosen(command: Command) -> Command:
@@ -259,7 +262,7 @@ def retry_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
     receiver takes is a dead letter no more.
     """
     count = letters.retry(cursor, keys)
-    return {"retried": count}, f"{amount(count, 'dead letter')} will be delivered again."
+    return Answer({"retried": count}, f"{amount(count, 'dead letter')} will be delivered again.")
 
 
 @dead_letters.command("drop", epilog=examples("pgsignals dead-letters drop --all"))
@@ -268,4 +271,4 @@ def retry_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
 def drop_letters(cursor: Cursor, keys: Sequence[int] | None) -> Answer:
     """Forget them."""
     count = letters.drop_letters(cursor, keys)
-    return {"dropped": count}, f"{amount(count, 'dead letter')} dropped."
+    return Answer({"dropped": count}, f"{amount(count, 'dead letter')} dropped.")

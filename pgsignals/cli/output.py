@@ -135,14 +135,15 @@ def emit(as_json: bool, answer: object, tell: str | Callable[[], object]) -> Non
         tell()
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "") -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]], empty: str = "") -> None:
     """A table: rich's on a terminal where it is installed, otherwise columns of plain text.
 
-    Without rows it is the line ``empty``, if there is one.
+    Without rows it is the line ``empty``, if there is one. A cell of None is empty, too.
     """
     if empty and not rows:
         click.echo(empty)
         return
+    cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         try:
             from rich.console import Console
@@ -152,15 +153,15 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], empty: str
             pass
         else:
             table = Table(*header)
-            for row in rows:
-                table.add_row(*(Text(printable(cell)) for cell in row))
+            for row in cells:
+                table.add_row(*map(Text, row))
             Console().print(table)
             return
-    lines = [list(header), *([printable(cell) for cell in row] for row in rows)]
+    lines = [list(header), *cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
 
 
 def abandon_stdout() -> None:

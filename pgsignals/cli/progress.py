@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import click
@@ -35,6 +36,7 @@ def _reason(backend: BackendStatus) -> str:
     return backend.error.removeprefix(f"{backend.name}: ")
 
 
+@dataclass
 class Progress:
     """Tells, each time it is asked to, how far each target is.
 
@@ -43,21 +45,15 @@ class Progress:
     has delivered something or is behind.
     """
 
-    def __init__(
-        self,
-        name: str,
-        targets: Sequence[str],
-        health: Callable[[], Health],
-        every: float,
-        as_json: bool,
-    ) -> None:
-        self._name = name
-        self._targets = targets
-        self._health = health
-        self._every = every
-        self._as_json = as_json
-        self._terminal = not as_json and sys.stderr.isatty()
-        self.pause = min(1.0, every)
+    name: str
+    targets: Sequence[str]
+    health: Callable[[], Health]
+    every: float
+    as_json: bool
+
+    def __post_init__(self) -> None:
+        self._terminal = not self.as_json and sys.stderr.isatty()
+        self.pause = min(1.0, self.every)
         self._told: dict[str, tuple[float, int, str]] = {}
 
     def close(self) -> None:
@@ -67,27 +63,27 @@ class Progress:
 
     def tell(self) -> None:
         """Print what is new."""
-        health = self._health()
+        health = self.health()
         now = time.monotonic()
         lines = []
-        for target, backend in zip(self._targets, health.backends, strict=True):
+        for target, backend in zip(self.targets, health.backends, strict=True):
             state = state_of(backend, health.connected)
             at, delivered, former = self._told.get(target, (now, 0, ""))
             rate = (backend.delivered - delivered) / (now - at) if now > at else 0.0
             if self._terminal:
                 lines.append(self._line(target, backend, state, rate))
             elif state != former or (
-                now - at >= self._every and (backend.delivered > delivered or backend.depth)
+                now - at >= self.every and (backend.delivered > delivered or backend.depth)
             ):
                 self._print(target, backend, state, rate)
-            elif now - at < self._every:
+            elif now - at < self.every:
                 continue
             self._told[target] = now, backend.delivered, state
         if self._terminal:
             standing.show(lines)
 
     def _line(self, target: str, backend: BackendStatus, state: str, rate: float) -> str:
-        width = max(map(len, self._targets))
+        width = max(map(len, self.targets))
         text = f"{target:<{width}}  {state:<12}"
         if state == "trying again":
             text += f"  {backend.depth:,} waiting, lag {backend.lag:.1f} s  {_reason(backend)}"
@@ -99,7 +95,7 @@ class Progress:
         return text.replace(state, coloured(state, _COLOURS.get(state, "yellow")), 1)
 
     def _print(self, target: str, backend: BackendStatus, state: str, rate: float) -> None:
-        if not self._as_json:
+        if not self.as_json:
             text = (
                 f"{target}: {state}, {backend.delivered:,} events ({rate:,.1f}/s), "
                 f"{backend.depth:,} waiting, lag {backend.lag:.1f} s"
@@ -108,7 +104,7 @@ class Progress:
             return
         found = {
             "at": datetime.now(timezone.utc).isoformat(),
-            "relay": self._name,
+            "relay": self.name,
             "target": target,
             "broker": backend.name,
             "state": state,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from psycopg2.extensions import cursor as Cursor
 
 from pgsignals.cli.checks import FAIL, OK, WARN, Finding, examine
+from pgsignals.cli.checks.findings import Outcome, fail, ok, warn
 from pgsignals.core.errors import DriftError, PgSignalsError, WatcherError
 from pgsignals.core.redaction import described, error_text
 from pgsignals.core.transport import Transport
@@ -53,13 +54,13 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
                 yield Finding("watchers", FAIL, str(error), "Mend the watcher or the table.")
             else:
                 tables = {(each.topic.schema, each.topic.table) for each in definitions}
-                triggers = _triggers(cursor, config)
+                triggers = Finding("triggers", *_triggers(cursor, config))
                 yield _schema(cursor, config) or outbox or Finding("outbox", OK, "it is there")
                 yield triggers
                 if config.install == "auto" and triggers.level != OK:
                     yield from rights
     for name, broadcaster in broadcasters.items():
-        yield _target(name, broadcaster, sorted(tables))
+        yield Finding(f"target {name}", *_target(broadcaster, sorted(tables)))
 
 
 def _schema(cursor: Cursor, config: RelayConfig) -> Finding | None:
@@ -74,7 +75,7 @@ def _schema(cursor: Cursor, config: RelayConfig) -> Finding | None:
     return None
 
 
-def _triggers(cursor: Cursor, config: RelayConfig) -> Finding:
+def _triggers(cursor: Cursor, config: RelayConfig) -> Outcome:
     states = read_states(
         cursor, config.watchers, all_resolvers(()), config.namespace, Transport.OUTBOX
     )
@@ -84,31 +85,27 @@ def _triggers(cursor: Cursor, config: RelayConfig) -> Finding:
         if state.status in (MISSING, OUTDATED)
     ]
     if not wrong:
-        return Finding("triggers", OK, f"all are there, in namespace {config.namespace!r}")
+        return ok(f"all are there, in namespace {config.namespace!r}")
     if config.install == "auto":
-        return Finding("triggers", WARN, "; ".join(wrong), "The relay installs them at its start.")
-    return Finding(
-        "triggers",
-        FAIL,
+        return warn("; ".join(wrong), "The relay installs them at its start.")
+    return fail(
         "; ".join(wrong),
         "Run `pgsignals install --delivery outbox` with these watchers, as the tables' owner.",
     )
 
 
-def _target(name: str, broadcaster: Broadcaster, tables: list[tuple[str, str]]) -> Finding:
-    what = f"target {name}"
+def _target(broadcaster: Broadcaster, tables: list[tuple[str, str]]) -> Outcome:
     try:
         if isinstance(broadcaster, Checkable):
             broadcaster.check(tables)
         elif not broadcaster.flush(_SECONDS):
             message = f"{broadcaster} does not answer within {_SECONDS:g} s"
-            return Finding(what, FAIL, message, "Start the broker, or correct the address.")
+            return fail(message, "Start the broker, or correct the address.")
     except PgSignalsError as error:
-        return Finding(what, FAIL, error_text(error), "Mend the broker or the target.")
+        return fail(error_text(error), "Mend the broker or the target.")
     # Whatever a plugin raises, the other targets are checked too.
     except Exception as error:
-        message = f"{broadcaster}: {described(error)}"
-        return Finding(what, FAIL, message, "See what the plugin says of this.")
+        return fail(f"{broadcaster}: {described(error)}", "See what the plugin says of this.")
     finally:
         broadcaster.close()
-    return Finding(what, OK, f"{broadcaster} takes the events")
+    return ok(f"{broadcaster} takes the events")

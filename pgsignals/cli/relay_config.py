@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
+import msgspec.toml
 
 from pgsignals.core.errors import ConfigurationError, MissingExtraError, PgSignalsError, near
 from pgsignals.core.transport import Delivery
@@ -86,11 +85,15 @@ def read_config(path: Path, base: RelayConfig) -> RelayConfig:
     secret; MissingExtraError where this Python needs a package to read TOML.
     """
     try:
-        data = _toml_parser()(path.read_text("utf-8"))
+        data = msgspec.toml.decode(path.read_text("utf-8"))
+    except ImportError as error:
+        raise MissingExtraError(
+            "On Python 3.10 a TOML file needs the package tomli: pip install 'pgsignals[cli]'"
+        ) from error
     except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
-    # A ValueError, like all that parsers of TOML raise; it names line and column, and no value.
-    except ValueError as error:
+    # It names line and column, and no value.
+    except (ValueError, msgspec.DecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
     _refuse_unknown(path, data, _File, "")
     try:
@@ -220,14 +223,3 @@ def _refuse_unknown(path: Path, data: object, kind: Any, where: str) -> None:
                     f"Keys there: {', '.join(types)}."
                 )
             _refuse_unknown(path, value, types[key], place)
-
-
-def _toml_parser() -> Callable[[str], dict[str, Any]]:
-    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
-    try:
-        loads: Callable[[str], dict[str, Any]] = importlib.import_module(name).loads
-    except ImportError as error:
-        raise MissingExtraError(
-            "On Python 3.10 a TOML file needs the package tomli: pip install 'pgsignals[cli]'"
-        ) from error
-    return loads

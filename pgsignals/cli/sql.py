@@ -12,7 +12,7 @@ from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import plan
 from pgsignals.triggers.sql import drop_statement
 
-from .options import Scope, database_options, delivery_option, scoped, watcher_options
+from .options import Scope, scope_options
 from .output import examples
 
 
@@ -24,7 +24,7 @@ from .output import examples
         "pgsignals sql orders --delivery outbox",
     )
 )
-@watcher_options
+@scope_options
 @click.option("--all", "everything", is_flag=True, help="Also what this database already has.")
 @click.option(
     "--uninstall",
@@ -33,9 +33,6 @@ from .output import examples
     help="Print what removes the triggers of these watchers; without watchers, all that the "
     "namespace has in this database.",
 )
-@delivery_option
-@database_options
-@scoped
 def sql(scope: Scope, everything: bool, removing: bool) -> None:
     """Print the SQL that install would run.
 

@@ -72,8 +72,8 @@ def _print_states(states: Sequence[State], namespace: str) -> None:
                 state.status,
                 ".".join(filter(None, (state.schema, state.table))),
                 state.op,
-                state.label or "",
-                str(state.listeners),
+                state.label,
+                state.listeners,
                 state.detail,
             )
             for state in states

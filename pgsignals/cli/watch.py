@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import click
 import psycopg2
@@ -28,16 +28,7 @@ from pgsignals.triggers.installer import prune
 from pgsignals.triggers.table_lookup import describe, resolve
 
 from .interrupt import End, interruptible
-from .options import (
-    Scope,
-    Watched,
-    database_options,
-    delivery_option,
-    load_app,
-    parse_names,
-    scoped,
-    watcher_options,
-)
+from .options import Scope, Watched, given_watchers, parse_names, scope_options
 from .output import abandon_stdout, amount, event_line, examples, listed, notice, value_text
 
 _TIMED_OUT = 124  # as timeout(1) has it
@@ -70,15 +61,13 @@ class _Columns:
         "pgsignals watch orders --delivery outbox --name audit --json >> audit.jsonl",
     )
 )
-@watcher_options
-@delivery_option
+@scope_options
 @click.option(
     "--name",
     metavar="NAME",
     help="With --delivery outbox: the consumer that goes on where it was, from one run to the "
     "next. Without, events are those from now on.",
 )
-@database_options
 @click.option(
     "--columns", metavar="A,B", type=parse_names, help="Only updates that change one of these."
 )
@@ -98,7 +87,6 @@ class _Columns:
     "when it fails, that is told there too.",
 )
 @click.option("--keep", is_flag=True, help="Leave the triggers that this installs.")
-@scoped
 @click.pass_context
 def watch(
     ctx: click.Context,
@@ -141,9 +129,7 @@ def watch(
             "--count does not go with --name: what a consumer has read beyond it would not be "
             "acknowledged, and come again each time."
         )
-    from_app = load_app(scope.app)
-    if not scope.watched and not from_app:
-        raise click.UsageError("Give what to watch: WATCH arguments such as 'orders', or --app.")
+    from_app = given_watchers((), scope.app, required=not scope.watched)
 
     hub = Hub()
     with interruptible() as end:
@@ -190,26 +176,19 @@ def watch(
         ctx.exit(_TIMED_OUT)
 
 
+@dataclass
 class _Printer:
     """Prints events, one at a time, until it is closed."""
 
-    def __init__(
-        self,
-        end: End,
-        as_json: bool,
-        count: int | None,
-        shell_command: str | None,
-        lossless: bool = False,
-    ) -> None:
-        self.printed = 0
-        self.failure: Exception | None = None
-        self._end = end
-        self._as_json = as_json
-        self._count = count
-        self._shell_command = shell_command
-        self._lossless = lossless
-        self._closed = threading.Event()
-        self._never = threading.Event()
+    end: End
+    as_json: bool
+    count: int | None
+    shell_command: str | None
+    lossless: bool
+    printed: int = 0
+    failure: Exception | None = None
+    _closed: threading.Event = field(default_factory=threading.Event)
+    _never: threading.Event = field(default_factory=threading.Event)
 
     @property
     def stuck(self) -> bool:
@@ -217,7 +196,7 @@ class _Printer:
 
         An event is acknowledged when they do.
         """
-        return self._lossless and self._closed.is_set()
+        return self.lossless and self._closed.is_set()
 
     def receiver(self, unchanged: Collection[str]) -> Callable[[Event], None]:
         """A receiver; ``unchanged`` are columns to show though an update left them alone."""
@@ -236,7 +215,7 @@ class _Printer:
 
     def _print(self, event: Event, unchanged: Collection[str]) -> None:
         try:
-            click.echo(to_json(event.to_dict()) if self._as_json else event_line(event, unchanged))
+            click.echo(to_json(event.to_dict()) if self.as_json else event_line(event, unchanged))
         except OSError as error:
             abandon_stdout()
             # That a reader such as head(1) has read enough is no failure.
@@ -245,14 +224,14 @@ class _Printer:
             self._finish()
             return
         self.printed += 1
-        if self._shell_command is not None:
-            _run(self._shell_command, event)
-        if self.printed == self._count:
+        if self.shell_command is not None:
+            _run(self.shell_command, event)
+        if self.printed == self.count:
             self._finish()
 
     def _finish(self) -> None:
         self.close()
-        self._end.give("finished")
+        self.end.give("finished")
 
 
 def _run(command: str, event: Event) -> None:

@@ -14,8 +14,8 @@ watchers, by which autogenerate and ``alembic check`` tell what the database lac
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +33,11 @@ from ..triggers.definitions import define
 from ..triggers.table_lookup import resolve
 from .migrations import (
     Change,
+    Planning,
+    Wanted,
     borrowed_cursor,
-    installing,
+    creating,
     pruning,
-    removing,
     run,
     source,
     sqlstates,
@@ -62,6 +63,7 @@ class _WatchersOp(MigrateOperation):
     """What both operations have: watchers, or the statements that autogenerate has foreseen."""
 
     name = ""
+    planning: Planning
 
     def __init__(
         self,
@@ -80,12 +82,20 @@ class _WatchersOp(MigrateOperation):
         lines = (*self.change.lasting, *self.change.summary)
         return (self.name, *(lines or map(str, self.watchers)))
 
+    def reverse(self) -> MigrateOperation:
+        """What the downgrade has."""
+        installs = isinstance(self, InstallWatchersOp)
+        opposite = UninstallWatchersOp if installs else InstallWatchersOp
+        # Without the delivery: what is removed is of either.
+        return opposite(self.watchers, self.namespace, self.change.reversed())
+
 
 @Operations.register_operation("install_watchers")
 class InstallWatchersOp(_WatchersOp):
     """``op.install_watchers``."""
 
     name = "install_watchers"
+    planning = staticmethod(Wanted.installing)
 
     @classmethod
     def install_watchers(
@@ -112,18 +122,13 @@ class InstallWatchersOp(_WatchersOp):
         change = Change(tuple(statements))
         operations.invoke(cls(normalize(watchers), namespace, change, delivery))
 
-    def reverse(self) -> MigrateOperation:
-        """What the downgrade has."""
-        return UninstallWatchersOp(
-            self.watchers, self.namespace, self.change.reversed(), self.delivery
-        )
-
 
 @Operations.register_operation("uninstall_watchers")
 class UninstallWatchersOp(_WatchersOp):
     """``op.uninstall_watchers``."""
 
     name = "uninstall_watchers"
+    planning = staticmethod(Wanted.removing)
 
     @classmethod
     def uninstall_watchers(
@@ -141,34 +146,6 @@ class UninstallWatchersOp(_WatchersOp):
         """
         operations.invoke(cls(normalize(watchers), namespace, Change(tuple(statements))))
 
-    def reverse(self) -> MigrateOperation:
-        """What the downgrade has."""
-        return InstallWatchersOp(
-            self.watchers, self.namespace, self.change.reversed(), self.delivery
-        )
-
-
-@Operations.implementation_for(InstallWatchersOp)
-def _install(operations: Operations, operation: InstallWatchersOp) -> None:
-    options = operations.get_context().opts
-    transport = Transport(operation.delivery or _delivery(options))
-    namespace = operation.namespace or _namespace(options)
-
-    def change(cursor: Cursor) -> Change:
-        found = define(cursor, operation.watchers, all_resolvers(()), namespace, transport)
-        return installing(cursor, namespace, [each.trigger for each in found], transport)
-
-    _apply(operations, operation, change)
-
-
-@Operations.implementation_for(UninstallWatchersOp)
-def _uninstall(operations: Operations, operation: UninstallWatchersOp) -> None:
-    def change(cursor: Cursor) -> Change:
-        namespace = operation.namespace or _namespace(operations.get_context().opts)
-        return removing(cursor, namespace, operation.watchers, all_resolvers(()))
-
-    _apply(operations, operation, change)
-
 
 def _delivery(options: Any) -> str:
     return str(options.get("pgsignals_delivery") or "notify")
@@ -178,13 +155,17 @@ def _namespace(options: Any) -> str:
     return str(options.get("pgsignals_namespace") or "default")
 
 
-def _apply(operations: Operations, operation: _WatchersOp, change: Any) -> None:
+@Operations.implementation_for(InstallWatchersOp)
+@Operations.implementation_for(UninstallWatchersOp)
+def _apply(operations: Operations, operation: _WatchersOp) -> None:
     context = operations.get_context()
-    statements = operation.change.forward
+    transport = Transport(operation.delivery or _delivery(context.opts))
+    namespace = operation.namespace or _namespace(context.opts)
+    watchers, statements = operation.watchers, operation.change.forward
     if context.as_sql:
-        if operation.watchers:
+        if watchers:
             raise ConfigurationError(
-                f"op.{operation.name} of {', '.join(map(str, operation.watchers))} reads the "
+                f"op.{operation.name} of {', '.join(map(str, watchers))} reads the "
                 "tables, which --sql cannot: upgrade a database that can be reached, or let "
                 "`alembic revision --autogenerate` write the statements once the tables are there."
             )
@@ -194,20 +175,19 @@ def _apply(operations: Operations, operation: _WatchersOp, change: Any) -> None:
         return
     connection = operations.get_bind()
     with _cursor(connection) as cursor:
-        if operation.watchers:
-            statements = (*statements, *change(cursor).forward)
+        if watchers:
+            wanted = Wanted(watchers, all_resolvers(()), namespace, transport)
+            statements = (*statements, *operation.planning(wanted, cursor).forward)
         run(cursor, statements, connection.begin_nested)
 
 
-@contextmanager
-def _cursor(connection: Connection) -> Iterator[Cursor]:
+def _cursor(connection: Connection) -> AbstractContextManager[Cursor]:
     def execute(statement: str) -> list[tuple[Any, ...]]:
         result = connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
         return [tuple(row) for row in result] if result.returns_rows else []
 
     driver = connection.connection.driver_connection
-    with borrowed_cursor(driver, lambda: dsn_of(connection.engine), execute) as cursor:
-        yield cursor
+    return borrowed_cursor(driver, lambda: dsn_of(connection.engine), execute)
 
 
 def _compare(
@@ -244,7 +224,7 @@ def _compare(
             else:
                 triggers += [definition.trigger for definition in found]
         removed = pruning(cursor, namespace, triggers)
-        created = installing(cursor, namespace, triggers, transport)
+        created = creating(cursor, namespace, triggers, transport)
     if removed.summary:
         upgrade_ops.ops.insert(0, UninstallWatchersOp((), namespace, removed))
     if created.summary or created.lasting:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..core.errors import StateError
 from ..core.process import after_fork
+from ..core.threads import Thread
 from ..hub.hub import Hub
 from .resumable import check_targets, open_feed
 from .ring import RingFeed
@@ -99,19 +100,13 @@ class Feeds:
             opening = self._openings.get(key)
             if opening is not None and not opening.over:
                 return opening
-            if not hub._reads_outbox:
-                opening = Opening()
+            opening = Opening()
+            if hub._reads_outbox:
+                check_targets(hub, targets, size)
+                Thread("feed", opening.fill, hub, targets, size, ordered).start()
+            else:
                 opening.fill(hub, targets, size, ordered)
                 opening.wait()
-            else:
-                check_targets(hub, targets, size)
-                opening = Opening()
-                threading.Thread(
-                    target=opening.fill,
-                    args=(hub, targets, size, ordered),
-                    name="pgsignals-feed",
-                    daemon=True,
-                ).start()
             self._openings[key] = opening
         return opening
 

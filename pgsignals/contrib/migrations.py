@@ -21,6 +21,7 @@ from ..outbox import schema
 from ..postgres.connection import connect
 from ..triggers import names
 from ..triggers.catalogue import Installed, read_installed
+from ..triggers.definitions import define
 from ..triggers.installer import lock_holders, plan
 from ..triggers.sql import Trigger, registration
 from ..triggers.table_lookup import describe, resolve
@@ -171,7 +172,7 @@ def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
     return None if row is None else (row[0], row[1])
 
 
-def installing(
+def creating(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], transport: Transport
 ) -> Change:
     """What the triggers that are missing or outdated take, and the outbox if they write to it."""
@@ -188,21 +189,38 @@ def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change
     return _change(cursor, [], [item for item in found.unwanted if not item.in_use])
 
 
-def removing(
-    cursor: Cursor, namespace: str, watchers: Sequence[Watcher], resolvers: Sequence[Resolver]
-) -> Change:
-    """What removes the triggers of watchers, however they were defined when they were installed."""
-    identities = set()
-    for watcher in watchers:
-        ref, _ = resolve(watcher.model, resolvers)
-        table = describe(cursor, ref)
-        identities |= {(table.schema, table.name, op, watcher.label) for op in watcher.ops}
-    items = [
-        item
-        for item in read_installed(cursor, namespace)
-        if (item.schema, item.table, item.tag.op, item.tag.label) in identities
-    ]
-    return _change(cursor, [], items)
+@dataclass(frozen=True)
+class Wanted:
+    """Watchers, and what their triggers are to be."""
+
+    watchers: Sequence[Watcher]
+    resolvers: Sequence[Resolver]
+    namespace: str
+    transport: Transport
+
+    def installing(self, cursor: Cursor) -> Change:
+        """What installing their triggers takes: see ``creating``."""
+        namespace, transport = self.namespace, self.transport
+        found = define(cursor, self.watchers, self.resolvers, namespace, transport)
+        return creating(cursor, namespace, [each.trigger for each in found], transport)
+
+    def removing(self, cursor: Cursor) -> Change:
+        """What removes them, of either transport, however they were defined at their time."""
+        identities = set()
+        for watcher in self.watchers:
+            ref, _ = resolve(watcher.model, self.resolvers)
+            table = describe(cursor, ref)
+            identities |= {(table.schema, table.name, op, watcher.label) for op in watcher.ops}
+        items = [
+            item
+            for item in read_installed(cursor, self.namespace)
+            if (item.schema, item.table, item.tag.op, item.tag.label) in identities
+        ]
+        return _change(cursor, [], items)
+
+
+# ``Wanted.installing`` or ``Wanted.removing``.
+Planning = Callable[[Wanted, Cursor], Change]
 
 
 def source(watcher: Watcher, model: str) -> str:

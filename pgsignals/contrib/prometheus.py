@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..core.errors import MissingExtraError
@@ -36,24 +37,14 @@ class PrometheusMetrics:
         self._families = _families(REGISTRY if registry is None else registry, namespace)
 
     def count(self, name: str, amount: int, /, **labels: str) -> None:
-        self._families.counters[name].labels(hub=self._hub, **labels).inc(amount)
+        self._families[name].labels(hub=self._hub, **labels).inc(amount)
 
     def gauge(self, name: str, read: Callable[[], float], /, **labels: str) -> None:
-        self._families.gauges[name].labels(hub=self._hub, **labels).set_function(read)
+        self._families[name].labels(hub=self._hub, **labels).set_function(read)
 
 
-class _Families:
-    """The metrics of one namespace in one registry, which takes each name once only."""
-
-    def __init__(self, registry: CollectorRegistry, namespace: str) -> None:
-        self.counters = {
-            name: Counter(name, help_, ("hub", *labels), namespace=namespace, registry=registry)
-            for name, (help_, labels) in COUNTERS.items()
-        }
-        self.gauges = {
-            name: Gauge(name, help_, ("hub", *labels), namespace=namespace, registry=registry)
-            for name, (help_, labels) in GAUGES.items()
-        }
+# The metrics of one namespace in one registry, which takes each name once only.
+_Families = dict[str, Any]
 
 
 _lock = threading.Lock()
@@ -64,5 +55,9 @@ def _families(registry: CollectorRegistry, namespace: str) -> _Families:
     with _lock:
         of_registry = _known.setdefault(registry, {})
         if namespace not in of_registry:
-            of_registry[namespace] = _Families(registry, namespace)
+            of_registry[namespace] = {
+                name: kind(name, help_, ("hub", *labels), namespace=namespace, registry=registry)
+                for kind, measures in ((Counter, COUNTERS), (Gauge, GAUGES))
+                for name, (help_, labels) in measures.items()
+            }
         return of_registry[namespace]

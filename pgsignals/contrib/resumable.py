@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg2
@@ -105,6 +105,7 @@ class _Mark:
         return self.position.point.since
 
 
+@dataclass(eq=False)
 class ResumableClient(RingClient):
     """One browser's position in a resumable feed.
 
@@ -116,12 +117,10 @@ class ResumableClient(RingClient):
     _feed: ResumableFeed
     _known: _Position
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._behind = False
-        self._goal: _Mark | None = None
-        self._page: deque[Entry] = deque()
-        self._whole = False
+    _behind: bool = False
+    _goal: _Mark | None = None
+    _page: deque[Entry] = field(default_factory=deque)
+    _whole: bool = False
 
     def keepalive(self) -> bytes:
         mark = self._feed._latest_mark()

@@ -12,6 +12,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..core.errors import ConfigurationError
@@ -201,29 +202,24 @@ class RingFeed(ABC, Generic[C]):
             self._sleeping.pop(client, None)
 
 
+@dataclass(eq=False)
 class RingClient(ABC):
     """One browser's position in a feed; made by ``connect``, used by one thread at a time."""
 
     # Whether ``read`` may wait, for the database say.
     waits = False
 
-    def __init__(
-        self,
-        feed: RingFeed[Any],
-        wake: Callable[[], None],
-        view: View,
-        known: Position,
-        number: int,
-        fresh: bool,
-    ) -> None:
-        self._feed = feed
-        self._view = view
-        self._known = self._told = known
-        self._number = number
-        self._fresh = fresh
-        self._lost: str | None = None
-        self.wake = wake
-        self.ended = False
+    _feed: RingFeed[Any]
+    wake: Callable[[], None]
+    _view: View
+    _known: Position
+    _number: int
+    _fresh: bool
+    _lost: str | None = None
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self._told = self._known
 
     def opening(self, retry: int | None = None) -> bytes:
         """The first bytes: they complete the browser's connection, and give it an id.

@@ -10,21 +10,7 @@ from typing import Any, NamedTuple
 from ..core.events import Event, Gap, model_identity, model_name
 from ..dispatch.registry import Subscription
 from ..hub.hub import Hub
-from .event_stream import EVERYTHING, HEADERS, KEEPALIVE, View, brief, encode, last_event_id
 from .ring import Entry, RingClient, RingFeed, wake_all, wanted_of
-
-__all__ = [
-    "EVERYTHING",
-    "HEADERS",
-    "KEEPALIVE",
-    "Client",
-    "Feed",
-    "View",
-    "brief",
-    "encode",
-    "feed_key",
-    "last_event_id",
-]
 
 
 class _Position(NamedTuple):

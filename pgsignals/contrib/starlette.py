@@ -14,8 +14,8 @@ import pgsignals
 from ..core.errors import MissingExtraError, StateError
 from ..core.events import Event
 from ..core.logging import log
-from ..dispatch.coroutines import within
 from ..hub.hub import Hub
+from ..plugins.within import within
 from .event_stream import EVERYTHING, HEADERS, View
 from .feeds import Feeds, Opening
 from .ring import RingClient, RingFeed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,13 @@ def moment(at_us: int) -> datetime:
 def microseconds(at: datetime) -> int:
     """The microseconds since 1970 of an aware datetime."""
     return (at - _EPOCH) // timedelta(microseconds=1)
+
+
+def read_time(text: str) -> datetime:
+    """The time in ISO 8601, in UTC unless it says otherwise. Raises ValueError."""
+    # Python 3.10 does not know the Z.
+    found = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", text))
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 class _Columns(dict[str, Any]):
@@ -313,15 +321,8 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     def to_dict(self) -> dict[str, Any]:
         """The event as plain data, as ``pgsignals watch --json`` prints it."""
-        found: dict[str, Any] = {
-            "at": self.at,
-            "op": self.op,
-            "schema": self.schema,
-            "table": self.table,
-            "id": self.id,
-            "key": self.key,
-            "values": self.values,
-        }
+        common = ("at", "op", "schema", "table", "id", "key", "values")
+        found: dict[str, Any] = {name: getattr(self, name) for name in common}
         if self.op == "updated":
             found["old"] = self.old
             found["changed"] = sorted(self.changed)
@@ -332,21 +333,8 @@ class Event(msgspec.Struct, frozen=True, eq=False):
         )
         return found
 
-    def _record(self) -> tuple[Any, ...]:
-        return (
-            self.uid,
-            self.op,
-            self.label,
-            self.schema,
-            self.table,
-            self.key,
-            self.values,
-            self.old,
-            self.changed,
-            self.truncated,
-            self.at,
-            dict(self.context),
-        )
+    def _record(self) -> dict[str, Any]:
+        return {**self.to_dict(), "old": self.old, "changed": self.changed, "txid": None}
 
     def __eq__(self, other: object) -> bool:
         return self._record() == other._record() if isinstance(other, Event) else NotImplemented

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
+from types import FrameType
 from typing import Any, TypeVar
 
 from .errors import StateError
-from .process import after_fork
+from .process import after_fork, notice_fork
 from .threads import Thread
 
 T = TypeVar("T")
@@ -22,18 +23,28 @@ _former: dict[int, Any] = {}
 
 
 @contextmanager
-def termination(call: Callable[[], object]) -> Iterator[None]:
+def termination(call: Callable[[], object], *, once: bool = False) -> Iterator[None]:
     """Have ``call`` made, in the main thread, for each SIGTERM and SIGINT during the block.
+
+    Where ``once``, for the first of them, and the next one acts as ever.
 
     It interrupts whatever the main thread does, so that it must take no lock. A signal that the
     process ignores (nohup, a shell's background job) stays ignored. Only for the main thread.
     """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if once:
+            _restore()
+        call()
+
+    # A fork that is noticed later would take the handlers back.
+    notice_fork()
     _guard_forks()
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
         if handler is not signal.SIG_IGN:
             _former[number] = handler
-            signal.signal(number, lambda number, frame: call())
+            signal.signal(number, handle)
     try:
         yield
     finally:
@@ -94,10 +105,11 @@ class SignalledStop:
 
 
 def _restore() -> None:
-    while _former:
-        number, handler = _former.popitem()
+    # A signal that comes meanwhile may do the same.
+    for number, handler in list(_former.items()):
         # None stands for a handler that Python did not set and cannot set again.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    _former.clear()
 
 
 @functools.cache

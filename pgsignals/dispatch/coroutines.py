@@ -7,14 +7,12 @@ import contextvars
 import functools
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from ..core.errors import StateError
 from ..core.logging import error_info, log
-
-T = TypeVar("T")
 
 # How often a worker that waits looks whether the loop was closed, which nothing tells it.
 _LOOK_SECONDS = 0.25
@@ -182,27 +180,6 @@ _CLOSED = (
     "The event loop of the coroutine receivers is closed: stop the Hub before its loop ends, with "
     "`async with pgsignals.start(…)` or `await pgsignals.astop()`."
 )
-
-
-async def within(seconds: float, work: Awaitable[T]) -> T:
-    """What ``work`` returns; it is cancelled after so many seconds, which raises TimeoutError.
-
-    Before Python 3.12, asyncio.wait_for() swallows a cancellation that comes when the work has just
-    ended: who was told to end goes on for ever.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({task}, timeout=seconds)
-        timed_out = not task.done()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # It counts as seen, also where a cancellation leads away from here.
-    if timed_out and task.cancelled():
-        raise asyncio.TimeoutError
-    return task.result()
 
 
 class CoroutineReceiver:

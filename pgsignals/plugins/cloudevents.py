@@ -8,6 +8,7 @@ so that whoever reads it without a database has the same Python value again.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -21,7 +22,7 @@ import msgspec
 from psycopg2.extras import DateRange, DateTimeRange, DateTimeTZRange, NumericRange, Range
 
 from ..core.errors import PayloadError
-from ..core.events import Event, Gap, Message, Topic
+from ..core.events import Event, Gap, Message, Topic, microseconds, read_time
 from ..core.watchers import EVENT_OPERATIONS
 
 SPEC_VERSION = "1.0"
@@ -30,8 +31,6 @@ TYPE_PREFIX = "pgsignals."
 GAP_TYPE = "pgsignals.gap"
 CONTENT_TYPE = "application/json"
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-_MICROSECOND = timedelta(microseconds=1)
 # What a trace is continued by; see https://github.com/cloudevents/spec, distributed tracing.
 _TRACE = ("traceparent", "tracestate")
 _TRACE_VALUE = re.compile(r"[\x21-\x7e]{1,512}")
@@ -56,16 +55,8 @@ class Writer:
         return found
 
     def _common(self, event: Event) -> dict[str, str]:
-        found = {
-            "specversion": SPEC_VERSION,
-            "id": "",
-            "source": self._source,
-            "type": TYPE_PREFIX + event.op,
-            "subject": f"{event.schema}.{event.table}",
-            "time": _time_text(event.at),
-            "datacontenttype": CONTENT_TYPE,
-            "dataschema": SCHEMA,
-        }
+        subject = f"{event.schema}.{event.table}"
+        found = self._attributes(TYPE_PREFIX + event.op, event.at, subject=subject)
         if context := event.context:
             for name in _TRACE:
                 value = context.get(name)
@@ -119,18 +110,22 @@ class Writer:
         )
         # The same whenever it is sent again, as that of an event is.
         identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._source} {data!r}")
-        attributes = {
+        return self._attributes(GAP_TYPE, gap.until, identity.hex), data
+
+    def _attributes(self, kind: str, at: datetime, uid: str = "", **more: str) -> dict[str, str]:
+        return {
             "specversion": SPEC_VERSION,
-            "id": identity.hex,
+            "id": uid,
             "source": self._source,
-            "type": GAP_TYPE,
-            "time": _time_text(gap.until),
+            "type": kind,
+            **more,
+            "time": _time_text(at),
             "datacontenttype": CONTENT_TYPE,
             "dataschema": SCHEMA,
         }
-        return attributes, data
 
 
+@functools.cache
 def header_name(attribute: str, prefix: str) -> str:
     """The name of an attribute in the headers of a protocol, whose attributes have a prefix."""
     return "content-type" if attribute == "datacontenttype" else prefix + attribute
@@ -182,7 +177,7 @@ class _Data(msgspec.Struct):
     label: str | None = None
     values: dict[str, Any] = {}
     old: dict[str, Any] = {}
-    changed: list[str] = []
+    changed: frozenset[str] = frozenset()
     types: dict[str, str] = {}
     old_types: dict[str, str] | None = None
     truncated: bool = False
@@ -205,22 +200,11 @@ class _ReceivedMessage(Message):
         return self.origin
 
 
-class Received(msgspec.Struct):
+class Received(_Data, kw_only=True):
     """An event as it came, before somebody here has said what its model is."""
 
     uid: str
     at_us: int
-    op: str
-    schema: str
-    table: str
-    label: str | None
-    key: dict[str, Any]
-    values: dict[str, Any]
-    old: dict[str, Any]
-    changed: frozenset[str]
-    truncated: bool
-    txid: int
-    context: dict[str, Any]
 
     @property
     def compared(self) -> bool:
@@ -271,32 +255,22 @@ def read(attributes: Mapping[str, str], data: bytes | None) -> Received | Gap:
             )
         if attributes["type"] == GAP_TYPE:
             gap = msgspec.convert(_decode(data), _GapData)
-            return Gap(_read_time(gap.since), _read_time(gap.until), gap.reason, gap.detail)
+            return Gap(read_time(gap.since), read_time(gap.until), gap.reason, gap.detail)
         found = msgspec.convert(_decode(data), _Data)
         if found.op not in EVENT_OPERATIONS or attributes["type"] != TYPE_PREFIX + found.op:
             raise PayloadError(f"the type {attributes['type']} with the operation {found.op}")
-        at_us = (_read_time(attributes["time"]) - _EPOCH) // _MICROSECOND
+        at_us = microseconds(read_time(attributes["time"]))
     except KeyError as error:
         raise PayloadError(f"a CloudEvent without the attribute {error}") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PayloadError(f"{type(error).__name__}: {error}") from error
     types = found.types
     old_types = types if found.old_types is None else found.old_types
-    return Received(
-        uid=attributes["id"],
-        at_us=at_us,
-        op=found.op,
-        schema=found.schema,
-        table=found.table,
-        label=found.label,
-        key={name: _restore(value, types.get(name)) for name, value in found.key.items()},
-        values={name: _restore(value, types.get(name)) for name, value in found.values.items()},
-        old={name: _restore(value, old_types.get(name)) for name, value in found.old.items()},
-        changed=frozenset(found.changed),
-        truncated=found.truncated,
-        txid=found.txid,
-        context=found.context,
-    )
+    received = Received(uid=attributes["id"], at_us=at_us, **msgspec.structs.asdict(found))
+    received.key = _restore_all(found.key, types)
+    received.values = _restore_all(found.values, types)
+    received.old = _restore_all(found.old, old_types)
+    return received
 
 
 def to_cloudevent(event: Event, source: str) -> tuple[dict[str, str], bytes]:
@@ -465,6 +439,10 @@ _TEXTS: dict[type, Callable[[Any], tuple[str, str]]] = {
 }
 
 
+def _restore_all(values: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
+    return {name: _restore(value, types.get(name)) for name, value in values.items()}
+
+
 def _restore(value: Any, tag: str | None) -> Any:
     """The Python value again; what it cannot be made of stays as it came."""
     if tag is None or value is None:
@@ -485,20 +463,13 @@ def _read_interval(text: str) -> timedelta:
     found = _INTERVAL.fullmatch(text)
     if found is None:
         raise ValueError(text)
-    days, seconds, microseconds = map(int, found.groups())
-    return timedelta(days, seconds, microseconds)
+    return timedelta(*map(int, found.groups()))
 
 
 def _read_bytes(text: str) -> memoryview:
     if not text.startswith("\\x"):
         raise ValueError(text)
     return memoryview(bytes.fromhex(text[2:]))
-
-
-def _read_time(text: str) -> datetime:
-    # Python 3.10 does not know the Z.
-    found = datetime.fromisoformat(re.sub(r"Z$", "+00:00", text))
-    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 def _range_reader(

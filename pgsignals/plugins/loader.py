@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -84,13 +84,7 @@ class Plugins:
 
     def resolvers(self) -> list[Resolver]:
         """The resolvers of all plugins; each hook is called apart, since pluggy stops at errors."""
-        found: list[Resolver] = []
-        for implementation in self._implementations("pgsignals_resolver"):
-            try:
-                found.append(cast(Resolver, implementation.function()))
-            except Exception as error:
-                self._note_failure(implementation.plugin_name, error, "pgsignals_resolver")
-        return found
+        return list(self._call("pgsignals_resolver"))
 
     def broadcaster(self, url: str, option: str = "backends=") -> Broadcaster:
         """What takes events to a URL, which errors say that ``option`` has.
@@ -106,21 +100,12 @@ class Plugins:
 
     def add_commands(self, group: click.Group) -> None:
         """Have all plugins add their commands."""
-        for implementation in self._implementations("pgsignals_commands"):
-            try:
-                implementation.function(group)
-            except Exception as error:
-                self._note_failure(implementation.plugin_name, error, "pgsignals_commands")
+        for _ in self._call("pgsignals_commands", group):
+            pass
 
     def _by_url(self, hook: str, url: str, option: str) -> object:
-        for implementation in self._implementations(hook):
-            try:
-                found = implementation.function(url)
-            except PgSignalsError:
-                raise  # About the URL, and for who wrote it.
-            except Exception as error:
-                self._note_failure(implementation.plugin_name, error, hook)
-                continue
+        # An error of ours is about the URL, and for who wrote it.
+        for found in self._call(hook, url, passing=(PgSignalsError,)):
             if found is not None:
                 return cast(object, found)
         scheme = scheme_of(url)
@@ -141,9 +126,20 @@ class Plugins:
             f"them. There are packages for {known}.{broken}"
         )
 
-    def _implementations(self, hook: str) -> Sequence[Any]:
+    def _call(
+        self, hook: str, *arguments: object, passing: tuple[type[Exception], ...] = ()
+    ) -> Iterator[Any]:
+        """What the hook of each plugin returns; an error is noted, or raised where ``passing``."""
         # The latest registered first, as pluggy calls them.
-        return list(reversed(getattr(self._manager.hook, hook).get_hookimpls()))
+        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            try:
+                found = implementation.function(*arguments)
+            except passing:
+                raise
+            except Exception as error:
+                self._note_failure(implementation.plugin_name, error, hook)
+            else:
+                yield found
 
     def _note_failure(self, name: str, error: Exception, hook: str = "") -> None:
         point = self._points.get(name)

@@ -42,16 +42,6 @@ class Sink(Protocol):
         """Tell the receivers that the connection is lost."""
 
 
-class Source(Protocol):
-    """Reads messages from somewhere in a thread of its own."""
-
-    def start(self) -> None:
-        """Connect, raising what is wrong, and read in the background from then on."""
-
-    def stop(self, timeout: float) -> None:
-        """Stop reading and give everything back, waiting at most ``timeout`` seconds."""
-
-
 @dataclass(frozen=True)
 class Wanted:
     """What somebody listens to; without ``schema``, the table of that name in any."""

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, get_args, get_type_hints
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ..core.errors import ConfigurationError, near
@@ -16,6 +16,7 @@ T = TypeVar("T")
 Self = TypeVar("Self")
 Made = TypeVar("Made")
 P = ParamSpec("P")
+Given = TypeVar("Given", bound="BrokerOptions")
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -172,6 +173,18 @@ class BrokerOptions:
             "config": address.passed,
             **address.options,
         }
+
+
+class BrokerEnd(Generic[Given]):
+    """A broadcaster or a source that has the options of a broker, and goes by their text."""
+
+    _options: Given
+
+    def __str__(self) -> str:
+        return str(self._options)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:

@@ -89,6 +89,13 @@ def make_event(
     return Event(message, 0, tuple(row))
 
 
+def _send(broadcaster: Broadcaster, *batches: Sequence[Event]) -> None:
+    """Publish batches, and wait until all has arrived."""
+    for events in batches:
+        broadcaster.publish(events)
+    assert broadcaster.flush(DEADLINE) is True
+
+
 class BroadcasterConformance:
     """Tests of a broadcaster that sends CloudEvents.
 
@@ -115,61 +122,54 @@ class BroadcasterConformance:
 
     @pytest.fixture(autouse=True)
     def _closed(self, broadcaster: Broadcaster) -> Iterator[None]:
+        self._broadcaster = broadcaster
         yield
         broadcaster.close()
 
-    def test_a_flush_without_events_connects(self, broadcaster: Broadcaster) -> None:
+    def _send(self, *batches: Sequence[Event]) -> None:
+        _send(self._broadcaster, *batches)
+
+    def test_a_flush_without_events_connects(self) -> None:
         """A broker that is there shows before there are events."""
-        assert broadcaster.flush(DEADLINE) is True
+        assert self._broadcaster.flush(DEADLINE) is True
 
-    def test_its_text_says_where(self, broadcaster: Broadcaster) -> None:
+    def test_its_text_says_where(self) -> None:
         """Log lines name it by something better than an address in memory."""
-        assert str(broadcaster)
-        assert " at 0x" not in str(broadcaster)
+        assert str(self._broadcaster)
+        assert " at 0x" not in str(self._broadcaster)
 
-    def test_an_event_arrives_as_it_is(self, broadcaster: Broadcaster, written: ReadBack) -> None:
+    def test_an_event_arrives_as_it_is(self, written: ReadBack) -> None:
         """Values of all kinds are equal on the other side."""
         events = [
             make_event(1, "inserted", values=_VALUES),
             make_event(2, "updated", values=_VALUES),
             make_event(3, "deleted", values=_VALUES),
         ]
-        broadcaster.publish(events)
-        assert broadcaster.flush(DEADLINE) is True
+        self._send(events)
         assert [from_cloudevent(*each) for each in written(3)] == events
 
-    def test_events_of_a_record_stay_in_order(
-        self, broadcaster: Broadcaster, written: ReadBack
-    ) -> None:
+    def test_events_of_a_record_stay_in_order(self, written: ReadBack) -> None:
         """In a large batch and over several batches, each record's events come in their order."""
         events = [make_event(number, record=number % 20) for number in range(1000)]
-        broadcaster.publish(events[:700])
-        broadcaster.publish(events[700:])
-        assert broadcaster.flush(DEADLINE) is True
+        self._send(events[:700], events[700:])
         found = [from_cloudevent(*each) for each in written(1000)]
         for record in range(20):
             numbers = [event.values["number"] for event in found if event.id == record]
             assert numbers == list(range(record, 1000, 20))
 
-    def test_several_tables_in_one_batch(self, broadcaster: Broadcaster, written: ReadBack) -> None:
+    def test_several_tables_in_one_batch(self, written: ReadBack) -> None:
         """A batch may have events of several tables."""
         events = [make_event(1), make_event(2, table=f"{TABLE}_2"), make_event(3)]
-        broadcaster.publish(events)
-        assert broadcaster.flush(DEADLINE) is True
+        self._send(events)
         found = {event.uid: event for event in (from_cloudevent(*each) for each in written(3))}
         assert found == {event.uid: event for event in events}
 
-    def test_what_is_published_again_ends_in_order(
-        self, broadcaster: Broadcaster, written: ReadBack
-    ) -> None:
+    def test_what_is_published_again_ends_in_order(self, written: ReadBack) -> None:
         """Events that are published again, with the flush not waited for, leave the latest last."""
         events = [make_event(number) for number in range(10)]
-        broadcaster.publish(events)
-        broadcaster.publish(events)
-        assert broadcaster.flush(DEADLINE) is True
+        self._send(events, events)
         last = make_event(10)
-        broadcaster.publish([last])
-        assert broadcaster.flush(DEADLINE) is True
+        self._send([last])
         found = [from_cloudevent(*each).uid for each in written(11)]
         assert set(found) == {event.uid for event in [*events, last]}
         # The last mention of each is in order, whatever came twice.
@@ -177,36 +177,31 @@ class BroadcasterConformance:
         assert latest == [event.uid for event in [*events, last]]
 
     def test_what_is_too_long_comes_without_values(
-        self,
-        broadcaster: Broadcaster,
-        written: ReadBack,
-        too_long: int | None,
+        self, written: ReadBack, too_long: int | None
     ) -> None:
         """An event that does not fit comes with its key, flagged, and holds up nobody."""
         if too_long is None:
             pytest.skip("nothing is too long for it")
         events = [make_event(1), make_event(2, values={"text": "x" * too_long}), make_event(3)]
-        broadcaster.publish(events)
-        assert broadcaster.flush(DEADLINE) is True
+        self._send(events)
         found = [from_cloudevent(*each) for each in written(3)]
         assert [(event.uid, event.id, event.truncated) for event in found] == [
             (event.uid, event.id, event is events[1]) for event in events
         ]
 
-    def test_a_gap_is_told(self, broadcaster: Broadcaster, written: ReadBack) -> None:
+    def test_a_gap_is_told(self, written: ReadBack) -> None:
         """A Gap reaches those who read, behind what came before it."""
-        broadcaster.publish([make_event(1)])
-        assert broadcaster.flush(DEADLINE) is True
+        self._send([make_event(1)])
         now = datetime.now(timezone.utc)
         gap = Gap(now - timedelta(seconds=3), now, "reconnected", "because")
-        broadcaster.announce(gap)
-        assert broadcaster.flush(DEADLINE) is True
+        self._broadcaster.announce(gap)
+        assert self._broadcaster.flush(DEADLINE) is True
         assert read(*written(2)[-1]) == gap
 
-    def test_closing_twice(self, broadcaster: Broadcaster) -> None:
+    def test_closing_twice(self) -> None:
         """A broadcaster may be closed more than once, connected or not."""
-        broadcaster.close()
-        broadcaster.close()
+        self._broadcaster.close()
+        self._broadcaster.close()
 
 
 class _Sink:
@@ -290,21 +285,20 @@ class SourceConformance:
         raise NotImplementedError
 
     @pytest.fixture(autouse=True)
-    def _ready(self, broadcaster: Broadcaster) -> Iterator[None]:
-        self._send(broadcaster, 0)
+    def _ready(self, broadcaster: Broadcaster, make_source: MakeSource) -> Iterator[None]:
+        self._broadcaster, self._make_source = broadcaster, make_source
+        self._send(0)
         self._started: list[RemoteSource] = []
         yield
         for source in self._started:
             self._end(source)
         broadcaster.close()
 
-    @staticmethod
-    def _send(broadcaster: Broadcaster, *numbers: int) -> None:
-        broadcaster.publish([make_event(number) for number in numbers])
-        assert broadcaster.flush(DEADLINE) is True
+    def _send(self, *numbers: int) -> None:
+        _send(self._broadcaster, [make_event(number) for number in numbers])
 
-    def _start(self, make_source: MakeSource, name: str | None, sink: _Sink) -> RemoteSource:
-        source = make_source()
+    def _start(self, name: str | None, sink: _Sink) -> RemoteSource:
+        source = self._make_source()
         source.start([Wanted(TABLE, "public", ("inserted", "updated", "deleted"))], name, sink)
         self._started.append(source)
         return source
@@ -314,80 +308,72 @@ class SourceConformance:
         source.stop(DEADLINE)
         source.close(DEADLINE)
 
-    def test_it_begins_now(self, broadcaster: Broadcaster, make_source: MakeSource) -> None:
+    def test_it_begins_now(self) -> None:
         """Without a name, what came before the start is not read, and all that comes after is."""
         sink = _Sink()
-        self._start(make_source, None, sink)
-        self._send(broadcaster, 1, 2, 3)
+        self._start(None, sink)
+        self._send(1, 2, 3)
         sink.wait(1, 2, 3)
         assert sink.events == [make_event(number) for number in (1, 2, 3)]
 
-    def test_each_gets_all_without_a_name(
-        self, broadcaster: Broadcaster, make_source: MakeSource
-    ) -> None:
+    def test_each_gets_all_without_a_name(self) -> None:
         """Two sources without a name have the same events."""
         sinks = [_Sink(), _Sink()]
         for sink in sinks:
-            self._start(make_source, None, sink)
-        self._send(broadcaster, 1, 2)
+            self._start(None, sink)
+        self._send(1, 2)
         for sink in sinks:
             sink.wait(1, 2)
 
-    def test_a_name_goes_on_where_it_was(
-        self, broadcaster: Broadcaster, make_source: MakeSource
-    ) -> None:
+    def test_a_name_goes_on_where_it_was(self) -> None:
         """What comes while nobody of the name reads is read by the next one, and nothing twice."""
         first, second = _Sink(), _Sink()
-        self._end(self._start(make_source, "one", first))
-        self._send(broadcaster, 1)
-        source = self._start(make_source, "one", first)
+        self._end(self._start("one", first))
+        self._send(1)
+        source = self._start("one", first)
         first.wait(1)
         self._end(source)
-        self._send(broadcaster, 2, 3)
-        self._start(make_source, "one", second)
+        self._send(2, 3)
+        self._start("one", second)
         second.wait(2, 3)
 
-    def test_what_receivers_have_not_finished_comes_again(
-        self, broadcaster: Broadcaster, make_source: MakeSource
-    ) -> None:
+    def test_what_receivers_have_not_finished_comes_again(self) -> None:
         """Events that were read and not settled go to the next one of the name."""
         stuck, second = _Sink(settles=False), _Sink()
-        source = self._start(make_source, "one", stuck)
-        self._send(broadcaster, 1, 2)
+        source = self._start("one", stuck)
+        self._send(1, 2)
         stuck.wait(1, 2)
         self._end(source)
-        self._start(make_source, "one", second)
+        self._start("one", second)
         second.wait(1, 2)
         assert [event.uid for event in second.events] == [event.uid for event in stuck.events]
 
-    def test_what_was_refused_does_not_come_again(
-        self, broadcaster: Broadcaster, make_source: MakeSource
-    ) -> None:
+    def test_what_was_refused_does_not_come_again(self) -> None:
         """An event that no receiver could take is over for its name once it is settled."""
         first, second = _Sink(settles=False), _Sink()
-        source = self._start(make_source, "one", first)
-        self._send(broadcaster, 1)
+        source = self._start("one", first)
+        self._send(1)
         first.wait(1)
         source.refuse(first.positions[0], "a receiver raised ValueError")
         first.settles = True
         first.settle_all()
         self._end(source)
-        self._send(broadcaster, 2)
-        self._start(make_source, "one", second)
+        self._send(2)
+        self._start("one", second)
         second.wait(2)
 
-    def test_names_are_apart(self, broadcaster: Broadcaster, make_source: MakeSource) -> None:
+    def test_names_are_apart(self) -> None:
         """Each name gets all events."""
         sinks = {name: _Sink() for name in ("one", "two")}
         for name, sink in sinks.items():
-            self._start(make_source, name, sink)
-        self._send(broadcaster, 1)
+            self._start(name, sink)
+        self._send(1)
         for sink in sinks.values():
             sink.wait(1)
 
-    def test_it_says_how_it_is(self, broadcaster: Broadcaster, make_source: MakeSource) -> None:
+    def test_it_says_how_it_is(self) -> None:
         """It is alive and connected from its start to its end, which takes no long time."""
-        source = self._start(make_source, None, _Sink())
+        source = self._start(None, _Sink())
         assert source.is_alive
         assert source.is_connected
         began = time.monotonic()

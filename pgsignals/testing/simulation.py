@@ -6,12 +6,21 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any
 
 import pgsignals
 from pgsignals.core.errors import ConfigurationError, near
-from pgsignals.core.events import Event, Gap, Message, Topic, hashable, model_identity, model_name
+from pgsignals.core.events import (
+    Event,
+    Gap,
+    Message,
+    Topic,
+    hashable,
+    microseconds,
+    model_identity,
+    model_name,
+)
 from pgsignals.core.tables import Resolver
 from pgsignals.core.watchers import EVENT_OPERATIONS, Watcher, normalize, watch
 from pgsignals.dispatch.in_process import InProcess
@@ -20,7 +29,6 @@ from pgsignals.hub.options import all_resolvers
 from pgsignals.hub.status import Health, Status
 from pgsignals.triggers.table_lookup import resolve
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _UNSAID: Any = object()
 
 
@@ -120,7 +128,7 @@ class Simulation:
             topic,
             next(self._emitted),
             1,
-            (datetime.now(timezone.utc) - _EPOCH) // timedelta(microseconds=1),
+            microseconds(datetime.now(timezone.utc)),
             dict(context or {}),
             [tuple(row)],
             moved,

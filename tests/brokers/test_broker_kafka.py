@@ -27,10 +27,10 @@ from pgsignals.testing.conformance import (
     SourceConformance,
     make_event,
 )
-from pgsignals.testing.proxy import Proxy
 from pgsignals_kafka import KafkaBroadcaster, KafkaSource
 from tests.brokers import PASSWORD, Kafka, as_written, free_port, read_all
 from tests.conftest import Database, Recorder
+from tests.proxy import Proxy
 from tests.waiting import eventually
 
 

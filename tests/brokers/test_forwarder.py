@@ -12,9 +12,9 @@ import pytest
 
 import pgsignals
 from pgsignals.cloudevents import Received, read
-from pgsignals.testing.proxy import Proxy
 from tests.brokers import Kafka, as_written, free_port, read_all
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.proxy import Proxy
 from tests.waiting import eventually
 
 

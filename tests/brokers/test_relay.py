@@ -28,13 +28,13 @@ from pgsignals.cli import main
 from pgsignals.cli.relay_config import RelayConfig, look_up_secret, read_config
 from pgsignals.plugins.loader import load_plugins
 from pgsignals.testing import find_installations
-from pgsignals.testing.proxy import Proxy
 from tests.brokers import ODD_PASSWORD, Kafka, Nats, free_port
 from tests.commands import Program, Result
 from tests.conftest import DEADLINE, Database
 from tests.django_project import Project
 from tests.inside import run
 from tests.paths import ROOT
+from tests.proxy import Proxy
 from tests.terminal import Terminal
 from tests.waiting import eventually
 

@@ -20,8 +20,8 @@ import psycopg2
 from psycopg2.extensions import cursor as Cursor
 
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from tests.paths import ROOT
+from tests.proxy import Proxy
 
 from .changes import CHANGES, OWNER, ROLES, SUPERUSER, WRITER, Changes
 from .child import FAILPOINTS, RELAY_FAILPOINTS, Orders

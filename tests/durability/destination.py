@@ -15,8 +15,8 @@ import nats
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from nats.js.api import ConsumerConfig, DeliverPolicy
 
-from pgsignals.testing.proxy import Proxy
 from tests.brokers import Kafka, Nats, free_port
+from tests.proxy import Proxy
 
 from .ledger import Announced, Delivery, Note
 

@@ -21,10 +21,10 @@ import pgsignals
 from pgsignals import Hub, PgSignalsError
 from pgsignals.cli import main
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.forked import run
 from tests.paths import ROOT
+from tests.proxy import Proxy
 
 # Each of its parts has the word that is looked for: parts are what a DSN that lacks the quoting
 # would give away.

@@ -137,9 +137,9 @@ def test_a_consumer_that_does_not_keep_up(seconds: float, level: str) -> None:
         dead_letters=0,
     )
     outbox = OutboxState(bytes=1, partitions=1, shed=0, consumers=(part,))
-    finding = _consumers(outbox, Retention(RETENTION_SECONDS, RETENTION_BYTES))
-    assert finding.level == level
-    assert ("workers or partitions" in finding.fix) == (level != "ok")
+    found, _, fix = _consumers(outbox, Retention(RETENTION_SECONDS, RETENTION_BYTES))
+    assert found == level
+    assert ("workers or partitions" in fix) == (level != "ok")
 
 
 def test_a_consumer_that_has_lost_events(db: Database) -> None:

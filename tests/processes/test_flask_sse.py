@@ -22,14 +22,14 @@ from psycopg2.extensions import make_dsn, parse_dsn
 
 import pgsignals
 from pgsignals import Hub
+from pgsignals.contrib.event_stream import HEADERS
 from pgsignals.contrib.flask import PgSignals, position, sse
 from pgsignals.contrib.flask.extension import Process
-from pgsignals.contrib.sse import HEADERS
-from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
 from tests.event_source import Browser
 from tests.paths import ROOT
+from tests.proxy import Proxy
 from tests.served import Tab
 
 

@@ -26,10 +26,10 @@ from starlette.concurrency import run_in_threadpool
 import pgsignals
 from pgsignals import ConfigurationError, Event, Hub, ReceiverError, StateError
 from pgsignals.contrib.starlette import _feeds, aposition, position, sse
-from pgsignals.testing.proxy import Proxy
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
 from tests.paths import ROOT
+from tests.proxy import Proxy
 from tests.waiting import eventually
 
 EXAMPLE = ROOT / "examples" / "fastapi_live"

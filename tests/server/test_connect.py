@@ -29,9 +29,9 @@ from pgsignals.postgres.session import Session
 from pgsignals.postgres.waiter import Waiter, _Selector
 from pgsignals.sources import thread
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.missing import program, tls
+from tests.proxy import Proxy
 
 SECRET = "p@ss/w:rd%"
 ESCAPED = quote(SECRET, safe="")

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,10 @@ import pytest
 
 import pgsignals
 from pgsignals import Batch, Event, Gap, Hub, ReceiverError, StateError
-from pgsignals.dispatch.coroutines import CoroutineReceiver, Coroutines, LeftBehind, within
+from pgsignals.dispatch.coroutines import CoroutineReceiver, Coroutines, LeftBehind
 from pgsignals.dispatch.registry import receiver_name
+from pgsignals.plugins.within import within
 from pgsignals.testing import simulated
-from pgsignals_nats.connection import within as nats_within
 from tests.conftest import DEADLINE, Database, Recorder
 
 WRITE = "INSERT INTO items (name) SELECT 'a' FROM generate_series(1, %s)"
@@ -378,14 +378,13 @@ def test_their_names_in_messages() -> None:
         assert receiver_name(CoroutineReceiver(fn, Coroutines())) == f"{prefix}.{name}"
 
 
-@pytest.mark.parametrize("limit", [within, nats_within])
-def test_a_cancellation_that_meets_the_end(limit: Callable[..., Any]) -> None:
+def test_a_cancellation_that_meets_the_end() -> None:
     """Whoever is cancelled at the moment that the work ends is cancelled, and so is the work."""
 
     async def main() -> None:
         for rounds in range(5):
             work: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            task = asyncio.ensure_future(limit(DEADLINE, work))
+            task = asyncio.ensure_future(within(DEADLINE, work))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             work.set_result(1)
@@ -402,7 +401,7 @@ def test_a_cancellation_that_meets_the_end(limit: Callable[..., Any]) -> None:
             finally:
                 ended.append("work")
 
-        task = asyncio.ensure_future(limit(DEADLINE, endless()))
+        task = asyncio.ensure_future(within(DEADLINE, endless()))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         task.cancel()
@@ -412,8 +411,7 @@ def test_a_cancellation_that_meets_the_end(limit: Callable[..., Any]) -> None:
     asyncio.run(asyncio.wait_for(main(), DEADLINE))
 
 
-@pytest.mark.parametrize("limit", [within, nats_within])
-def test_work_within_a_time(limit: Callable[..., Any]) -> None:
+def test_work_within_a_time() -> None:
     """It returns or raises what the work does, or TimeoutError, once the work has ended."""
     ended: list[str] = []
 
@@ -427,11 +425,11 @@ def test_work_within_a_time(limit: Callable[..., Any]) -> None:
         raise ZeroDivisionError
 
     async def main() -> None:
-        assert await limit(DEADLINE, asyncio.sleep(0, "slept")) == "slept"
+        assert await within(DEADLINE, asyncio.sleep(0, "slept")) == "slept"
         with pytest.raises(ZeroDivisionError):
-            await limit(DEADLINE, failing())
+            await within(DEADLINE, failing())
         with pytest.raises(asyncio.TimeoutError):
-            await limit(0.01, slow())
+            await within(0.01, slow())
         assert ended == ["slow"]
 
     asyncio.run(main())

@@ -17,8 +17,8 @@ import pgsignals
 from pgsignals import Gap, Hub
 from pgsignals.core.backoff import Backoff
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.proxy import Proxy
 
 HEARTBEAT = {"heartbeat": 0.3, "heartbeat_timeout": 0.5}
 

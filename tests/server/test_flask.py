@@ -22,8 +22,8 @@ from pgsignals import Hub
 from pgsignals.contrib.flask import PgSignals, health
 from pgsignals.hub.hub import Delivery
 from pgsignals.testing import Server, simulated
-from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.proxy import Proxy
 
 WATCHERS = ["items"]
 

@@ -28,8 +28,8 @@ from pgsignals.contrib.flask import PgSignals, health, position
 from pgsignals.hub.hub import Delivery
 from pgsignals.postgres.dsn import display
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.proxy import Proxy
 
 if not django.conf.settings.configured:
     django.conf.settings.configure()

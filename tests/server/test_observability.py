@@ -31,9 +31,9 @@ from pgsignals.contrib.prometheus import PrometheusMetrics
 from pgsignals.hub.hub import Delivery
 from pgsignals.sources import notify
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.paths import ROOT
+from tests.proxy import Proxy
 
 KILL = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"

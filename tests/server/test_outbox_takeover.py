@@ -11,9 +11,9 @@ import psycopg2
 import pytest
 
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from tests.conftest import Database
 from tests.consumers import LEASE, consumers, insert
+from tests.proxy import Proxy
 
 
 @pytest.fixture(autouse=True)

@@ -18,16 +18,16 @@ from psycopg2.extensions import make_dsn, parse_dsn
 
 import pgsignals
 from pgsignals import Hub
+from pgsignals.contrib.event_stream import View
 from pgsignals.contrib.resumable import ResumableFeed, open_feed
-from pgsignals.contrib.sse import View
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.testing import Server
-from pgsignals.testing.proxy import Proxy
 from pgsignals.testing.server import StopMode
 from pgsignals.triggers import names
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.event_source import Browser, Tab, told
 from tests.grants import documented_grants
+from tests.proxy import Proxy
 from tests.waiting import eventually
 
 ITEMS = pgsignals.watch("items", "inserted", "updated", extra=["tenant", "n"])

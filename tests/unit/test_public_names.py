@@ -38,6 +38,7 @@ PUBLIC = {
     ),
     "pgsignals.inspection": "BackendStatus ForeignTable Health Status",
     "pgsignals.metrics": "COUNTERS GAUGES Metrics Tracer",
+    "pgsignals.plugins.within": "within",
     "pgsignals.resolvers": "DjangoResolver PlainResolver SQLAlchemyResolver",
     "pgsignals.sources": "RemoteSink RemoteSource Wanted",
     "pgsignals.sources.missed": "announce_missed",
@@ -47,7 +48,7 @@ PUBLIC = {
     ),
     "pgsignals.testing.conformance": "BroadcasterConformance Written make_event",
     "pgsignals.testing.pytest_plugin": "",
-    "pgsignals.urls": "Address BrokerOptions option parse_url scheme_of taking",
+    "pgsignals.urls": "Address BrokerEnd BrokerOptions option parse_url scheme_of taking",
 }
 
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgsignals
-from pgsignals.contrib import sse
+from pgsignals.contrib.event_stream import EVERYTHING, View, encode, last_event_id
 from pgsignals.contrib.ring import Entry, Ring
-from pgsignals.contrib.sse import Feed, View, encode, last_event_id
+from pgsignals.contrib.sse import Client, Feed
 from pgsignals.contrib.sse import _Position as Position
 from pgsignals.testing import Simulation, simulated
 from pgsignals.testing.conformance import make_event
@@ -43,7 +43,7 @@ def _ids(messages: list[tuple[str, Any]]) -> list[Any]:
     return [data["reason"] if kind == "gap" else data["id"] for kind, data in messages]
 
 
-def _connect(feed: Feed, browser: Browser, view: View = sse.EVERYTHING) -> sse.Client:
+def _connect(feed: Feed, browser: Browser, view: View = EVERYTHING) -> Client:
     """The browser connects with the id that it has, as an EventSource does."""
     client = feed.connect(browser.last_id or None, lambda: None, view)
     browser.receive(client.opening())

@@ -20,7 +20,7 @@ from ...postgres.waiter import Waiter
 from ...triggers.inspection import read_states
 from ...triggers.installer import MISSING, OUTDATED, STALE, State
 from ...triggers.table_lookup import describe, resolve
-from .findings import FAIL, OK, WARN, Finding
+from .findings import FAIL, OK, WARN, Finding, Outcome, fail, ok, warn
 from .outbox import examine_outbox
 
 OLDEST_VERSION = 14
@@ -42,76 +42,68 @@ def examine(
         yield Finding("connection", FAIL, str(error), "Mend the connection string or the server.")
         return
     with closing(connection), connection.cursor() as cursor:
-        yield _connection(connection, cursor)
-        yield _version(connection)
-        writable = _writable(cursor)
+        yield Finding("connection", *_connection(connection, cursor))
+        yield Finding("version", *_version(connection))
+        writable = Finding("writable", *_writable(cursor))
         yield writable
-        yield _pooler(connection, cursor)
+        yield Finding("pooler", *_pooler(connection, cursor))
         if writable.level == OK:
-            yield _round_trip(connection, cursor, dsn)
-        yield _queue(cursor)
-        yield _replication_role(cursor)
+            yield Finding("round trip", *_round_trip(connection, cursor, dsn))
+        yield Finding("queue", *_queue(cursor))
+        yield Finding("replication role", *_replication_role(cursor))
         states = read_states(cursor, watchers, resolvers, namespace, transport)
-        yield _triggers(states, namespace)
+        yield Finding("triggers", *_triggers(states, namespace))
         yield from _privileges(cursor, watchers, resolvers, states)
         yield from examine_outbox(cursor)
 
 
-def _connection(connection: Connection, cursor: Cursor) -> Finding:
+def _connection(connection: Connection, cursor: Cursor) -> Outcome:
     (user, database) = _row(cursor, "SELECT current_user, pg_catalog.current_database()")
     where = connection.info.host or "a local socket"
-    return Finding("connection", OK, f"database {database!r} at {where} as {user!r}")
+    return ok(f"database {database!r} at {where} as {user!r}")
 
 
-def _version(connection: Connection) -> Finding:
+def _version(connection: Connection) -> Outcome:
     number = connection.server_version
     version = f"PostgreSQL {number // 10000}.{number % 10000}"
     if number // 10000 >= OLDEST_VERSION:
-        return Finding("version", OK, version)
-    return Finding(
-        "version", FAIL, version, f"Upgrade the server to PostgreSQL {OLDEST_VERSION} or newer."
-    )
+        return ok(version)
+    return fail(version, f"Upgrade the server to PostgreSQL {OLDEST_VERSION} or newer.")
 
 
-def _writable(cursor: Cursor) -> Finding:
+def _writable(cursor: Cursor) -> Outcome:
     standby, read_only = _row(
         cursor,
         "SELECT pg_catalog.pg_is_in_recovery(),"
         " pg_catalog.current_setting('transaction_read_only')::bool",
     )
     if standby:
-        return Finding(
-            "writable",
-            FAIL,
+        return fail(
             "this is a standby, which delivers no notifications",
             "Connect to the primary: with several hosts in the DSN, add "
             "target_session_attrs=read-write.",
         )
     if read_only:
-        return Finding(
-            "writable",
-            FAIL,
+        return fail(
             "transactions are read-only here, so that no trigger can be installed",
             "Set default_transaction_read_only to off for this role or database.",
         )
-    return Finding("writable", OK, "a primary that takes writes")
+    return ok("a primary that takes writes")
 
 
-def _pooler(connection: Connection, cursor: Cursor) -> Finding:
+def _pooler(connection: Connection, cursor: Cursor) -> Outcome:
     (pid,) = _row(cursor, "SELECT pg_catalog.pg_backend_pid()")
     # A pooler makes up the process id that it tells its clients.
     if pid == connection.info.backend_pid:
-        return Finding("pooler", OK, "connected to the server itself")
-    return Finding(
-        "pooler",
-        WARN,
+        return ok("connected to the server itself")
+    return warn(
         "something between us and the server pools connections",
         "Make sure that the pool's mode is session, or give start(listen_dsn=…) the server's own "
         "address: LISTEN belongs to a session.",
     )
 
 
-def _round_trip(connection: Connection, cursor: Cursor, dsn: str) -> Finding:
+def _round_trip(connection: Connection, cursor: Cursor, dsn: str) -> Outcome:
     channel = f"pgsignals_doctor_{secrets.token_hex(8)}"
     cursor.execute(f"LISTEN {channel}")
     began = time.monotonic()
@@ -121,9 +113,7 @@ def _round_trip(connection: Connection, cursor: Cursor, dsn: str) -> Finding:
         while not any(each.channel == channel for each in connection.notifies):
             left = began + ROUND_TRIP_SECONDS - time.monotonic()
             if left <= 0:
-                return Finding(
-                    "round trip",
-                    FAIL,
+                return fail(
                     f"a notification did not arrive within {ROUND_TRIP_SECONDS:g} s",
                     "Give start(listen_dsn=…) the server's own address, or connect through a pool "
                     "in session mode: in PgBouncer that is pool_mode = session.",
@@ -131,16 +121,14 @@ def _round_trip(connection: Connection, cursor: Cursor, dsn: str) -> Finding:
             waiter.wait(connection.fileno(), left)
             connection.poll()
     cursor.execute(f"UNLISTEN {channel}")
-    return Finding(
-        "round trip", OK, f"a notification took {1000 * (time.monotonic() - began):.0f} ms"
-    )
+    return ok(f"a notification took {1000 * (time.monotonic() - began):.0f} ms")
 
 
-def _queue(cursor: Cursor) -> Finding:
+def _queue(cursor: Cursor) -> Outcome:
     usage = read_queue_usage(cursor)
     message = f"the notification queue is {usage:.0%} full"
     if usage < QUEUE_WARNING:
-        return Finding("queue", OK, message)
+        return ok(message)
     cursor.execute(
         "SELECT pid FROM pg_catalog.pg_stat_activity"
         " WHERE state LIKE 'idle in transaction%' ORDER BY xact_start LIMIT 5"
@@ -149,10 +137,10 @@ def _queue(cursor: Cursor) -> Finding:
     fix = "End the listener that has stayed in a transaction: when the queue is full, commits fail."
     if pids:
         fix += f" Idle in transaction: pid {pids}; SELECT pg_terminate_backend(pid) ends one."
-    return Finding("queue", FAIL if usage >= QUEUE_FAILURE else WARN, message, fix)
+    return FAIL if usage >= QUEUE_FAILURE else WARN, message, fix
 
 
-def _replication_role(cursor: Cursor) -> Finding:
+def _replication_role(cursor: Cursor) -> Outcome:
     cursor.execute(
         "SELECT coalesce('role ' || pg_catalog.quote_ident(r.rolname), 'all roles') ||"
         " coalesce(' in database ' || pg_catalog.quote_ident(d.datname), '')"
@@ -167,16 +155,14 @@ def _replication_role(cursor: Cursor) -> Finding:
     if setting == "replica" and not found:
         found = ["this session"]
     if not found:
-        return Finding("replication role", OK, "nobody writes past the triggers by default")
-    return Finding(
-        "replication role",
-        WARN,
+        return ok("nobody writes past the triggers by default")
+    return warn(
         f"session_replication_role is 'replica' for {', '.join(found)}: triggers stay silent",
         "Reset it there, or use watch(…, replicated=True), whose triggers always fire.",
     )
 
 
-def _triggers(states: Sequence[State], namespace: str) -> Finding:
+def _triggers(states: Sequence[State], namespace: str) -> Outcome:
     def listed(status: str) -> list[str]:
         return [
             f"{state.op} on {'.'.join(filter(None, (state.schema, state.table)))}"
@@ -187,29 +173,23 @@ def _triggers(states: Sequence[State], namespace: str) -> Finding:
 
     outdated, missing, stale = listed(OUTDATED), listed(MISSING), listed(STALE)
     if outdated:
-        return Finding(
-            "triggers",
-            FAIL,
+        return fail(
             f"outdated: {'; '.join(outdated)}",
             "Run `pgsignals install` with these watchers, or restart the application that has "
             "them; where a column has gone, mend the watcher first.",
         )
     if missing:
-        return Finding(
-            "triggers",
-            WARN,
+        return warn(
             f"missing: {'; '.join(missing)}",
             "Run `pgsignals install` with these watchers; start() does so itself unless install= "
             'is "check" or "off".',
         )
     if stale:
-        return Finding(
-            "triggers",
-            WARN,
+        return warn(
             f"stale: {'; '.join(stale)}",
             "Start the application that has them, or run `pgsignals uninstall`.",
         )
-    return Finding("triggers", OK, f"{len(states)} in namespace {namespace!r}, none that differs")
+    return ok(f"{len(states)} in namespace {namespace!r}, none that differs")
 
 
 def _privileges(

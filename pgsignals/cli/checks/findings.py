@@ -15,3 +15,22 @@ class Finding:
     level: str
     message: str
     fix: str = ""
+
+
+# Of a finding: the level, the message and the fix.
+Outcome = tuple[str, str, str]
+
+
+def ok(message: str) -> Outcome:
+    """Nothing is to be done."""
+    return OK, message, ""
+
+
+def warn(message: str, fix: str) -> Outcome:
+    """What works, but not well."""
+    return WARN, message, fix
+
+
+def fail(message: str, fix: str) -> Outcome:
+    """What does not work."""
+    return FAIL, message, fix

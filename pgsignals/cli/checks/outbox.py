@@ -13,7 +13,7 @@ from ...outbox import schema
 from ...outbox.inspection import ConsumerState, OutboxState, read_outbox
 from ...outbox.privileges import missing_grants
 from ...outbox.retention_settings import Retention, read_retention
-from .findings import FAIL, OK, WARN, Finding
+from .findings import FAIL, OK, WARN, Finding, Outcome, fail, ok, warn
 
 # A consumer at work that is further behind does not keep up.
 LAG_SECONDS = 60.0
@@ -69,15 +69,15 @@ def examine_outbox(cursor: Cursor, held_seconds: float = HELD_SECONDS) -> Iterat
         return
     outbox, kept = read_outbox(cursor), read_retention(cursor)
     yield Finding("outbox privileges", OK, "this role may be a consumer")
-    yield _rights(cursor)
-    yield _size(cursor, version, outbox, kept)
-    yield _consumers(outbox, kept)
-    yield _parked(outbox)
-    yield _dead_letters(cursor)
-    yield _partitions(cursor, held_seconds)
+    yield Finding("trigger rights", *_rights(cursor))
+    yield Finding("outbox", *_size(cursor, version, outbox, kept))
+    yield Finding("consumers", *_consumers(outbox, kept))
+    yield Finding("slow receivers", *_parked(outbox))
+    yield Finding("dead letters", *_dead_letters(cursor))
+    yield Finding("partitions", *_partitions(cursor, held_seconds))
 
 
-def _rights(cursor: Cursor) -> Finding:
+def _rights(cursor: Cursor) -> Outcome:
     """Whether trigger functions lend a superuser's rights to the owner of a table."""
     cursor.execute(
         "SELECT DISTINCT n.nspname || '.' || c.relname, pg_catalog.pg_get_userbyid(c.relowner),"
@@ -92,36 +92,32 @@ def _rights(cursor: Cursor) -> Finding:
     )
     found = cursor.fetchall()
     if not found:
-        return Finding("trigger rights", OK, "no table's owner is lent a superuser's")
+        return ok("no table's owner is lent a superuser's")
     listed = "; ".join(f"{table}, of {owner!r}, those of {role!r}" for table, owner, role in found)
-    return Finding(
-        "trigger rights",
-        WARN,
+    return warn(
         f"the owner of a table could use a superuser's rights by its triggers: {listed}",
         "Remove these triggers with `pgsignals uninstall`, and install them as that owner: with "
         "options=-crole%3DOWNER in the connection's URL.",
     )
 
 
-def _size(cursor: Cursor, version: int, outbox: OutboxState, kept: Retention) -> Finding:
+def _size(cursor: Cursor, version: int, outbox: OutboxState, kept: Retention) -> Outcome:
     share = outbox.bytes / kept.bytes
     message = f"version {version}, {outbox.bytes / 2**20:.1f} MiB, {share:.0%} of what it may have"
     fix = f"Have the consumers that are behind catch up, or drop them, {_RETENTION} --size."
     cursor.execute("SELECT last_value FROM pgsignals.outbox_full")
     [(full,)] = cursor.fetchall()
     if full:
-        return Finding(
-            "outbox",
-            FAIL,
+        return fail(
             f"{message}: it is full, no consumer runs, and events are left out",
             f"Start a consumer, {_RETENTION} --size.",
         )
     if share >= SHARE_WARNING:
-        return Finding("outbox", FAIL if share >= SHARE_FAILURE else WARN, message, fix)
-    return Finding("outbox", OK, message)
+        return FAIL if share >= SHARE_FAILURE else WARN, message, fix
+    return ok(message)
 
 
-def _consumers(outbox: OutboxState, kept: Retention) -> Finding:
+def _consumers(outbox: OutboxState, kept: Retention) -> Outcome:
     bad: list[str] = []
     worst, idle = OK, False
     for name, group in groupby(outbox.consumers, lambda each: each.name):
@@ -133,13 +129,13 @@ def _consumers(outbox: OutboxState, kept: Retention) -> Finding:
             idle = idle or not all(part.active for part in parts)
     if not bad:
         count = len({each.name for each in outbox.consumers})
-        return Finding("consumers", OK, f"{count} known, none of them late")
+        return ok(f"{count} known, none of them late")
     fix = (
         "Start its process, or run `pgsignals consumers drop` if nobody needs it"
         if idle
         else "Give it more workers or partitions, or make its receivers quicker"
     )
-    return Finding("consumers", worst, "; ".join(bad), f"{fix}, {_RETENTION}.")
+    return worst, "; ".join(bad), f"{fix}, {_RETENTION}."
 
 
 def _lateness(
@@ -163,30 +159,26 @@ def _lateness(
     return level, f"{name!r} {who}: {lag:,} events, {seconds:,.0f} s{near}"
 
 
-def _parked(outbox: OutboxState) -> Finding:
+def _parked(outbox: OutboxState) -> Outcome:
     if not outbox.parked:
-        return Finding("slow receivers", OK, "none has events parked for it")
+        return ok("none has events parked for it")
     listed = ", ".join(
         f"{each.events:,} of {each.consumer!r} for {each.receiver}" for each in outbox.parked
     )
-    return Finding(
-        "slow receivers",
-        WARN,
+    return warn(
         f"events wait for single receivers, and the others have gone on: {listed}",
         "Make the receiver quicker, or see what it hangs in; a process of the consumer delivers "
         f"them once it takes events again, {_RETENTION}.",
     )
 
 
-def _dead_letters(cursor: Cursor) -> Finding:
+def _dead_letters(cursor: Cursor) -> Outcome:
     cursor.execute("SELECT consumer, count(*) FROM pgsignals.dead_letters GROUP BY 1 ORDER BY 1")
     found = cursor.fetchall()
     if not found:
-        return Finding("dead letters", OK, "none")
+        return ok("none")
     listed = ", ".join(f"{count:,} of {consumer!r}" for consumer, count in found)
-    return Finding(
-        "dead letters",
-        WARN,
+    return warn(
         listed,
         "See `pgsignals dead-letters list`; mend the receiver, then `pgsignals dead-letters retry "
         "--all`, or drop them.",
@@ -212,17 +204,15 @@ ORDER BY 1, 5 DESC NULLS FIRST
 """
 
 
-def _partitions(cursor: Cursor, held_seconds: float) -> Finding:
+def _partitions(cursor: Cursor, held_seconds: float) -> Outcome:
     cursor.execute(_HOLDERS, (held_seconds,))
     held: dict[object, str] = {}
     for partition, pid, name, state, age in cursor.fetchall():
         who = "a prepared transaction" if pid is None else f"pid {pid} ({name}, {state}, {age} s)"
         held.setdefault(pid, f"{who} holds {partition}")
     if not held:
-        return Finding("partitions", OK, "none is held by an old transaction")
-    return Finding(
-        "partitions",
-        WARN,
+        return ok("none is held by an old transaction")
+    return warn(
         f"what has been read stays: {'; '.join(held.values())}",
         "End that transaction: SELECT pg_terminate_backend(pid), or ROLLBACK PREPARED.",
     )

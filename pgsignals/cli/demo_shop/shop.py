@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 import psycopg2
 from psycopg2.extensions import cursor as Cursor
@@ -63,12 +64,12 @@ class Shop:
 
     def do_business(self, closed: threading.Event) -> None:
         """Do one thing after the other, each in a transaction of its own, until ``closed``."""
-        actions: dict[Callable[[Cursor], None], int] = {
+        actions: dict[Callable[[Cursor], object], int] = {
             self._take_order: 16,
             self._change_mind: 3,
-            self._collect_payment: 12,
-            self._ship: 10,
-            self._cancel: 2,
+            partial(self._move, "new", "paid"): 12,
+            partial(self._move, "paid", "shipped"): 10,
+            partial(self._move, "new", "cancelled"): 2,
             self._restock: 4,
             self._welcome: 2,
             self._change_prices: 1,
@@ -110,16 +111,7 @@ class Shop:
         self._take_order(cursor)
         raise _NoSale
 
-    def _collect_payment(self, cursor: Cursor) -> None:
-        self._move(cursor, "new", "paid")
-
-    def _ship(self, cursor: Cursor) -> None:
-        self._move(cursor, "paid", "shipped")
-
-    def _cancel(self, cursor: Cursor) -> None:
-        self._move(cursor, "new", "cancelled")
-
-    def _move(self, cursor: Cursor, before: str, after: str) -> None:
+    def _move(self, before: str, after: str, cursor: Cursor) -> None:
         cursor.execute(
             "UPDATE orders SET status = %s WHERE id ="
             " (SELECT id FROM orders WHERE status = %s ORDER BY id LIMIT 1)",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,13 @@ from psycopg2.extensions import cursor as Cursor
 
 from ...core.errors import TableError, WatcherError
 from ...core.events import model_name
-from ...core.tables import Resolver, TableRef
+from ...core.tables import TableRef
 from ...core.transport import Transport
 from ...core.watchers import Watcher, normalize
 from ...hub.options import all_resolvers
-from ...triggers.definitions import define
 from ...triggers.resolvers.django import DjangoResolver, is_model
 from ...triggers.table_lookup import resolve
-from ..migrations import (
-    Change,
-    borrowed_cursor,
-    installing,
-    removing,
-    run,
-    source,
-)
+from ..migrations import Planning, Wanted, borrowed_cursor, run, source
 from .conf import default_delivery, default_namespace, dsn_of
 
 
@@ -67,34 +59,13 @@ class InstallWatchers(Operation):
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Create what is missing."""
-        watchers = self._watchers(app_label, schema_editor, to_state.apps)
-        if not watchers:
-            return
-        resolvers = _resolvers(to_state.apps)
-
-        def change(cursor: Cursor) -> Change:
-            alias = schema_editor.connection.alias
-            transport = Transport(self.delivery or default_delivery(alias))
-            namespace = self.namespace or default_namespace(alias)
-            found = define(cursor, watchers, resolvers, namespace, transport)
-            return installing(cursor, namespace, [each.trigger for each in found], transport)
-
-        self._apply(schema_editor, resolvers, to_state.apps, change)
+        self._run(app_label, schema_editor, to_state.apps, Wanted.installing)
 
     def database_backwards(
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
         """Remove them."""
-        watchers = self._watchers(app_label, schema_editor, from_state.apps)
-        if not watchers:
-            return
-        resolvers = _resolvers(from_state.apps)
-
-        def change(cursor: Cursor) -> Change:
-            namespace = self.namespace or default_namespace(schema_editor.connection.alias)
-            return removing(cursor, namespace, watchers, resolvers)
-
-        self._apply(schema_editor, resolvers, from_state.apps, change)
+        self._run(app_label, schema_editor, from_state.apps, Wanted.removing)
 
     def describe(self) -> str:
         """What ``migrate`` and ``sqlmigrate`` print."""
@@ -123,20 +94,25 @@ class InstallWatchers(Operation):
             )
         ]
 
-    def _apply(
-        self, schema_editor: Any, resolvers: Sequence[Resolver], models: Any, change: Any
-    ) -> None:
+    def _run(self, app_label: str, schema_editor: Any, models: Any, planning: Planning) -> None:
         connection = schema_editor.connection
+        watchers = self._watchers(app_label, schema_editor, models)
+        if not watchers:
+            return
+        resolvers = all_resolvers([_HistoricalResolver(models)])
+        namespace = self.namespace or default_namespace(connection.alias)
+        transport = Transport(self.delivery or default_delivery(connection.alias))
+        wanted = Wanted(watchers, resolvers, namespace, transport)
         if not schema_editor.collect_sql:
             with _cursor(connection) as cursor:
                 # Where the migration is not atomic, this is its whole transaction.
                 savepoint = partial(transaction.atomic, connection.alias)
                 with savepoint():
-                    statements = change(cursor).forward
+                    statements = planning(wanted, cursor).forward
                 run(cursor, statements, savepoint)
             return
         try:
-            statements = self._foreseen(connection, resolvers, models, change)
+            statements = self._foreseen(connection, models, wanted, planning)
         except (WatcherError, DatabaseError) as error:
             reason = " ".join(str(error).split())
             statements = (f"-- pgsignals reads the tables when the migration runs: {reason}",)
@@ -144,7 +120,7 @@ class InstallWatchers(Operation):
             schema_editor.execute(statement, None)
 
     def _foreseen(
-        self, connection: Any, resolvers: Sequence[Resolver], models: Any, change: Any
+        self, connection: Any, models: Any, wanted: Wanted, planning: Planning
     ) -> tuple[str, ...]:
         """What would be run, with tables that earlier migrations have yet to create.
 
@@ -154,18 +130,18 @@ class InstallWatchers(Operation):
         with transaction.atomic(connection.alias), _cursor(connection) as cursor:
             try:
                 with transaction.atomic(connection.alias):
-                    found: Change = change(cursor)
+                    found = planning(wanted, cursor)
             except TableError:
-                wanted = {resolve(watcher.model, resolvers)[0].name for watcher in self.watchers}
+                names = {resolve(each.model, wanted.resolvers)[0].name for each in self.watchers}
                 present = set(connection.introspection.table_names())
                 with connection.schema_editor(atomic=False) as editor:
                     for model in models.get_models():
                         table = DjangoResolver(routed=False).resolve(model)
-                        if table is not None and table.name in wanted - present:
+                        if table is not None and table.name in names - present:
                             editor.create_model(model)
                     # Constraints to other tables, which may be missing too.
                     editor.deferred_sql.clear()
-                found = change(cursor)
+                found = planning(wanted, cursor)
             transaction.set_rollback(True, connection.alias)
         return found.forward
 
@@ -191,22 +167,14 @@ class _HistoricalResolver(DjangoResolver):
         return model
 
 
-def _resolvers(models: Any) -> tuple[Resolver, ...]:
-    return all_resolvers([_HistoricalResolver(models)])
-
-
-@contextmanager
-def _cursor(connection: Any) -> Iterator[Cursor]:
+def _cursor(connection: Any) -> AbstractContextManager[Cursor]:
     def execute(statement: str) -> list[tuple[Any, ...]]:
         with connection.cursor() as cursor:
             cursor.execute(statement)
             return list(cursor.fetchall()) if cursor.description else []
 
     connection.ensure_connection()
-    with borrowed_cursor(
-        connection.connection, lambda: dsn_of(connection.alias), execute
-    ) as cursor:
-        yield cursor
+    return borrowed_cursor(connection.connection, lambda: dsn_of(connection.alias), execute)
 
 
 class _WatcherSerializer(BaseSerializer):

@@ -34,6 +34,7 @@ from ..shutdown import Shutdown
 
 Watchers = Iterable[Any] | Callable[[], Iterable[Any]] | str
 
+F = TypeVar("F")
 R = TypeVar("R", bound=Callable[[Event], object])
 B = TypeVar("B", bound=Callable[[Batch], object])
 G = TypeVar("G", bound=Callable[[Gap], object])
@@ -195,27 +196,14 @@ class PgSignals:
 
     def on(self, target: Any, *ops: str, **filters: Any) -> Callable[[R], R]:
         """See :meth:`pgsignals.Hub.on`."""
-
-        def register(fn: R) -> R:
-            self._declare(lambda hub: hub.on(target, *ops, **filters)(fn))
-            return fn
-
-        return register
+        return self._declaring(lambda hub, fn: hub.on(target, *ops, **filters)(fn))
 
     def on_batch(
         self, target: Any, *ops: str, every: float = 0.5, max_size: int = 10_000, **filters: Any
     ) -> Callable[[B], B]:
         """See :meth:`pgsignals.Hub.on_batch`."""
-
-        def register(fn: B) -> B:
-            self._declare(
-                lambda hub: hub.on_batch(target, *ops, every=every, max_size=max_size, **filters)(
-                    fn
-                )
-            )
-            return fn
-
-        return register
+        options = {"every": every, "max_size": max_size, **filters}
+        return self._declaring(lambda hub, fn: hub.on_batch(target, *ops, **options)(fn))
 
     def on_gap(self, fn: G) -> G:
         """See :meth:`pgsignals.Hub.on_gap`."""
@@ -227,6 +215,15 @@ class PgSignals:
     ) -> Subscription:
         """See :meth:`pgsignals.Hub.subscribe`; with the Hub of the current application."""
         return self.hub.subscribe(fn, target, *ops, **filters)
+
+    def _declaring(self, declare: Callable[[Hub, Any], object]) -> Callable[[F], F]:
+        """A decorator that declares a receiver so."""
+
+        def register(fn: F) -> F:
+            self._declare(lambda hub: declare(hub, fn))
+            return fn
+
+        return register
 
     def _declare(self, declare: Callable[[Hub], object]) -> None:
         """Declare a receiver on the Hubs that there are, and on those that are made later."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from flask import Flask, Response, current_app, request
@@ -85,27 +86,22 @@ def position(*targets: Any, bind_key: str | None = None) -> str:
     return process_of(None, bind_key).feed(targets).position
 
 
+@dataclass(eq=False)
 class _Stream:
     """One browser's messages, as they come, for the server to iterate over.
 
     Not a generator, since a server may close a response that it has not begun to send.
     """
 
-    def __init__(
-        self,
-        app: Flask,
-        client: RingClient,
-        woken: threading.Event,
-        options: StreamOptions,
-        polled: bool,
-    ) -> None:
-        self._app = app
-        self._options = options
+    app: Flask
+    client: RingClient
+    woken: threading.Event
+    options: StreamOptions
+    polled: bool
+
+    def __post_init__(self) -> None:
         self._began = time.monotonic()
-        self._client = client
-        self._woken = woken
-        self._opening: bytes | None = client.opening(options.retry)
-        self._polled = polled
+        self._opening: bytes | None = self.client.opening(self.options.retry)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -115,21 +111,21 @@ class _Stream:
             self._opening = None
             return opening
         while True:
-            self._woken.clear()
+            self.woken.clear()
             # A context for each time: one that lasts would hold a connection to the database.
-            with self._app.app_context():
-                chunk = self._client.read()
+            with self.app.app_context():
+                chunk = self.client.read()
             if chunk:
                 return chunk
-            patience = self._options.patience(self._client, self._began)
-            if self._polled or not patience:
+            patience = self.options.patience(self.client, self._began)
+            if self.polled or not patience:
                 raise StopIteration
-            if not self._woken.wait(patience):
-                return self._client.keepalive()
+            if not self.woken.wait(patience):
+                return self.client.keepalive()
 
     def close(self) -> None:
         """Called by the server, whatever the reason."""
-        self._client.close()
+        self.client.close()
 
 
 def _limit_sending(seconds: float) -> None:

@@ -1,0 +1,30 @@
+"""A time limit for what a coroutine waits for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def within(seconds: float, work: Awaitable[T]) -> T:
+    """What ``work`` returns; it is cancelled after so many seconds, which raises TimeoutError.
+
+    Before Python 3.12, asyncio.wait_for() swallows a cancellation that comes when the work has just
+    ended: who was told to end goes on for ever.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        timed_out = not task.done()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # It counts as seen, also where a cancellation leads away from here.
+    if timed_out and task.cancelled():
+        raise asyncio.TimeoutError
+    return task.result()
