@@ -259,14 +259,14 @@ def read(attributes: Mapping[str, str], data: bytes | None) -> Received | Gap:
         found = msgspec.convert(_decode(data), _Data)
         if found.op not in EVENT_OPERATIONS or attributes["type"] != TYPE_PREFIX + found.op:
             raise PayloadError(f"the type {attributes['type']} with the operation {found.op}")
-        at_us = microseconds(read_time(attributes["time"]))
+        at_us, uid = microseconds(read_time(attributes["time"])), attributes["id"]
     except KeyError as error:
         raise PayloadError(f"a CloudEvent without the attribute {error}") from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise PayloadError(f"{type(error).__name__}: {error}") from error
     types = found.types
     old_types = types if found.old_types is None else found.old_types
-    received = Received(uid=attributes["id"], at_us=at_us, **msgspec.structs.asdict(found))
+    received = Received(uid=uid, at_us=at_us, **msgspec.structs.asdict(found))
     received.key = _restore_all(found.key, types)
     received.values = _restore_all(found.values, types)
     received.old = _restore_all(found.old, old_types)

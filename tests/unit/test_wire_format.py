@@ -6,6 +6,7 @@ import json
 from datetime import datetime, timezone
 from typing import Any
 
+import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary
 from cloudevents.core.formats.json import JSONFormat
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from pgsignals import Gap
 from pgsignals.cloudevents import Writer, from_cloudevent, to_cloudevent
+from pgsignals.errors import PayloadError
 from pgsignals.testing.conformance import make_event
 
 SCALARS: Any = st.one_of(
@@ -58,6 +60,14 @@ def test_fields_of_a_later_version_are_ignored() -> None:
     assert from_cloudevent({**attributes, "shade": "dark"}, json.dumps(later).encode()) == (
         make_event(1)
     )
+
+
+@pytest.mark.parametrize("name", ["id", "specversion", "time", "type"])
+def test_an_attribute_that_is_missing(name: str) -> None:
+    """What lacks an attribute that every event of ours has is refused, and says which."""
+    attributes, data = to_cloudevent(make_event(1), "/test")
+    with pytest.raises(PayloadError, match=f"without the attribute '{name}'"):
+        from_cloudevent({key: attributes[key] for key in attributes if key != name}, data)
 
 
 def test_a_gap_that_is_sent_again_is_the_same() -> None:
