@@ -168,8 +168,8 @@ class NotifySource(SessionThread):
             now = self._turned_at = time.monotonic()
             if now - began >= (IDLE_SECONDS if self._sink.idle else PAUSE_SECONDS):
                 log.error(
-                    "receivers are too slow: their events are dropped until there is room, and "
-                    "they get a Gap"
+                    "receivers are too slow: their events are dropped until there is room, and a "
+                    "Gap is announced"
                 )
                 self._sink.give_up()
             elif now - self._usage_read_at >= self._timing.heartbeat:
