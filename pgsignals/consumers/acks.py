@@ -100,5 +100,6 @@ class Partition:
                 later = replace(page.progress, delivered=page.count)
                 former = self.progress.get(later.number)
                 self.progress[later.number] = former.then(later) if former is not None else later
+        # Without a page, too, the reader's position may move: the outbox's has a floor that rises.
         if self.current:
             self.acknowledged = self.reader.position

@@ -349,6 +349,7 @@ class ConsumerStore:
             },
         )
         if release or not found:
+            # Also the lock of a claim that is lost, which the session would keep until its end.
             key = claim_key(self.name, claim.part, claim.token)
             self.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key))
         return (found[0][1], found[0][0]) if found else None

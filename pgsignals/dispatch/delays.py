@@ -97,6 +97,7 @@ class DelayQueue(Generic[T]):
 
     def wait(self, timeout: float) -> None:
         """Wait for the threads of keys to end their work, except for the caller's own."""
+        # A thread of a key that calls this waits for all keys but its own.
         own = threading.current_thread().name == f"pgsignals-{self._beside_name}"
         with self._condition:
             self._condition.wait_for(lambda: len(self._ready) <= own, timeout)

@@ -47,7 +47,7 @@ class Page:
     """Events that are acknowledged together, ``count`` of them.
 
     The page is ``done`` when each of them has been taken care of. ``call``, if given, is called
-    then, and may be called twice.
+    then; twice, if two threads find the page done at the same time.
     """
 
     __slots__ = ("_acknowledged", "_call", "_holds", "count", "lease")

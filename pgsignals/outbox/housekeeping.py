@@ -260,6 +260,7 @@ def _segments(cursor: Cursor, current: int) -> list[_Segment]:
     others = [number for number in range(SEGMENTS) if number != current]
     others.sort(key=lambda number: -opened.get(number, math.inf))
     found = []
+    # Each with the segment that was begun after it, since when it has not grown.
     for number, following in zip((current, *others), (current, *others[1:], current), strict=True):
         try:
             with _impatient(cursor):
@@ -394,6 +395,7 @@ def _turn(
     """Begin another segment if the current one is big or old, and another is empty.
 
     A segment that could not be emptied, since a transaction that wrote to it goes on, is skipped.
+    Otherwise it would stop the ring, and the current one would grow beyond any retention.
     """
     current, *others = segments
     bound = min(segment_bytes, retention_bytes // SEGMENTS)

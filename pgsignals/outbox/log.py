@@ -75,6 +75,8 @@ FROM pgsignals.outbox_id AS i, pgsignals.outbox_shed AS s
 
 def read_statement(name: str, rows: int, size: int) -> str:
     """Return what prepares the reading of a page: ``rows`` rows and ``size`` bytes, or one row."""
+    # The condition on txid is that of Window.holds, with since.xmax, the ended transactions,
+    # target.xmax and target.running as the second to the fifth parameter.
     return f"""
 PREPARE {name} (bigint, bigint, bigint[], bigint, bigint[]) AS
 SELECT id, channel, relation, payload FROM (
@@ -135,7 +137,8 @@ class OutboxLog:
     def surroundings(self) -> tuple[str, datetime]:
         """See Log; also note whether other consumers live.
 
-        The outbox's OID is part of the history, since a restore makes the outbox anew. The timeline
+        The outbox's OID is part of the history, since a restore over the database makes the outbox
+        anew: otherwise what was delivered since the dump would be gone without a word. The timeline
         comes from the name of a WAL file, which shows a promotion at once; the control file shows
         it only after the next checkpoint.
         """
@@ -208,6 +211,8 @@ class OutboxLog:
         before = self._look(begin=True)
         assert before.began is not None
         first, now = before.began + 1, self._look().snapshot
+        # Transactions from ``first`` on have only ids above those given out before. That bounds all
+        # rows that ``now`` does not see, unless an older transaction still runs.
         floor = reader.position.floor if now.xmin < first else before.given_out
         found = self._reader(Cursor(now, floor), now, clean=True)
         found.bounds.note(first, before.given_out)

@@ -79,6 +79,7 @@ class WindowReader:
 
     def _window_to(self, target: Snapshot) -> Window:
         window = Window.between(self.since, target, 0)
+        # All its rows are of transactions from since.xmax on, or of those that have ended since.
         after = min(self.bounds.below(x) for x in (self.since.xmax, *window.ended))
         return replace(window, after=after)
 

@@ -94,6 +94,7 @@ class ResumePoint:
 
     def lacks(self, gone: Emptied) -> bool:
         """Whether ``gone`` may have had rows that the reader does not know."""
+        # Those are of transactions from since.xmax on, or of those that ran at ``since``.
         return gone.id > self.high or (gone.id > self.floor and self._ended(gone))
 
     def _ended(self, gone: Emptied) -> bool:

@@ -107,7 +107,7 @@ class Poller:
         found = more = stirred = filling = False
         for part in self._claims.parts.values():
             if part.outstanding >= self._most:
-                # Otherwise room would be found only with the next acknowledgement.
+                # Otherwise room would be found up to 0.2 s later, with the next acknowledgement.
                 part.collect()
             ready = self._has_room(part) and not (part.leaving or held_up())
             # A chunk of a backfill belongs between the messages that its snapshot sees and the
@@ -128,6 +128,7 @@ class Poller:
                 messages = [] if message is None else [message]
                 self._submit(part, messages, part.reader.position, progress)
                 more = True
+        # Others may have something to read, also if this process has no room for it.
         if found or (stirred and self._sink.full):
             source.stir()
         self._call_awaited()

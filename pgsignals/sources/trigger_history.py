@@ -127,7 +127,8 @@ class Installation:
             if not self._end_doubt(poll.watermark):
                 return
         shed = [claims.note_shed(part, poll.shed, since) for part in claims.parts.values()]
-        # Not for a partition that was claimed later, which only has yet to hear what others know.
+        # Not for a partition that was claimed later, and has yet to hear what the others were told:
+        # otherwise each would begin a doubt, and mark a loss for all, where nothing is lost.
         if any(shed) and poll.shed > self._shed:
             self._shed = poll.shed
             self.doubt(since or self._triggers.verified_at)

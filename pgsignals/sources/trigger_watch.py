@@ -111,6 +111,7 @@ class TriggerWatch:
             if drift is not None and drift.moved:
                 raise TriggersChangedError(drift.reason)
             missing = "" if drift is None else self._triggers.repair(cursor, listened)
+        # What was missing is known to be right only since the repair.
         if drift is not None:
             at = now()
         # Read it again: a change that the first reading saw may have been undone before the drift
