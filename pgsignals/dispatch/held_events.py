@@ -88,9 +88,9 @@ class Ledger:
     """The accounts of all receivers that are late.
 
     A receiver that holds more than ``most`` events has every new one parked, provided that other
-    receivers go on; otherwise the source's bound on events in flight is the receiver's. Where all
-    calls are made one after the other, ``parks`` is false: what somebody has parked is brought back
-    before anything later is read.
+    receivers go on; otherwise only the source's bound on events in flight limits what it holds.
+    Where all calls are made one after the other, ``parks`` is false: what somebody has parked is
+    brought back before anything later is read.
     """
 
     def __init__(self, registry: Registry, most: int, parks: bool = True) -> None:

@@ -4,9 +4,9 @@ A row belongs to the window between two snapshots when the later one sees its tr
 earlier one does not. Consecutive windows give each row exactly once, however long a transaction
 takes. Within a window rows are in the order of their ids, which keeps the order of each record's
 changes: a transaction that changes a record has waited for the former change to commit, so that
-both changes are in one window, in the order of their ids, or in two consecutive ones. (PgQ does it
-like this. `id > last` loses what commits late, and cutting at a transaction id inverts two changes
-whose transactions took their ids in the other order.)
+both changes are in one window, in the order of their ids, or the former one is in an earlier
+window. (PgQ does it like this. `id > last` loses what commits late, and cutting at a transaction id
+inverts two changes whose transactions took their ids in the other order.)
 """
 
 from __future__ import annotations

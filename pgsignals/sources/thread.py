@@ -83,7 +83,7 @@ class Preparer(Triggers, Protocol):
 
     @property
     def missing(self) -> str:
-        """Why some of the triggers are not there; only where the source has run before."""
+        """Why some of the triggers are not there; empty if all are."""
 
 
 class SessionThread(ABC):

@@ -132,9 +132,9 @@ _NOT_LIBPQ = (
 
 
 def connection_dsn(connection: Any) -> str:
-    """The connection string of one of Django's connections.
+    """Return the connection string of one of Django's connections.
 
-    Raises ConfigurationError for one of another kind of database.
+    Raises ConfigurationError for a connection to another kind of database.
     """
     if connection.vendor != "postgresql":
         raise ConfigurationError(
@@ -150,10 +150,10 @@ def connection_dsn(connection: Any) -> str:
 
 
 def _home(model: Any) -> Home | None:
-    """Where a router wants the model written.
+    """Return the database to which a router sends the model's writes; None if none decides.
 
-    Where none has an opinion, Django's default does not say that the model is only there: programs
-    without routers name the database by ``using()``.
+    Django's default would not do in its place: programs without routers name the database by
+    ``using()``.
     """
     db: Any = sys.modules.get("django.db")
     alias = db and next(
