@@ -1,4 +1,4 @@
-"""A partition of a consumer, in the process that reads it: what is under way, and acknowledged."""
+"""A partition of a consumer, in the process that reads it: its pages in flight, its position."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .pages import LogPage
 
 
 class Partition:
-    """A partition that this process reads: what is acknowledged, what is under way.
+    """A partition that this process reads: the acknowledged position, and the pages in flight.
 
-    Its ``reader`` knows what comes next.
+    ``reader`` reads what comes behind those. ``leaving``: it is given up once no page is in flight.
     """
 
     def __init__(self, claim: Claim, reader: Reader, lease_until: float) -> None:
@@ -27,16 +27,16 @@ class Partition:
         self._begin(reader)
 
     def _begin(self, reader: Reader) -> None:
-        # What receivers know once all that is under way has been acknowledged.
+        # The losses that receivers know of once all pages in flight are done.
         self.announcing = self.claim.announced
         self.pages: deque[LogPage] = deque()
         self.outstanding = 0
-        # How far backfills have come with what is acknowledged, and not yet saved.
+        # The progress of backfills that is acknowledged, and not yet saved.
         self.progress: dict[int, Progress] = {}
         self.reader = reader
 
     def rewind(self, reader: Reader) -> None:
-        """Read again, by a reader from what is acknowledged on."""
+        """Read again, by a ``reader`` from the acknowledged position on."""
         deadline = self.lease.deadline
         self.lease.end()
         self.lease = Lease(deadline)
@@ -45,20 +45,20 @@ class Partition:
     def skip_to(self, reader: Reader) -> None:
         """Take all that comes before a reader's position for acknowledged, and go on there."""
         self.acknowledged = reader.position
-        # Whoever skips tells of a Gap at once.
+        # The pages of Gaps are dropped with the others: the caller tells of those Gaps at once.
         self.claim = replace(self.claim, announced=self.announcing)
         self._begin(reader)
 
     def announce(self, announced: Announced) -> LogPage:
-        """A page for a Gap, behind what has been read: done when receivers have been told."""
+        """Add and return the page of a Gap, which is done when receivers have been told."""
         self.announcing = announced
         page = LogPage(self.lease, self.reader.position, 0, announced)
         self.pages.append(page)
         return page
 
     def add(self, page: LogPage) -> None:
-        """Put a page behind those that are under way."""
-        # Where nothing was read, one page is enough.
+        """Put a page behind those in flight."""
+        # Of pages that only move the position, the last is enough; a quiet log would add many.
         last = self.pages[-1] if self.pages else None
         if last is not None and last.done and last.bare and not page.count:
             self.pages.pop()
@@ -67,17 +67,17 @@ class Partition:
 
     @property
     def busy(self) -> bool:
-        """Whether events or a Gap are under way."""
+        """Whether events or a Gap are in flight."""
         return self.outstanding > 0 or self.announcing != self.claim.announced
 
     @property
     def current(self) -> bool:
-        """Whether all that there was when the log was last polled has been acknowledged."""
+        """Whether everything up to the last poll of the log has been acknowledged."""
         return not self.pages and self.reader.at_end
 
     @property
     def dirty(self) -> bool:
-        """Whether what has been collected has yet to be saved."""
+        """Whether the database has yet to be told of something that was collected."""
         return bool(self.unsaved or self.progress or self.claim.announced != self._saved_announced)
 
     def saved(self) -> None:
@@ -87,7 +87,7 @@ class Partition:
         self._saved_announced = self.claim.announced
 
     def collect(self, parked: int = 0) -> None:
-        """Take note of the pages that are done by now; and of the first, as many as are parked."""
+        """Take the pages off the front that are done, and the first ``parked``, done or not."""
         first = len(self.pages) - parked
         while self.pages and (self.pages[0].done or len(self.pages) > first):
             page = self.pages.popleft()
@@ -100,5 +100,6 @@ class Partition:
                 later = replace(page.progress, delivered=page.count)
                 former = self.progress.get(later.number)
                 self.progress[later.number] = former.then(later) if former is not None else later
+        # Without a page, too, the reader's position may move: the outbox's has a floor that rises.
         if self.current:
             self.acknowledged = self.reader.position

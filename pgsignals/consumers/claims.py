@@ -1,4 +1,4 @@
-"""The partitions that this process reads of a consumer: claimed, acknowledged, told of losses."""
+"""The partitions of a consumer that this process reads: their claims, acknowledgements, losses."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .parking_store import Late
 
 @dataclass(frozen=True)
 class Consumer:
-    """Who reads: ``name`` None reads for this process alone, and is forgotten with it.
+    """A consumer; one whose ``name`` is None reads for this process alone and ends with it.
 
-    ``parts`` share the records among as many processes. A process that does not renew its claim for
-    ``lease`` seconds is taken for hung.
+    ``parts`` is the number of partitions, for as many processes. A process that does not renew its
+    claim for ``lease`` seconds is taken for hung.
     """
 
     name: str | None = None
@@ -35,11 +35,11 @@ class Consumer:
 
 
 class Claims:
-    """What this process holds of a consumer, in the session of the thread that reads for it.
+    """The claims of this process on partitions of a consumer, in the session that reads.
 
-    ``name`` is what the database knows the consumer by, ``tell`` takes each Gap, and the page that
-    is done once receivers have been told; ``now`` is the server's clock. ``begun`` is called for
-    each part that is read from where it was acknowledged.
+    ``name`` is the consumer's in the database. ``tell`` takes each Gap, with a page that is done
+    once receivers have been told; ``now`` is the server's clock. ``begun`` is called for each
+    partition whose reading begins at the acknowledged position.
     """
 
     def __init__(
@@ -56,33 +56,33 @@ class Claims:
         self._now = now
         self._begun = begun
         self.parts: dict[int, Partition] = {}
-        # The history that the log is of.
+        # The name of the log's history.
         self.epoch = ""
         self._channels = Channels((), 0, ())
         self._log: Log
-        # Until when, by the server's clock, all is known to have been acknowledged.
+        # The server's time before which everything is known to have been acknowledged.
         self._settled_at: datetime | None = None
         self._enrolled_at = 0.0
-        # When the last poll began: what was committed, or left out, later may not be in it.
+        # When the last poll began. A later commit, or a later loss at a writer, may not be in it.
         self.polled_at = time.monotonic()
         self._holders: Stillness[int] = Stillness()
         self._members: Stillness[str] = Stillness()
 
     @property
     def complete(self) -> bool:
-        """Whether this process reads all parts."""
+        """Whether this process reads all partitions."""
         return len(self.parts) == self._consumer.parts
 
     @property
     def outstanding(self) -> int:
-        """Events that have been read and not been acknowledged."""
+        """The number of events that are in flight."""
         return sum(part.outstanding for part in list(self.parts.values()))
 
     def enrol(self, source: Log, epoch: str, channels: Channels) -> None:
-        """Make the consumer of a log known, at first and whenever it has been removed since.
+        """Register the consumer, at first and whenever it has been removed since.
 
-        The triggers of its own ``channels`` nobody may remove while it is away. Raises
-        DatabaseError when it has another number of parts.
+        Its row keeps the triggers of its own ``channels`` from being pruned while it is away.
+        Raises DatabaseError if it has another number of partitions.
         """
         self._log, self.epoch, self._channels = source, epoch, channels
         present, new = self._log.consumer.register(
@@ -100,21 +100,25 @@ class Claims:
             )
         now = self._now()
         if new and self._settled_at is None:
-            log.info("the consumer %s begins here", self._name)
+            log.info("the consumer %s is new, and gets what is committed from now on", self._name)
         elif new:
-            log.error("the consumer %s had been removed, and begins anew", self._name)
+            log.error(
+                "the consumer %s had been removed, and begins anew: events committed since may "
+                "be lost",
+                self._name,
+            )
         if new or self._settled_at is None:
             self._settled_at = now
         self._enrolled_at = self.polled_at = time.monotonic()
 
     def drop(self) -> None:
-        """The session is lost: deliver nothing more of what has been read."""
+        """End all leases, since the session is lost: nothing that was read is delivered now."""
         for part in self.parts.values():
             part.lease.end()
         self.parts.clear()
 
     def claim(self) -> None:
-        """See that this process reads its share of the parts."""
+        """Claim partitions up to this process's share, and leave those beyond it."""
         parts, lease = self._consumer.parts, self._consumer.lease
         share = parts
         if parts > 1:
@@ -134,29 +138,29 @@ class Claims:
             if claim is None:
                 continue
             log.info("reading part %d of %d for the consumer %s", number, parts, self._name)
-            # Only now has the former holder acknowledged, and delivered, for the last time.
+            # Only after the claim: the former holder delivers and acknowledges until then.
             reader = self._log.reader(claim.position, claim.clean)
             part = self.parts[number] = Partition(claim, reader, asked_at + lease)
             self._begin(part, claim.lost_until)
         if not self.parts and time.monotonic() - self._enrolled_at >= lease:
-            # Where the consumer itself is gone, there is nothing to claim: a process without a name
-            # that was away for long is forgotten, and a consumer at work may be dropped.
+            # Otherwise this process would stay deaf where the consumer itself is gone: housekeeping
+            # forgets an unnamed one that was away for long, and an operator may drop any.
             self.enrol(self._log, self.epoch, self._channels)
 
     def _count_members(self) -> int:
-        """Count the processes that share the parts, without those that hang in a live session."""
+        """Count the processes that share the partitions, except those that hang."""
         found = self._log.consumer.members(self._consumer.lease)
         still = self._members.note({holder: (self.epoch, beat) for holder, beat in found.items()})
         return sum(still[holder] < beat.lease for holder, beat in found.items())
 
     def _hung(self) -> dict[int, Beat]:
-        """The parts whose leases are over, and since which beat."""
+        """Return the partitions whose holders have missed a lease, with their last beats."""
         found = self._log.consumer.beats()
         still = self._holders.note({part: (self.epoch, beat) for part, beat in found.items()})
         return {part: beat for part, beat in found.items() if still[part] >= beat.lease}
 
     def acknowledge(self, renew: bool) -> None:
-        """Save how far each part has come; with ``renew``, also where it has come no further."""
+        """Save each partition's position; with ``renew``, also one that has not changed."""
         for number, part in list(self.parts.items()):
             part.collect()
             gone = part.leaving and not part.pages
@@ -164,25 +168,25 @@ class Claims:
                 self._save(number, part, release=gone)
 
     def park(self, part: Partition, pages: int, late: Sequence[Late]) -> None:
-        """Acknowledge the first pages, since what holds them is parked with that."""
+        """Acknowledge the first ``pages`` pages, and park what holds them in one transaction."""
         part.collect(pages)
         self._save(part.claim.part, part, release=False, late=late)
 
     def release(self) -> None:
-        """Acknowledge for the last time, and let others read at once."""
+        """Acknowledge for the last time, and give up the claims, so that others read at once."""
         for number, part in list(self.parts.items()):
             part.collect()
             self._save(number, part, release=True)
 
     def note_shed(self, part: Partition, shed: int, since: datetime | None = None) -> bool:
-        """Announce what writers left out, since they could not write to the log; if they did.
+        """Announce what writers could not write to the log; return whether there was anything.
 
-        Their transactions need not have ended. They did it after ``since`` at the earliest, or
-        after all had been acknowledged.
+        The writers' transactions need not have ended. The Gap begins where everything had been
+        acknowledged, or at ``since`` if that is earlier.
         """
         if shed > part.announcing.shed:
             detail = self._log.shed_detail(shed - part.announcing.shed)
-            log.error("events were lost: %s; `pgsignals doctor` tells more", detail)
+            log.error("events are lost: %s; run `pgsignals doctor` for the cause", detail)
             began = min(part.claim.acknowledged_at, since or part.claim.acknowledged_at)
             gap = Gap(began, self._now(), "retention", detail)
             self._tell(part, gap, shed=shed)
@@ -212,7 +216,7 @@ class Claims:
             return
         acknowledged_at, lost_until = kept
         if lost_until is not None:
-            # Whoever noted the loss knows since when.
+            # The process that noted the loss also kept the time since when; the Gap begins there.
             since = min(part.claim.acknowledged_at, acknowledged_at)
             part.claim = replace(part.claim, acknowledged_at=since)
         if part.current and lost_until is None:
@@ -224,7 +228,11 @@ class Claims:
             part.lease.deadline = asked_at + lease
             self._note_loss(part, lost_until)
             return
-        log.warning("the lease was over for a while: reading part %d again", number)
+        log.warning(
+            "the lease of part %d was over for a while: what was not acknowledged is delivered "
+            "again",
+            number,
+        )
         part.rewind(self._log.reader(part.acknowledged, clean=False))
         part.lease.deadline = asked_at + lease
         self._begin(part, lost_until)
@@ -235,9 +243,10 @@ class Claims:
         self._begun(part)
 
     def _note_history(self, part: Partition) -> None:
-        """Announce that what was acknowledged is of a history that is not the database's any more.
+        """Announce that the database's history is not the one that was acknowledged.
 
-        In another database, or another past, that says nothing: all that is there is read again.
+        In another database, or one that has gone back in time, the acknowledged position means
+        nothing: all that the log holds is read again.
         """
         cluster, _, timeline = part.announcing.epoch.partition("/")
         our_cluster, _, our_timeline = self.epoch.partition("/")
@@ -259,7 +268,7 @@ class Claims:
             self._tell(part, gap, epoch=self.epoch)
 
     def _note_loss(self, part: Partition, lost_until: datetime | None) -> None:
-        """Announce that rows were dropped which had not been read."""
+        """Announce rows that were dropped before they were read."""
         known = part.announcing.lost_until
         if lost_until is not None and (known is None or lost_until > known):
             detail = (
@@ -273,6 +282,6 @@ class Claims:
     def _tell(self, part: Partition, gap: Gap, **known: Any) -> None:
         """Announce a loss, which stays marked until receivers have been told.
 
-        Should this process die before, whoever reads next announces it.
+        Should this process die before, the next holder announces it.
         """
         self._tell_of(gap, part.announce(replace(part.announcing, **known)))

@@ -1,4 +1,4 @@
-"""The statements that keep a consumer in the database: who reads it, and how far that has come."""
+"""The statements that keep a consumer in the database: its claims, members and positions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .parking_store import Late, parking_statement, parking_values
 class Announced:
     """The losses that a consumer's receivers know of; later ones have yet to be announced.
 
-    ``epoch`` is the database's history, ``shed`` counts what writers left out, ``lost_until`` is
-    until when rows were dropped that had not been read.
+    ``epoch`` names the log's history, ``shed`` counts what writers could not write to the log, and
+    until ``lost_until`` rows were dropped before they were read.
     """
 
     epoch: str
@@ -28,11 +28,11 @@ class Announced:
 
 @dataclass(frozen=True)
 class Claim:
-    """A partition that this process may read from a ``position`` on, and what is known of its past.
+    """The right to read a partition from a ``position`` on, and what is known of its past.
 
     ``token`` counts the claims, so that a former holder's acknowledgement is refused. ``clean``:
-    the former one had acknowledged all that it delivered. ``lost_until``: as in Announced, of a
-    loss that had not been announced when the claim was made.
+    the former holder had acknowledged all that it delivered. ``lost_until`` is as in Announced, of
+    a loss that had not been announced when the claim was made.
     """
 
     part: int
@@ -46,9 +46,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Beat:
-    """By what others see that a process is well: ``number`` changes before ``lease`` seconds.
+    """A sign of life of a process, whose ``number`` changes within ``lease`` seconds.
 
-    ``server`` is the run of the server that tells: in a crash it forgets the latest.
+    ``server`` names the run of the server: a crash may take the latest beats back.
     """
 
     token: int
@@ -61,8 +61,8 @@ class Beat:
 class Channels:
     """The channels that a process reads for a consumer.
 
-    ``own`` are those of its triggers, which were ``made`` for the last time at that id. The
-    ``unreadable`` ones are of another version, whose descriptions this one does not understand.
+    ``own`` are those of its triggers, which were last made at the id ``made``. ``unreadable`` are
+    those of another version, whose descriptions this one does not understand.
     """
 
     own: Sequence[int]
@@ -74,8 +74,8 @@ class Channels:
 class Progress:
     """The progress of a backfill by one page; ``size`` is the page's, in bytes.
 
-    ``scanned`` rows, up to the one of ``last_key``, have been gone through, of which ``delivered``
-    were events; ``finished``: there are no more.
+    The page went through ``scanned`` rows, up to the one of ``last_key``, of which ``delivered``
+    became events; ``finished``: there are no more rows.
     """
 
     number: int
@@ -86,7 +86,7 @@ class Progress:
     delivered: int = 0
 
     def then(self, later: Progress) -> Progress:
-        """Both in one."""
+        """Return both as one."""
         return replace(
             later,
             last_key=later.last_key or self.last_key,
@@ -95,25 +95,26 @@ class Progress:
         )
 
 
-# Whether a member's session is there, which has the member's lock.
+# Whether the session of a member lives, which holds the member's lock.
 LIVES = f"""EXISTS (
   SELECT FROM pg_catalog.pg_locks AS l
   WHERE l.locktype = 'advisory' AND l.classid = {names.MEMBER_CLASS} AND l.objid = m.key::oid
     AND l.objsubid = 2 AND l.granted AND l.database =
       (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))"""
 
-# A run of the server. A crash, also one that the postmaster survives, resets the statistics.
+# The name of a run of the server. The postmaster's start alone would not do: a crash that it
+# survives resets the statistics.
 _SERVER = """pg_catalog.concat(
   extract(epoch FROM pg_catalog.pg_postmaster_start_time()), '/',
   (SELECT extract(epoch FROM stats_reset) FROM pg_catalog.pg_stat_bgwriter))"""
 
-# No time decides here, since clocks may be set back and forward. While its session lives, a holder
-# has the lock of its claim, whose key counts up with the token. When it has ended, so has the
-# holder, unless it was the server that ended it, or this is another server: somebody who is cut off
-# may not know yet, and delivers until the lease is over. That, whoever asks has seen for itself: a
-# beat that is still the same after so long.
-# A claim, unlike an acknowledgement, must outlive a crash of the server: where a former holder had
-# left it clean, nobody else would know that what the new one delivers may have been delivered.
+# No clock decides here, since clocks may be set back and forward. A holder's session has the lock
+# of its claim, whose key counts up with the token. Once that lock is free, the holder has ended,
+# unless the server ended the session (by a restart, say), or this is another server: then the
+# holder may not know yet, and delivers until its lease is over. The lease is over when the process
+# that asks has itself seen the same beat for so long.
+# A claim, unlike an acknowledgement, must outlive a crash of the server. Otherwise, where the
+# former holder had left the partition clean, nobody would know what the new one has delivered.
 _CLAIM = f"""
 WITH free AS MATERIALIZED (
   SELECT name, part FROM pgsignals.consumers
@@ -155,7 +156,7 @@ FROM pg_catalog.generate_series(0, %(parts)s - 1) AS part
 ON CONFLICT (name, part) DO NOTHING
 """
 
-# While a loss has yet to be announced, the time stays from which on something may be missing.
+# ``acknowledged_at`` stays while a loss has yet to be announced, since the Gap begins there.
 _ACKNOWLEDGE = """
 UPDATE pgsignals.consumers AS c
 SET {columns}, shed = %(shed)s, epoch = %(epoch)s,
@@ -173,8 +174,9 @@ WHERE c.name = %(name)s AND c.part = %(part)s AND c.holder = %(holder)s AND c.to
 RETURNING c.lost_until, c.acknowledged_at
 """
 
-# Sent with an acknowledgement, as one transaction that ends in the server: a process that hangs
-# does not keep its successor from the row. Nor does it write over what that has noted.
+# Sent with an acknowledgement in one message, so that the transaction ends in the server: a process
+# that hangs then does not keep its successor from the row. The token keeps it from writing over
+# what the successor has noted.
 _NOTE = """
 WITH ours AS (
   SELECT FROM pgsignals.consumers
@@ -190,7 +192,7 @@ FROM ours WHERE p.backfill = %(number{0})s AND p.part = %(part)s;
 
 
 def claim_key(consumer: str, part: int, token: int) -> int:
-    """The key of the lock that the session of a claim's holder has."""
+    """Return the key of the lock that the session of a claim's holder has."""
     return (names.cursor_key(consumer, part) + token) % 2147483647
 
 
@@ -230,10 +232,10 @@ class ConsumerStore:
         channels: Sequence[int],
         since: datetime | None = None,
     ) -> tuple[int, bool]:
-        """Make the consumer known, from now on; the parts it has, and whether it is new.
+        """Register the consumer from now on; return its partitions' number, and whether it is new.
 
-        ``since``: it was known before, and all until then had been acknowledged. If it is new all
-        the same, what came after that is noted as lost.
+        With ``since``, the consumer was known before, and everything until then was acknowledged;
+        if it is new all the same, it had been removed, and what came after that is noted as lost.
         """
         added = self.execute(
             self._register + " RETURNING part",
@@ -252,7 +254,7 @@ class ConsumerStore:
         return int(present), bool(added)
 
     def beats(self) -> dict[int, Beat]:
-        """The latest beat of each partition's reader, where it has one."""
+        """Return the latest beat of each partition's holder, where it has one."""
         return {
             part: Beat(*beat)
             for part, *beat in self.execute(
@@ -270,13 +272,13 @@ class ConsumerStore:
         epoch: str,
         still: Beat | None = None,
     ) -> Claim | None:
-        """Become the one who reads a part for ``lease`` seconds; None when somebody else is.
+        """Claim a partition for ``lease`` seconds; None while another process holds it.
 
-        Where the former holder was in the middle of something that it read through other triggers,
-        its position says nothing of what ours have written: that is read from its beginning.
+        A holder is gone whose beat is ``still`` that of a lease ago; so is, in the same history and
+        run of the server, one whose session has ended.
 
-        A holder who is ``still`` at the beat of a lease ago is no more; nor, in the same history of
-        the same server, one whose session has ended.
+        Where the former holder was in the middle of a window that it read through other triggers,
+        its position says nothing of what ours have written: the window is read from its beginning.
         """
         found = self.execute(
             self._claim,
@@ -314,12 +316,13 @@ class ConsumerStore:
         progress: Sequence[Progress] = (),
         late: Sequence[Late] = (),
     ) -> tuple[datetime, datetime | None] | None:
-        """Keep the position and what receivers know of, and renew the claim, or give it up.
+        """Save the position and the announced losses; renew the claim, or ``release`` it.
 
-        ``age``: all that there was so many seconds ago has been acknowledged. ``progress`` is kept
-        with it, of each backfill once. ``late`` is parked with it, for single receivers. Returns
-        None where the part is not ours any more; or up to when all has been acknowledged, and until
-        when rows were dropped that had not been read, if any were and the receivers do not know.
+        ``age``: everything that the log had so many seconds ago is acknowledged. ``progress`` is
+        saved in the same transaction, once for each backfill, and ``late`` parked for single
+        receivers. Returns None if the partition is not ours any more; otherwise the time up to
+        which everything is acknowledged, and the time until which unread rows were dropped, None
+        without such a loss that has yet to be announced.
         """
         notes = {
             f"{name}{number}": value
@@ -346,6 +349,7 @@ class ConsumerStore:
             },
         )
         if release or not found:
+            # Also the lock of a claim that is lost, which the session would keep until its end.
             key = claim_key(self.name, claim.part, claim.token)
             self.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key))
         return (found[0][1], found[0][0]) if found else None
@@ -355,10 +359,10 @@ class ConsumerStore:
         self.execute("DELETE FROM pgsignals.consumers WHERE name = %s", (self.name,))
 
     def members(self, lease: float) -> dict[str, Beat]:
-        """Say that this process shares the parts; how those are whose sessions live, by holder."""
+        """Say that this process shares the partitions; return the beats of all live members."""
         key = names.member_key(self.name, self._holder)
         if not self._joined:
-            # Before the row is there: without its lock it may be removed.
+            # Before the row is inserted: housekeeping removes a row whose lock nobody holds.
             self.execute(
                 "SELECT pg_catalog.pg_advisory_lock_shared(%s, %s)", (names.MEMBER_CLASS, key)
             )
@@ -377,7 +381,7 @@ class ConsumerStore:
         return {holder: Beat(*beat) for holder, *beat in found}
 
     def leave(self) -> None:
-        """Say that this process is there no more."""
+        """Say that this process does not share the partitions any more."""
         self.execute(
             "DELETE FROM pgsignals.members WHERE name = %s AND holder = %s",
             (self.name, self._holder),

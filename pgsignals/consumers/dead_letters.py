@@ -1,4 +1,4 @@
-"""Dead letters: events that a receiver could not take, kept until somebody has them delivered."""
+"""Dead letters: events that a receiver could not take, kept until delivered again or discarded."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .consumer_store import ConsumerStore
 from .parking_store import Kept
 from .schema import IMPATIENT
 
-# What the active consumer hears when some are to be delivered again.
+# The notification by which the active consumer learns that dead letters are to be delivered again.
 NOTICE = "redeliver"
 
 
 @dataclass(frozen=True)
 class Undeliverable(Kept):
-    """An event that a receiver could not take; ``error`` is that of the last of ``attempts``."""
+    """An event that a receiver could not take; ``error`` is the last attempt's."""
 
     error: str
     traceback: str
@@ -38,9 +38,9 @@ class Undeliverable(Kept):
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A kept event that somebody wants delivered again: the one row of ``payload``.
+    """A dead letter to deliver again; ``payload`` is a message of its event's row alone.
 
-    ``number`` is the row's in the message that it came in, by which its uid is the same.
+    ``number`` is the row's in the message that it came in, so that the event's uid is the same.
     """
 
     key: int
@@ -51,7 +51,7 @@ class DeadLetter:
     attempts: int
 
 
-# Of a message's rows the letter has its own event's alone, below the message's header.
+# A dead letter's payload is the message's header and the line of its own event, of all lines.
 _ADD = (
     IMPATIENT
     + """
@@ -73,7 +73,7 @@ SET error = excluded.error, traceback = excluded.traceback, attempts = excluded.
 
 
 class DeadLetters:
-    """Keeps and forgets dead letters for workers, in the thread with the session."""
+    """Keeps and removes dead letters for workers, in the thread with the session."""
 
     def __init__(self, meter: Meter, wake: Callable[[], object]) -> None:
         self._meter = meter
@@ -96,7 +96,7 @@ class DeadLetters:
         self._wake()
 
     def save(self) -> None:
-        """Do what has been asked for by now."""
+        """Keep and remove the dead letters that have been asked for by now."""
         with contextlib.suppress(Empty):
             while True:
                 event, kept = self._queue.get_nowait()
@@ -104,7 +104,7 @@ class DeadLetters:
                     try:
                         self._keep(event)
                     except pg.LockNotAvailable:
-                        # Once more with the next page: until then its event is unacknowledged.
+                        # Try again with the next page: until then the event is unacknowledged.
                         self._queue.put((event, kept))
                         return
                     self._meter.count("dead_letters", receiver=event.receiver)
@@ -119,7 +119,8 @@ class DeadLetters:
         try:
             self._insert(event, self._consumer.session.given)
         except (psycopg2.DataError, UnicodeError):
-            # The database's encoding lacks something: read again for ever, it would never be kept.
+            # The database's encoding lacks a character of it. Otherwise it would never be kept, and
+            # the event would be delivered again for ever.
             self._insert(event, lambda text: text.encode("ascii", "backslashreplace").decode())
 
     def _insert(self, event: Undeliverable, fitting: Callable[[str], str]) -> None:
@@ -142,9 +143,9 @@ class DeadLetters:
     def redeliver(
         self, decoders: Mapping[int, Decoder], deliver: Callable[[Event, DeadLetter], bool]
     ) -> None:
-        """Deliver those that somebody wants delivered again, each to its receiver.
+        """Deliver again the dead letters for which that was asked, each to its receiver.
 
-        ``decoders`` are those of the channels, ``deliver`` says whether there is such a receiver.
+        ``decoders`` are by channel; ``deliver`` returns whether the receiver is there.
         """
         for letter in self._wanted_again():
             decoder = decoders.get(letter.channel)
@@ -153,19 +154,24 @@ class DeadLetters:
                 with contextlib.suppress(PayloadError):
                     message = decoder.decode(letter.payload)
             if not isinstance(message, Message) or len(message.rows) != 1:
-                log.error("dead letter %d cannot be read any more", letter.key)
+                log.error(
+                    "dead letter %d cannot be read any more, and is kept: no watcher of this "
+                    "process reads its channel, or its text is damaged",
+                    letter.key,
+                )
                 continue
             message.redelivered = True
             event = Event(message, letter.number, message.rows[0])
             if not deliver(event, letter):
                 log.error(
-                    "dead letter %d waits for the receiver %s, which this process does not have",
+                    "dead letter %d is kept: this process does not have its receiver %s; retry it "
+                    "when that is there",
                     letter.key,
                     letter.receiver,
                 )
 
     def _wanted_again(self) -> list[DeadLetter]:
-        """The dead letters that somebody asked to have delivered again; each is given once."""
+        """Return the dead letters to deliver again, each once for every request."""
         rows = self._consumer.execute(
             "UPDATE pgsignals.dead_letters SET retry = false WHERE consumer = %s AND retry"
             " RETURNING id, receiver, channel, number, payload, attempts",
@@ -204,12 +210,12 @@ _LETTERS = (
 
 
 def dead_letters(cursor: Cursor) -> list[KeptLetter]:
-    """All of them, the latest last."""
+    """Return all dead letters, the latest last."""
     return [KeptLetter(*row) for row in legible_rows(cursor, f"{_LETTERS} ORDER BY id")]
 
 
 def dead_letter(cursor: Cursor, key: int) -> KeptLetter:
-    """One of them. Raises DatabaseError when there is none with this id."""
+    """Return a dead letter. Raises DatabaseError when there is none with this id."""
     rows = legible_rows(cursor, f"{_LETTERS} WHERE id = %s", (key,))
     if not rows:
         raise DatabaseError(f"There is no dead letter {key}: see `pgsignals dead-letters list`.")
@@ -217,7 +223,7 @@ def dead_letter(cursor: Cursor, key: int) -> KeptLetter:
 
 
 def retry(cursor: Cursor, keys: Sequence[int] | None) -> int:
-    """Ask the active process to deliver these, or all, again; returns how many."""
+    """Ask the active process to deliver these, or all, again; return how many there are."""
     cursor.execute(
         "UPDATE pgsignals.dead_letters SET retry = true"
         " WHERE %(keys)s::bigint[] IS NULL OR id = ANY (%(keys)s::bigint[])",
@@ -229,7 +235,7 @@ def retry(cursor: Cursor, keys: Sequence[int] | None) -> int:
 
 
 def drop_letters(cursor: Cursor, keys: Sequence[int] | None) -> int:
-    """Forget these, or all; how many."""
+    """Discard these, or all; return how many there were."""
     cursor.execute(
         "DELETE FROM pgsignals.dead_letters"
         " WHERE %(keys)s::bigint[] IS NULL OR id = ANY (%(keys)s::bigint[])",

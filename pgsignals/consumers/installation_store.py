@@ -9,14 +9,14 @@ from .consumer_store import ConsumerStore
 
 
 class InstallationStore:
-    """What ``pgsignals.consumers`` has of the triggers, in all rows of one consumer."""
+    """The fingerprint of the triggers in ``pgsignals.consumers``, in all rows of one consumer."""
 
     def __init__(self, consumer: ConsumerStore) -> None:
         self._execute = consumer.execute
         self._name = consumer.name
 
     def read(self) -> str | None:
-        """The fingerprint of the triggers as this consumer last knew them."""
+        """Return the fingerprint of the triggers as this consumer last knew them."""
         found = self._execute(
             "SELECT installation FROM pgsignals.consumers WHERE name = %s ORDER BY part LIMIT 1",
             (self._name,),
@@ -24,11 +24,11 @@ class InstallationStore:
         return found[0][0] if found else None
 
     def keep(self, found: Fingerprint, at: datetime, announced: bool = False) -> bool:
-        """Keep the fingerprint of the triggers, which have been right until ``at``.
+        """Keep the fingerprint ``found`` of the triggers, which have been right until ``at``.
 
-        False where another process has marked a loss, unless that has been ``announced``. What an
-        upgrade has put there, since it altered what triggers write to after ``found`` was read,
-        stays.
+        Return False if another process has marked a loss that has not been ``announced``. An
+        upgrade that altered the outbox after ``found`` was read has put a newer fingerprint there,
+        which stays.
         """
         return bool(
             self._execute(
@@ -40,7 +40,7 @@ class InstallationStore:
         )
 
     def mark_loss(self, since: datetime) -> None:
-        """Mark a loss since the triggers were right, which whoever looks next announces."""
+        """Mark a loss since the triggers were last right; the next process to look announces it."""
         self._execute(
             "UPDATE pgsignals.consumers SET installation = '',"
             " verified_at = least(verified_at, %s::timestamptz) WHERE name = %s",
@@ -48,10 +48,11 @@ class InstallationStore:
         )
 
     def doubt(self, since: datetime | None) -> datetime | None:
-        """Announce a Gap of what was written since the triggers were known to be right.
+        """Have a Gap announced from the time on when the triggers were known to be right.
 
-        That is ``since`` at the latest. Until a fingerprint is kept again, whoever starts announces
-        one, too. Returns since when it is, beside what had not been acknowledged.
+        That is ``since`` at the latest. Until a fingerprint is kept again, each process that starts
+        announces one, too. Return where the Gap begins, unless unacknowledged events go back
+        further.
         """
         found = self._execute(
             "UPDATE pgsignals.consumers SET installation = '', acknowledged_at ="

@@ -1,4 +1,4 @@
-"""Notices by the clock of this process alone who has stopped.
+"""Notices which processes have stopped, by the monotonic clock of this process alone.
 
 Clocks of others, the server's included, may be set back or forward meanwhile.
 """
@@ -13,17 +13,17 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Stillness(Generic[Key]):
-    """Since when something has been the same that others keep changing as long as they are well."""
+    """For how long each value has not changed that a process changes as long as it is well."""
 
     def __init__(self) -> None:
         self._seen: dict[Key, tuple[object, float]] = {}
 
     def note(self, found: Mapping[Key, object]) -> dict[Key, float]:
-        """Take note of what has just been found; of each, for how many seconds it has been so.
+        """Note the values just found; return for how many seconds each has not changed.
 
-        What is not there any more is forgotten.
+        Keys that are not found any more are forgotten.
         """
-        # Not before it was asked for: what is found may be from the end of that time.
+        # The time after the query: a value may have changed while the query ran.
         now = time.monotonic()
         self._seen = {
             key: seen if (seen := self._seen.get(key)) and seen[0] == value else (value, now)

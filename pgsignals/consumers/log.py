@@ -1,8 +1,8 @@
 """The log that durable delivery reads, whose positions only the log itself can interpret.
 
 The outbox is one. A consumer's claims, acknowledgements, dead letters, parked events and backfills
-are kept in tables of the schema ``pgsignals``, whatever the log is; a log says what of a position
-stands there, and where its own messages are found, if anywhere.
+are kept in tables of the schema ``pgsignals``, whatever the log is. A log says which columns hold a
+position there, and which relation has its messages, if one has.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..triggers.definitions import Definition
 if TYPE_CHECKING:
     from .consumer_store import Channels, ConsumerStore
 
-# A moment of the log: what was committed before it, and nothing else. Only the log looks into it.
+# A moment of the log: all that was committed before, and nothing else. Only the log looks into it.
 Watermark: TypeAlias = Any
-# Those whose transactions were under way at a moment. Only the log looks into it.
+# The transactions that were under way at a moment. Only the log looks into it.
 Writers: TypeAlias = Any
 
 
 @dataclass(frozen=True)
 class Poll:
-    """The log at one moment, and how much writers had left out a little later."""
+    """The log at one moment, and the count, read later, of what writers could not write to it."""
 
     watermark: Watermark
     shed: int
@@ -46,7 +46,7 @@ class Position(Protocol):
 
     @property
     def whole(self) -> Position:
-        """The nearest one before it where reading through other triggers may begin; or itself."""
+        """The position itself, or the last one before it where other triggers may begin to read."""
 
 
 class Reader(Protocol):
@@ -54,7 +54,7 @@ class Reader(Protocol):
 
     @property
     def position(self) -> Position:
-        """The position that is acknowledged once all that was read is."""
+        """The position to acknowledge once receivers have taken all that was read."""
 
     @property
     def at_end(self) -> bool:
@@ -62,20 +62,21 @@ class Reader(Protocol):
 
     @property
     def unsure(self) -> bool:
-        """Whether somebody may have delivered what comes next who did not acknowledge it."""
+        """Whether another process may have delivered the next messages without acknowledging."""
 
     @property
     def ahead(self) -> bool:
-        """Whether the position is one that the log has yet to reach: it has gone back in time."""
+        """Whether the log has yet to reach the position, since the log has gone back in time."""
 
     @property
     def replayed_after(self) -> int | None:
-        """The message behind which all that the log holds is read; None when it is not."""
+        """The id behind which all messages of the log are read again; None if they are not."""
 
     def start_over(self) -> None:
-        """Read from the beginning of what the log holds, since that is of another history.
+        """Read all that the log holds from its beginning, since it is of another history.
 
-        What was acknowledged stays so until the first page is: by it, whoever comes next sees that.
+        The acknowledged position stays until the first page is done: should this process die
+        before, its successor sees by that position that the history is another.
         """
 
     def read_to(self, watermark: Watermark) -> None:
@@ -85,29 +86,29 @@ class Reader(Protocol):
         """Whether everything has been read up to a watermark."""
 
     def read(self) -> list[Any] | None:
-        """The next messages, as the log holds them; none, or few, at the end.
+        """Return the next messages, as the log holds them; few or no messages at the end.
 
         None while somebody has locked them.
         """
 
     def doubts(self, message: Message) -> bool:
-        """Whether somebody may have delivered a message that was read who did not acknowledge it.
+        """Whether another process may have delivered a message without acknowledging it.
 
-        To be asked before the turn.
+        Ask for messages that were read, before ``turn``.
         """
 
     def turn(self, rows: Sequence[Any]) -> Position:
-        """Go on behind what was read; where the consumer stands when that is acknowledged."""
+        """Go on behind what was read; return the position to acknowledge with it."""
 
 
 class Log(Protocol):
     """A log as one consumer sees it, through the session of the thread that reads.
 
-    In ``pgsignals.consumers``, ``columns`` hold a position; ``start`` has, by some of them and
-    ``shed``, the SQL of what stands there for one who begins now. ``missed`` is the condition on a
-    row ``c`` that some of what triggers wrote before ``%(made)s`` has not been read. ``messages``
-    is the relation of the log's messages, with their ``id`` and ``payload``. ``marking`` is the SQL
-    of the watermark at which a transaction sees its database.
+    ``columns`` are those of ``pgsignals.consumers`` that hold a position. ``start`` maps some of
+    them, and ``shed``, to the SQL of their values for a consumer that begins now. ``missed`` is the
+    condition on a row ``c`` that it has not read all that triggers wrote before ``%(made)s``.
+    ``messages`` is the relation of the log's messages, with their ``id`` and ``payload``.
+    ``marking`` is the SQL of the watermark at which a transaction sees its database.
     """
 
     columns: tuple[str, ...]
@@ -124,45 +125,45 @@ class Log(Protocol):
         """Prepare the session: to be called once after it has connected."""
 
     def surroundings(self) -> tuple[str, datetime]:
-        """The name of this history, and the server's clock.
+        """Return the name of the log's history, and the server's clock.
 
-        The history is that of the cluster, the database and the log in it, and, behind a slash, of
-        the promotions that led here.
+        The name has the cluster, the database and the log in it and, behind a slash, the timeline,
+        which each promotion changes.
         """
 
     def poll(self) -> Poll:
-        """What there is by now."""
+        """Return the log's present watermark and shed count."""
 
     def pause(self, worked: float) -> float:
-        """Seconds until the next poll, if nothing is heard before; the last took ``worked``."""
+        """Seconds until the next poll unless a notification comes; reading took ``worked``."""
 
     def wake(self) -> None:
         """Take note that there is something, or may be."""
 
     def stir(self) -> None:
-        """Have the consumers of other processes told, with a pause, that there may be something."""
+        """Have the next ``pause`` tell consumers of other processes that there may be something."""
 
     def writers(self) -> Writers:
-        """Those who may be writing by now."""
+        """Return the transactions that may be writing by now."""
 
     def have_ended(self, writers: Writers, watermark: Watermark | None = None) -> bool:
-        """Whether all of them had ended at a watermark, or have by now."""
+        """Whether all these transactions had ended at a watermark or, without one, have by now."""
 
     def position(self, columns: Mapping[str, Any]) -> Position:
-        """The position of which ``columns`` are kept."""
+        """Return the position that the values of ``columns`` stand for."""
 
     def watermark(self, text: str) -> Watermark:
-        """The watermark that ``marking`` has told."""
+        """Return the watermark from the text that ``marking`` gave."""
 
     def reader(self, position: Position, clean: bool) -> Reader:
-        """A reader from a position on; ``clean``: nothing behind it has been delivered."""
+        """Return a reader from a position on; ``clean``: nobody has delivered what is behind it."""
 
     def shed_detail(self, count: int) -> str:
-        """Explain to people that writers have left out ``count`` messages, and why that happens."""
+        """Explain, for people, that ``count`` messages could not be written to the log, and why."""
 
 
 class MessageDecoder(Protocol):
-    """Decodes what one log after another holds, each read through a session of its own."""
+    """Decodes the messages of one log after another, each read through a session of its own."""
 
     @property
     def channels(self) -> Channels:
@@ -172,32 +173,32 @@ class MessageDecoder(Protocol):
         """Go on in a new session."""
 
     def describe(self) -> None:
-        """Learn of channels that were not known."""
+        """Read the descriptions of the channels again, since there are new ones."""
 
     def predecessors(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """By the name of each trigger, those that its watcher has had before.
+        """Return, by the name of each trigger, the names of its watcher's other triggers.
 
-        The second has those alone that are younger: they are not read any more.
+        The second mapping has only those that became the watcher's later: they are not read.
         """
 
     def decoders(self) -> dict[int, Decoder]:
-        """The decoder of each channel, for payloads that were kept."""
+        """Return each channel's decoder, for payloads of parked events and dead letters."""
 
     def channel_of(self, event: Event) -> int:
-        """The channel that an event came through; 0, which none has, if that is forgotten."""
+        """Return the channel that an event came through; 0, which none has, if it is forgotten."""
 
     def decode(self, found: Sequence[Any], since: datetime) -> Iterator[Message | Gap]:
-        """What was read is to the watchers; what cannot be read was written after ``since``."""
+        """Yield the messages that watchers want; for an unreadable one, a Gap from ``since`` on."""
 
 
 @dataclass(frozen=True)
 class DecoderHooks:
-    """What a decoder asks and tells whoever reads with it.
+    """The callbacks by which a decoder asks and tells its source.
 
-    ``now`` is the server's clock, and ``failure`` gives the Gap for what a trigger could not
-    describe. ``foreign`` counts, by OID, the messages of tables that are not the watched ones.
-    ``refuse`` is called for a message that cannot be read, ``described`` when channels have become
-    known.
+    ``now`` is the server's clock, and ``failure`` makes the Gap for a change that its trigger could
+    not describe. ``foreign`` counts, by OID, the messages of tables that are not watched.
+    ``refuse`` is called for a message that cannot be read, ``described`` after new channels have
+    become known.
     """
 
     now: Callable[[], datetime]
@@ -208,13 +209,13 @@ class DecoderHooks:
 
 
 class LogProvider(Protocol):
-    """Makes what a consumer reads with."""
+    """Makes the log and the decoder that a consumer reads with."""
 
     def log(self, session: Session, consumer: str, holder: str, timeout: float) -> Log:
-        """The log, through a session in which no statement takes longer than ``timeout``."""
+        """Return the log, through a session in which no statement may outlast ``timeout``."""
 
     def decoder(self, hooks: DecoderHooks) -> MessageDecoder:
-        """The decoder of the log."""
+        """Return a decoder of the log's messages."""
 
     def missing_grants(self, cursor: Cursor) -> list[str]:
-        """The statements that give the role what reading takes, and it lacks."""
+        """Return the statements that grant the role the privileges that it lacks for reading."""

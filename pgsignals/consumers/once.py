@@ -9,7 +9,7 @@ from ..core.events import Event
 from ..dispatch.registry import called, receiver_name
 from ..postgres.transaction import Borrowed, borrow, refusal
 
-# Without naming columns in ON CONFLICT or RETURNING, so that INSERT is all the privilege it takes.
+# ON CONFLICT and RETURNING name no columns, so that the INSERT privilege is enough.
 _RECORD = (
     "INSERT INTO pgsignals.processed (scope, uid) VALUES (%s, %s)"
     " ON CONFLICT DO NOTHING RETURNING true"
@@ -87,7 +87,7 @@ def _state(error: BaseException | None) -> str | None:
 
 
 def _role(borrowed: Borrowed) -> str:
-    """Who the connection was made as; the transaction has failed, so that it cannot be asked."""
+    """Return the role the connection was made as; the failed transaction takes no query for it."""
     info: Any = getattr(borrowed.driver(), "info", None)
     user = getattr(info, "user", None)
     return '"' + str(user).replace('"', '""') + '"' if user else "of the connection"

@@ -8,11 +8,10 @@ from .log import Position
 
 
 class LogPage(Page):
-    """Some messages of a log.
+    """A page of a log: some messages, a Gap, or a chunk of a backfill.
 
-    ``position`` is where the consumer stands when it is done. With ``announced`` it is of a Gap:
-    what its receivers know when they have returned. With ``progress`` it is of a backfill: how far
-    that has come then.
+    ``position`` is acknowledged when the page is done. The page of a Gap has ``announced``, the
+    losses that receivers know of then; that of a chunk has ``progress``, the backfill's then.
     """
 
     __slots__ = ("announced", "position", "progress")
@@ -32,5 +31,5 @@ class LogPage(Page):
 
     @property
     def bare(self) -> bool:
-        """Whether it only moves the position."""
+        """Whether the page only moves the position."""
         return not (self.count or self.announced or self.progress)

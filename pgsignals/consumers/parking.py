@@ -1,4 +1,4 @@
-"""What single receivers have yet to take: on its way to the database, and back."""
+"""Moves events that single receivers have yet to take to the database, and back."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .claims import Claims
 from .consumer_store import ConsumerStore
 from .parking_store import Late, Parked, ParkingStore, kept_as
 
-# Saved at once, in events: what is acknowledged meanwhile waits for it.
+# The most events saved in one transaction, for which other acknowledgements wait.
 AT_ONCE = 2000
-# How often there is a look at what may be parked.
+# How often the ledger is asked what to park.
 EVERY_SECONDS = 0.05
 
 
 class Feed(Protocol):
-    """Brings what was parked to its receiver, whoever else is called."""
+    """Delivers parked events to the receiver that they were parked for, and to no other."""
 
     def __call__(self, receiver: Any, events: Sequence[tuple[Event, Held]]) -> bool:
-        """Take events for a receiver; whether it could."""
+        """Take events for a receiver; return whether there was room for them."""
 
 
 class Parking:
-    """Parks what the ledger says, and feeds it to those who take events again.
+    """Parks the events that the ledger names, and feeds them to receivers that have room again.
 
-    All of it is done by the thread with the session; the ledger is shared with those that deliver.
+    The thread with the session does all of this; the workers share the ledger with it.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Parking:
         self._moving = moving
         self._tell = tell
         self._store: ParkingStore
-        # Which rows somebody may have tried to deliver before this process had the part.
+        # By partition, the last parked row that a former holder may have tried to deliver.
         self._former: dict[int, int] = {}
         self._leases: dict[int, Any] = {}
         self._looked_at = 0.0
-        # Taken, and to be removed.
+        # Events that are taken, whose rows are yet to be removed.
         self._taken: list[Held] = []
         self._unreadable: set[str] = set()
         self._telling: set[tuple[int, str]] = set()
@@ -67,18 +67,18 @@ class Parking:
         channel_of: Callable[[Event], int],
         decoders: Callable[[], Mapping[int, Decoder]],
     ) -> None:
-        """Use another session: nothing is ours yet. ``decoders`` are those of the channels."""
+        """Use another session, without claims yet. ``decoders`` gives each channel's decoder."""
         self._claims, self._store = claims, ParkingStore(consumer)
         self._channel_of, self._decoders = channel_of, decoders
         self._leases.clear()
         self._former.clear()
-        # By other channels it may be.
+        # The channels known in this session may make them readable.
         self._unreadable.clear()
         self._telling.clear()
         self.ledger.forget_former()
 
     def begun(self, part: Partition) -> None:
-        """A part is read from where it was acknowledged, behind what is parked of it."""
+        """Expect the parked events of a partition whose reading begins, since they come first."""
         number = part.claim.part
         self.ledger.forget_former()
         self._leases[number] = part.lease
@@ -89,14 +89,17 @@ class Parking:
         self.ledger.expect(found)
 
     def described(self) -> None:
-        """Channels are known that were not: what could not be read is brought back by now."""
+        """Try the events again that could not be read, since new channels have become known."""
         if self._unreadable:
             self._unreadable.clear()
             for part in self._claims.parts:
                 self.ledger.expect(self._store.receivers(part))
 
     def turn(self, feeding: bool) -> bool:
-        """Park what is due and, where ``feeding``, have those called who have room; whether any."""
+        """Park what is due and, if ``feeding``, feed receivers with room; return whether it did.
+
+        True also if reading was blocked by parked events, and is not any more.
+        """
         if not (self.ledger.busy or self._taken):
             return False
         blocked = self.ledger.blocks
@@ -115,7 +118,10 @@ class Parking:
         return fed or (blocked and not self.ledger.blocks)
 
     def save(self) -> None:
-        """Park what is due, with all else that its pages and those before them are held by."""
+        """Park what is due, and all else that holds its pages and those before them.
+
+        Pages are acknowledged in their order, so that one held in front would hold all behind it.
+        """
         due = self.ledger.due()
         if not due:
             return
@@ -165,7 +171,7 @@ class Parking:
     def _bring_back(self, account: Account) -> bool:
         room = self.ledger.most - len(account.held)
         rows = self._store.fetch(account.label, list(self._claims.parts), account.fed, room)
-        # In this order: what is taken meanwhile is known by one or by the other.
+        # In this order: an event that a worker takes in between is in one set or in the other.
         known = self.ledger.uids(account)
         self._taken += self.ledger.gone()
         known |= {h.event.uid for h in self._taken if h.account is account} | self._unreadable
@@ -174,7 +180,7 @@ class Parking:
         for row in rows:
             event = None if row.uid in known else self._event(row, decoders)
             if event is not None:
-                # Two workers have to do with an update that changes a key: it goes alone.
+                # An update that changes a key concerns the workers of both keys: it goes alone.
                 if event._message.moved and (found or account.held):
                     break
                 found.append(event)
@@ -193,7 +199,12 @@ class Parking:
         try:
             message = decoders[row.channel].decode(row.payload)
         except (KeyError, PayloadError) as error:
-            log.error("parked event %d cannot be read any more: %s", row.key, error)
+            log.error(
+                "parked event %d cannot be read any more, and stays parked until its channel is "
+                "described again: %s",
+                row.key,
+                error,
+            )
         if not isinstance(message, Message):
             self._unreadable.add(row.uid)
             return None
@@ -205,7 +216,7 @@ class Parking:
         return Event(message, row.number, message.rows[0])
 
     def tell_of_losses(self) -> None:
-        """Announce what was dropped that had been parked for too long."""
+        """Announce parked events that were dropped, since they had been parked for too long."""
         try:
             while True:
                 part, receiver, until = self._told.get_nowait()

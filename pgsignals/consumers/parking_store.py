@@ -1,4 +1,4 @@
-"""The statements that keep what one receiver has yet to take, apart from what all have yet to."""
+"""The statements that park events for single receivers in the database."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from ..core.events import Event
 if TYPE_CHECKING:
     from .consumer_store import ConsumerStore
 
-# What is read at once, in rows and in bytes.
+# The most rows and bytes that are read at once.
 _ROWS = 2000
 _BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
 class Kept:
-    """How an event is kept for one receiver: the row ``number`` of the log's message ``id``.
+    """An event kept for one receiver: the row ``number`` of the log's message ``id``.
 
-    Of what the log does not hold, it is the ``payload`` of a message of this one row.
+    Where the log does not hold the event (a row of a backfill, say), ``id`` is None and ``payload``
+    is a message of this one row.
     """
 
     receiver: str
@@ -44,7 +45,7 @@ class Late(Kept):
 def kept_as(
     event: Event, receiver: str, channel: int
 ) -> tuple[str, str, int, int, int | None, str | None]:
-    """What Kept has of an event."""
+    """Return the fields of Kept for an event."""
     message, number = event._message, event._number
     payload = message.row_payload(number)
     if payload is None:
@@ -54,7 +55,7 @@ def kept_as(
 
 @dataclass(frozen=True)
 class Parked:
-    """One that was parked: ``number`` is the row's in its message, which has this one row left."""
+    """A parked event: ``payload`` is its message with this one row left, once row ``number``."""
 
     key: int
     part: int
@@ -67,7 +68,7 @@ class Parked:
 
 @dataclass(frozen=True)
 class ParkedState:
-    """What is parked of a consumer for one of its receivers: how many events, and since when."""
+    """The count of events parked for one receiver of a consumer, and the time of the oldest."""
 
     consumer: str
     receiver: str
@@ -75,8 +76,8 @@ class ParkedState:
     since: datetime
 
 
-# Sent with an acknowledgement, as one transaction: what is parked is behind the position, and comes
-# from nowhere else. A header's line, and then the row's own.
+# Sent with an acknowledgement, as one transaction: the acknowledged position goes past the event,
+# which then comes from nowhere else. A parked payload is the message's header line and the row's.
 _PARK = """
 WITH ours AS MATERIALIZED (
   SELECT FROM pgsignals.consumers
@@ -109,12 +110,12 @@ ON CONFLICT (consumer, receiver, uid) DO NOTHING;
 
 
 def parking_statement(messages: str) -> str:
-    """Parks what is late, which ``messages`` may hold: see Log."""
+    """Return the statement that parks late events, of which ``messages`` holds some: see Log."""
     return _PARK.format(messages=messages)
 
 
 def parking_values(late: Sequence[Late], given: Callable[[str], str]) -> dict[str, list[Any]]:
-    """The parameters of that, but for those that it shares with the acknowledgement."""
+    """Return the parameters of that statement that the acknowledgement does not have too."""
     return {
         "late_receivers": [each.receiver for each in late],
         "late_uids": [each.uid for each in late],
@@ -139,7 +140,7 @@ WHERE size - pg_catalog.octet_length(payload) < {_BYTES} ORDER BY id
 
 
 class ParkingStore:
-    """What is parked of one consumer, through the session of the thread that reads."""
+    """The parked events of one consumer, through the session of the thread that reads."""
 
     def __init__(self, consumer: ConsumerStore) -> None:
         self._name = consumer.name
@@ -148,7 +149,7 @@ class ParkingStore:
         self._text = consumer.session.text
 
     def receivers(self, part: int) -> dict[str, int]:
-        """For whom something of a part is parked, and the latest key of it."""
+        """Return the receivers for which events of a partition are parked, with the latest key."""
         rows = self._execute(
             "SELECT receiver, pg_catalog.max(id) FROM pgsignals.parked"
             " WHERE consumer = %s AND part = %s GROUP BY receiver",
@@ -157,7 +158,7 @@ class ParkingStore:
         return dict(rows)
 
     def fetch(self, receiver: str, parts: Sequence[int], after: int, most: int) -> list[Parked]:
-        """What is parked for a receiver behind a key, as far as it goes into a page."""
+        """Return the events parked for a receiver behind a key, as many as a page takes."""
         rows = self._execute(
             _FETCH,
             (self._name, receiver, list(parts), after, min(most, _ROWS)),
@@ -168,7 +169,7 @@ class ParkingStore:
         ]
 
     def forget_replayed(self, part: int, after: int) -> None:
-        """Forget what comes again, since the log is read from its beginning: in its order."""
+        """Forget the parked events that come again in the log's order, since it is read anew."""
         self._execute(
             "DELETE FROM pgsignals.parked AS p WHERE consumer = %s AND part = %s AND message > %s"
             f" AND EXISTS (SELECT FROM {self._messages} AS o WHERE o.id = p.message)",
@@ -176,7 +177,7 @@ class ParkingStore:
         )
 
     def remove(self, receivers: Sequence[str], uids: Sequence[str]) -> None:
-        """Forget what each has taken."""
+        """Remove the events that their receivers have taken."""
         self._execute(
             "DELETE FROM pgsignals.parked AS p"
             " USING ROWS FROM (pg_catalog.unnest(%s::text[]), pg_catalog.unnest(%s::text[]))"
@@ -186,7 +187,7 @@ class ParkingStore:
         )
 
     def losses(self, parts: Sequence[int]) -> list[tuple[int, str, datetime, datetime]]:
-        """By part and receiver, from when until when something parked was dropped."""
+        """Return the partition, receiver, begin and end of each loss of parked events."""
         return [
             (part, receiver, since, until)
             for part, receiver, since, until in self._execute(
@@ -197,7 +198,7 @@ class ParkingStore:
         ]
 
     def told(self, part: int, receiver: str, until: datetime) -> None:
-        """The receivers know of a loss."""
+        """Forget a loss that receivers have been told of."""
         self._execute(
             "DELETE FROM pgsignals.parked_lost"
             " WHERE consumer = %s AND part = %s AND receiver = %s AND until <= %s",
@@ -206,7 +207,7 @@ class ParkingStore:
 
 
 def read_parked(cursor: Cursor) -> list[ParkedState]:
-    """What is parked, of each consumer and receiver."""
+    """Return the state of what is parked for each consumer and receiver."""
     cursor.execute(
         "SELECT consumer, receiver, pg_catalog.count(*), pg_catalog.min(at)"
         " FROM pgsignals.parked GROUP BY 1, 2 ORDER BY 1, 2"
@@ -214,7 +215,7 @@ def read_parked(cursor: Cursor) -> list[ParkedState]:
     return [ParkedState(*row) for row in cursor.fetchall()]
 
 
-# What exceeds the bytes goes from the oldest on, as it does from a log.
+# The oldest events that exceed the bytes go first, as they do from a log.
 _DROP = """
 WITH old AS (
   DELETE FROM pgsignals.parked WHERE id IN (
@@ -241,9 +242,9 @@ RETURNING consumer, receiver
 
 
 def drop_parked(cursor: Cursor, seconds: float, size: int) -> list[tuple[str, str]]:
-    """Drop what has been parked for too long, or is too much: of which consumers and receivers.
+    """Drop what has been parked for too long, or is too much; return its consumers and receivers.
 
-    They are told by a Gap.
+    A Gap tells them.
     """
     cursor.execute(
         "SELECT EXISTS (SELECT FROM pgsignals.parked"

@@ -1,17 +1,17 @@
-"""What the schema ``pgsignals`` keeps of consumers, whatever the log is that they read."""
+"""The tables of the schema ``pgsignals`` about consumers, whatever log they read."""
 
 from __future__ import annotations
 
 NAME = "pgsignals"
-# For how long whoever reads or tidies a log waits, each time, for somebody who has locked a part
-# of it: meanwhile a consumer renews no claim and acknowledges nothing.
+# How long a reader or housekeeper of a log waits for a part of it that somebody has locked. It is
+# short, since a consumer that waits renews no claim and acknowledges nothing.
 LOCK_WAIT = "100ms"
 
-# Sent ahead of what reads partitions, as one transaction that ends in the server.
+# Sent ahead of a statement, in one message, so that both are one transaction.
 IMPATIENT = f"SET LOCAL lock_timeout TO '{LOCK_WAIT}'; "
 
 TABLES = (
-    # From ``snapshot`` to ``floor``: the columns of a position in the outbox, see Log.
+    # The columns from ``snapshot`` to ``floor`` hold a position in the outbox, see Log.
     """CREATE TABLE pgsignals.consumers (
   name text NOT NULL,
   part int NOT NULL,
@@ -60,7 +60,7 @@ TABLES = (
   retry boolean NOT NULL DEFAULT false,
   UNIQUE (consumer, receiver, uid)
 )""",
-    # What one receiver has yet to take, so that the consumer can go on for the others.
+    # Events that one receiver has yet to take, so that the consumer can go on for the others.
     """CREATE TABLE pgsignals.parked (
   id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   consumer text NOT NULL,
@@ -77,7 +77,7 @@ TABLES = (
   FOREIGN KEY (consumer, part) REFERENCES pgsignals.consumers (name, part) ON DELETE CASCADE
 )""",
     "CREATE INDEX parked_receiver_idx ON pgsignals.parked (consumer, receiver, id)",
-    # Until when what was parked has been dropped, and the receivers have yet to be told.
+    # Parked events that were dropped, of which the receivers have yet to be told.
     """CREATE TABLE pgsignals.parked_lost (
   consumer text NOT NULL,
   part int NOT NULL,
@@ -110,7 +110,7 @@ TABLES = (
   started_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
   changed_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp()
 )""",
-    # Each part of the consumer goes through the whole table, and delivers what is its own.
+    # Each partition goes through the whole table, and delivers the rows that are its own.
     """CREATE TABLE pgsignals.backfill_parts (
   backfill bigint NOT NULL REFERENCES pgsignals.backfills ON DELETE CASCADE,
   part int NOT NULL,

@@ -1,4 +1,4 @@
-"""A broker that events are passed on to, at one moment."""
+"""The status of a broker that events are forwarded to."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """How one broker of ``backends`` stands.
+    """The status of one broker of ``backends`` at one moment.
 
     ``depth`` counts events that wait for its acknowledgement, ``delivered`` those that have it,
     ``lost`` those that were dropped since its queue was full, each of which a Gap has announced;
     ``failures`` counts tries that failed, and ``error`` is why the latest did, empty when the try
     after it succeeded. ``ready``: the latest try succeeded, and nothing is being dropped.
 
-    In outbox delivery, ``active`` is whether this process reads for it, rather than standing by,
-    and ``lag`` how old the oldest event is that waits for it here, in seconds.
+    In outbox delivery, ``active`` is whether this process reads for the broker, rather than
+    standing by, and ``lag`` the age, in seconds, of the oldest event that waits for it here.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""``on_batch``: the latest event of each record, once in a while."""
+"""``on_batch``: collects events, and delivers the latest one of each record once in a while."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BatchFailureHandler = Callable[[Any, Event, BaseException], None]
 
 
 class Keeper(Protocol):
-    """Hears what becomes of the events of a batch, by what it holds each with."""
+    """Hears what becomes of a batch's events, by the object ``held`` that each came with."""
 
     def release(self, helds: Sequence[Any]) -> None:
-        """They have been taken care of."""
+        """Note that the receiver has taken these events."""
 
     def batch_failed(
         self,
@@ -32,18 +32,18 @@ class Keeper(Protocol):
         helds: Sequence[Any],
         error: BaseException,
     ) -> None:
-        """The receiver raised with ``batch``, which stands for those of ``helds``."""
+        """Note that the receiver raised with ``batch``, which stands for those of ``helds``."""
 
 
-# What a batch receiver may be behind with, beyond one full batch, before its worker waits for it.
+# How many records beyond one full batch a batch receiver may be behind before its worker waits.
 SPARE = 10_000
 
 
 class Batcher:
-    """Collects events for one receiver, whose name it goes by in messages.
+    """Collects events for one receiver; log lines and errors give it the receiver's name.
 
-    When it holds ``SPARE`` records more than a batch has room for, whoever brings another waits: to
-    a batch receiver that is too slow happens what happens to any that is.
+    While it holds ``SPARE`` records more than a full batch, a worker that brings another waits, so
+    that a slow batch receiver is treated like any slow receiver.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Batcher:
         self._kept = {}
 
     def keep(self, event: Event, keeper: Keeper, held: object) -> None:
-        """Take an event, and tell ``keeper``, by what it is held with, what becomes of it."""
+        """Take an event, and tell ``keeper``, by ``held``, what becomes of it."""
         self._keeper = keeper
         self(event, held)
 
     def wake(self) -> None:
-        """Wake those who wait for room, to look whether they still have to."""
+        """Wake the workers that wait for room, which then look again whether they have to."""
         with self._room:
             self._room.notify_all()
 
@@ -128,7 +128,7 @@ class Batcher:
                     self._keeper.release(behind)
 
     def call(self, batch: Batch, scope: CallScope = PLAIN) -> None:
-        """Call the receiver."""
+        """Call the receiver with a batch."""
         token = called.set(self.fn)
         try:
             with scope.enter(batch.events, self.fn):
@@ -140,8 +140,8 @@ class Batcher:
 class BatchTimer(DelayQueue[Batcher]):
     """The thread that calls batch receivers when their time has come, each within ``scope``.
 
-    Where it is ``parallel``, each of them is called in a thread of its own, so that nobody waits
-    for another.
+    With ``parallel``, each receiver is called in a thread of its own, so that none waits for
+    another.
     """
 
     def __init__(self, failed: BatchFailureHandler) -> None:
@@ -153,11 +153,11 @@ class BatchTimer(DelayQueue[Batcher]):
 
     @property
     def bounding(self) -> bool:
-        """Whether more is coming than may be kept, and the thread is there that makes room."""
+        """Whether batchers bound what they keep: more is coming, and the thread makes room."""
         return self.running and not self._draining
 
     def add(self, batcher: Batcher) -> None:
-        """Look after a batcher's lock, too, in a fork."""
+        """Add a batcher, which ``drain`` wakes, and whose lock is renewed after a fork."""
         self._batchers.add(batcher)
 
     def forked(self) -> None:
@@ -170,7 +170,7 @@ class BatchTimer(DelayQueue[Batcher]):
         super().start(parallel)
 
     def drain(self) -> None:
-        """Let batchers take all that has arrived, without waiting: no more is coming."""
+        """Let batchers take all that has arrived without waiting, since no more is coming."""
         self._draining = True
         for batcher in list(self._batchers):
             batcher.wake()

@@ -1,4 +1,4 @@
-"""The scope of a receiver's call: what a framework has around it, and a tracer's span within."""
+"""The scope of a receiver's call: a framework's context around it, and a tracer's span within."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .registry import Around, receiver_name
 
 
 class CallScope:
-    """Makes the scope of each call of one started Hub; ``plain`` when nothing is in it.
+    """Makes the scope of each call of one started Hub; ``plain`` if the scope is empty.
 
     ``around`` is entered for each call anew and left with the receiver's error. What it raises is
     the receiver's failure, so that a commit at its end counts as a part of the call.
@@ -23,7 +23,7 @@ class CallScope:
         self.plain = around is None and tracer is None
 
     def enter(self, events: Sequence[Event], receiver: object) -> AbstractContextManager[object]:
-        """The scope of one call, of a receiver with an event or with a Batch of them."""
+        """Return the scope of one call of a receiver, with an event or with a Batch of them."""
         if self._tracer is None:
             return nullcontext() if self._around is None else self._around()
         traced = span(self._tracer, events, receiver_name(receiver))

@@ -1,4 +1,4 @@
-"""Coroutine functions as receivers: a worker has one run on an event loop and waits for its end."""
+"""Coroutine functions as receivers: a worker runs one on an event loop, and waits for its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from ..core.errors import StateError
 from ..core.logging import error_info, log
 
-# How often a worker that waits looks whether the loop was closed, which nothing tells it.
+# How often a waiting worker looks whether the loop was closed, of which it is not told.
 _LOOK_SECONDS = 0.25
 
 _inside: contextvars.ContextVar[_Call | None] = contextvars.ContextVar(
@@ -42,8 +42,8 @@ class _Call:
 class Coroutines:
     """Runs coroutine functions on the loop of a Hub for threads that wait for them.
 
-    Thus a worker takes the next event when the coroutine has ended: receivers keep their order,
-    and a slow one makes the queue grow like any other.
+    A worker takes the next event only when the coroutine has ended, so that receivers keep their
+    order, and a slow coroutine makes the queue grow like any slow receiver.
     """
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class Coroutines:
         self.dropped = 0
 
     def begin(self, loop: asyncio.AbstractEventLoop | None, simulated: bool = False) -> None:
-        """Use ``loop`` from now on, or else the one that runs in this thread.
+        """Use ``loop`` from now on; if it is None, the loop that runs in this thread.
 
-        ``simulated``: where there is none, each call gets a loop of its own.
+        ``simulated``: without a loop, each call gets one of its own.
         """
         self._loop = _running() if loop is None else loop
         self._simulated = simulated
@@ -76,7 +76,7 @@ class Coroutines:
         return bool(self._calls) and loop is not None and not loop.is_running()
 
     def forked(self) -> None:
-        """In the child of a fork: nobody waits, and the lock may be held by a ghost."""
+        """In the child of a fork, forget the calls: nobody waits, and the lock may be held."""
         self._lock = threading.Lock()
         self._calls = set()
 
@@ -119,14 +119,14 @@ class Coroutines:
             _inside.set(call)
             try:
                 return await fn(argument)
-            # On its way out it would end the loop, and with that all that runs there.
+            # Passed on to the worker: raised here, it would end the loop, and all that runs there.
             except SystemExit as error:
                 call.exit = error
                 return None
             finally:
                 call.active = False
 
-        # The context goes along, and with it the span that a tracer has begun.
+        # The coroutine runs in a copy of this context, which has the span that a tracer has begun.
         coroutine = run()
         try:
             future: Future[object] = asyncio.run_coroutine_threadsafe(coroutine, loop)
@@ -143,7 +143,7 @@ class Coroutines:
                 self.dropped += not call.stops
             future.add_done_callback(functools.partial(_report_late, fn))
             raise LeftBehind(_LEFT)
-        # result() asks the error whether it is true, and passes over one that says no.
+        # Not by result(), which asks the error for its truth, and passes over one that is false.
         if (raised := future.exception()) is not None:
             raise raised
         if call.exit is not None:
@@ -153,13 +153,13 @@ class Coroutines:
     def in_the_way(self) -> bool:
         """Whether the caller keeps coroutine receivers from ending while it waits for them.
 
-        It does in the loop's own thread, and where one of them is what waits.
+        It does if it is in the loop's own thread, or is itself one of these receivers.
         """
         running = _running()
         return self._inside() or (running is not None and running is self._loop)
 
     def leave(self) -> None:
-        """Wait for nothing any more: what runs goes on alone, what is to come is dropped."""
+        """Wait for no call any more: calls under way go on alone, those to come are dropped."""
         if self._inside() and (own := _inside.get()) is not None:
             own.stops = True
         with self._lock:
@@ -183,7 +183,7 @@ _CLOSED = (
 
 
 class CoroutineReceiver:
-    """A coroutine function that a thread may call; messages call it by the function's name."""
+    """A coroutine function that a thread may call; log lines give it the function's name."""
 
     def __init__(
         self, fn: Callable[..., Coroutine[Any, Any, object]], coroutines: Coroutines
@@ -203,7 +203,7 @@ class CoroutineReceiver:
 
 
 def is_coroutine_function(fn: object) -> bool:
-    """Whether calling ``fn`` gives a coroutine: a function, a partial of one, or such an object."""
+    """Whether calling ``fn`` gives a coroutine: a function, a partial, or an object with such."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(

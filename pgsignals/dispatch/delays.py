@@ -1,4 +1,4 @@
-"""The delay queue: work that is done later, by a thread of its own or by one for each key."""
+"""The delay queue: does work later, in a thread of its own, or in one for each key."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class DelayQueue(Generic[T]):
-    """Has ``work`` done on each item when its time has come, in the thread ``name``.
+    """Calls ``work`` with each item when its time has come, in the thread ``name``.
 
-    Where it is ``parallel``, the items of each ``key`` get a thread, ``beside``, of their own, one
-    after the other, so that nobody waits for another.
+    With ``parallel``, the items of each ``key`` are worked on one after the other in a thread of
+    their own, named ``beside``, so that no key waits for another.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class DelayQueue(Generic[T]):
         self._condition = threading.Condition()
         self._due: list[tuple[float, int, T]] = []
         self._order = itertools.count()
-        # By key, what is due; a thread for each key works on the first.
+        # The due items by key; a thread for each key works on the first of its items.
         self._ready: dict[Hashable, deque[T]] = {}
         self._beside = Threads()
         self._thread: Thread | None = None
@@ -44,12 +44,12 @@ class DelayQueue(Generic[T]):
 
     @property
     def running(self) -> bool:
-        """Whether the thread is there."""
+        """Whether the thread has been started, and not been stopped."""
         return self._thread is not None
 
     @property
     def failure(self) -> str:
-        """The error that has ended a thread; empty when nothing has."""
+        """The error that has ended a thread; empty if there was none."""
         thread = self._thread
         return ("" if thread is None else thread.failure) or self._beside.failure
 
@@ -61,21 +61,21 @@ class DelayQueue(Generic[T]):
             return [*ready, *(item for _, _, item in self._due)]
 
     def forked(self) -> None:
-        """In the child of a fork: what waits is the parent's, as are the threads."""
+        """In the child of a fork, forget the items and threads, which are the parent's."""
         self._condition = threading.Condition()
         self._due = []
         self._ready = {}
         self._thread = None
 
     def schedule(self, item: T, delay: float) -> None:
-        """Have work done on ``item`` in ``delay`` seconds."""
+        """Have ``item`` worked on in ``delay`` seconds."""
         with self._condition:
             if not self._closed:
                 heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), item))
                 self._condition.notify_all()
 
     def flush(self) -> None:
-        """Work, in this thread, on all that waits."""
+        """Work on all waiting items in the caller's thread."""
         with self._condition:
             due, self._due = sorted(self._due), []
         for _, _, item in due:
@@ -88,7 +88,7 @@ class DelayQueue(Generic[T]):
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """End the thread once it has worked on all that waits, within ``timeout`` seconds."""
+        """End the thread once it has worked on all due items, within ``timeout`` seconds."""
         with self._condition:
             thread, self._thread = self._thread, None
             self._condition.notify_all()
@@ -96,20 +96,21 @@ class DelayQueue(Generic[T]):
             thread.join(timeout)
 
     def wait(self, timeout: float) -> None:
-        """Wait for the end of what is done beside the thread, except by the caller itself."""
+        """Wait for the threads of keys to end their work, except for the caller's own."""
+        # A thread of a key that calls this waits for all keys but its own.
         own = threading.current_thread().name == f"pgsignals-{self._beside_name}"
         with self._condition:
             self._condition.wait_for(lambda: len(self._ready) <= own, timeout)
 
     def close(self, timeout: float) -> None:
-        """Drop what waits, for good, and end the thread within ``timeout`` seconds."""
+        """Drop all waiting items, for good, and end the thread within ``timeout`` seconds."""
         with self._condition:
             self._closed = True
             self._due = []
         self.stop(timeout)
 
     def _run(self) -> None:
-        # Work may stop and start this: then another thread has taken over.
+        # Work may stop this queue and start it again: then another thread has taken over.
         own = threading.current_thread()
         while True:
             with self._condition:
@@ -122,11 +123,11 @@ class DelayQueue(Generic[T]):
                 self._work(item)
 
     def _hand_over(self, item: T) -> bool:
-        """Leave an item to the thread of its key; returns whether there is one."""
+        """Leave an item to the thread of its key; return whether there is one."""
         key = self._key(item)
         with self._condition:
             if (queue := self._ready.get(key)) is not None:
-                # One that waits behind another, or behind itself, is worked on once all the same.
+                # An item that waits as the last already, behind another or itself, is not added.
                 if len(queue) == 1 or queue[-1] is not item:
                     queue.append(item)
                 return True

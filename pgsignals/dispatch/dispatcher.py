@@ -1,4 +1,4 @@
-"""From messages to receivers: workers, and order per record."""
+"""The dispatcher: workers that hand events to the broadcasters, in the order of each record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .key_moves import KeyMoves
 from .queues import Backlog, Caller, Hold, Job, Last, Queues, WorkerQueue, receiver_key
 from .registry import receiver_name
 
-# Groups of one topic, each for a worker; for none, alone, what changes a key.
+# Groups of events of one topic, each for a worker; an update that changes a key is alone, for None.
 _Plan = list[tuple[WorkerQueue | None, list[Event]]]
 
 
@@ -54,7 +54,7 @@ class Dispatcher(Queues):
 
     @property
     def aside_full(self) -> tuple[str, ...]:
-        """Those whose events are being dropped."""
+        """The names of the isolated receivers whose events are being dropped."""
         return tuple(sorted({each.name for each in self.isolated if each.given_up}))
 
     @property
@@ -64,7 +64,7 @@ class Dispatcher(Queues):
 
     @property
     def failure(self) -> str:
-        """What has ended a thread that should go on; empty when nothing has."""
+        """The error that has ended a thread that should go on; empty if there was none."""
         return self._threads.failure or ("" if self._isolation is None else self._isolation.failure)
 
     def start(self) -> None:
@@ -121,7 +121,7 @@ class Dispatcher(Queues):
         return plan
 
     def settle(self, call: Job) -> None:
-        """Have ``call`` made once all that was submitted before is handled."""
+        """Make ``call`` once everything that was submitted before is handled."""
         last = Last(call, len(self.queues))
         for queue in self.queues:
             queue.items.put((0, functools.partial(self._settle, queue, last)))
@@ -134,20 +134,20 @@ class Dispatcher(Queues):
         last()
 
     def hand_over(self, call: Job) -> None:
-        """Have ``call`` made once the workers have come past all that was submitted before.
+        """Make ``call`` once the workers have come past all that was submitted before.
 
-        It does not wait for isolated receivers: what they have yet to take is held for them.
+        It does not wait for isolated receivers: events that they have yet to take are held.
         """
         last = Last(call, len(self.queues))
         for queue in self.queues:
             queue.items.put((0, last))
 
     def feed(self, caller: Caller, receiver: Any, events: Sequence[tuple[Event, Hold]]) -> bool:
-        """Have a receiver, isolated, called with events that no worker brings.
+        """Call one receiver, isolated, with events that no worker brings.
 
-        They come behind what it has there; a worker that is the only one calls it itself. Nothing
-        is done, and False returned, where it would be one receiver too many, or threads have an
-        end.
+        They come behind those in its isolated queue; where there is only one worker, that calls the
+        receiver. Return False, with nothing done, if MOST_ISOLATED others are isolated, or no
+        thread can be started.
         """
         key, name = receiver_key(receiver), receiver_name(receiver)
         targets: list[tuple[Backlog, Job]] = []
@@ -166,9 +166,9 @@ class Dispatcher(Queues):
         return True
 
     def stop(self, timeout: float) -> bool:
-        """End the workers once the queue is empty; whether they ended within ``timeout`` seconds.
+        """End the workers once their queues are empty; return whether they did within the timeout.
 
-        After that, no further receiver is called. When a worker calls it, what is queued is left,
+        After that, no further receiver is called. When a worker calls this, queued events are left,
         and other workers only end the call that they are in.
         """
         deadline = time.monotonic() + timeout
@@ -182,7 +182,7 @@ class Dispatcher(Queues):
             called_by_worker = threading.current_thread() in self._threads.alive
         if called_by_worker:
             self._close()
-            # Who waits for the one that calls this would be waited for here.
+            # Otherwise this worker would wait below for workers that wait for it at a barrier.
             with self.lock:
                 self._released = True
                 for barrier in list(self._barriers):
@@ -195,7 +195,7 @@ class Dispatcher(Queues):
         return not others
 
     def _at_work(self) -> list[Thread]:
-        """Other threads that may call receivers: more come while some are stuck."""
+        """Return the other threads that may call receivers; more come while some are stuck."""
         own = threading.current_thread()
         with self.lock:
             return [each for each in self._threads.alive if each is not own]
@@ -206,7 +206,7 @@ class Dispatcher(Queues):
             broadcaster.close()
 
     def _work(self, queue: WorkerQueue) -> None:
-        """What the only worker does: no other thread ever goes on behind its calls."""
+        """Work as the only worker, behind whose calls no other thread goes on."""
         while (item := queue.items.get()) is not None:
             number, work = item
             if callable(work):
@@ -217,7 +217,7 @@ class Dispatcher(Queues):
             self.done(queue, number)
 
     def _jobs(self, queue: WorkerQueue) -> Iterator[Job]:
-        """What one of several workers has to do, for whichever thread asks for the next."""
+        """Yield the jobs of one of several workers, to whichever thread asks for the next."""
         while (item := queue.items.get()) is not None:
             number, work = item
             if callable(work):
@@ -246,6 +246,6 @@ class Dispatcher(Queues):
 
 
 def _former_key(event: Event) -> tuple[object, ...]:
-    """The key by which a worker handles the event: of an update that changes it, the former one."""
+    """Return the key whose worker handles the event: for an update that changes it, the former."""
     width = len(event._message.topic.key)
     return event._row[width : 2 * width] if event._message.moved else event._row[:width]

@@ -1,4 +1,4 @@
-"""In-process delivery that acknowledges: a receiver that raises is called again, then given up."""
+"""In-process delivery that acknowledges: calls receivers that raise again, up to their retries."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .retries import Failed as Failed
 
 
 class DurableInProcess(InProcess):
-    """Calls each receiver of each event; the event's page is held while one has yet to take it.
+    """Calls each receiver of each event, and holds the event's page until all have taken it.
 
-    Where it is ``isolating``, other receivers go on behind one that is slow: see InProcess. What
-    it has yet to take is in the ``ledger``. Calls that are made again go on beside one another,
-    too, one at a time for each receiver.
+    With ``isolating``, other receivers go on behind a slow one (see InProcess), and calls are made
+    again beside one another, one at a time for each receiver. The ``ledger`` has the events that
+    receivers have yet to take.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class DurableInProcess(InProcess):
 
     @property
     def retrying(self) -> int:
-        """Calls that wait to be made again, or behind one that does."""
+        """The number of calls that wait to be made again, or behind one that does."""
         return self._retries.count
 
     @property
     def failure(self) -> str:
-        """What has ended the thread that calls again; empty when nothing has."""
+        """The error that has ended the thread that calls again; empty if there was none."""
         return self._retries.failure
 
     def start(self) -> None:
@@ -60,7 +60,7 @@ class DurableInProcess(InProcess):
         return self.ledger.hold(receiver, event)
 
     def call(self, receiver: Any, event: Event, held: Held | None = None) -> None:
-        """See Caller: what is not delivered any more is not acknowledged either."""
+        """See Caller. An event that is not delivered any more is not acknowledged either."""
         page = event._message.page
         if self._closed:
             if held is None:
@@ -79,7 +79,7 @@ class DurableInProcess(InProcess):
             return
         try:
             self._call(receiver, event)
-        # A thread that ends by SystemExit would leave the program deaf.
+        # SystemExit, too: it would end the thread, and leave the program deaf.
         except BaseException as error:
             self._failed(function(receiver), event, error)
             self._retries.again(self._attempt(receiver, event, held), error)
@@ -142,7 +142,7 @@ class DurableInProcess(InProcess):
         tries: int,
         delivered: Callable[[], None],
     ) -> bool:
-        """Call the one receiver of this name with the event, soon; whether there is such a one."""
+        """Call the receiver of this name with the event, soon; return whether there is one."""
         everybody, indexes = self._registry.receivers(event._message.topic)
         for index in indexes:
             everybody += index.find(event)
@@ -167,6 +167,6 @@ class DurableInProcess(InProcess):
         return Attempt(receiver, call, [event], [], once, tries=tries, delivered=delivered)
 
     def close(self) -> None:
-        """Begin no further call; what has not been taken is not acknowledged."""
+        """Begin no further call; events that have not been taken stay unacknowledged."""
         super().close()
         self._retries.close(1.0)

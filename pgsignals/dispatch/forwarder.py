@@ -1,6 +1,6 @@
-"""The way out of the process for one broker: a queue and a thread of its own.
+"""The forwarder to one broker: a queue and a thread of its own.
 
-Receivers and other brokers are not held up by it, however slow or broken it is.
+A broker, however slow or broken, holds up neither receivers nor other brokers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLUSH_SECONDS = 5.0
 
 
 class Item(NamedTuple):
-    """What waits for the broker, events or a Gap, and the page that it acknowledges."""
+    """Events or a Gap that wait for the broker, and the page that is acknowledged with them."""
 
     events: Sequence[Event]
     page: Page | None
@@ -39,16 +39,16 @@ class Item(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Whether no other process may have taken it over."""
+        """Whether the lease holds, so that no other process may have taken the item over."""
         return self.page is None or self.page.lease.holds()
 
 
 class Forwarder:
     """Hands events on to one broadcaster in order, again and again until it has taken them.
 
-    ``size`` events wait at most. With ``lost``, what finds no room is dropped, and a Gap is
-    announced to the broadcaster and by ``lost`` once there is room; without, nothing is dropped,
-    and whoever submits looks at ``full``.
+    At most ``size`` events wait. With ``lost``, events without room are dropped, and a Gap is
+    announced to the broadcaster, and by ``lost``, once there is room. Without ``lost`` nothing is
+    dropped, and the source must look at ``full`` before it submits.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Forwarder:
         self._announce_loss = lost
         self._backoff = Backoff()
         self._condition = threading.Condition()
-        # Also what is being sent, until it is acknowledged.
+        # Items that are being sent stay here, too, until the broker has acknowledged them.
         self._waiting: deque[Item] = deque()
         self._depth = 0
         self._since: datetime | None = None
@@ -77,17 +77,17 @@ class Forwarder:
 
     @property
     def failure(self) -> str:
-        """What has ended a thread of its; empty when nothing has."""
+        """The error that has ended the thread; empty if there was none."""
         return self._thread.failure
 
     @property
     def full(self) -> bool:
-        """Whether there is no room."""
+        """Whether ``size`` events wait."""
         return self._depth >= self._size
 
     @property
     def status(self) -> BackendStatus:
-        """How it stands now."""
+        """The broker's status now."""
         with self._condition:
             error = self.failure or self._error
             return BackendStatus(
@@ -110,7 +110,7 @@ class Forwarder:
         self._thread.start()
 
     def stop(self, timeout: float) -> bool:
-        """Send what is queued for at most ``timeout`` seconds, then end; whether all was sent."""
+        """Send what is queued for at most ``timeout`` seconds, end, and return if all was sent."""
         deadline = time.monotonic() + timeout
 
         def sent() -> bool:
@@ -130,7 +130,7 @@ class Forwarder:
         return drained
 
     def abandon(self) -> None:
-        """In the child of a fork: what waits is the parent's to pass on."""
+        """In the child of a fork, forget what waits, which the parent sends."""
         self._condition = threading.Condition()
         self._waiting.clear()
         self._depth = 0
@@ -160,7 +160,9 @@ class Forwarder:
         first, last = events[0].at, events[-1].at
         if self._since is None:
             log.error(
-                "%s is too slow or away: its events are dropped until there is room", self.name
+                "%s is too slow or away: its events are dropped until there is room, and a Gap is "
+                "announced",
+                self.name,
             )
         self._since = min(self._since or first, first)
         self._until = max(self._until or last, last)
@@ -170,11 +172,11 @@ class Forwarder:
     def _run(self) -> None:
         try:
             while (taken := self._take()) is not None:
-                # What another process has taken over is not ours to deliver, nor to count.
+                # Items that another process has taken over must be neither delivered nor counted.
                 ours = [item for item in taken if item.is_ours]
                 try:
                     delivered = self._deliver(ours)
-                # Whatever a plugin raises: its events wait here, and nobody else's do.
+                # Whatever a plugin raises: its events wait here, and hold up nobody else.
                 except BaseException as error:
                     own = isinstance(error, PgSignalsError)
                     self._failed(error_text(error), None if own else error_info(error))
@@ -184,14 +186,15 @@ class Forwarder:
                 else:
                     self._failed(f"no acknowledgement within {FLUSH_SECONDS:g} s")
         finally:
-            # By this thread: what is closed while it flushes might seem to have arrived.
+            # Closed by this thread: if another closed it during a flush, the flush might return as
+            # though the broker had taken the events.
             try:
                 self._broadcaster.close()
             except BaseException:
                 log.exception("%s could not be closed", self.name)
 
     def _take(self) -> list[Item] | None:
-        """What to send next, which stays in the queue until it is acknowledged; None at the end."""
+        """Return the next items, which stay queued until they are acknowledged; None at the end."""
         with self._condition:
             # Once without events, so that a broker which is away shows before there are some.
             self._condition.wait_for(lambda: self._waiting or self._ending or not self._reached)
@@ -208,7 +211,7 @@ class Forwarder:
             return taken
 
     def _forget_lost(self) -> None:
-        """Forget what is read again, by this process or another. With the lock held."""
+        """Forget items whose leases are over, which are read again; with the lock held."""
         kept = [item for item in self._waiting if item.is_ours]
         if len(kept) < len(self._waiting):
             self._waiting = deque(kept)
@@ -244,7 +247,7 @@ class Forwarder:
             self._announce_loss(gap)
 
     def _end_loss(self) -> Gap | None:
-        """Take events again, first of all the Gap of those that were dropped."""
+        """Take events again, and first the Gap of those that were dropped; return that Gap."""
         if self._since is None or self._until is None:
             return None
         detail = f"{self.name} did not take events for too long"
@@ -255,7 +258,7 @@ class Forwarder:
 
     def _failed(self, reason: str, trace: ErrorInfo | None = None) -> None:
         if reason != self._error:
-            # Where nothing is dropped, it is but late.
+            # A warning where nothing is dropped: events only come late.
             drops = self._announce_loss is not None
             log.log(
                 logging.ERROR if drops else logging.WARNING,

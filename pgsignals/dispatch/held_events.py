@@ -1,8 +1,8 @@
-"""What receivers have yet to take, where events are acknowledged: kept in memory, or parked.
+"""The events that receivers have yet to take, where events are acknowledged: in memory, or parked.
 
-An event is acknowledged with its page, once all receivers have taken it. One that is late holds the
-page; when it is late for long, or with many, the event is parked instead: kept where it comes from
-for this receiver alone, so that the page can go.
+An event is acknowledged with its page, once all receivers have taken it. A late receiver holds the
+page. If it is late for long, or with many events, the event is parked instead: kept in the database
+for this receiver alone, so that the page can be acknowledged.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .batches import Batcher
 from .queues import receiver_key
 from .registry import Registry, Subscription, receiver_name
 
-# What holds its page for so long is parked.
+# An event that holds its page for so long is parked.
 PATIENCE_SECONDS = 10.0
 
 
 class Held:
     """An event that one receiver has yet to take; it holds its ``page``, unless it is parked.
 
-    ``uses`` counts who has yet to release it; it is ``taken`` when all have.
+    ``uses`` counts the calls that have yet to release it; it is ``taken`` when all have.
     """
 
     __slots__ = ("account", "event", "order", "page", "saving", "since", "taken", "uses")
@@ -39,26 +39,27 @@ class Held:
         self.since = time.monotonic()
 
     def release(self) -> None:
-        """The receiver has taken it, or it has been kept as what the receiver cannot take."""
+        """Note that the receiver has taken the event, or that it is kept as a dead letter."""
         self.account.ledger.release(self)
 
     @property
     def identity(self) -> tuple[int, int]:
-        """The same for all that hold the event for the receiver."""
+        """The key of the event in its account: its message, and its row in that."""
         return id(self.event._message), self.event._number
 
     @property
     def over(self) -> bool:
-        """Whether this process may not deliver it any more."""
+        """Whether the lease is over, so that this process may not deliver the event any more."""
         return bool(self.event._message.page.lease.over)
 
 
 class Account:
-    """What one receiver has yet to take: in memory ``held``, and what is only to be ``parked``.
+    """The events that one receiver has yet to take: ``held`` in memory, or about to be ``parked``.
 
-    Of what is held, ``unsaved`` is not parked, from the oldest on. While ``parking``, what comes is
-    parked behind what is; ``fed`` is how far, by keys, that has been brought back. ``alone``: an
-    update that changes a key is under way, and nothing else until that is taken.
+    ``unsaved`` are the held events that are not in the database, from the oldest on. While
+    ``parking``, each new event is parked behind those that are; ``fed`` is the key of the last
+    parked row that has been brought back. ``alone``: an update that changes a key has been fed, and
+    nothing else is until the receiver has taken it.
     """
 
     def __init__(self, ledger: Ledger, receiver: Any, label: str) -> None:
@@ -78,7 +79,7 @@ class Account:
             self.patience += collected.every
 
     def begin(self) -> None:
-        """Park what comes."""
+        """Park each event that comes from now on."""
         self.parking = True
         self.fed = 0
 
@@ -86,21 +87,23 @@ class Account:
 class Ledger:
     """The accounts of all receivers that are late.
 
-    Nobody parks what a receiver has yet to take unless others go on: with ``most`` events in memory
-    at most for each, or as many as the source has under way. Where all calls are made one after
-    the other, ``parks`` is false: what somebody has parked is brought back, before anything later.
+    A receiver that holds more than ``most`` events has every new one parked, provided that other
+    receivers go on; otherwise only the source's bound on events in flight limits what it holds.
+    Where all calls are made one after the other, ``parks`` is false: what somebody has parked is
+    brought back before anything later is read.
     """
 
     def __init__(self, registry: Registry, most: int, parks: bool = True) -> None:
         self._registry = registry
         self.most = most
         self._parks = parks
-        # Who listened when everybody was last met.
+        # The registry's arrivals when all receivers were last met.
         self._known = registry.arrivals
         self._lock = threading.RLock()
         self._accounts: dict[Any, Account] = {}
         self._order = 0
-        # Of those that park, by the receiver's key; and the labels of those that nobody has met.
+        # The accounts that park, by the receiver's key. ``_awaited`` are labels that have parked
+        # events, but no receiver yet; ``_met`` are the keys of the receivers that were asked about.
         self._parking: dict[Any, Account] = {}
         self._awaited: set[str] = set()
         self._met: set[Any] = set()
@@ -109,13 +112,13 @@ class Ledger:
 
     @property
     def parking(self) -> tuple[str, ...]:
-        """The names of the receivers whose events are parked, whatever comes."""
+        """The names of the receivers for which every new event is parked."""
         with self._lock:
             return tuple(sorted({receiver_name(a.receiver) for a in self._parking.values()}))
 
     @property
     def blocks(self) -> bool:
-        """Whether nothing is to be read before what is parked has been brought back."""
+        """Whether the source must not read on before the parked events have been brought back."""
         return bool(self._parking) and not self._parks
 
     @property
@@ -124,7 +127,7 @@ class Ledger:
         return bool(self._accounts or self._gone or self._awaited)
 
     def hold(self, receiver: Any, event: Event) -> Held:
-        """Hold an event's page until the receiver has taken it: each call wants a release."""
+        """Hold an event's page until the receiver has taken it; release once for each call."""
         identity = id(event._message), event._number
         with self._lock:
             account = self._account(receiver)
@@ -164,7 +167,7 @@ class Ledger:
             account.held.pop(held.identity, None)
             account.unsaved.pop(held.identity, None)
             held.taken = True
-            # What is being saved is looked at when that is done.
+            # Of an event that is being saved, ``saved`` takes care.
             if not held.saving:
                 page, held.page = held.page, None
                 if page is None:
@@ -181,12 +184,12 @@ class Ledger:
     def _tidy(self, account: Account) -> None:
         key = receiver_key(account.receiver)
         empty = not (account.held or account.parked or account.parking)
-        # A call that has outlasted its lease releases what was held in a former account.
+        # Only the present account: a call that outlasts its lease releases in a former one.
         if empty and self._accounts.get(key) is account:
             del self._accounts[key]
 
     def park(self, receiver: Any, event: Event) -> bool:
-        """Have an event parked, where that is what becomes of the receiver's; whether it is."""
+        """Park an event if the receiver's events are parked; return whether they are."""
         if not (self._parking or self._awaited):
             return False
         key = receiver_key(receiver)
@@ -205,7 +208,7 @@ class Ledger:
             return True
 
     def expect(self, labels: Iterable[str]) -> None:
-        """Have what comes for these receivers wait: something is parked for them already."""
+        """Park what comes for the receivers of these labels, since events are parked for them."""
         with self._lock:
             self._awaited |= set(labels)
             self._met.clear()
@@ -220,7 +223,7 @@ class Ledger:
                 self._meet(receiver)
 
     def _meet(self, receiver: Any) -> None:
-        """Know a receiver as the one for whom something is parked, if it is."""
+        """Begin to park for a receiver if events are parked under its label."""
         if not self._awaited:
             return
         self._met.add(receiver_key(receiver))
@@ -233,12 +236,12 @@ class Ledger:
             account.begin()
             self._parking[receiver_key(account.receiver)] = account
 
-    # What follows is for the thread that parks.
+    # The thread that parks calls the methods below.
 
     def look(self) -> None:
-        """Begin to park for those that hold too much, as long as others go on.
+        """Begin to park for receivers that hold too much, provided that others go on.
 
-        Those that have come to listen get what is parked for them, also where nothing comes later.
+        Receivers that have come meanwhile get what is parked for them, even if no event comes.
         """
         if not self._parks:
             return
@@ -252,9 +255,9 @@ class Ledger:
                     self._parking[receiver_key(account.receiver)] = account
 
     def _others_go_on(self, late: Account) -> bool:
-        """Whether another receiver has taken, or never had, what ``late`` has held for longest.
+        """Whether another receiver has taken, or never got, the event that ``late`` held first.
 
-        One that hangs too holds that as well, and its account may fill a moment later.
+        A receiver that still holds that event may hang, too, and its account fill a moment later.
         """
         if self._registry.observers:
             return True
@@ -268,7 +271,7 @@ class Ledger:
         return False
 
     def due(self) -> set[int]:
-        """The pages that something holds which is to be parked, by their ids."""
+        """Return the ids of the pages that are held by events to be parked."""
         now = time.monotonic()
         found: set[int] = set()
         with self._lock:
@@ -282,7 +285,7 @@ class Ledger:
         return found
 
     def unsaved(self) -> dict[int, list[Held]]:
-        """All that holds a page, by the page's id, in the order in which it came."""
+        """Return the events that hold pages, by the page's id, in the order in which they came."""
         found: list[Held] = []
         with self._lock:
             for account in self._accounts.values():
@@ -294,7 +297,7 @@ class Ledger:
         return pages
 
     def save(self, held: Held) -> bool:
-        """Begin to park it; False when it has been taken meanwhile."""
+        """Begin to park an event; False if the receiver has taken it meanwhile."""
         with self._lock:
             if held.taken:
                 return False
@@ -305,7 +308,7 @@ class Ledger:
             return True
 
     def saved(self, late: Sequence[Held]) -> None:
-        """They are parked, and what they held has gone."""
+        """Note that these events are parked, and their pages acknowledged."""
         with self._lock:
             for held in late:
                 held.saving, held.page = False, None
@@ -314,18 +317,18 @@ class Ledger:
                 self._tidy(held.account)
 
     def gone(self) -> list[Held]:
-        """What was parked and has been taken since."""
+        """Return the parked events that have been taken since the last call."""
         with self._lock:
             found, self._gone = self._gone, []
             return found
 
     def uids(self, account: Account) -> set[str]:
-        """Of what is in memory, those that are parked."""
+        """Return the uids of the parked events that are in memory."""
         with self._lock:
             return {held.event.uid for held in account.held.values() if held.page is None}
 
     def hungry(self) -> list[Account]:
-        """Those that park, and have room in memory for what is parked."""
+        """Return the accounts that park, and have room in memory for parked events."""
         with self._lock:
             return [
                 each
@@ -339,7 +342,7 @@ class Ledger:
         events: Sequence[Event],
         deliver: Callable[[Any, list[tuple[Event, Held]]], bool],
     ) -> bool:
-        """Have what is parked delivered; whether ``deliver`` did."""
+        """Deliver parked events; return whether ``deliver`` took them."""
         with self._lock:
             found = [(event, self._new(account, event, parked=True)) for event in events]
             for _, held in found:
@@ -355,7 +358,10 @@ class Ledger:
     def catch_up(
         self, account: Account, deliver: Callable[[Any, list[tuple[Event, Held]]], bool]
     ) -> bool:
-        """End parking, where all that was parked has been fed; what is about to be goes with it."""
+        """Deliver the events yet to be parked, all parked ones having been fed, and end parking.
+
+        Return False, with nothing changed, if there is no room for them.
+        """
         with self._lock:
             late = list(account.parked.values())
             if (
@@ -376,7 +382,7 @@ class Ledger:
             return True
 
     def forget_former(self) -> None:
-        """Drop what this process may not deliver any more."""
+        """Drop the events whose leases are over, which this process may not deliver any more."""
         with self._lock:
             for account in list(self._accounts.values()):
                 account.held = {k: held for k, held in account.held.items() if not held.over}
@@ -386,7 +392,7 @@ class Ledger:
 
 
 def _is_fleeting(receiver: Any) -> bool:
-    """Whether it only passes events on to somebody of this process, and is never late."""
+    """Whether the receiver only passes events on within this process, and is never late."""
     return (
         type(receiver) is Subscription
         and receiver.collects

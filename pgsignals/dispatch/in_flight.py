@@ -1,8 +1,8 @@
-"""What has been read and not been acknowledged yet, in pages that are acknowledged as a whole.
+"""Pages of events in flight, which are acknowledged as a whole.
 
-A page goes out with its events, and comes home by ``acknowledge``, which is called when they have
-been handed to their receivers. Whoever keeps one of them for later holds the page, and releases it
-then. Once it is ``done``, its source acknowledges it where it was read.
+A page goes out with its events. ``acknowledge`` is called when they have been handed to their
+receivers. A receiver that keeps an event for later holds the page, and releases it when the event
+is taken. Once the page is ``done``, its source acknowledges it where it was read.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _lock = threading.Lock()
 
 
 class Lease:
-    """The time in which this process may deliver what it has read for a part.
+    """The time in which this process may deliver what it has read of a partition.
 
-    It ends at ``deadline`` (``time.monotonic()``) unless that is moved on, and then for good: once
-    one event has been held back, a later one of the same record must not overtake it.
+    The lease ends at ``deadline`` (``time.monotonic()``) unless that is moved on. Once over, it
+    stays over: an event was held back then, and a later one of the same record must not overtake
+    it.
     """
 
     __slots__ = ("deadline", "over")
@@ -32,21 +33,21 @@ class Lease:
         self.over = False
 
     def holds(self) -> bool:
-        """Whether it goes on."""
+        """Whether the lease goes on."""
         if not self.over and time.monotonic() > self.deadline:
             self.over = True
         return not self.over
 
     def end(self) -> None:
-        """Deliver nothing more of what was read in it."""
+        """End the lease: deliver nothing more of what was read in it."""
         self.over = True
 
 
 class Page:
     """Events that are acknowledged together, ``count`` of them.
 
-    ``done`` when each of them has been taken care of: ``call``, if given, is made then, once or
-    twice.
+    The page is ``done`` when each of them has been taken care of. ``call``, if given, is called
+    then; twice, if two threads find the page done at the same time.
     """
 
     __slots__ = ("_acknowledged", "_call", "_holds", "count", "lease")
@@ -62,25 +63,25 @@ class Page:
 
     @property
     def done(self) -> bool:
-        """Whether its source may go past it."""
+        """Whether the source may acknowledge the page."""
         return self.held_by(0)
 
     def held_by(self, count: int) -> bool:
-        """Whether it is acknowledged, but for so many who hold it."""
+        """Whether only so many holds keep the page from being done."""
         return self._acknowledged and self._holds == count and not self.lease.over
 
     def acknowledge(self) -> None:
-        """Every event has been handed to its receivers."""
+        """Note that every event has been handed to its receivers."""
         self._acknowledged = True
         self._tell()
 
     def hold(self) -> None:
-        """An event of it waits for something."""
+        """Keep the page from being done, since an event of it is kept for later."""
         with _lock:
             self._holds += 1
 
     def release(self) -> None:
-        """It waits no more."""
+        """Undo one ``hold``."""
         with _lock:
             self._holds -= 1
         self._tell()
@@ -93,12 +94,12 @@ class Page:
 class InFlight:
     """Messages of a broker between ``add`` and their acknowledgement, in their order.
 
-    ``close`` ends a page: its ``call`` is made once it, and all pages before it, are done. The
-    calls are made one at a time, in their order.
+    ``close`` ends a page: its ``call`` is made once the page and all before it are done. The calls
+    are made one at a time, in their order.
     """
 
     def __init__(self) -> None:
-        # A broker has its own ways to find out that we are gone.
+        # An endless lease: a broker has its own ways to find out that we are gone.
         self._lease = Lease(math.inf)
         self._changed = threading.Condition()
         self._open: Page | None = None
@@ -107,11 +108,11 @@ class InFlight:
 
     @property
     def count(self) -> int:
-        """Events that are not acknowledged."""
+        """The number of events that are not acknowledged."""
         return self._count
 
     def add(self, message: Message) -> None:
-        """Have the message's event held to account."""
+        """Add the event of a message to the open page."""
         with self._changed:
             if self._open is None:
                 self._open = self._page()
@@ -120,14 +121,14 @@ class InFlight:
             message.page = self._open
 
     def close(self, call: Callable[[], None]) -> Page:
-        """End the page, which the receivers acknowledge."""
+        """End the open page, and return it."""
         with self._changed:
             page, self._open = self._open or self._page(), None
             self._closed.append((page, call))
         return page
 
     def wait_for_less_than(self, count: int, timeout: float) -> bool:
-        """Wait for at most ``timeout`` seconds until fewer events are here; whether they are."""
+        """Wait until fewer events are in flight; return whether they are within ``timeout`` s."""
         with self._changed:
             return self._changed.wait_for(lambda: self._count < count, timeout)
 

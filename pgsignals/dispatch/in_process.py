@@ -17,8 +17,8 @@ FailureHandler = Callable[[Any, Event, BaseException], None]
 class InProcess:
     """Calls each receiver of each event; one that raises is reported and stops nobody.
 
-    Where it is ``isolating``, the worker that publishes lets its queue make the calls, so that
-    another thread can go on with them behind a receiver that is slow.
+    With ``isolating``, the worker that publishes has its queue make the calls, so that another
+    thread can go on with them behind a slow receiver.
     """
 
     def __init__(
@@ -46,11 +46,12 @@ class InProcess:
 
     def _calls(self, events: Sequence[Event]) -> Iterator[tuple[Event, Any]]:
         calls = self._registry.calls(events)
-        # A generator that has ended keeps no receiver which blinker holds weakly; a product does.
+        # A generator that has ended does not keep receivers alive, which blinker holds weakly; a
+        # product does.
         return (each for each in calls) if self._isolating else calls
 
     def hold(self, receiver: Any, event: Event) -> Hold | None:
-        """Nothing: nothing is acknowledged here."""
+        """Return None, since nothing is acknowledged here."""
         return None
 
     def call(self, receiver: Any, event: Event, held: Any = None) -> None:
@@ -68,7 +69,7 @@ class InProcess:
                 fn(event)
             else:
                 fn(event._message.topic.model, event=event)
-        # A thread that ends by SystemExit would leave the program deaf.
+        # SystemExit, too: it would end the thread, and leave the program deaf.
         except BaseException as error:
             self._failed(fn, event, error)
 
@@ -77,11 +78,11 @@ class InProcess:
         return self._registry.is_alone(receiver)
 
     def flush(self, timeout: float) -> bool:
-        """Nothing is ever under way after ``publish``."""
+        """Return True, since ``publish`` leaves nothing under way."""
         return True
 
     def announce(self, gap: Gap) -> None:
-        """Nothing: the Hub tells the receivers of this process by itself."""
+        """Do nothing, since the Hub itself tells the receivers of this process."""
 
     def close(self) -> None:
         """Begin no further call."""

@@ -1,4 +1,4 @@
-"""Slow receivers, isolated where there are several workers: the others do not wait for them."""
+"""Isolates slow receivers where there are several workers, so that other receivers go on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..core.threads import Thread, Threads
 from .queues import IsolatedQueue, Item, Job, Queues, Replaced, WorkerQueue, current, receiver_key
 from .registry import receiver_name
 
-# A call that has lasted so long, or twice that, is slow: the other receivers do not wait for it.
+# A call is slow once it has lasted from this long to twice as long; other receivers go on then.
 SLOW_SECONDS = 0.05
 # An isolated receiver goes back to the workers after a time without a slow call.
 QUIET_SECONDS = 60.0
-# How many receivers may be isolated: each takes a thread beside each worker that calls it.
+# The most receivers that are isolated at once: each takes a thread for each worker that calls it.
 MOST_ISOLATED = 8
 
 
 class Isolation:
     """Isolates a receiver that proves slow, for each worker that finds it so.
 
-    The thread that is in the call becomes the receiver's own, with a queue of its own, and another
-    goes on with what the worker has to do. What finds that queue full is dropped, and announced
-    like the rest. ``jobs`` gives what a worker has to do, one thing after the other.
+    The thread in the slow call becomes the receiver's own, with a queue of its own, and a new
+    thread takes over the worker's queue. Events that do not fit into an isolated queue are dropped,
+    and announced by a Gap like those of a worker. ``jobs`` gives a queue's jobs one by one.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Isolation:
 
     @property
     def failure(self) -> str:
-        """What has ended the slow-call monitor; empty when nothing has."""
+        """The error that has ended the slow-call monitor; empty if there was none."""
         return "" if self._monitor is None else self._monitor.failure
 
     def start(self) -> None:
@@ -62,14 +62,14 @@ class Isolation:
             self._monitor.join()
 
     def wake(self) -> None:
-        """There is something to do: calls may be slow; with the lock held."""
+        """Have the monitor watch, since there are calls to come; with the lock held."""
         if not self._busy.is_set():
             self._busy.set()
 
     def isolate(self, queue: WorkerQueue, key: Hashable, name: str) -> IsolatedQueue | None:
-        """A receiver's queue beside a worker's, with the lock held.
+        """Return a receiver's isolated queue beside a worker's; with the lock held.
 
-        None where it would be one receiver too many, or threads have an end.
+        None if MOST_ISOLATED others are isolated, or no thread can be started.
         """
         if self._too_many(key):
             return None
@@ -115,7 +115,7 @@ class Isolation:
             self._serve(isolated)
 
     def _watch(self) -> None:
-        """Have the other receivers go on behind each call that is seen twice."""
+        """Isolate the receiver of each call that is under way at two looks in a row."""
         queues = self._queues.queues
         seen: dict[WorkerQueue, int] = {}
         while not self._ending.wait(SLOW_SECONDS):
@@ -123,7 +123,8 @@ class Isolation:
                 if not (self._ending.is_set() or any(queue.depth for queue in queues)):
                     self._busy.clear()
             self._busy.wait()
-            # One call at most; a list is made of it in one go, whatever the queue's thread does.
+            # At most one call a queue. ``list`` copies it at one go, while the queue's thread goes
+            # on.
             calls = {queue: number for queue in queues for number in list(queue.running)}
             for queue, number in calls.items():
                 if seen.get(queue) == number:
@@ -138,20 +139,26 @@ class Isolation:
         with self._queues.lock:
             if self._too_many(isolated.key):
                 return
-            # The new thread takes the call from there: where there is no new thread, nothing is
+            # The new thread takes the call over by itself: if it cannot be started, nothing has
             # changed.
             try:
                 self._threads.start("worker", self._take_over, queue, number, isolated)
             except RuntimeError as error:
-                log.warning("the receiver %s holds up others: %s", isolated.name, error)
+                log.warning(
+                    "the receiver %s is slow and holds up others, since no thread can be started "
+                    "for it: %s",
+                    isolated.name,
+                    error,
+                )
 
     def _take_over(self, queue: WorkerQueue, number: int, isolated: IsolatedQueue) -> None:
         if (call := queue.running.get(number)) is None:
             return
-        # Before the thread in the call can learn that it has lost the queue.
+        # Hold the event before the thread in the call can learn that it has lost the queue: that
+        # thread releases the event when the call ends.
         event, receiver = call
         held = isolated.held = queue.caller.hold(receiver, event)
-        # Nobody but its own thread keeps a receiver that blinker holds weakly.
+        # Only the thread in the call may keep alive a receiver that blinker holds weakly.
         del call, receiver
         with self._queues.lock:
             ended = queue.running.pop(number, None) is None
@@ -160,7 +167,7 @@ class Isolation:
                 queue.left[number] = isolated
                 if isolated.key not in queue.isolated:
                     self._add(isolated)
-                    # The call that has brought it here.
+                    # One for the call that is under way.
                     isolated.depth = 1
                     isolated.arrivals.append(queue.arrivals[0])
         if ended:
@@ -168,20 +175,20 @@ class Isolation:
                 held.release()
             return
         log.info(
-            "the receiver %s is slow: it has a queue of its own for now",
+            "the receiver %s is slow: it has a queue of its own for now, and others go on",
             isolated.name,
             extra={"receiver": isolated.name},
         )
         self.work(queue, functools.partial(queue.attempt, queue.resume))
 
     def _divert(self, isolated: IsolatedQueue, receiver: Any, event: Event) -> bool:
-        """Queue a call for an isolated receiver; False when the worker calls it again."""
+        """Queue a call for an isolated receiver; False if the worker has to call it again."""
         queues, caller = self._queues, isolated.worker.caller
         shed = begun = False
         held = caller.hold(receiver, event)
         with queues.lock:
             if not isolated.given_up and queues.has_to_shed(isolated):
-                # One that catches up quickly is worth the wait.
+                # Wait a little before dropping: the receiver may catch up.
                 queues.room.wait_for(lambda: not isolated.full or queues.stopping, SLOW_SECONDS)
                 begun = isolated.given_up = queues.has_to_shed(isolated)
             if ended := isolated.ended:
@@ -196,7 +203,8 @@ class Isolation:
             return False
         if begun:
             log.error(
-                "the receiver %s is too slow: its events are dropped until there is room",
+                "the receiver %s is too slow: its events are dropped until there is room, and a "
+                "Gap is announced",
                 isolated.name,
                 extra={"receiver": isolated.name},
             )
@@ -205,7 +213,7 @@ class Isolation:
         return True
 
     def _serve(self, isolated: IsolatedQueue) -> None:
-        """Call an isolated receiver, until it may go back to the worker, or all is done."""
+        """Call an isolated receiver until it goes back to the worker, or its queue ends."""
         while (item := self._next(isolated)) is not None:
             count, call = item
             assert callable(call)

@@ -1,4 +1,4 @@
-"""Records that change their keys, and with that their workers: their events stay in order."""
+"""Key moves: keeps the events of a record in order when its key changes, and with it its worker."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..core.events import Event
 from .isolation import Isolation
 from .queues import IsolatedQueue, Queues, WorkerQueue
 
-# The markers of isolated queues that have yet to come past what is queued by now.
+# The markers of isolated queues, each set once its queue has come past what is in it by now.
 _Ahead = dict[IsolatedQueue, threading.Event]
 
 
 class KeyMoves:
     """Has the two workers of a record that changes its key wait for one another.
 
-    ``count`` is of the changes whose two workers have not both come past them.
+    ``count`` is the number of changes that their two workers have not both come past.
     """
 
     def __init__(self, queues: Queues, isolation: Isolation) -> None:
@@ -27,9 +27,10 @@ class KeyMoves:
     def put(self, event: Event) -> None:
         """Queue an update that changes a key; with the lock held.
 
-        The old one's worker, which handles the event, comes to it when the new one's has handled
-        what is of a record that had the new key before. Each waits for what was queued earlier
-        alone.
+        The old key's worker handles the event. It waits until the new key's worker has handled the
+        events of a record that had the new key before; then the new key's worker waits until the
+        event is handled. Each waits only for what was queued earlier, so that no two workers can
+        wait for one another for ever.
         """
         queues, width = self._queues, len(event._message.topic.key)
         new = queues.queue_of(event._row[:width])
@@ -47,7 +48,8 @@ class KeyMoves:
             old.items.put((0, functools.partial(self._enter, old, before, reached)))
             queues.put(old, [event])
             old.items.put((0, functools.partial(self._leave, old, ahead, handled)))
-            # It counts as an event, since a record's moves may fill a queue too.
+            # It counts as an event: otherwise a record that moves on and on would fill the queue
+            # without bounds.
             new.put(1, functools.partial(self._arrive, new, ahead, handled))
 
     def _arrive(self, new: WorkerQueue, ahead: _Ahead, handled: threading.Event) -> None:
@@ -56,7 +58,7 @@ class KeyMoves:
             self.count -= 1
 
     def _leave(self, old: WorkerQueue, ahead: _Ahead, handled: threading.Event) -> None:
-        """Note who has yet to be called, beside the worker, with the events of a record so far."""
+        """Note the isolated receivers that have yet to be called with what came so far."""
         with self._queues.lock:
             for isolated in old.isolated.values():
                 if isolated.depth:
@@ -67,7 +69,7 @@ class KeyMoves:
         handled.set()
 
     def _enter(self, new: WorkerQueue, ahead: _Ahead, handled: threading.Event) -> None:
-        """Go on with the record here, and have those wait who have yet to be called there."""
+        """Go on at this worker; its isolated queues wait for those that are behind at the other."""
         handled.wait()
         for former, reached in ahead.items():
             with self._queues.lock:
@@ -85,7 +87,7 @@ class KeyMoves:
         if isolated.awaits.get(former) is reached:
             return
         isolated.awaits[former] = reached
-        # One without room waits for it when it has room again.
+        # A queue without room gets this wait when it has room again, by ``resumed``.
         isolated.given_up = isolated.given_up or self._queues.has_to_shed(isolated)
         if not isolated.given_up:
             isolated.put(1, reached.wait)

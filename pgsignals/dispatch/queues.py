@@ -1,4 +1,4 @@
-"""The queues of a dispatcher: bounded, under one lock, and a Gap for what they could not take."""
+"""The queues of a dispatcher: bounded, under one lock, with a Gap for events that did not fit."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..core.events import Event, Gap, Message, hashable
 from .registry import Subscription
 
 Job = Callable[[], object]
-# What is queued: with the number of events that it counts for; None is the end.
+# An entry of a queue: the number of events that it counts for, and a job or events; None ends it.
 Item = tuple[int, "Job | Sequence[Event]"] | None
 
 
 class Backlog:
     """The queue of one thread.
 
-    ``full`` from ``size`` events on until half of them are done; ``given_up`` while what does not
-    fit is dropped, ``lost`` the messages of the first and last that was. The dispatcher's lock
-    guards all of it.
+    It is ``full`` from ``size`` events on until half of them are done, and ``given_up`` while new
+    events are dropped; ``lost`` has the messages of the first and last event that was. The
+    dispatcher's lock guards all of it.
     """
 
     def __init__(self, size: int, complaint: str = "receivers were too slow") -> None:
@@ -52,14 +52,14 @@ class Backlog:
     def drop(self, events: Sequence[Event]) -> None:
         at = events[0]._message
         since, until = self.lost or (at, at)
-        # A datetime for each of what may be very many would cost more than all the rest.
+        # Messages, not datetimes: making one for each dropped event would cost more than all else.
         self.lost = (
             at if at.at_us < since.at_us else since,
             at if at.at_us > until.at_us else until,
         )
 
     def resumed(self, announced: threading.Event | None) -> None:
-        """There is room again; ``announced`` is set once the workers have announced a loss."""
+        """Go on, since there is room again; ``announced`` is set once the loss is announced."""
 
 
 class IsolatedQueue(Backlog):
@@ -67,8 +67,8 @@ class IsolatedQueue(Backlog):
 
     ``slow_at`` is when a call was last slow; ``ended`` says that the worker calls it again.
     A record that changes its key leaves one worker for another, while events of it may still wait
-    here: ``marker`` is set once all that is queued by now is done, and ``awaits`` has the markers,
-    of other workers, that come before what is queued from now on.
+    here. ``marker`` is set once everything queued by now is done. ``awaits`` has the markers of
+    other workers' queues that must be set before what is queued from now on.
     """
 
     def __init__(self, worker: WorkerQueue, key: Hashable, name: str) -> None:
@@ -78,7 +78,7 @@ class IsolatedQueue(Backlog):
         self.name = name
         self.slow_at = time.monotonic()
         self.ended = False
-        # What holds the event of the call that has brought the receiver here.
+        # The hold on the event of the slow call by which the receiver was isolated.
         self.held: Hold | None = None
         self.marker: threading.Event | None = None
         self.awaits: dict[IsolatedQueue, threading.Event] = {}
@@ -88,7 +88,7 @@ class IsolatedQueue(Backlog):
         super().put(count, work)
 
     def resumed(self, announced: threading.Event | None) -> None:
-        # The workers announce it, in the order of all that they do.
+        # The workers announce the loss in the order of their queues; later calls wait for that.
         if announced is not None:
             self.items.put((0, announced.wait))
         for reached in self.awaits.values():
@@ -100,24 +100,24 @@ class Hold(Protocol):
     """Keeps an event from being acknowledged before its receiver has taken it."""
 
     def release(self) -> None:
-        """The receiver has taken it."""
+        """Note that the receiver has taken the event."""
 
 
 class Caller(Protocol):
     """Calls receivers, one after the other."""
 
     def call(self, receiver: Any, event: Event, held: Any = None) -> None:
-        """Call a receiver with an event; what holds it is released once it is taken."""
+        """Call a receiver with an event; release ``held`` once the receiver has taken it."""
 
     def hold(self, receiver: Any, event: Event) -> Hold | None:
-        """See that the event, whose worker goes on, is not acknowledged before it is taken."""
+        """Keep the event from being acknowledged until it is taken, since its worker goes on."""
 
     def is_alone(self, receiver: Any) -> bool:
-        """Whether nobody else listens, so that it may be as slow as it likes."""
+        """Whether the receiver is the only one, so that it holds up nobody."""
 
 
 class Replaced(BaseException):
-    """Unwinds a thread whose slow call has ended: another has taken over its queue."""
+    """Unwinds a thread whose slow call has ended, since another thread has taken over its queue."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -125,12 +125,12 @@ class Replaced(BaseException):
 
 
 class WorkerQueue(Backlog):
-    """The queue of a worker, on view so that another thread can go on behind a slow receiver.
+    """The queue of a worker, which another thread can take over behind a slow receiver.
 
-    ``jobs`` and the calls of ``make`` are iterators: the next thread goes on where the one that is
-    stuck in a call has left them. ``running`` has that call's event and receiver under a number
-    that no other call of the queue has; whoever takes it from there, the thread at the end of the
-    call or another before that, owns the queue from then on. With one worker nobody looks at them.
+    ``jobs`` and the calls of ``make`` are iterators: a new thread goes on where the thread that is
+    stuck in a call has left them. ``running`` has the event and receiver of that call, under a
+    number of its own. The thread that removes the call from there owns the queue from then on: the
+    thread of the call, at its end, or another one before. With one worker nobody looks at them.
     """
 
     def __init__(self, size: int) -> None:
@@ -139,7 +139,7 @@ class WorkerQueue(Backlog):
         self.running: dict[int, tuple[Event, Any]] = {}
         self.number = 0
         self.isolated: dict[Hashable, IsolatedQueue] = {}
-        # By their numbers, the calls that have lost the queue and have yet to end.
+        # By number, the calls that have lost the queue and have yet to end.
         self.left: dict[int, IsolatedQueue] = {}
         self.divert: Callable[[IsolatedQueue, Any, Event], bool]
         self.caller: Caller
@@ -147,7 +147,7 @@ class WorkerQueue(Backlog):
         self.attempt: Callable[..., None]
 
     def make(self, caller: Caller, calls: Iterator[tuple[Event, Any]]) -> None:
-        """Make the calls, those of isolated receivers by way of their queues."""
+        """Make the calls; put those of isolated receivers into their queues."""
         self.caller = caller
         self.resume = functools.partial(self.make, caller, calls)
         call, running, isolated, number = caller.call, self.running, self.isolated, self.number
@@ -173,14 +173,14 @@ class _Current(threading.local):
     queue: WorkerQueue | None = None
 
 
-# The queue that this thread works on, where another thread may take it over.
+# The queue that this thread works on, if another thread may take it over.
 current = _Current()
 
 
 def receiver_key(receiver: Any) -> Hashable:
-    """What stays the same of a receiver over its calls: blinker makes bound methods anew.
+    """Return a key that a receiver keeps over its calls: blinker makes bound methods anew.
 
-    A blinker receiver is not kept alive by it, since blinker holds it weakly.
+    The key does not keep a receiver alive, since blinker holds its receivers weakly.
     """
     if type(receiver) is Subscription:
         return receiver
@@ -190,7 +190,7 @@ def receiver_key(receiver: Any) -> Hashable:
 
 
 class _Once:
-    """A call that the first worker to reach it makes, while the others wait for ``made``."""
+    """A call that the first worker to reach it makes, while the others wait until it is made."""
 
     def __init__(self, call: Job, made: threading.Event) -> None:
         self._call = call
@@ -216,7 +216,7 @@ class Last:
         self._lock = threading.Lock()
 
     def expect(self, threads: int) -> None:
-        """Wait for so many more, of whom none has reached it."""
+        """Wait for so many more threads, none of which has reached the call."""
         with self._lock:
             self._left += threads
 
@@ -231,11 +231,11 @@ class Last:
 class Queues:
     """The queues of the workers, and of isolated receivers.
 
-    The workers share ``queue_size`` among them. Whoever submits looks at ``full``, and waits for
-    room; where that takes too long, ``give_up`` drops what is for the workers that have none, and
-    ``announce_loss`` is called with a Gap, before anything later, when they have room again.
-    ``count_shed`` is told of all that is dropped. Unless they ``shed``, the queues of isolated
-    receivers have no bounds of their own: whoever submits bounds what is under way.
+    The workers share ``queue_size`` among them. A source looks at ``full`` before it submits, and
+    waits for room; if that takes too long, ``give_up`` has the events for workers without room
+    dropped. When these have room again, ``announce_loss`` is called with a Gap before anything
+    later. ``count_shed`` counts all that is dropped. Unless they shed (``sheds``), the queues of
+    isolated receivers have no bounds of their own: the source bounds what is in flight.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Queues:
         self._announce_loss = announce_loss
         self.count_shed = count_shed
         self._sheds = sheds
-        # Taken for each message: by itself it is cheaper than by way of the condition.
+        # Taken for each message: the lock itself is cheaper than the condition around it.
         self.lock = threading.RLock()
         self.room = threading.Condition(self.lock)
         self.queues = [WorkerQueue(-(-queue_size // workers)) for _ in range(workers)]
@@ -260,19 +260,19 @@ class Queues:
 
     @property
     def depth(self) -> int:
-        """Events that wait for a worker or are with one, and those for isolated receivers."""
+        """The number of events that wait for, or are with, a worker or an isolated receiver."""
         return sum(backlog.depth for backlog in self.backlogs)
 
     @property
     def oldest(self) -> float:
-        """Seconds since the oldest of these arrived; 0 without any."""
+        """Seconds since the oldest of these events arrived; 0 without any."""
         with self.lock:
             arrivals = [backlog.arrivals[0] for backlog in self.backlogs if backlog.arrivals]
         return time.monotonic() - min(arrivals) if arrivals else 0.0
 
     @property
     def full(self) -> bool:
-        """Whether a worker that is not given up has no room."""
+        """Whether any worker has no room, and its events are not being dropped."""
         for queue in self.queues:  # noqa: SIM110 - a generator costs more than all the rest.
             if queue.full and not queue.given_up:
                 return True
@@ -297,13 +297,13 @@ class Queues:
         """The queue of the worker that handles events of a record."""
         try:
             number = hash(key)
-        # What a typecaster of the user's has made may raise anything.
+        # A value made by a typecaster of the user's may raise anything.
         except Exception:
             number = hash(hashable(key))
         return self.queues[number % len(self.queues)]
 
     def put(self, queue: WorkerQueue, events: Sequence[Event]) -> None:
-        """Queue events for a worker, or drop them where it is given up; with the lock held."""
+        """Queue events for a worker, or drop them if its queue is given up; with the lock held."""
         if queue.given_up:
             self.drop(queue, events)
         else:
@@ -315,7 +315,7 @@ class Queues:
         self.shed += len(events)
 
     def has_to_shed(self, queue: IsolatedQueue) -> bool:
-        """Whether what is for an isolated receiver has to be dropped."""
+        """Whether events for an isolated receiver have to be dropped."""
         return self._sheds and queue.full and not self.stopping
 
     def done(self, backlog: Backlog, count: int) -> None:
@@ -330,12 +330,12 @@ class Queues:
                 self.room.notify_all()
 
     def wait_for_room(self, timeout: float) -> bool:
-        """Wait until full queues are half empty; whether they are, within ``timeout`` seconds."""
+        """Wait until full queues are half empty; return whether they are within ``timeout`` s."""
         with self.room:
             return self.room.wait_for(lambda: not self.full, timeout)
 
     def give_up(self) -> None:
-        """Drop, from now on, what is for workers without room, until they have room again."""
+        """Drop the events for workers without room until they have room again."""
         with self.lock:
             for queue in self.queues:
                 queue.given_up = queue.full
@@ -353,7 +353,7 @@ class Queues:
             backlog.resumed(announced)
 
     def announce(self, call: Job) -> threading.Event:
-        """Have ``call`` made once, before anything that is submitted later is handled.
+        """Make ``call`` once, before anything that is submitted later is handled.
 
         The event that is returned is set then.
         """
@@ -365,7 +365,7 @@ class Queues:
         return made
 
     def barrier(self) -> threading.Event:
-        """What one queue's thread sets and another's waits for."""
+        """Return an event that one queue's thread sets and another's waits for."""
         barrier = threading.Event()
         self._barriers.add(barrier)
         if self._released:

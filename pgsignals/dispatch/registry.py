@@ -25,12 +25,12 @@ from ..core.watchers import EVENT_OPERATIONS
 from .coroutines import CoroutineReceiver, Coroutines, is_coroutine_function
 
 Receiver = Callable[[Event], object]
-# A dead letter's is part of an index.
+# The name of a dead letter's receiver is a part of an index, whose entries are bounded.
 _LONGEST_NAME = 300
 R = TypeVar("R", bound=Callable[..., object])
 Key = tuple["int | str", str]
 Later = Literal["wait", "follow"]
-# Makes what each call of a receiver is made within, such as an application context.
+# Makes the context in which a receiver is called, such as an application context.
 Around = Callable[[], AbstractContextManager[object]]
 
 # The receiver that is being called in this thread, where delivery is durable.
@@ -60,7 +60,7 @@ class Retrying:
             raise ReceiverError(f"later={self.later!r}: it is 'wait' or 'follow'.")
 
     def delay(self, tries: int) -> float:
-        """Seconds before the next try, after so many."""
+        """Return the seconds before the next try, after so many."""
         return float(min(60.0, self.backoff * 2 ** min(tries - 1, 32)))
 
 
@@ -104,7 +104,7 @@ class Subscription:
         self._cancel = cancel
 
     def cancel(self) -> None:
-        """No call begins after this returns, except one that its worker had already begun."""
+        """End the subscription: no call begins any more, except one that a worker had begun."""
         notice_fork()
         self.active = False
         self._cancel(self)
@@ -120,8 +120,8 @@ class Subscription:
 class Registry:
     """All receivers of one Hub.
 
-    Before the Hub starts, receivers are only remembered. ``bind`` checks them against what the
-    watchers deliver; from then on a receiver that nothing reaches is refused when it comes.
+    Before the Hub starts, receivers are only remembered. ``bind`` checks them against the topics
+    that the watchers deliver; from then on a receiver that no event could reach is refused.
     """
 
     def __init__(self) -> None:
@@ -131,10 +131,10 @@ class Registry:
         self._subscriptions: dict[Subscription, None] = {}
         self._topics: Sequence[Topic] | None = None
         self.observers: tuple[Callable[[Sequence[Event]], None], ...] = ()
-        # The Hub's start sets it, and its stop takes it away.
+        # The Hub sets it when it starts, and removes it when it stops.
         self.around: Around | None = None
         self._names: dict[Key, tuple[int | str, ...]] = {}
-        # The listeners under the names of a topic, in the form that is wanted for each message.
+        # The listeners of a topic, found once, since they are needed for each message.
         self._routes: dict[Topic, list[_Listeners]] = {}
         self._come = 0
 
@@ -150,9 +150,9 @@ class Registry:
     ) -> Subscription:
         """Call ``fn`` with each event of the model or label and the operations.
 
-        ``name`` is how messages call the receiver, if not by the function; one that ``collects``
-        only keeps the event for somebody else.
-        Raises ReceiverError when ``fn`` cannot be called so, or nothing delivers that.
+        ``name`` is the receiver's in log lines and errors, if not the function's. A receiver that
+        ``collects`` only keeps the event for another.
+        Raises ReceiverError when ``fn`` cannot be called so, or no watcher delivers such events.
         """
         _check_callable(fn)
         for op in ops:
@@ -189,11 +189,11 @@ class Registry:
         return subscription
 
     def callable_by_threads(self, fn: Callable[..., Any]) -> Callable[[Any], object]:
-        """``fn``, or what runs it on the loop if it is a coroutine function."""
+        """Return ``fn``; for a coroutine function, a function that runs it on the loop."""
         return CoroutineReceiver(fn, self.coroutines) if is_coroutine_function(fn) else fn
 
     def signal(self, target: Any, op: str) -> Signal:
-        """The blinker signal of a model or label and an operation."""
+        """Return the blinker signal of a model or label and an operation."""
         _check_operation(op)
         with self._lock:
             if self._topics is not None:
@@ -201,15 +201,15 @@ class Registry:
             return self._listeners_of((model_identity(target), op), target).signal
 
     def bind(self, topics: Sequence[Topic], *, delivered: bool = True) -> None:
-        """Check all receivers against what will be delivered, and deliver by it from now on.
+        """Check all receivers against the topics, and deliver by these from now on.
 
-        What is not ``delivered`` here is only known by its names. Raises ReceiverError, and then
-        nothing has changed.
+        Topics that are not ``delivered`` are only known by their names. Raises ReceiverError, and
+        then nothing has changed.
         """
         with self._lock:
             before = self._topics, self._names
             self._topics = tuple(topics) if delivered else ()
-            # Over a reconnection, events of former topics may still be queued: those stay known.
+            # Former topics stay known: after a reconnection, events of them may still be queued.
             self._names = self._names | _names(topics)
             self._routes.clear()
             try:
@@ -227,12 +227,12 @@ class Registry:
 
     @property
     def subscriptions(self) -> list[Subscription]:
-        """All that listen through a subscription."""
+        """All subscriptions."""
         with self._lock:
             return list(self._subscriptions)
 
     def everybody(self) -> list[Any]:
-        """All that listen, be it through a subscription or a blinker signal."""
+        """Return all receivers, be it through a subscription or a blinker signal."""
         with self._lock:
             listening: dict[int, Any] = {id(each): each for each in self._subscriptions}
             for listeners in self._listeners.values():
@@ -244,18 +244,19 @@ class Registry:
 
     @property
     def arrivals(self) -> tuple[int, int]:
-        """Another number of subscriptions or of blinker's receivers once somebody has come."""
+        """The subscriptions ever made, and blinker's receivers: another value after an arrival."""
         with self._lock:
             return self._come, sum(len(x.signal.receivers) for x in self._listeners.values())
 
     def is_alone(self, receiver: Any) -> bool:
-        """Whether nobody else listens, be it through a subscription or a blinker signal."""
+        """Whether this is the only receiver, be it through a subscription or a blinker signal."""
         return all(each == receiver for each in self.everybody())
 
     def label(self, receiver: Any) -> str:
-        """The name of a receiver in later processes too, of several with one name by its number.
+        """Return a receiver's name that is the same in later processes, with a number if needed.
 
-        It is ASCII, which every database can hold.
+        Of several receivers with one name, the later ones get a number. The label is ASCII, which
+        every database can hold.
         """
         name = receiver_name(receiver)
         alike = [each for each in self.everybody() if receiver_name(each) == name]
@@ -264,13 +265,13 @@ class Registry:
         return ascii_name if number == 1 else f"{ascii_name}#{number}"
 
     def unbind(self) -> None:
-        """Forget what is delivered; receivers stay for the next start."""
+        """Forget the topics; receivers stay for the next start."""
         with self._lock:
-            # The names stay, so that events which somebody kept can still be matched.
+            # The names stay: events that somebody has kept can still be matched by them.
             self._topics = None
 
     def admit(self, topic: Topic) -> None:
-        """Deliver a topic without ``bind``: who else listens, and to what, is not checked.
+        """Deliver a topic without ``bind``, which would check all receivers.
 
         Raises ReceiverError when a receiver asks for a column that the topic does not have.
         """
@@ -285,13 +286,13 @@ class Registry:
                     _check_filters(subscription, topic)
 
     def names(self, topic: Topic) -> tuple[int | str, ...]:
-        """The names by which receivers may call the topic's model or watcher."""
+        """Return the names by which receivers may call the topic's model or watcher."""
         return self._names.get(_key(topic), ())
 
     def matcher(
         self, target: Any, ops: tuple[str, ...], filters: dict[str, Any]
     ) -> Callable[[Event], bool]:
-        """Whether a receiver of this gets an event.
+        """Return a function that says whether such a receiver would get an event.
 
         Raises ReceiverError where ``subscribe`` does.
         """
@@ -314,13 +315,13 @@ class Registry:
         return matches
 
     def forked(self) -> None:
-        """In the child of a fork: the lock may be held by a thread that is not there."""
+        """In the child of a fork, renew the lock, which a thread that is not there may hold."""
         self._lock = threading.RLock()
         self.coroutines.forked()
         self._topics = None
 
     def receivers(self, topic: Topic) -> tuple[list[Any], list[_Index]]:
-        """The receivers of every event of the topic, and the indexes of those of some."""
+        """Return the receivers of every event of the topic, and the indexes of those of some."""
         everybody: list[Any] = []
         indexes: list[_Index] = []
         with self._lock:
@@ -329,8 +330,8 @@ class Registry:
                 route = self._routes[topic] = [each for each in named if each is not None]
             for each in route:
                 if connected := each.signal.receivers:
-                    # By far the most common case, in which blinker has nothing to add: its own
-                    # search takes longer than all that comes before it.
+                    # By far the most common case: all came by ``subscribe``. Blinker's own search
+                    # would take longer than all that comes before it.
                     if each.subscribed == connected:
                         everybody += connected.values()
                     else:
@@ -340,7 +341,7 @@ class Registry:
         return everybody, indexes
 
     def calls(self, events: Sequence[Event]) -> Iterator[tuple[Event, Any]]:
-        """The calls of receivers for events of one topic, for whichever thread asks for the next.
+        """Return the calls of receivers for events of one topic; several threads may take them.
 
         The observers see the events once the last call has been made.
         """
@@ -448,16 +449,16 @@ def _check_filters(subscription: Subscription, topic: Topic) -> None:
 
 
 def _nothing(_: object) -> None:
-    """Stands where a function must."""
+    """Do nothing, where a function must be given."""
 
 
 class _Listeners:
-    """Listeners to an operation of a model or label: to all records, or by the index to some."""
+    """Receivers of an operation of a model or label: of all records, or by the index of some."""
 
     def __init__(self, target: Any, op: str) -> None:
         self.target = target  # Keeps the model alive, since its id is the key.
         self.signal = Signal(f"{model_name(target)} {op}")
-        # What the signal has when nobody has connected to it but by a subscription.
+        # The subscriptions, as the signal has them if nobody else has connected to it.
         self.subscribed: dict[Any, Any] = {}
         self.index = _Index()
 
@@ -483,7 +484,7 @@ class _Index:
             del self.by_columns[columns]
 
     def find(self, event: Event) -> list[Subscription]:
-        """The subscriptions to this record, by its new or by its former values."""
+        """Return the subscriptions to this record, by its new or by its former values."""
         found: dict[Subscription, None] = {}
         for columns, by_value in list(self.by_columns.items()):
             for wanted in _event_values(event, columns):
@@ -493,8 +494,8 @@ class _Index:
                     continue
                 try:
                     found.update(by_value.get(wanted, {}))
-                # A value that does not hash, which nobody could have asked for; and the values that
-                # filters were given may raise anything when they are compared.
+                # A value that does not hash, which nobody could have asked for; or a filter's value
+                # that raises when it is compared.
                 except Exception:
                     continue
         return list(found)
@@ -504,10 +505,10 @@ _UNKNOWN = object()
 
 
 def _event_values(event: Event, columns: tuple[str, ...]) -> Iterator[Any]:
-    """The event's values of the columns: the new ones, and the former ones where they differ.
+    """Yield the event's values of the columns: the new ones, and the former ones if they differ.
 
-    Values that were too long to travel could be anybody's: whoever asked for such a column gets
-    the event, which says that it is truncated.
+    A value that was too long to be sent could be any: all who asked for such a column get the
+    event, which says that it is truncated.
     """
     message = event._message
     topic, row = message.topic, event._row
@@ -546,12 +547,12 @@ def _keys(subscription: Subscription) -> list[Key]:
 
 
 def _key(topic: Topic) -> Key:
-    """The key of a topic among those of a Hub, over its definitions in time."""
+    """Return the key of a topic in a Hub, which stays the same when its definition changes."""
     return (topic.label if topic.label is not None else model_identity(topic.model), topic.op)
 
 
 def _names(topics: Sequence[Topic]) -> dict[Key, tuple[int | str, ...]]:
-    """By the topics' keys, the names by which receivers may call their watchers."""
+    """Return the names by which receivers may call the topics' watchers, by the topics' keys."""
     labels = {topic.label for topic in topics}
     schemas: dict[str, set[str]] = {}
     for topic in topics:
@@ -582,23 +583,24 @@ def _check_callable(fn: object) -> None:
 
 
 def _is_coroutine(fn: object) -> bool:
-    # A Batcher calls its own.
+    # A Batcher has the coroutine function as its ``fn``.
     return isinstance(fn, CoroutineReceiver) or isinstance(
         getattr(fn, "fn", None), CoroutineReceiver
     )
 
 
 def receiver_name(fn: object) -> str:
-    """The name of a receiver in messages: ``module.function``."""
+    """Return the name of a receiver for log lines and errors: ``module.function``."""
     if isinstance(fn, Subscription):
         fn = fn.fn
     if isinstance(fn, functools.partial):
         fn = fn.func
     try:
-        # An object that can be called goes by its class: an address would be new in each process.
+        # A callable object has the name of its class: its repr has an address, which differs in
+        # each process.
         name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
         return legible(f"{getattr(fn, '__module__', '?')}.{name}", _LONGEST_NAME)
-    # Anything can be connected to a signal, and an attribute of it raise anything.
+    # Anything can be connected to a signal, and its attributes may raise anything.
     except Exception:
         return f"?.{type(fn).__qualname__}"
 

@@ -1,4 +1,4 @@
-"""Calls that are made again: in durable delivery, of a receiver that has raised."""
+"""Calls again, in durable delivery, the receivers that have raised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .registry import DEFAULT_RETRYING, Retrying, Subscription, receiver_name
 
 @dataclass(frozen=True)
 class Failed:
-    """An event that a receiver could not take: ``error`` is that of the last of ``tries``."""
+    """An event that a receiver could not take; ``error`` is that of the last of ``tries``."""
 
     receiver: str
     event: Event
@@ -27,14 +27,15 @@ class Failed:
 
 # Has a failed event kept, and calls the function once it is.
 GiveUp = Callable[[Failed, Callable[[], None]], None]
-# What stands between an event and the receiver: the receiver, the record, and the source's lease.
+# A queue of attempts that have to keep their order: by receiver, record, and the source's lease.
 _Place = tuple[int, Any, int]
 
 
 @dataclass
 class Attempt:
-    """A call that is to be made again; ``helds`` is what it counts for, ``given`` what it gets.
+    """A call that is to be made again.
 
+    ``given`` are the events that the receiver gets, ``helds`` those that are taken with them.
     ``queued``: it stands in the queues of its places. ``scheduled``: it has a time.
     """
 
@@ -51,19 +52,19 @@ class Attempt:
 
     @property
     def stale(self) -> bool:
-        """Whether this process may not make it any more."""
+        """Whether a lease is over, so that this process may not make the call any more."""
         return any(held.over for held in self.helds)
 
     def release(self) -> None:
-        """The receiver has taken what it counts for, or never will."""
+        """Release the events of the attempt, which the receiver has taken, or never will."""
         for held in self.helds:
             held.release()
 
 
 class Retries(DelayQueue[Attempt]):
-    """The attempts, in the order of each record; one that has failed for the last time is given up.
+    """Makes the attempts in the order of each record, and gives up those out of retries.
 
-    Where it is ``parallel``, they go on beside one another, one at a time for each receiver.
+    With ``parallel``, attempts are made beside one another, one at a time for each receiver.
     """
 
     def __init__(self, failed: FailureHandler, give_up: GiveUp, fate: str) -> None:
@@ -71,19 +72,19 @@ class Retries(DelayQueue[Attempt]):
         self._failed = failed
         self._give_up = give_up
         self._fate = fate
-        # Whoever is the first in all its places is tried again, the others wait. Two places are
-        # those of an update that changes a key: of the record that it was, and that it is.
+        # An attempt is made once it is the first in all its places; the others wait. An update that
+        # changes a key has two places: those of the former and of the new key.
         self.waiting: dict[_Place, deque[Attempt]] = {}
 
     @property
     def count(self) -> int:
-        """Calls that wait to be made again, or behind one that does."""
+        """The number of calls that wait to be made again, or behind one that does."""
         with self._condition:
             queued = {id(each) for queue in self.waiting.values() for each in queue}
             return len(queued | {id(each) for each in self.items})
 
     def follow(self, receiver: Any, event: Event, make: Callable[[], Attempt]) -> bool:
-        """Queue what ``make`` gives behind earlier events of the record; False without any."""
+        """Queue the attempt of ``make`` behind earlier events of the record; False without any."""
         places = places_of(receiver, event)
         with self._condition:
             if not any(place in self.waiting for place in places):
@@ -92,7 +93,7 @@ class Retries(DelayQueue[Attempt]):
             return True
 
     def again(self, attempt: Attempt, error: BaseException) -> None:
-        """Have a call that has raised ``error`` made again later, or give it up."""
+        """Make a call that has raised ``error`` again later, or give it up."""
         attempt.tries += 1
         if attempt.tries <= attempt.policy.retries:
             self.begin(attempt, attempt.policy.delay(attempt.tries))
@@ -119,7 +120,7 @@ class Retries(DelayQueue[Attempt]):
         self._next(attempt)
 
     def begin(self, attempt: Attempt, delay: float) -> None:
-        """Have a call made in ``delay`` seconds, and later events of the record wait for it."""
+        """Make a call in ``delay`` seconds; later events of the record wait for it."""
         with self._condition:
             if not attempt.queued:
                 self._queue(attempt)
@@ -138,7 +139,7 @@ class Retries(DelayQueue[Attempt]):
         return all(self.waiting[place][0] is attempt for place in attempt.places)
 
     def _next(self, attempt: Attempt) -> None:
-        """The attempt is over: what waited for it alone is next."""
+        """End the attempt, and schedule those that waited for it alone."""
         if not attempt.queued:
             return
         with self._condition:
@@ -182,17 +183,17 @@ class Retries(DelayQueue[Attempt]):
 
 
 def function(receiver: Any) -> Any:
-    """The function of a receiver, be it a subscription or blinker's."""
+    """Return the function of a receiver, be it a subscription or blinker's."""
     return receiver.fn if isinstance(receiver, Subscription) else receiver
 
 
 def policy(receiver: Any) -> Retrying:
-    """The receiver's policy, or the default one for blinker's."""
+    """Return the receiver's policy; for blinker's receivers, the default one."""
     return receiver.retrying if type(receiver) is Subscription else DEFAULT_RETRYING
 
 
 def places_of(receiver: Any, event: Event) -> tuple[_Place, ...]:
-    """The places in which later events of the record wait, if they have to wait."""
+    """Return the places in which later events of the record wait; none if they may follow."""
     if policy(receiver).later != "wait":
         return ()
     message = event._message

@@ -18,13 +18,13 @@ Item = TypeVar("Item", Event, "Event | Gap")
 
 
 class Ending(Protocol):
-    """What ends when its Hub is stopped."""
+    """Something that ends when its Hub is stopped."""
 
     def close(self) -> None:
-        """The Hub is stopped."""
+        """End, since the Hub is stopped."""
 
     def forked(self) -> None:
-        """This is the child of a fork: locks may be held by threads that are not here."""
+        """In the child of a fork, renew locks, which threads that are not here may hold."""
 
 
 class Stream(Generic[Item]):
@@ -71,7 +71,7 @@ class Stream(Generic[Item]):
         self._on_close()
 
     def forked(self) -> None:
-        """In the child of a fork: nothing will come, and the lock may be held for ever."""
+        """In the child of a fork, end: nothing will come, and the lock may be held for ever."""
         self._condition = threading.Condition()
         self._closed = True
 
@@ -87,7 +87,7 @@ class Stream(Generic[Item]):
             self._waiter.set_result(None)
 
     def _settle(self) -> None:
-        """Put the Gap where events were dropped."""
+        """Put the Gap where events were dropped, if any were."""
         if self._lost:
             first, last = self._lost[0], self._lost[-1]
             self._lost = []
@@ -108,7 +108,7 @@ class Stream(Generic[Item]):
         return item  # type: ignore[return-value]
 
     def get(self, timeout: float | None = None) -> Item | None:
-        """The next item; None when the time (seconds) is over or the stream has ended."""
+        """Return the next item; None after ``timeout`` seconds, or when the stream has ended."""
         notice_fork()
         with self._condition:
             self._condition.wait_for(lambda: self._items or self._lost or self._closed, timeout)

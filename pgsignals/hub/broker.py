@@ -1,4 +1,4 @@
-"""Broker delivery: events that another process passes on; no database is asked for anything."""
+"""Broker delivery: events that another process forwards; no database is used."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from .callbacks import Callbacks
 from .delivery import Delivery, Reading
 from .options import Options
 
-# Of the Gaps that came lately: a broker may have one in each of its partitions.
+# How many of the latest Gaps are remembered: a broker may have the same one in each partition.
 _KNOWN_GAPS = 1000
 _FATE = "acknowledged all the same"
 
 
 class BrokerDelivery(Delivery):
-    """Events from a broker: says which watcher each belongs to, and is the sink of the source.
+    """Delivers events from a broker: finds each event's watcher, and is the sink of the source.
 
-    It counts what it takes, which the source of a plugin does not.
+    It counts the events itself, since the source of a plugin does not.
     """
 
-    # A plugin's thread that ends shows in ``is_alive``.
+    # Empty, since the end of a plugin's thread shows in ``is_alive``.
     failure = ""
 
     def __init__(self, options: Options, callbacks: Callbacks, meter: Meter) -> None:
@@ -50,7 +50,7 @@ class BrokerDelivery(Delivery):
             now=lambda: datetime.now(timezone.utc),
         )
         self._gaps: OrderedDict[str, None] = OrderedDict()
-        # What receivers that are tried again may be behind with.
+        # The most events in flight, where receivers that raise are called again.
         self._most = 10 * options.queue_size
         self.received = self.invalid = self.reconnects = 0
         self._was_connected = False
@@ -94,7 +94,7 @@ class BrokerDelivery(Delivery):
         def settled() -> None:
             try:
                 call()
-            # A source's: what it could not note comes again, and workers go on.
+            # An error of the source's: what it could not note comes again, and workers go on.
             except BaseException:
                 log.exception("%s could not note what has been settled", self.source)
 
@@ -198,13 +198,13 @@ class BrokerDelivery(Delivery):
             reason = f"{failed.receiver} raised {type_name(failed.error)}"
             try:
                 self.source.refuse(position, reason)
-            # The event is settled all the same, and those behind it are to be delivered.
+            # The event is settled all the same: otherwise those behind it would never be delivered.
             except BaseException:
                 log.exception("%s could not be told of an event that was given up", self.source)
         given_up()
 
     def _watcher_of(self, received: Received) -> _BrokerWatcher | None:
-        """The one watcher that the event is for: it was one watcher's where it comes from, too."""
+        """Return the watcher of an event; only one, as where the event comes from."""
         identity = received.schema, received.table, received.op, received.label
         if identity not in self._found:
             self._found[identity] = next(
@@ -222,7 +222,7 @@ class BrokerDelivery(Delivery):
 
 
 def _share_snapshots(tables: Sequence[_BrokerWatcher]) -> None:
-    """Of the watchers of a model, as of a label, the first gets snapshots, with all that is asked.
+    """Have the first watcher of each model or label get snapshots, with all columns asked for.
 
     A row of a backfill comes once, however many watchers a model has.
     """
@@ -254,7 +254,7 @@ class _BrokerWatcher:
 
     @property
     def topics(self) -> list[Topic]:
-        """What the receivers are checked against, before any event has told the table's key."""
+        """The topics that receivers are checked against, before an event has shown the key."""
         return [
             self._topic(
                 op,
@@ -275,7 +275,7 @@ class _BrokerWatcher:
         return self._asked if op != "truncated" else ()
 
     def matches(self, schema: str, table: str, op: str, label: str | None) -> bool:
-        """Whether events of this table, operation and label are its."""
+        """Whether events of this table, operation and label are this watcher's."""
         return (
             table == self.ref.name
             and self.ref.schema in (None, schema)
@@ -284,9 +284,9 @@ class _BrokerWatcher:
         )
 
     def topic(self, received: Received) -> Topic:
-        """The topic of an event, by the names that this process's model has for its columns.
+        """Return the topic of an event, with the names that this process's model has for columns.
 
-        Raises PayloadError when it lacks a column that the watcher asks for.
+        Raises PayloadError when the event lacks a column that the watcher asks for.
         """
         signature = (
             received.schema,
@@ -315,7 +315,7 @@ class _BrokerWatcher:
         return self._seen[signature]
 
     def _name(self, name: str) -> str:
-        """The attribute of a column: who sends may watch the table by its name."""
+        """Return the attribute of a column; a sender may watch the table, and send column names."""
         return name if name in self.ref.attributes else self._attributes.get(name, name)
 
     def _topic(

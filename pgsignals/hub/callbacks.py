@@ -1,4 +1,4 @@
-"""The callbacks of a Hub: its receivers and signals, and how they are told."""
+"""The callbacks of a Hub: its receivers and signals, and the calls that tell them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _GAP_REASONS = (
 class Callbacks:
     """The receivers of events, batches and Gaps, and the signals, whose ``sender`` is the Hub.
 
-    What a callback raises is logged, and keeps none of the others from being called.
+    An error that a callback raises is logged, and keeps no other from being called.
     """
 
     def __init__(self, sender: object) -> None:
@@ -53,7 +53,7 @@ class Callbacks:
     def begin(
         self, options: Options, meter: Meter, around: Around | None, health: Callable[[], Health]
     ) -> None:
-        """Report to these from now on; counters begin at 0, so that their first rise is seen."""
+        """Use these from now on; counters begin at 0, so that their first rise is seen."""
         self.registry.coroutines.begin(options.loop)
         for fn in self.gap_receivers.values():
             self.registry.check_loop(f"gap receiver {receiver_name(fn)}", fn)
@@ -77,7 +77,7 @@ class Callbacks:
         meter.gauge("lag_seconds", lambda: health().lag)
 
     def end(self) -> bool:
-        """End the streams, and deliver nothing more; whether no call was left behind."""
+        """End the streams, and deliver nothing more; return whether no call was left behind."""
         if dropped := self.registry.coroutines.dropped:
             log.warning(
                 "%d calls of coroutine receivers were not waited for, since stop() was called in "
@@ -91,7 +91,7 @@ class Callbacks:
         return not dropped
 
     def forked(self) -> None:
-        """In the child of a fork: no thread lives here, and locks may be held by ghosts."""
+        """In the child of a fork, renew locks, which threads that are not here may hold."""
         self.registry.forked()
         self.timer.forked()
         for stream in list(self.streams):
@@ -104,7 +104,7 @@ class Callbacks:
         found: Stream[Any] = Stream(maxsize, gaps)
         reference = weakref.ref(found)
 
-        # Weak, so that a stream which its user forgets to close goes, and its subscription too.
+        # Weak: otherwise a stream that its user forgets to close would stay, with its subscription.
         def put(item: Event | Gap) -> None:
             if (stream := reference()) is not None:
                 stream.put(item)
@@ -132,7 +132,7 @@ class Callbacks:
         self._send(self.disconnected, error=error)
 
     def tell_gap(self, gap: Gap) -> bool:
-        """Tell all who want to know; whether none of them was left behind by a stop."""
+        """Tell all Gap receivers; return whether a stop has left none of them behind."""
         told = True
         self._meter.count("gaps", reason=gap.reason)
         log.warning(
@@ -160,7 +160,7 @@ class Callbacks:
     def tell_failure(self, receiver: Any, event: Event, error: BaseException) -> None:
         """Tell that a receiver has raised an error."""
         if isinstance(error, LeftBehind):
-            return  # stop() tells how many.
+            return  # ``end`` logs how many there were.
         if isinstance(receiver, CoroutineReceiver):
             receiver = receiver.fn
         name = receiver_name(receiver)

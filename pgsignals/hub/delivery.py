@@ -1,4 +1,4 @@
-"""The base of all deliveries: what is between ``start`` and ``stop`` of a Hub, source to receivers.
+"""The base of all deliveries, which a Hub runs between ``start`` and ``stop``.
 
 A delivery has a source, whose sink it is, a dispatcher, and the receivers.
 """
@@ -31,49 +31,49 @@ from .status import Health, Status
 
 
 class Lifecycle(Protocol):
-    """What exists between ``start`` and ``stop`` of a Hub."""
+    """A delivery as the Hub sees it, from ``start`` to ``stop``."""
 
     def start(self) -> None:
-        """Deliver events from now on. When it raises, ``stop`` is called."""
+        """Deliver events from now on. If this raises, the Hub calls ``stop``."""
 
     def stop(self, timeout: float) -> bool:
-        """Deliver what has arrived, then end; whether that took less than ``timeout`` seconds."""
+        """Deliver what has arrived, then end; return whether that took at most ``timeout`` s."""
 
     def abandon(self) -> None:
-        """Called in the child of a fork: give up what is inherited, and leave the parent's be."""
+        """In the child of a fork, give up what is inherited, without touching the parent's."""
 
     def settle(self, call: Callable[[], None]) -> None:
-        """Have ``call`` made once all that is committed by now has been handled."""
+        """Make ``call`` once everything committed by now has been handled."""
 
     def status(self) -> Status:
-        """How things stand."""
+        """Return the status of the Hub and its database."""
 
     def health(self) -> Health:
-        """How things stand, without asking the database."""
+        """Return the health of the Hub, without asking the database."""
 
 
 class Working(Protocol):
-    """What has threads that go on until it is stopped."""
+    """Something with threads that go on until it is stopped."""
 
     @property
     def failure(self) -> str:
-        """What has ended one of them; empty when nothing has."""
+        """The error that has ended one of the threads; empty if there was none."""
 
 
 class Reading(Working, Protocol):
-    """What reads events, and counts them since its start."""
+    """Something that reads events, and counts them since its start."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread goes on: it reads, or it connects again."""
+        """Whether the thread reads, or connects again."""
 
     @property
     def is_connected(self) -> bool:
-        """Whether it can read now."""
+        """Whether events can be read now."""
 
     @property
     def received(self) -> int:
-        """How many events have come."""
+        """The number of events that have come."""
 
     invalid: int
     reconnects: int
@@ -82,11 +82,11 @@ class Reading(Working, Protocol):
 class Delivery(Lifecycle):
     """The way of events from one source to the receivers and backends of a Hub.
 
-    Receivers that raise are called again by ``retries``, where there is that. Without workers there
-    are no receivers: events only go on to ``backends``.
+    With ``retries``, receivers that raise are called again. Without workers there are no receivers:
+    events only go on to ``backends``.
     """
 
-    # Why it is not alive, where a thread has ended without an error or hangs.
+    # The reason, in health, when a thread hangs or has ended without an error.
     _hangs = "the thread that reads has ended"
 
     def __init__(
@@ -113,7 +113,7 @@ class Delivery(Lifecycle):
             options.queue_size,
             callbacks.tell_gap,
             lambda count: meter.count("shed_events", count),
-            # Who is called again is owed all that is not acknowledged.
+            # Receivers that are called again must get all events that are not acknowledged.
             sheds=retries is None,
         )
 
@@ -143,11 +143,11 @@ class Delivery(Lifecycle):
 
     @abstractmethod
     def _stop_reading(self, timeout: float) -> None:
-        """Have the sources read no further; what has been read can still be acknowledged."""
+        """Have the sources read no further; events in flight can still be acknowledged."""
 
     @abstractmethod
     def _close(self, timeout: float) -> None:
-        """Give back the source's session, now that receivers have returned."""
+        """Close the source's session, after receivers have returned."""
 
     def abandon(self) -> None:
         for backend in self._backends:
@@ -156,11 +156,11 @@ class Delivery(Lifecycle):
     @property
     @abstractmethod
     def _sources(self) -> Sequence[Reading]:
-        """Those that read, for the receivers or else for the backends."""
+        """The sources that read for the receivers or, without workers, for the backends."""
 
     @property
     def _working(self) -> list[Working]:
-        """All whose threads have to go on."""
+        """All objects whose threads have to go on."""
         receiving: list[Working] = [self.dispatcher, self._callbacks.timer]
         if self._retries is not None:
             receiving.append(self._retries)
@@ -168,7 +168,7 @@ class Delivery(Lifecycle):
 
     @property
     def _reading(self) -> Sequence[Reading]:
-        """All whose threads read, for whomever."""
+        """All objects whose threads read, for receivers or backends."""
         return self._sources
 
     @property
@@ -178,17 +178,17 @@ class Delivery(Lifecycle):
 
     @property
     def _aside(self) -> tuple[str, ...]:
-        """The receivers that have queues of their own."""
+        """The names of the receivers that have queues of their own."""
         return self.dispatcher.aside
 
     @property
     def _unacknowledged(self) -> int:
-        """Events that have been read and not been acknowledged."""
+        """The number of events that are in flight."""
         return 0
 
     @property
     def _missing(self) -> str:
-        """Why some events do not arrive; empty when all do."""
+        """Why some events do not arrive; empty if all do."""
         return ""
 
     def status(self) -> Status:
@@ -292,7 +292,7 @@ class DatabaseDelivery(Delivery):
 
 
 class Lag:
-    """A broadcaster that takes events nowhere: it sees how old they are by the server's clock."""
+    """A broadcaster that only notes how old events are, by the server's clock."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:
         self._now = now
@@ -300,10 +300,10 @@ class Lag:
 
     @property
     def seconds(self) -> float:
-        """How old the latest event was when it was handed over."""
+        """The age of the latest event when it was handed over."""
         if self._handled is None:
             return 0.0
-        # Worked out here, since it would take longer than all else on an event's way.
+        # Computed here, not for each event, for which it would take longer than all else.
         at, message = self._handled
         return max(0.0, (self._now() - message.at).total_seconds() - (time.monotonic() - at))
 

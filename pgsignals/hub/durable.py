@@ -1,4 +1,4 @@
-"""Outbox delivery: at least once, each consumer from its cursor on."""
+"""Durable delivery, at least once: reads the outbox for each consumer from its cursor on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .setup import DurableSetup
 
 
 class DurableDelivery(DatabaseDelivery):
-    """Events from the outbox: has its sources, and is the sink of the receivers'.
+    """Delivers events from the outbox: has its sources, and is the sink of the receivers' source.
 
     Without workers it has no consumer for receivers: events only go on to ``backends``.
     """
@@ -111,7 +111,7 @@ class DurableDelivery(DatabaseDelivery):
 
     def _stop_reading(self, timeout: float) -> None:
         self.source.pause()
-        # All of them now: while one is waited for, the others would read on.
+        # All of them first: otherwise the others would read on while one is waited for.
         for forwarder in self._forwarders:
             forwarder.source.pause()
 
@@ -126,7 +126,7 @@ class DurableDelivery(DatabaseDelivery):
             self._tail.abandon()
 
     def tail(self) -> Tail:
-        """The reader of the outbox for those who keep resume tokens; made when asked for.
+        """Return the tail of the outbox, for readers with resume tokens; made when first asked for.
 
         Raises ConnectError and the other kinds of DatabaseError, or StateError when stopped.
         """
@@ -144,8 +144,8 @@ class DurableDelivery(DatabaseDelivery):
                     tail.stop(0)
                     raise
                 self._tail = tail
-                # Not with the lock, which would hold up stop(): either that sees the tail, or this
-                # sees that it is late.
+                # ``stop`` does not take the lock, for which it would have to wait: either it sees
+                # the tail, or this sees that the delivery is stopping.
                 if self._stopping:
                     tail.stop(0)
                     raise StateError("The Hub was stopped: there is nothing to stream.")
@@ -158,7 +158,7 @@ class DurableDelivery(DatabaseDelivery):
 
     @property
     def _aside(self) -> tuple[str, ...]:
-        """Those for which events are parked, too."""
+        """Also the names of the receivers for which events are parked."""
         return tuple(sorted({*self.dispatcher.aside, *self._ledger.parking}))
 
     def _feed(self, receiver: Any, events: Sequence[tuple[Event, Held]]) -> bool:
@@ -245,7 +245,7 @@ class DurableDelivery(DatabaseDelivery):
         """See DurableSink."""
 
         def tell() -> None:
-            # Where the lease is over, whoever reads on announces it.
+            # If the lease is over, the next holder announces the Gap.
             if page is None:
                 self._callbacks.tell_gap(gap)
             elif page.lease.holds() and self._callbacks.tell_gap(gap):

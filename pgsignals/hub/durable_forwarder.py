@@ -21,7 +21,7 @@ from .options import Options
 class DurableForwarder(Forwarder):
     """A Forwarder with a cursor of its own, which moves as its broadcaster acknowledges.
 
-    It is the sink of its source: nothing is dropped, and nobody else waits for it.
+    It is the sink of a source of its own: it drops nothing, and nobody else waits for it.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DurableForwarder(Forwarder):
         meter: Meter,
     ) -> None:
         super().__init__(broadcaster, options.queue_size, meter)
-        # Whether the broadcaster has something that it has not acknowledged.
+        # Whether the broadcaster has events that it has not acknowledged.
         self._published = False
         self.source = DurableSource(
             options, preparer, self, meter, consumer, 2 * options.queue_size
@@ -49,18 +49,18 @@ class DurableForwarder(Forwarder):
 
     @property
     def _lag(self) -> float:
-        """How old, in seconds, the oldest event is that has yet to be acknowledged."""
+        """The age, in seconds, of the oldest event that has yet to be acknowledged."""
         with self._condition:
             first = next((item.events[0] for item in self._waiting if item.events), None)
         return 0.0 if first is None else max(0.0, (self.source.now() - first.at).total_seconds())
 
     def start(self) -> None:
-        """Connect to the database, raising what is wrong, and to the broker in the background."""
+        """Connect to the database, raising its error, and to the broker in the background."""
         self.source.start()
         super().start()
 
     def stop(self, timeout: float) -> bool:
-        """Have what was read acknowledged, for at most ``timeout`` seconds; whether it all was."""
+        """Send what was read, for at most ``timeout`` seconds; return if all was acknowledged."""
         deadline = time.monotonic() + timeout
         self.source.pause()
         drained = super().stop(timeout)
@@ -86,11 +86,12 @@ class DurableForwarder(Forwarder):
         """See DurableSink."""
 
     def _deliver(self, items: Sequence[Item]) -> bool:
-        """Deliver, after the broadcaster has forgotten what another process may be sending.
+        """Deliver; first, if the claim is lost, close the broadcaster, which forgets what it has.
 
-        When the broker was back, it would come behind what that one has sent meanwhile. While the
-        claim is ours, the broadcaster remembers what has arrived: a lease that is over now and
-        then, on a machine that is too busy, must not have all of it sent again.
+        Otherwise its events would reach a broker that comes back behind those that another process
+        has sent meanwhile. While the claim is ours, the broadcaster stays open, and remembers what
+        has arrived: otherwise all of that would be sent again whenever a lease is over for a while
+        on a machine that is too busy.
         """
         if self._published and not self.source.is_active:
             self._published = False
@@ -104,9 +105,9 @@ class DurableForwarder(Forwarder):
 def backend_consumers(
     consumer: Consumer, broadcasters: Sequence[Broadcaster], given: Sequence[str] = ()
 ) -> list[Consumer]:
-    """A consumer for each broadcaster, by its given name, or for what it is.
+    """Return a consumer for each broadcaster, with its given name, or one from its kind.
 
-    Its address is no part of that, since it may change.
+    The broker's address is no part of the name, since it may change.
     """
     found: list[Consumer] = []
     kinds: dict[str, int] = {}

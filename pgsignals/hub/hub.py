@@ -1,4 +1,4 @@
-"""The Hub wires it all: watchers, triggers, source, dispatcher, receivers."""
+"""The Hub, which starts and stops a delivery, and keeps the receivers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .options import Install, Options, all_resolvers
 from .status import Health, Status
 
 BatchReceiver = Callable[[Batch], object]
-# What a receiver takes is checked where it is decorated, and its own type stays.
+# A decorator checks the parameters of its function, and returns the function's own type.
 R = TypeVar("R", bound=Receiver)
 B = TypeVar("B", bound=BatchReceiver)
 G = TypeVar("G", bound=GapReceiver)
@@ -74,26 +74,26 @@ class Hub:
         self._signalled_stop = SignalledStop()
         self._current: Lifecycle | None = None
         self._make: Callable[[], Lifecycle] | None = None
-        # What a framework's integration has around each call: it says so before start(), once.
+        # The context of each call, which a framework's integration sets before one start().
         self._around: Around | None = None
-        # Those of the latest start.
+        # The options of the latest start.
         self._options = Options()
 
     @property
     def _delivery(self) -> Lifecycle | None:
-        """The delivery of this process; that of the one that has forked it is none."""
+        """The delivery of this process; None in the child of a fork, even if its parent has one."""
         notice_fork()
         return self._current
 
     @property
     def _registry(self) -> Registry:
-        """The receivers, with no lock that a thread of another process holds."""
+        """The receivers; after a fork, with locks that no thread of the parent holds."""
         notice_fork()
         return self._callbacks.registry
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and not stopped."""
+        """Whether the Hub has been started and not stopped."""
         return self._delivery is not None
 
     def start(
@@ -124,54 +124,55 @@ class Hub:
     ) -> Hub:
         """Install triggers for the watchers and deliver their events from now on.
 
-        Where from, and what:
+        Where events come from, and where they go:
 
-        - ``dsn`` is anything libpq takes, or an SQLAlchemy Engine or AsyncEngine; what it leaves
-          out comes from libpq's environment. The URL of a broker (``kafka://…``, ``nats://…``)
-          reads the events that another process passes on: no database is used, and of the other
-          arguments those about it mean nothing. Processes that read with one ``name`` share the
-          events, which are acknowledged when receivers have returned; without, each gets all from
-          now on.
-        - ``watchers`` are models, tables' names, ``(model, operation)`` tuples, and what ``watch``
-          gives. ``resolvers`` are asked for models before the built-in ones.
-        - ``backends`` are brokers to pass events on to: URLs of installed plugins, or broadcasters.
+        - ``dsn`` is anything libpq takes, or an SQLAlchemy Engine or AsyncEngine; parts that it
+          leaves out come from libpq's environment. With the URL of a broker (``kafka://…``,
+          ``nats://…``) the Hub reads the events that another process forwards: no database is used,
+          and arguments about one mean nothing. Processes that read with one ``name`` share the
+          events, which are acknowledged when receivers have returned; without a name, each process
+          gets all events from now on.
+        - ``watchers`` are models, tables' names, ``(model, operation)`` tuples, and results of
+          ``watch``. ``resolvers`` are asked for models before the built-in ones.
+        - ``backends`` are brokers to forward events to: URLs of installed plugins, or broadcasters.
           A mapping gives each a name, by which it finds its cursor again in outbox delivery,
           whatever becomes of the others.
 
-        How it is delivered:
+        How events are delivered:
 
-        - ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. There a
-          consumer with a ``name`` goes on where it has acknowledged; of several processes with one
-          name, one reads, and another takes over when it ends, or has not renewed its claim for
-          ``lease`` seconds. ``partitions`` share the records of a name among as many processes.
+        - ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. In outbox
+          delivery a consumer with a ``name`` goes on behind the events that it has acknowledged. Of
+          several processes with one name one reads, and another takes over when that one ends, or
+          has not renewed its claim for ``lease`` seconds. ``partitions`` share the records of a
+          name among as many processes.
         - ``workers`` threads call the receivers, in order for each record; ``queue_size`` events
           wait for them at most before reading pauses. In outbox delivery ``workers=0`` has no
           receivers, and keeps no cursor for them: events only go on to ``backends``.
         - Receivers that are coroutine functions run on ``loop``, by default the event loop that
           runs where this is called; a worker waits for the end of each.
-        - Every ``heartbeat`` seconds a notification is sent round; a connection that then stays
-          silent for ``heartbeat_timeout`` seconds more is replaced, so that a loss is noticed
-          within their sum. ``listen_dsn`` is a direct connection for listening when ``dsn`` goes
-          through a pooler.
+        - Every ``heartbeat`` seconds the Hub notifies itself; a connection that then stays silent
+          for ``heartbeat_timeout`` seconds is replaced, so that a loss is noticed within the sum of
+          both. ``listen_dsn`` is a direct connection for listening if ``dsn`` goes through a
+          pooler.
 
         What is installed:
 
-        - ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError when one
-          is missing, ``"off"`` does not look. ``lock_timeout`` bounds, in seconds, how long a
-          table's writers may wait behind one try to install, ``install_timeout`` how long it goes
-          on trying.
-        - Watchers of one ``namespace`` share triggers; applications that are not versions of each
-          other take different ones, since starting removes triggers of the namespace that nobody
-          listens to (``prune=False`` leaves them).
+        - ``install``: ``"auto"`` creates missing triggers, ``"check"`` raises DriftError if one is
+          missing, ``"off"`` does not look. ``lock_timeout`` bounds, in seconds, how long a table's
+          writers may wait behind one try to install, ``install_timeout`` how long the tries may
+          take in all.
+        - Watchers of one ``namespace`` share triggers. Applications that are not versions of each
+          other need different namespaces, since starting removes triggers of the namespace that
+          nobody listens to (``prune=False`` leaves them).
 
-        What is told: ``metrics`` gets counters and gauges, and each call of a receiver is a span of
-        ``tracer``; ``pgsignals.contrib`` has them for Prometheus and OpenTelemetry.
+        What is measured: ``metrics`` gets counters and gauges, and each call of a receiver is a
+        span of ``tracer``; ``pgsignals.contrib`` has them for Prometheus and OpenTelemetry.
 
-        The child of a fork has a Hub that is stopped, and may start it; with
+        In the child of a fork the Hub is stopped, and may be started again; with
         ``restart_after_fork`` it starts by itself, in the background.
 
         Returns once events are being received. Raises ConfigurationError, ConnectError and the
-        other kinds of DatabaseError, StateError when it runs already.
+        other kinds of DatabaseError, StateError when the Hub runs already.
         """
         around, self._around = self._around, None
         options = Options(
@@ -216,7 +217,7 @@ class Hub:
 
         Safe to call twice, before start, and from a receiver, which then is the last one called.
         In the thread of the event loop it does not wait for receivers that are coroutine
-        functions, since they could not go on meanwhile: ``await astop()`` does.
+        functions, since they could not go on meanwhile: use ``await astop()`` there.
         Returns whether everything that had arrived was handled.
         """
         notice_fork()
@@ -271,13 +272,13 @@ class Hub:
     ) -> Callable[[R], R]:
         """Decorate a function to be called with each event of a model or label.
 
-        Without operations it gets all that are delivered. ``filters`` narrow it to records whose
+        Without operations it gets all that are delivered. ``filters`` restrict it to records whose
         key or extra columns have these values (``id=`` is the key, whatever its name).
-        When it raises in outbox delivery, or with a ``name`` at a broker, it is called again up to
-        ``retries`` times, first after ``backoff`` seconds, then after twice as long each time, and
-        at last the event is kept as a dead letter, or logged; until then ``later`` events of the
-        same record ``"wait"``, or ``"follow"``.
-        Raises ReceiverError, here or at start, when no watcher delivers that.
+        If the function raises in outbox delivery, or with a ``name`` at a broker, it is called
+        again up to ``retries`` times, first after ``backoff`` seconds, then after twice as long
+        each time; at last the event is kept as a dead letter, or logged. Until then ``later``
+        events of the same record ``"wait"``, or ``"follow"``.
+        Raises ReceiverError, here or at start, when no watcher delivers such events.
         """
         retrying = Retrying(retries, backoff, later)
 
@@ -297,7 +298,7 @@ class Hub:
         later: Later = "wait",
         **filters: Any,
     ) -> Subscription:
-        """Like :meth:`on`, for later: returns a handle whose ``cancel()`` ends it."""
+        """Like :meth:`on`, without a decorator: return a handle whose ``cancel()`` ends it."""
         retrying = Retrying(retries, backoff, later)
         return self._registry.subscribe(fn, target, ops, filters, retrying=retrying)
 
@@ -341,7 +342,7 @@ class Hub:
         return fn
 
     def signal(self, target: Any, op: str) -> Signal:
-        """The blinker signal of a model or label and an operation.
+        """Return the blinker signal of a model or label and an operation.
 
         Its receivers are called as ``receiver(model, event=event)``.
         """
@@ -360,9 +361,9 @@ class Hub:
     def stream(
         self, target: Any, *ops: str, maxsize: int = 1000, gaps: bool = False, **filters: Any
     ) -> Stream[Any]:
-        """Events to iterate over with ``for`` or ``async for``; a context manager.
+        """Return events to iterate over with ``for`` or ``async for``; also a context manager.
 
-        It hears what happens from this call on. ``gaps=True`` also yields Gap objects.
+        It has the events from this call on. ``gaps=True`` also yields Gap objects.
         """
         notice_fork()
         return self._callbacks.stream(target, ops, filters, maxsize, gaps)
@@ -370,7 +371,7 @@ class Hub:
     def wait_for(
         self, target: Any, *ops: str, timeout: float | None = 5.0, **filters: Any
     ) -> Event:
-        """The next such event. Raises WaitTimeout when none comes within ``timeout`` seconds."""
+        """Return the next such event. Raises WaitTimeout if none comes in ``timeout`` seconds."""
         with self.stream(target, *ops, maxsize=1, **filters) as events:
             event: Event | None = events.get(timeout)
         if event is None:
@@ -384,18 +385,19 @@ class Hub:
     def backfill(
         self, target: Any, *, where: str | None = None, chunk: int = 1000, name: str | None = None
     ) -> Backfill:
-        """Have the rows that a watched table has now delivered too, as ``snapshot`` events.
+        """Deliver the rows that a watched table has now, too, as ``snapshot`` events.
 
-        In outbox delivery, for a consumer with a name. ``target`` is a model or label. ``where`` is
-        an SQL condition over a row's columns; it is run as it is written. Rows come in the order
-        of the primary key, ``chunk`` at a time at most, between the other events, so that what
-        comes last of a record is its newest state. The consumer's active process does it, and who
-        takes over goes on with it. ``name`` is the consumer, by default the Hub's own; that of a
-        broker, such as ``"mailer/kafka"``, passes the rows on to the broker alone.
+        It takes outbox delivery and a consumer with a name. ``target`` is a model or label.
+        ``where`` is an SQL condition over a row's columns; it is run as it is written. Rows come in
+        the order of the primary key, at most ``chunk`` at a time, between the other events, so that
+        the last event of a record has its newest state. The consumer's active process does this,
+        and a process that takes over goes on with it. ``name`` is the consumer's, by default the
+        Hub's own; a broker's consumer, such as ``"mailer/kafka"``, gets the rows for the broker
+        alone.
 
         Returns a handle at once. Raises StateError when the Hub is not running,
-        ConfigurationError when it cannot be, TableError without a primary key, PrivilegeError when
-        the role may not read the table.
+        ConfigurationError for a delivery, target or name that has no backfills, TableError without
+        a primary key, PrivilegeError when the role may not read the table.
         """
         delivery = self._running("there is nobody to deliver")
         if not isinstance(delivery, DurableDelivery):
@@ -405,13 +407,13 @@ class Hub:
         return delivery.backfill(target, where, chunk, name)
 
     def status(self) -> Status:
-        """How the Hub and its database stand now. Raises StateError when it is not running."""
+        """Return the state of the Hub and its database. Raises StateError if it is not running."""
         return self._running("there is no database to ask").status()
 
     def health(self) -> Health:
-        """Whether the Hub is alive and ready, told at once and without asking the database.
+        """Return whether the Hub is alive and ready, at once and without asking the database.
 
-        One that is not running is neither.
+        A Hub that is not running is neither.
         """
         if (delivery := self._delivery) is not None:
             return delivery.health()
@@ -433,7 +435,8 @@ class Hub:
         return f"<Hub {'running' if self.running else 'stopped'}>"
 
     def _begin(self, make: Callable[[], Lifecycle]) -> None:
-        # Before the lock is taken, which a fork during the start would leave locked in the child.
+        # Before the lock is taken: otherwise a fork during the start would leave it locked in the
+        # child.
         guard(self)
         with self._lock:
             if self._current is not None:
@@ -458,7 +461,7 @@ class Hub:
             self._stopped.clear()
 
     def _running(self, otherwise: str) -> Lifecycle:
-        """The delivery; raises StateError without one, which says what there is ``otherwise``."""
+        """Return the delivery. Raises StateError, with ``otherwise``, if there is none."""
         if (delivery := self._delivery) is None:
             raise StateError(f"The Hub is not running: {otherwise}. Call start().")
         return delivery
@@ -469,18 +472,18 @@ class Hub:
         return isinstance(self._delivery, DurableDelivery)
 
     def _tail(self) -> Tail | None:
-        """What reads the outbox for browsers; None in another delivery. Raises DatabaseError."""
+        """Return the tail for browsers; None if delivery is not durable. Raises DatabaseError."""
         delivery = self._delivery
         return delivery.tail() if isinstance(delivery, DurableDelivery) else None
 
     def _settle(self, timeout: float) -> bool:
-        """Wait until receivers have handled all that is committed by now; whether they have."""
+        """Wait until receivers have handled all that is committed by now; return if they have."""
         settled = threading.Event()
         self._running("nothing can arrive").settle(settled.set)
         return settled.wait(timeout)
 
     def _forked(self, restarting: bool = True) -> None:
-        """In the child of a fork: no thread of ours lives here, and locks may be held by ghosts."""
+        """In the child of a fork, be stopped, and renew locks, which absent threads may hold."""
         delivery, self._current = self._current, None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -500,7 +503,7 @@ class Hub:
                 return
             except StateError:
                 return  # The child has called start() itself.
-            # A plugin's error, too, is no reason to stay deaf.
+            # Any error, a plugin's too: otherwise the child would stay deaf.
             except Exception as error:
                 log.error("cannot start after the fork, trying again: %s", error_text(error))
                 time.sleep(backoff.next())

@@ -1,4 +1,4 @@
-"""Notify delivery: at most once, by LISTEN."""
+"""Notify delivery: events by LISTEN, at most once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .setup import Setup
 
 
 class NotifyDelivery(DatabaseDelivery):
-    """Events from notifications: it is the sink of the source."""
+    """Delivers events from notifications: it is the sink of the source."""
 
     _hangs = "the thread that listens has ended or hangs"
 
@@ -52,7 +52,7 @@ class NotifyDelivery(DatabaseDelivery):
         self.source.stop(timeout)
 
     def _close(self, timeout: float) -> None:
-        """Nothing is acknowledged: the session has ended with the reading."""
+        """Do nothing: without acknowledgements the session has ended with the reading."""
 
     def abandon(self) -> None:
         self.source.abandon()
@@ -76,7 +76,7 @@ class NotifyDelivery(DatabaseDelivery):
     def submit(self, message: Message) -> None:
         """See Sink."""
         if self._backends:
-            # Past the dispatcher: slow receivers are no reason for a broker to miss events.
+            # Past the dispatcher: otherwise a broker would miss events because of slow receivers.
             events = [Event(message, number, row) for number, row in enumerate(message.rows)]
             for backend in self._backends:
                 backend.submit_page(events)

@@ -1,4 +1,4 @@
-"""The options of :meth:`pgsignals.Hub.start`, for all who give them, keep them or check them."""
+"""The options of :meth:`pgsignals.Hub.start`, kept and checked as one value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Install = Literal["auto", "check", "off"]
 
 
 def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
-    """``first``, those of the installed plugins, and the built-in ones."""
+    """Return ``first``, then the resolvers of the installed plugins, then the built-in ones."""
     return (*first, *load_plugins().resolvers(), *BUILTIN)
 
 
@@ -31,7 +31,7 @@ def all_resolvers(first: Sequence[Resolver]) -> tuple[Resolver, ...]:
 class Options:
     """The parameters of :meth:`pgsignals.Hub.start` by their names, and their defaults.
 
-    A setting or a file may have given them: until ``check`` has been called they can be anything.
+    They may come from a setting or a file: before ``check`` they can be anything.
     """
 
     dsn: str = field(default="", repr=False)
@@ -59,13 +59,13 @@ class Options:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The parameters of ``start``, by name, but for those that have their defaults."""
+        """The parameters of ``start``, by name, without those that have their defaults."""
         found = {each.name: getattr(self, each.name) for each in fields(Options)}
         return {name: value for name, value in found.items() if value != getattr(Options, name)}
 
     @property
     def transport(self) -> Transport:
-        """The transport of the triggers. Raises ConfigurationError for no known delivery."""
+        """The transport of the triggers. Raises ConfigurationError for an unknown delivery."""
         return Transport(self.delivery)
 
     @property
@@ -86,7 +86,7 @@ class Options:
 
     @property
     def limits(self) -> Limits:
-        """The patience of installing."""
+        """The limits of installing."""
         return Limits(self.lock_timeout, self.install_timeout)
 
     @property
@@ -96,14 +96,14 @@ class Options:
 
     @property
     def isolating(self) -> bool:
-        """Whether other receivers go on behind one that is slow.
+        """Whether other receivers go on behind a slow one.
 
-        With one worker all calls are made one after the other, which is what that promises.
+        Not with one worker, which promises that all calls are made one after the other.
         """
         return self.workers > 1
 
     def check(self, *, relaying: bool) -> None:
-        """Raise ConfigurationError for a value that cannot be; ``relaying``: to backends."""
+        """Raise ConfigurationError for an invalid value; ``relaying``: there are backends."""
         transport, workers, name = self.transport, self.workers, self.name
         relay_only = workers == 0 and transport.durable and relaying
         known = ", ".join(map(repr, get_args(Install)))
@@ -118,7 +118,7 @@ class Options:
         self._demand("queue_size", _whole(self.queue_size), "give a whole number from 1.")
         text = isinstance(self.namespace, str) and bool(self.namespace)
         self._demand("namespace", text, "give a text that is not empty.")
-        # These refuse what they cannot be made of: before a connection is tried.
+        # Made here, since they refuse invalid values: before a connection is tried.
         _ = self.limits, self.timing
         if not self.watchers:
             raise ConfigurationError("There is nothing to watch: give at least one watcher.")
@@ -155,5 +155,5 @@ class Options:
 
 
 def _whole(number: object) -> bool:
-    """Whether it is a whole number from 1."""
+    """Whether ``number`` is a whole number from 1."""
     return isinstance(number, int) and number >= 1

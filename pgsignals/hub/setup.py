@@ -1,4 +1,4 @@
-"""The setup of a delivery from a database: watchers resolved, triggers installed, decoders."""
+"""The setup of a delivery from a database: resolves watchers, installs triggers, makes decoders."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ NO_LONGER_FIT = "the watchers no longer fit the database"
 
 
 class Setup:
-    """Resolves the watchers and installs their triggers, whenever a source connects.
+    """Resolves the watchers and installs their triggers whenever a source connects.
 
-    Between that it tells what has changed since. After the first time, a table that has changed is
-    no reason to stop.
+    In between it says what has changed since. After the first time, the Hub goes on if a table has
+    changed.
     """
 
     def __init__(
@@ -77,7 +77,11 @@ class Setup:
         except ConfigurationError as error:
             if not self.definitions:
                 raise
-            log.error("the watchers no longer fit the database: %s", error)
+            log.error(
+                "the watchers no longer fit the database, and events may be missing until they do: "
+                "%s",
+                error,
+            )
             self._problem = error
         else:
             self.definitions = definitions
@@ -96,7 +100,7 @@ class Setup:
         self._registry.bind([each.topic for each in definitions])
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """See that the triggers are there, as far as the options allow."""
+        """Install or check the triggers, as far as the options allow."""
         if self._problem is not None:
             now = datetime.now(timezone.utc)
             self._gap(Gap(now, now, "watcher_broken", str(self._problem)))
@@ -111,10 +115,9 @@ class Setup:
             self._pruned = True
 
     def _install(self, cursor: Cursor, triggers: Sequence[Trigger], running: bool) -> str:
-        """Have the triggers there as far as the options allow.
+        """Install or check the triggers; return why some are missing still, or an empty text.
 
-        A Hub that is ``running`` goes on without those that are not to be had, and is told why; any
-        other gets the error.
+        A Hub that is ``running`` goes on without those; at its start, this raises instead.
         """
         options = self._options
         if options.install == "auto":
@@ -129,22 +132,22 @@ class Setup:
         return ""
 
     def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """Note which tables have been renamed or have gone."""
+        """Note the tables that have been renamed or have gone."""
 
     def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
-        """Try to mend what has drifted; why something is missing all the same."""
+        """Try to install what is missing; return why something is missing still."""
         drift = self.drift(cursor, listened)
         if drift is not None and drift.fits and self._options.install == "auto":
             return self._install(cursor, _triggers(listened), running=True)
         return "" if drift is None else drift.reason
 
     def drift(self, cursor: Cursor, listened: Sequence[Definition]) -> Drift | None:
-        """Why the triggers are not what the watchers, resolved again, need by now."""
+        """Return why the triggers are not what the watchers, resolved again, need by now."""
         options = self._options
         try:
             needed = _triggers(self._resolve_again(cursor, listened))
         except ConfigurationError as error:
-            # Nothing that could be installed would fit.
+            # No trigger that could be installed would fit.
             return Drift(f"{NO_LONGER_FIT}: {error}", fits=False)
         automatic = options.install == "auto"
         return find_drift(cursor, options.namespace, _triggers(listened), needed, automatic)
@@ -154,15 +157,16 @@ class Setup:
 
 
 class DurableSetup(Setup, OutboxProvider):
-    """The setup of all consumers of a delivery: the schema and their decoders, too.
+    """The setup of all consumers of a delivery, with the schema and their decoders.
 
-    ``consumers`` are their names: none of a process that has no name, whose consumers end with it.
+    ``consumers`` are their names; a process without a name has none, since its consumers end with
+    it.
     """
 
     def __init__(
         self, options: Options, registry: Registry, meter: Meter, consumers: Sequence[str]
     ) -> None:
-        # Where a watcher is broken, its trigger says so in the outbox.
+        # No Gap here: the trigger of a broken watcher reports that in the outbox.
         super().__init__(options, registry, meter, lambda gap: None)
         self._consumers = consumers
         self._snapshots: list[SnapshotTopic] = []
@@ -176,7 +180,7 @@ class DurableSetup(Setup, OutboxProvider):
         return define_for(cursor, self._consumers, options.watchers, resolvers, namespace)
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
-        # What a process without a name has missed is not the outbox's to know.
+        # A process without a name gets no snapshots: its consumers end with it.
         snapshots = snapshot_topics(_present(definitions)) if self._consumers else []
         topics = [each.topic for each in definitions] + [each.topic for each in snapshots]
         self._registry.bind(topics, delivered=self._options.workers > 0)
@@ -190,8 +194,8 @@ class DurableSetup(Setup, OutboxProvider):
         super().install(cursor, definitions)
 
     def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        # No trigger is known to be right while there is no table: what is written to it under
-        # another name is the watcher's, once it is back.
+        # While its table is away, no trigger is known to be right: what is written to the table
+        # under another name is the watcher's, once the table is back.
         self.missing = self.missing or self._away(cursor, definitions)
         if self._options.install != "off":
             self._moved = read_moved(cursor, self._options.namespace, _present(definitions))
@@ -208,14 +212,14 @@ class DurableSetup(Setup, OutboxProvider):
         watchers = {id(each.watcher): each.watcher for each in _present(listened)}
         for each in listened:
             if id(each.watcher) not in watchers:
-                # Its table may be back.
+                # The table of an orphaned definition may be back.
                 with contextlib.suppress(TableError):
                     self._define(cursor, [each.watcher])
                     watchers[id(each.watcher)] = each.watcher
         return self._define(cursor, [*watchers.values()])
 
     def _away(self, cursor: Cursor, definitions: Sequence[Definition]) -> str:
-        """Why a watcher has no more than an orphaned definition; empty when none has."""
+        """Return why a watcher has only an orphaned definition; empty if none has."""
         for each in definitions:
             if isinstance(each, OrphanedDefinition):
                 try:
@@ -225,7 +229,7 @@ class DurableSetup(Setup, OutboxProvider):
         return ""
 
     def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
-        """How to read each channel of a watcher, those of its former definitions too."""
+        """Return a decoder for each channel of the watchers, and of their former definitions."""
         known = {
             key: replace(each, layout=moved(each.layout, self._moved.get(key)))
             for key, each in understood(channels).items()
@@ -236,7 +240,7 @@ class DurableSetup(Setup, OutboxProvider):
         for own, definition in owners.items():
             if own not in known:
                 if self.missing:
-                    # There is no trigger that would write to it.
+                    # A trigger that is missing has no channel to read.
                     continue
                 raise DriftError(
                     f"The schema {schema.NAME!r} does not know the trigger for {definition}: it "
@@ -245,7 +249,7 @@ class DurableSetup(Setup, OutboxProvider):
                 )
             for key, ids in wanted(own, known).items():
                 if key != own and key in owners:
-                    continue  # Another watcher of the table, by a model of its own.
+                    continue  # Another watcher's own: it watches the table by another model.
                 if key == own:
                     decoder = definition.decoder(cast)
                 else:
@@ -258,9 +262,9 @@ class DurableSetup(Setup, OutboxProvider):
         return found
 
     def snapshot(self, target: Any) -> tuple[SnapshotTopic, str | None]:
-        """What a backfill of a model or label delivers; and its model, where a table has several.
+        """Return the topic of a backfill of a model or label, and its model if a table has several.
 
-        Raises TableError for a table without a key, ConfigurationError for what is not watched.
+        Raises TableError for a table without a key, ConfigurationError for an unwatched target.
         """
         identity = model_identity(target)
         for each in self._snapshots:
@@ -287,9 +291,10 @@ class DurableSetup(Setup, OutboxProvider):
         )
 
     def remove_former_triggers(self, cursor: Cursor) -> None:
-        """What only former definitions of our consumers needed goes, now that we read for one.
+        """Remove triggers that only former definitions of our consumers needed.
 
-        The start comes too early for that: until the claim, the consumer may be another's.
+        Called after a claim: at the start, another process may still read for the consumer through
+        these triggers.
         """
         options, triggers = self._options, _triggers(self.definitions)
         if options.install == "auto" and options.prune:
@@ -297,7 +302,7 @@ class DurableSetup(Setup, OutboxProvider):
 
 
 def _present(definitions: Sequence[Definition]) -> list[Definition]:
-    """Those that are not orphaned."""
+    """Return the definitions that are not orphaned."""
     return [each for each in definitions if not isinstance(each, OrphanedDefinition)]
 
 

@@ -1,4 +1,4 @@
-"""How things stand: what ``pgsignals status`` and ``Hub.status()`` tell."""
+"""The results of ``Hub.status()`` and ``Hub.health()``, and of ``pgsignals status``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ class Status:
     """A Hub and its database at one moment.
 
     ``queue_usage`` is the share, 0 to 1, of PostgreSQL's notification queue that is in use.
-    ``depth`` counts events that wait for receivers, ``oldest`` is since when the first of them
-    does, in seconds; the other numbers count since ``start``, ``shed`` what slow receivers lost.
-    ``aside`` names the receivers that have queues of their own because they are slow, where an
-    event counts once more; in outbox delivery also those for which events are parked in the
-    database, which ``outbox.parked`` counts.
+    ``depth`` counts events that wait for receivers, and ``oldest`` is for how many seconds the
+    first of them has waited. The other numbers count since ``start``; ``shed`` counts events that
+    slow receivers lost. ``aside`` names the receivers that have queues of their own because they
+    are slow, where an event counts once more; in outbox delivery also those for which events are
+    parked in the database, which ``outbox.parked`` counts.
 
     In outbox delivery and with a name at a broker, ``name`` is the consumer's, ``active`` whether
     this process reads for it rather than standing by, ``unacknowledged`` counts events that have
     been read and not been acknowledged, ``retrying`` calls that wait to be made again, and
-    ``outbox`` is what is in the database.
-    ``backends`` are the brokers that events are passed on to. ``foreign`` are tables with a trigger
-    of a watched one, which had that one's name before, say, and whose rows are nobody's.
+    ``outbox`` is the state of the outbox in the database.
+    ``backends`` are the brokers that events are forwarded to. ``foreign`` are tables that have a
+    watched table's trigger but are not watched (one that had its name before, say), whose events
+    are ignored.
     """
 
     watchers: tuple[State, ...]
@@ -52,15 +53,16 @@ class Status:
 
 @dataclass(frozen=True)
 class Health:
-    """A Hub at one moment, told without asking the database.
+    """A Hub at one moment, without asking the database.
 
-    ``alive``: it was started, and its threads go on, the one that listens if only to connect again;
-    when not, only a new process helps. ``ready``: it is ``connected``, and receivers keep up, so
-    that no event is being dropped; when not, ``reason`` says why. ``depth`` counts events that wait
-    for receivers, ``oldest`` is since when the first of them does, ``lag`` the age of the latest
-    that were handed to receivers, both in seconds. ``backends`` are the brokers that events are
-    passed on to: one that is away makes nobody unready, since receivers get their events all the
-    same. Nor does a receiver that is set ``aside`` as long as it loses nothing, as in Status.
+    ``alive``: it was started, and its threads go on, if only to connect again; if it is not, only a
+    new process helps. ``ready``: it is ``connected``, and receivers keep up, so that no event is
+    being dropped; if it is not, ``reason`` says why. ``depth`` counts events that wait for
+    receivers, ``oldest`` is for how long the first of them has waited, and ``lag`` the age of the
+    latest event when it was handed to receivers, both in seconds. ``backends`` are the brokers that
+    events are forwarded to: a Hub stays ready while one is away, since receivers get their events
+    all the same. It also stays ready while a receiver is set ``aside``, as in Status, and loses
+    nothing.
     """
 
     alive: bool

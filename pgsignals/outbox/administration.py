@@ -1,4 +1,4 @@
-"""What an operator does to consumers and dead letters, as statements."""
+"""The statements by which an operator drops consumers, and sets them forward or back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def drop_consumer(cursor: Cursor, name: str) -> int:
-    """Forget a consumer with its dead letters; how many those were.
+    """Forget a consumer with its dead letters; return how many those were.
 
-    Raises DatabaseError when there is none, or a process reads for it.
+    Raises DatabaseError when there is no such consumer, or a process reads for it.
     """
     _check_idle(cursor, name)
     cursor.execute("DELETE FROM pgsignals.consumers WHERE name = %s", (name,))
@@ -27,8 +27,8 @@ def drop_consumer(cursor: Cursor, name: str) -> int:
 
 
 # The token counts up, so that a holder that hangs, or has come since we looked, can no longer
-# acknowledge from where it was. Below 0 there is no id: a later look will tell better. A loss that
-# has yet to be announced is of no interest to whoever skips all that there was.
+# acknowledge over this. ``floor`` 0 is true of every snapshot; the next reader finds a higher one.
+# A consumer that skips all that there was need not be told of losses among it.
 _RESET = """
 UPDATE pgsignals.consumers AS c
 SET snapshot = %(snapshot)s, target = %(target)s, last_id = %(last_id)s, floor = 0,
@@ -40,8 +40,9 @@ SET snapshot = %(snapshot)s, target = %(target)s, last_id = %(last_id)s, floor =
 WHERE c.name = %(name)s
 """
 
-# By one snapshot, so that what the target sees has been looked at. Ids go up with time, but for
-# statements that ran at once: what is above the first that is due may be earlier.
+# One statement, so that the id is looked for among exactly the rows that the target sees. Ids go up
+# with time, except among statements that ran at once: rows above the first that is due may be
+# earlier than it.
 _FROM_TIME = """
 SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.clock_timestamp(),
        (SELECT id FROM pgsignals.outbox
@@ -51,10 +52,10 @@ SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.clock_timestamp(),
 
 
 def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetime | None:
-    """Have a consumer go on from ``"now"``, from the ``"earliest"`` that there is, or from a time.
+    """Have a consumer go on from ``"now"``, from the ``"earliest"`` event kept, or from a time.
 
-    From a time on, every event whose ``at`` is not before it is delivered, and perhaps a few that
-    are. When the outbox does not go back that far, the consumer gets a Gap, and this returns until
+    Given a time, every event whose ``at`` is that or later is delivered, and perhaps a few earlier
+    ones. When the outbox does not go back that far, the consumer gets a Gap, and this returns until
     when events may be missing.
 
     Raises DatabaseError when there is no such consumer, a process reads for it, or the time is yet
@@ -72,7 +73,7 @@ def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetim
         "at": None,
     }
     lost_until = None
-    # Until the cursor says what is still to be read, nobody may empty that.
+    # Otherwise a segment that is to be read again could be emptied before the cursor says so.
     with housekeeping_lock(cursor):
         if isinstance(target, datetime):
             micros = (target - _EPOCH) // timedelta(microseconds=1)
@@ -99,10 +100,10 @@ def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetim
 
 
 def _kept_since(cursor: Cursor) -> datetime:
-    """From when on the outbox has everything: since the oldest segment was begun of those there.
+    """Return since when the outbox has everything: since its oldest full segment was begun.
 
-    Only one that was written to is left for another, so that an empty one has been emptied, but for
-    the current one, which is the latest.
+    A segment gives way to the next only once it has rows. So the current one, which is the latest,
+    may be new, and any other that has no rows has been emptied.
     """
     cursor.execute("SELECT segment, opened_at FROM pgsignals.segments ORDER BY opened_at DESC")
     (_, since), *others = cursor.fetchall()

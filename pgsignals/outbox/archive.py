@@ -1,4 +1,4 @@
-"""Reads again what the outbox still holds, for those who come back to it with a resume token."""
+"""Reads again what the outbox still holds, for readers that come back with a resume token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .resume_tokens import ALL, Emptied, ResumePoint
 
 Answer = TypeVar("Answer")
 
-# Somebody who is slow holds a page in memory.
+# Smaller pages than a consumer's: each slow reader keeps one in memory.
 PAGE_ROWS = 200
 PAGE_BYTES = 32 << 10
 
@@ -36,10 +36,10 @@ LEFT JOIN LATERAL (
 
 @dataclass(frozen=True)
 class Found:
-    """A page of a point's window: ``whole`` when it is the last.
+    """A page of the rows of a point's window; ``whole`` if it is the window's last.
 
-    ``lost``: something that belongs there may be gone. ``ahead``: the point is of a time that the
-    database has not reached, or not again.
+    ``lost``: rows that belong to the window may be gone. ``ahead``: the database has not reached
+    the point, or not again since it went back in time.
     """
 
     rows: list[Row]
@@ -49,7 +49,7 @@ class Found:
 
 
 class Archive:
-    """One session for all who come back, who take turns; any thread may call it."""
+    """One session for all readers that come back, which take turns; any thread may call it."""
 
     def __init__(self, dsn: str, encoding: str, timeout: float) -> None:
         self._dsn = dsn
@@ -61,14 +61,16 @@ class Archive:
         self._closed = False
 
     def read(self, point: ResumePoint) -> Found:
-        """The next rows of the window that the point is in; it has a target.
+        """Read the next rows of the window that the point is in; the point must have a target.
 
         Raises psycopg2.Error, OSError and ConnectError when the database does not answer.
         """
         assert point.target is not None
         window = Window.between(point.since, point.target, 0)
-        # Of a row of which not all events are known, the rest is wanted.
+        # A row of which the reader has only some events is read again, for the rest of them.
         behind = point.last_id if point.number == ALL else point.last_id - 1
+        # Where none has ended of those that ran at its beginning, a window has rows of transactions
+        # from ``xmax`` on alone, whose ids are above ``high``.
         after = max(point.floor if window.ended else point.high, behind)
 
         def ask(session: Session) -> Found:
@@ -84,7 +86,7 @@ class Archive:
                 timeout=self._timeout,
             )
             rows = [Row(row[0], row[1], row[2], session.text(row[3])) for row in found]
-            # Only afterwards, so that what was emptied before the rows were read is known.
+            # Only after the rows: otherwise a segment emptied in between would go unnoticed.
             lost, ahead = self._look(session, point)
             return Found(rows, not _is_full(rows), lost, ahead)
 
@@ -96,7 +98,7 @@ class Archive:
 
     def close(self) -> None:
         """End the session; safe to call twice."""
-        # Whoever waits for an answer gives up, and the next one does not begin to.
+        # Before the lock: a thread that waits for an answer gives up, and lets go of the lock.
         self._closed = True
         if (waiter := self._waiter) is not None:
             waiter.wake()
@@ -104,7 +106,7 @@ class Archive:
             self._drop()
 
     def abandon(self) -> None:
-        """In the child of a fork: the lock may be held, and the session is the parent's."""
+        """Give up all in the child of a fork: the lock may be held, the session is the parent's."""
         self._lock = threading.Lock()
         self._closed = True
         if self._session is not None:
@@ -124,7 +126,7 @@ class Archive:
         return lost, point.reached.xmax > Snapshot.parse(snapshot).xmax
 
     def _ask(self, ask: Callable[[Session], Answer]) -> Answer:
-        # A server that does not answer costs each the time of one try, however many there are.
+        # Otherwise, behind a server that does not answer, each reader would wait for all others.
         if not self._lock.acquire(timeout=self._timeout):
             raise TimeoutError("the database has not answered others either")
         try:
@@ -163,6 +165,7 @@ class Archive:
 
 
 def _is_full(rows: list[Row]) -> bool:
-    # Rows are counted in characters here, and cut by bytes there, of which four make one.
+    # The server cuts a page by bytes, and up to four of them are one character here. A page that
+    # may have been cut is taken for full: otherwise the rest of the window would be lost.
     size = sum(len(row.payload) for row in rows)
     return bool(rows) and (len(rows) >= PAGE_ROWS or 4 * size >= PAGE_BYTES)

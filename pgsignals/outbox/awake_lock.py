@@ -1,4 +1,4 @@
-"""When a consumer looks for something new: quick, and at next to no cost for writers."""
+"""The times at which a consumer polls the outbox: soon, and at next to no cost for writers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from typing import Any
 from ..triggers import names
 from .cursors import Snapshot
 
-# Awake, it looks this often; less often while reading takes its time, which is then the writers'.
+# Seconds between two polls of an awake consumer, up to BUSY_SECONDS where reading takes long, which
+# leaves that time to the writers.
 LOOK_SECONDS = 0.002
 BUSY_SECONDS = 0.004
-# Without anything new for so long it goes to sleep.
+# A consumer that finds nothing new for so long goes to sleep.
 LINGER_SECONDS = 0.1
-# While transactions may still commit that saw it awake, and so sent no notification.
+# Seconds between two polls while transactions that saw the consumer awake, and so sent no
+# notification, may still commit.
 DOZE_SECONDS = 0.02
-# The others stay awake for LINGER_SECONDS after each of these.
+# The least time between two wake-ups of other consumers, each of which keeps them awake for
+# LINGER_SECONDS.
 WAKE_OTHERS_SECONDS = 0.03
-# Asleep, it looks all the same, in case a consumer died that had seen something.
+# Seconds between two polls of a sleeping consumer, which polls in case an awake one died before it
+# could wake the others.
 SLEEP_SECONDS = 5.0
 
 
 class AwakeLock:
-    """When to look again: often while there is something, seldom when writers will say so.
+    """Says when to poll again: often while there is something new, seldom when writers will notify.
 
-    Awake, a consumer holds a lock by which writers see that they need not notify, unless another
-    one holds it, who then tells of what it finds. Before it sleeps, it gives the lock back and
-    waits for the end of the transactions that may have seen it. ``execute`` runs statements in the
-    session that reads.
+    One awake consumer holds the lock, by which writers see that they need not notify, and wakes the
+    others when it finds something. Before it sleeps, it releases the lock and goes on polling until
+    the transactions that may have seen the lock have ended: otherwise their rows would wait for up
+    to SLEEP_SECONDS. ``execute`` runs statements in the session that reads.
     """
 
     def __init__(self, execute: Callable[..., list[tuple[Any, ...]]]) -> None:
@@ -47,27 +51,27 @@ class AwakeLock:
 
     @property
     def wanted(self) -> bool:
-        """Whether a look is to try to get the lock."""
+        """Whether the next poll should try to get the lock."""
         return self.awake and not self._held
 
     def looked(self, seen: Snapshot, held: bool) -> None:
-        """Take note of a look: whether the lock was held, if it was wanted."""
+        """Note what a poll has ``seen`` and, if the lock was wanted, whether it is ``held`` now."""
         self._seen = seen
         if self.awake:
             self._held = held
 
     def wake(self) -> None:
-        """There is something, or may be."""
+        """Stay awake from now on, since there is something new, or may be."""
         self.awake = True
         self._dozing = None
         self._roused_at = time.monotonic()
 
     def stir(self) -> None:
-        """There may be something for the others, who are told with the next pause."""
+        """Wake the other consumers with the next pause, since there may be something for them."""
         self._stirred = True
 
     def pause(self, worked: float) -> float:
-        """Seconds until the next look, if nothing is heard before; the last took ``worked``."""
+        """Seconds until the next poll unless a notification comes; reading took ``worked``."""
         now = time.monotonic()
         if self._stirred and self.company and now - self._told_at >= WAKE_OTHERS_SECONDS:
             self._execute(names.wake_statement("awake"))
@@ -86,12 +90,12 @@ class AwakeLock:
         if self._seen is not None and self._seen.xmin >= self._dozing.xmax:
             self._dozing = None
         elif now - self._asked_at >= 1.0:
-            # Some transaction is long: one that has not written to the outbox is none of ours.
+            # A long transaction that has not written to the outbox is not waited for.
             self._asked_at = now
             if not self._writers_under_way():
                 self._dozing = None
         if self._dozing is None:
-            # One more look, since what was waited for may have just ended.
+            # Poll once more: the transaction waited for may have committed after the last poll.
             return 0.0
         return LOOK_SECONDS if now - self._dozed_at < LINGER_SECONDS else DOZE_SECONDS
 
@@ -101,12 +105,12 @@ class AwakeLock:
             "SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.LOCK_CLASS, names.AWAKE_LOCK)
         )
         self._held = False
-        # Only now: whoever began before that may have seen the lock.
+        # Only after the release: a transaction that began before may have seen the lock.
         [(snapshot,)] = self._execute("SELECT pg_catalog.pg_current_snapshot()::text")
         self._dozing = Snapshot.parse(snapshot)
 
     def _writers_under_way(self) -> bool:
-        """Whether a transaction that has written to the outbox goes on."""
+        """Whether a transaction that has written to the outbox is under way."""
         [(found,)] = self._execute(
             "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks"
             " WHERE relation = 'pgsignals.outbox'::pg_catalog.regclass"

@@ -1,4 +1,4 @@
-"""What the outbox's rows are, by their channels: of tables, too, that are no longer what they were.
+"""The channels of the outbox, which say how to read its rows, even of tables changed or gone since.
 
 Each trigger has a channel, which ``pgsignals.channels`` describes for as long as there may be rows.
 """
@@ -34,7 +34,7 @@ from .schema import read_version
 
 @dataclass(frozen=True)
 class Channel:
-    """A channel's number, the id from which it is the watcher's, and what its rows are."""
+    """A channel's number, the id at which it became its watcher's, and the layout of its rows."""
 
     key: int
     since: int
@@ -42,11 +42,12 @@ class Channel:
 
 
 def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, Ids]:
-    """The ids to read of each channel for a watcher whose own channel is ``own``.
+    """Return the ids to read of each channel for a watcher whose own channel is ``own``.
 
-    Its former definitions too, each up to the id from which the next was the watcher's: while the
-    triggers of several are there, each change comes through all of them. One that was the watcher's
-    before, and then again, also has what is older than all the others.
+    A watcher's former channels are read too, each up to the id from which the next one is: while
+    the triggers of several are installed, each change comes through all of them. The rows below the
+    first channel's id are read from all: a definition may have been the watcher's before, and then
+    again.
     """
     present = known[own]
     channels = sorted(
@@ -63,7 +64,7 @@ def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, Ids]:
 
 
 def _known(rows: Iterable[tuple[int, int, str]]) -> dict[int, Channel]:
-    """By its number, each channel that this version understands the description of."""
+    """Return, by number, the channels whose descriptions this version understands."""
     found = {}
     for key, since, text in rows:
         with contextlib.suppress(PayloadError):
@@ -72,12 +73,12 @@ def _known(rows: Iterable[tuple[int, int, str]]) -> dict[int, Channel]:
 
 
 def understood(described: Sequence[Described]) -> dict[int, Channel]:
-    """By its number, each channel, but for those that a newer version describes in its own way."""
+    """Return the channels by number, without those that only a newer version understands."""
     return _known((each.channel, each.since, each.definition) for each in described)
 
 
 def read_by(own: Sequence[int], described: Sequence[Described]) -> Channels:
-    """What there is to read for definitions whose channels are ``own``."""
+    """Return the channels to read for definitions whose channels are ``own``."""
     known = understood(described)
     return Channels(
         own,
@@ -89,10 +90,10 @@ def read_by(own: Sequence[int], described: Sequence[Described]) -> Channels:
 def predecessors(
     definitions: Sequence[Definition], described: Sequence[Described]
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """By the name of each trigger, those that its watcher has had before.
+    """Return, by the name of each trigger, the names of its watcher's other triggers.
 
-    The second has those alone that are younger: they are not read any more. Definitions of a table
-    that has gone have none to compare with, and are left out.
+    The second mapping has only those that became the watcher's later: they are not read. Orphaned
+    definitions, whose tables are gone, have no trigger to compare with, and are left out.
     """
     known = understood(described)
     found: dict[str, list[str]] = {}
@@ -112,16 +113,17 @@ def predecessors(
 
 
 def read_channels(cursor: Cursor) -> dict[int, Channel]:
-    """All channels that are known, but for those of a later version, whose processes know them."""
+    """Return the channels by number, without those that only a newer version understands."""
     cursor.execute("SELECT channel, since, definition FROM pgsignals.channels")
     return _known(cursor.fetchall())
 
 
 @dataclass(frozen=True)
 class OrphanedDefinition(Definition):
-    """What a watcher got before its table went, or lost a column, and what its trigger still sends.
+    """The definition that a watcher had before its table, or a column of it, was gone.
 
-    There is nothing to install for it.
+    It decodes the rows that are left and those that the trigger still sends. There is nothing to
+    install for it.
     """
 
     layout: Layout
@@ -138,10 +140,10 @@ def define_for(
     resolvers: Sequence[Resolver],
     namespace: str,
 ) -> list[Definition]:
-    """Like ``define``, for consumers by name: what was committed for them is theirs to deliver.
+    """Define as ``define`` does, for ``consumers`` that must get what was committed for them.
 
-    A watcher whose table has gone, or no longer has a column that it asks for, has an orphaned
-    definition, if one of them has read for it before. Raises what ``define`` does otherwise.
+    A watcher whose table, or a column that it asks for, is gone gets orphaned definitions if one of
+    the consumers has read for it before. Otherwise this raises what ``define`` raises.
     """
     try:
         return define(cursor, watchers, resolvers, namespace, transport=Transport.OUTBOX)
@@ -159,8 +161,8 @@ def define_for(
             if remains is None:
                 raise
             log.error(
-                "the watcher %s no longer fits the database, and only what was committed before "
-                "is delivered for sure: %s",
+                "the watcher %s no longer fits the database: its earlier events are delivered, "
+                "later ones may be missing: %s",
                 watcher,
                 error,
             )
@@ -189,7 +191,7 @@ def _remains(
     namespace: str,
     known: Sequence[Channel],
 ) -> list[OrphanedDefinition] | None:
-    """One for each operation; None where one has never been read, or the watcher is another."""
+    """Return one for each operation; None if an operation has no channel that fits the watcher."""
     ref, resolver = resolve(watcher.model, resolvers)
     model = "" if ref.only is None else model_name(watcher.model)
     table = None
@@ -200,7 +202,8 @@ def _remains(
     for op in watcher.ops:
         for channel in known:
             layout = channel.layout
-            # Of a table that is there, a watcher that asks for something new may be misspelt.
+            # While the table is there, a watcher that asks for other columns than before may be
+            # misspelt, and has to fail.
             if (
                 (layout.namespace, layout.op, layout.label) == (namespace, op, watcher.label)
                 and (layout.table, layout.model) == (ref.name, model)
@@ -257,7 +260,7 @@ def _nothing_left(watcher: Watcher) -> Any:
 def read_moved(
     cursor: Cursor, namespace: str, definitions: Sequence[Definition]
 ) -> dict[int, tuple[str, str]]:
-    """Channels of tables that were renamed since, and are watched by what they are called now."""
+    """Return the channels of tables renamed since that are watched under their new names."""
     places = {
         (d.topic.schema, d.topic.table, d.topic.op, d.topic.label, d.trigger.name)
         for d in definitions
@@ -274,7 +277,7 @@ def read_moved(
 
 
 def moved(layout: Layout, place: tuple[str, str] | None) -> Layout:
-    """What the rows of a channel are, by what their table is called now."""
+    """Return the layout with its table's present name, ``place``, if the table was renamed."""
     if place is None:
         return layout
     schema, table = place
@@ -282,17 +285,17 @@ def moved(layout: Layout, place: tuple[str, str] | None) -> Layout:
 
 
 def note_moved(cursor: Cursor, channels: Mapping[int, tuple[str, str]]) -> None:
-    """Keep what their tables are called now, for when their triggers have been removed."""
+    """Save the names that the tables of ``channels`` have now, which outlive their triggers."""
     for key, place in channels.items():
         cursor.execute("SELECT definition FROM pgsignals.channels WHERE channel = %s", (key,))
         for (text,) in cursor.fetchall():
             try:
                 layout = Layout.decode(text)
             except PayloadError:
-                # Its own version's programs note it.
+                # Only a newer version understands it, whose programs note the new name.
                 continue
             if (layout.schema, layout.table) != place:
-                # Fields that a newer version has added are its own, and stay.
+                # Edited as JSON: a Layout would drop the fields that a newer version has added.
                 renamed = json.loads(text) | {"schema": place[0], "table": place[1]}
                 cursor.execute(
                     "UPDATE pgsignals.channels SET definition = %s WHERE channel = %s",

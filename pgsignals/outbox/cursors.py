@@ -1,11 +1,12 @@
-"""How far a consumer has read: snapshots, windows between two of them, and where to look. Pure.
+"""Snapshots, the windows between two of them, and bounds of ids: how far a consumer has read. Pure.
 
 A row belongs to the window between two snapshots when the later one sees its transaction and the
-earlier one does not. Windows one after another miss no row and give none twice, however long a
-transaction takes. Within a window rows go by id. That keeps the order of each record's changes:
-whoever changes a record has waited for the former change to commit, so that both are in one window,
-in the order of their ids, or in two. (PgQ does it like this; `id > last` loses what commits late,
-and cutting at a transaction id inverts two changes whose ids were taken in the other order.)
+earlier one does not. Consecutive windows give each row exactly once, however long a transaction
+takes. Within a window rows are in the order of their ids, which keeps the order of each record's
+changes: a transaction that changes a record has waited for the former change to commit, so that
+both changes are in one window, in the order of their ids, or the former one is in an earlier
+window. (PgQ does it like this. `id > last` loses what commits late, and cutting at a transaction id
+inverts two changes whose transactions took their ids in the other order.)
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from ..core.errors import PayloadError
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A ``pg_snapshot``: which transactions had ended when it was taken.
+    """A ``pg_snapshot``: the transactions that had ended when it was taken.
 
-    All below ``xmin`` had, none from ``xmax`` on, and in between all but ``running``.
+    Every transaction below ``xmin`` had ended, none from ``xmax`` on, and in between all except
+    ``running``.
     """
 
     xmin: int
@@ -29,7 +31,7 @@ class Snapshot:
 
     @classmethod
     def parse(cls, text: str) -> Snapshot:
-        """From PostgreSQL's text, ``xmin:xmax:running,…``. Raises PayloadError."""
+        """Parse PostgreSQL's text, ``xmin:xmax:running,…``. Raises PayloadError."""
         try:
             xmin, xmax, running = text.split(":")
             found = cls(
@@ -49,21 +51,21 @@ class Snapshot:
         return txid < self.xmin or (txid < self.xmax and txid not in self.running)
 
     def covers(self, other: Snapshot) -> bool:
-        """Whether it sees all that another one of the same database sees."""
+        """Whether this snapshot sees all that another one of the same database sees."""
         if self.xmax != other.xmax:
             return self.xmax > other.xmax
         return set(self.running) <= set(other.running)
 
 
-# Sees nothing at all: whoever starts here gets everything that the outbox holds.
+# A snapshot that sees nothing: a reader that starts here gets everything that the outbox holds.
 BEGINNING = Snapshot(1, 1)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The rows that ``target`` sees and ``since`` does not, from id ``after`` on.
+    """The rows that ``target`` sees and ``since`` does not; all have ids above ``after``.
 
-    ``ended``: which of those that ran at ``since`` had ended at ``target``.
+    ``ended`` are the transactions that ran at ``since`` and had ended at ``target``.
     """
 
     since: Snapshot
@@ -78,21 +80,21 @@ class Window:
 
     @property
     def empty(self) -> bool:
-        """Whether no transaction can have a row in it."""
+        """Whether no transaction can have a row in the window."""
         return not self.ended and self.since.xmax >= self.target.xmax
 
     def holds(self, txid: int) -> bool:
-        """Whether rows of the transaction are in it."""
+        """Whether the window has the rows of the transaction."""
         return self.target.sees(txid) and not self.since.sees(txid)
 
 
 class IdBounds:
-    """Below which ids a transaction's rows cannot be.
+    """Lower bounds of the ids of a transaction's rows.
 
-    A row's id is taken after its transaction's, so that a transaction which began after another has
-    only ids above those that were given out before the other began. A snapshot's ``xmax`` is no
-    such bound: it is one more than the latest transaction that has ended, and others beyond it may
-    have begun long ago.
+    A row takes its id after its transaction took its own. So the rows of a transaction that began
+    after another have only ids above those that were given out before that other one began. The
+    ids given out at a snapshot are no such bound for transactions from its ``xmax`` on: ``xmax`` is
+    one more than the latest transaction that has ended, and later ones may have begun long ago.
     """
 
     _MOST = 10_000
@@ -102,21 +104,21 @@ class IdBounds:
         self._ids: list[int] = [given_out]
 
     def note(self, first: int, given_out: int) -> None:
-        """Transactions from ``first`` on have begun after that id had been given out."""
+        """Note that transactions from ``first`` on began after the id ``given_out`` was taken."""
         if first > self._firsts[-1]:
             self._firsts.append(first)
             self._ids.append(max(given_out, self._ids[-1]))
         if len(self._ids) > self._MOST:
-            # Coarser, but true: every other one of the older half.
+            # Keep every other note of the older half: a bound may become lower, and stays true.
             half = self._MOST // 2
             self._firsts[1:half] = self._firsts[1:half:2]
             self._ids[1:half] = self._ids[1:half:2]
 
     def below(self, txid: int) -> int:
-        """An id that all rows of the transaction, and of those after it, are above."""
+        """An id below those of all rows of the transaction and of later transactions."""
         return self._ids[max(0, bisect_right(self._firsts, txid) - 1)]
 
     def forget(self, txid: int) -> None:
-        """Nobody will ask for transactions below this one any more."""
+        """Drop the bounds of transactions below this one, which nobody asks for any more."""
         keep = max(0, bisect_right(self._firsts, txid) - 1)
         del self._firsts[:keep], self._ids[:keep]

@@ -21,7 +21,7 @@ from .reader import Row
 
 @dataclass(frozen=True)
 class ChannelDecoder:
-    """Reads a channel's messages, of those ``ids``; others have a twin in another channel.
+    """Reads the messages of a channel that have these ``ids``; another channel has the others too.
 
     ``relations`` are the tables whose rows it takes, as in Described.
     """
@@ -31,11 +31,11 @@ class ChannelDecoder:
     relations: Mapping[int, int | None] = field(default_factory=dict)
 
     def wants(self, row: Row) -> bool:
-        """Whether the row is not one that another channel has too."""
+        """Whether the row is read from this channel, rather than from another that has it too."""
         return any(first <= row.id and (end is None or row.id < end) for first, end in self.ids)
 
     def owns(self, row: Row) -> bool:
-        """Whether the row is of a table that is, or was then, the watched one."""
+        """Whether the row is of the watched table, or of one that was the watched one then."""
         until = self.relations.get(row.relation, 0)
         return until is None or row.id < until
 
@@ -80,9 +80,10 @@ class RowDecoder:
         return next(channels, 0)
 
     def describe(self) -> None:
-        """Learn of channels that were not known, and whose the rows of the others are.
+        """Learn of new channels, and of new tables of the known ones.
 
-        Which ids are read of those stays: what is read from one of two twins goes on to be.
+        The ids that are read of a known channel stay as they are. Otherwise a change that came
+        through two channels could be read from both, or from neither.
         """
         known, found = self._found, self._decoders_of(self._log.channels(), self._cast)
         self._found = {**known, **found} | {
@@ -94,8 +95,8 @@ class RowDecoder:
     def decode(self, rows: Sequence[Row], since: datetime) -> Iterator[Message | Gap]:
         """See MessageDecoder.
 
-        A trigger may be made, also for another table, at any time, and by anybody. It is described
-        before it writes: what is asked after the rows were read knows whose each row is.
+        Anybody may make a trigger at any time, also for another table. Its channel is described
+        before it writes, so that a description read after the rows knows the table of each row.
         """
         described = False
         for row in rows:
@@ -124,7 +125,7 @@ class RowDecoder:
             self._hooks.refuse()
             detail = f"row {row.id} of the outbox cannot be read: {error}"
             log.error("%s", detail, extra=decoder.topic.fields)
-            # Unlike a channel, which anybody may notify, it holds only what triggers wrote.
+            # A Gap, unlike for a NOTIFY, which anybody may send: only triggers write to the outbox.
             return Gap(since, self._hooks.now(), "watcher_broken", detail)
         if isinstance(message, Broken):
             log.error("a watcher is broken: %s", message.error, extra=decoder.topic.fields)

@@ -1,6 +1,7 @@
-"""Keeps the outbox small: empties segments that all have read, or that are too old or many.
+"""Keeps the outbox small: empties segments that all consumers have read, or that exceed retention.
 
-What all have read is kept for a while where somebody wants to come back to it without a cursor.
+Segments that all have read are kept for a while (``keep_seconds`` of the settings) for readers that
+come back with a resume token.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from .inspection import held_claims
 from .schema import SEGMENTS
 
 EVERY_SECONDS = 10.0
-# The next segment is begun when the current one has grown to this, or is that old.
+# The next segment is begun when the current one has more bytes, or is older, than this.
 SEGMENT_BYTES = 128 << 20
 SEGMENT_SECONDS = 3600.0
-# A process without a name that has not been heard of for so long after its lease is gone.
+# The consumer of a process without a name is forgotten so long after its lease, without a beat.
 FORGET_SECONDS = 60.0
 
 
@@ -43,7 +44,7 @@ class _Segment:
     size: int
     last_id: int | None
     age: float
-    """Seconds since it was begun; of one that is not current, since the next one was."""
+    """Seconds since the current segment was begun; for another, since the one after it was."""
 
     @property
     def table(self) -> sql.Identifier:
@@ -61,8 +62,8 @@ class _Reader:
 class Housekeeper:
     """Tidies up every few seconds, in a thread and connections of its own.
 
-    Of all the processes that have one, one at a time does it. ``chore`` is what each process has to
-    do for itself, with the same connection.
+    Only one process at a time tidies up. ``chore`` is what each process has to do for itself, with
+    the same connection.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Housekeeper:
 
     @property
     def failure(self) -> str:
-        """What has ended the thread; empty when nothing has."""
+        """The error that has ended the thread; empty if there was none."""
         return self._thread.failure
 
     def start(self) -> None:
@@ -90,7 +91,7 @@ class Housekeeper:
         self._thread.join(timeout)
 
     def abandon(self) -> None:
-        """In the child of a fork: the thread is not here."""
+        """Do nothing in the child of a fork, which does not have the thread."""
 
     def _run(self) -> None:
         while not self._ending.wait(EVERY_SECONDS * chance.uniform(0.5, 1.0)):
@@ -98,9 +99,14 @@ class Housekeeper:
                 with opened(self._dsn, self._timeout, self._timeout) as cursor:
                     tidy(cursor, still=self._still)
                     self._chore(cursor)
-            # Whatever it is, the next time may be better.
+            # Whatever it is: without the thread, this process would never empty the outbox again.
             except Exception as error:
-                log.warning("the outbox could not be tidied up: %s", error_text(error))
+                log.warning(
+                    "the outbox could not be tidied up and goes on growing; trying again within "
+                    "%d seconds: %s",
+                    EVERY_SECONDS,
+                    error_text(error),
+                )
 
 
 def tidy(
@@ -109,10 +115,10 @@ def tidy(
     segment_seconds: float = SEGMENT_SECONDS,
     still: Stillness[tuple[str, int]] | None = None,
 ) -> list[int]:
-    """Empty what can be emptied, unless somebody else does it now; the segments emptied.
+    """Empty the segments that can be emptied, unless another process does; return their numbers.
 
-    What somebody has locked is left for the next time. The cursor's connection is in autocommit
-    mode. ``still`` remembers from one call to the next who has gone.
+    A segment that somebody has locked is left for the next time. The cursor's connection must be in
+    autocommit mode. ``still`` remembers the consumers' beats from one call to the next.
     """
     key = (names.LOCK_CLASS, names.HOUSEKEEPING_LOCK)
     cursor.execute("SELECT pg_catalog.pg_try_advisory_lock(%s, %s)", key)
@@ -134,8 +140,8 @@ def tidy(
         emptied = _empty_read(cursor, segments, keep)
         for consumer, receiver in sorted(set(drop_parked(cursor, seconds, size))):
             log.error(
-                "the receiver %s of %s is so late that events parked for it are dropped: see the "
-                "retention in pgsignals.settings",
+                "the receiver %s of %s is so late that events parked for it have been dropped: "
+                "make it faster, or keep more with `pgsignals retention`",
                 receiver,
                 consumer,
             )
@@ -147,7 +153,7 @@ def tidy(
         _turn(cursor, segments, emptied, segment_bytes, segment_seconds, size)
         return emptied
     except pg.LockNotAvailable:
-        log.debug("the outbox is not tidied up now, since somebody has locked it")
+        log.debug("another session has locked the outbox: the next round tidies it up")
         return []
     finally:
         cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
@@ -155,9 +161,9 @@ def tidy(
 
 @contextmanager
 def _impatient(cursor: Cursor) -> Iterator[None]:
-    """A transaction that waits for nobody's lock: it raises LockNotAvailable.
+    """Run a transaction that waits for a lock no longer than LOCK_WAIT; raises LockNotAvailable.
 
-    In a program of greenlets whose psycopg2 does not yield, all of them would wait.
+    Otherwise, in a program of greenlets whose psycopg2 does not yield, all greenlets would wait.
     """
     with transaction(cursor):
         cursor.execute(f"SET LOCAL lock_timeout TO '{LOCK_WAIT}'")
@@ -166,7 +172,7 @@ def _impatient(cursor: Cursor) -> Iterator[None]:
 
 @contextmanager
 def housekeeping_lock(cursor: Cursor) -> Iterator[None]:
-    """Wait until nobody tidies up, and have nobody begin to."""
+    """Wait until no process tidies up, and keep every process from it meanwhile."""
     key = (names.LOCK_CLASS, names.HOUSEKEEPING_LOCK)
     cursor.execute("SELECT pg_catalog.pg_advisory_lock(%s, %s)", key)
     try:
@@ -177,9 +183,10 @@ def housekeeping_lock(cursor: Cursor) -> Iterator[None]:
 
 
 def _forget_processes(cursor: Cursor, still: Stillness[tuple[str, int]]) -> None:
-    """Forget the consumers of processes that have gone.
+    """Forget the unnamed consumers of processes that have ended.
 
-    One that has lost its session, in a restart of the server say, has the time to come back.
+    A process that only lost its session, by a restart of the server say, has FORGET_SECONDS to come
+    back.
     """
     cursor.execute("SELECT name, part, token, beat, lease FROM pgsignals.consumers WHERE ephemeral")
     rows = cursor.fetchall()
@@ -202,9 +209,9 @@ def _forget_processes(cursor: Cursor, still: Stillness[tuple[str, int]]) -> None
 
 
 def _set_back(cursor: Cursor) -> None:
-    """Have no segment begun later than now, where the clock was set back.
+    """Move the segments' times back if one is in the future, since the clock was set back.
 
-    Until then none would seem old enough to be emptied.
+    Otherwise no segment would seem old enough to be emptied until the clock is there again.
     """
     cursor.execute(
         "UPDATE pgsignals.segments SET opened_at = opened_at - ahead"
@@ -214,9 +221,10 @@ def _set_back(cursor: Cursor) -> None:
 
 
 def _forget_processed(cursor: Cursor, segments: Sequence[_Segment]) -> None:
-    """Forget what was taken care of long ago, unless the outbox has it still.
+    """Forget the records of ``once`` that are older than retention and than all rows of the outbox.
 
-    Where the clock was set forward, what seems to be of long ago may yet come again.
+    Retention alone would not do: where the clock was set forward, a record that seems old may be of
+    an event that is delivered again.
     """
     cursor.execute(
         "DELETE FROM pgsignals.processed AS p USING pgsignals.settings"
@@ -240,9 +248,9 @@ def _forget(cursor: Cursor) -> None:
 
 
 def _segments(cursor: Cursor, current: int) -> list[_Segment]:
-    """The segments, the current one first, then those never begun, then from the oldest on.
+    """Return the segments: the current one, then those never begun, then the others, oldest first.
 
-    Without those that somebody has locked. Raises LockNotAvailable where that is the current one.
+    Segments that somebody has locked are left out. Raises LockNotAvailable if the current one is.
     """
     cursor.execute(
         "SELECT segment, extract(epoch FROM pg_catalog.clock_timestamp() - opened_at)::float8"
@@ -252,6 +260,7 @@ def _segments(cursor: Cursor, current: int) -> list[_Segment]:
     others = [number for number in range(SEGMENTS) if number != current]
     others.sort(key=lambda number: -opened.get(number, math.inf))
     found = []
+    # Each with the segment that was begun after it, since when it has not grown.
     for number, following in zip((current, *others), (current, *others[1:], current), strict=True):
         try:
             with _impatient(cursor):
@@ -282,7 +291,7 @@ def _readers(cursor: Cursor) -> list[_Reader]:
 
 
 def _late(cursor: Cursor, segment: _Segment, readers: Sequence[_Reader]) -> list[_Reader]:
-    """Who has rows of the segment to read yet."""
+    """Return the readers that have not read all rows of the segment."""
     found = []
     for reader in readers:
         if segment.last_id is None or reader.floor >= segment.last_id:
@@ -314,7 +323,7 @@ def _empty_read(cursor: Cursor, segments: Sequence[_Segment], keep: float) -> li
 
 
 def _enforce(cursor: Cursor, segments: Sequence[_Segment], seconds: float, size: int) -> list[int]:
-    """Drop what is older than ``seconds``, and the oldest of what is more than ``size`` bytes."""
+    """Drop segments older than ``seconds``, and the oldest ones while all exceed ``size`` bytes."""
     emptied = []
     total = sum(segment.size for segment in segments)
     for segment in segments[1:]:
@@ -327,9 +336,9 @@ def _enforce(cursor: Cursor, segments: Sequence[_Segment], seconds: float, size:
 
 
 def _empty(cursor: Cursor, segment: _Segment, dropping: bool = False) -> bool:
-    """Empty a segment; False when it is in use.
+    """Empty a segment; False if it is in use, or a consumer has not read all of it.
 
-    Unless this is ``dropping`` what somebody has to read yet, who is then told, that is a use too.
+    With ``dropping``, consumers that have not read it do not keep it, and are told of the loss.
     """
     try:
         with _impatient(cursor):
@@ -340,7 +349,7 @@ def _empty(cursor: Cursor, segment: _Segment, dropping: bool = False) -> bool:
 
 def _empty_locked(cursor: Cursor, segment: _Segment, dropping: bool) -> bool:
     cursor.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(segment.table))
-    # Whoever took this for the current one may have written to it since we looked.
+    # A writer that took this segment for the current one may have written to it since we looked.
     cursor.execute(
         sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE id > %s)").format(segment.table),
         (segment.last_id,),
@@ -348,13 +357,13 @@ def _empty_locked(cursor: Cursor, segment: _Segment, dropping: bool) -> bool:
     [(more,)] = cursor.fetchall()
     if more:
         return False
-    # Only now that nobody can commit any more: a transaction that was under way when we looked
-    # before has ids that may be lower than others which all have read.
+    # Look again under the lock, when nobody can commit any more: a transaction that was under way
+    # before may have lower ids than rows that all have read.
     late = _late(cursor, segment, _readers(cursor))
     if late and not dropping:
         return False
     cursor.execute(sql.SQL("TRUNCATE {}").format(segment.table))
-    # With the lock, so that it sees everybody who had written there.
+    # Under the lock, so that the snapshot sees every transaction that wrote to the segment.
     cursor.execute(
         "UPDATE pgsignals.segments SET emptied_id = %s,"
         " emptied_snapshot = pg_catalog.pg_current_snapshot()::text WHERE segment = %s",
@@ -362,8 +371,8 @@ def _empty_locked(cursor: Cursor, segment: _Segment, dropping: bool) -> bool:
     )
     for reader in late:
         log.error(
-            "the consumer %s is so late that %d bytes of its events are dropped: see the "
-            "retention in pgsignals.settings",
+            "the consumer %s is so late that %d bytes of its events have been dropped: make it "
+            "faster, or keep more with `pgsignals retention`",
             reader.name,
             segment.size,
         )
@@ -383,9 +392,10 @@ def _turn(
     segment_seconds: float,
     retention_bytes: int,
 ) -> None:
-    """Begin another segment when the current one is big or old, and another is empty.
+    """Begin another segment if the current one is big or old, and another is empty.
 
-    One that cannot be emptied, since a transaction that wrote to it lasts, is left out meanwhile.
+    A segment that could not be emptied, since a transaction that wrote to it goes on, is skipped.
+    Otherwise it would stop the ring, and the current one would grow beyond any retention.
     """
     current, *others = segments
     bound = min(segment_bytes, retention_bytes // SEGMENTS)
@@ -400,5 +410,5 @@ def _turn(
         " DO UPDATE SET opened_at = excluded.opened_at",
         (following.number,),
     )
-    # Not before the time is noted; from here on writers use it.
+    # Only after the time is noted: from here on writers use the segment.
     cursor.execute("SELECT pg_catalog.setval('pgsignals.outbox_segment', %s)", (following.number,))

@@ -1,4 +1,4 @@
-"""How the outbox and its consumers stand: what ``status`` and ``pgsignals consumers`` tell."""
+"""The state of the outbox and its consumers, for ``status`` and ``pgsignals consumers``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .cursors import Snapshot
 from .schema import SEGMENTS
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-# Of a longer backlog it is enough to know that it is longer.
+# A longer backlog is not counted to its end.
 _MOST_ROWS = 200_000
 
 
 @dataclass(frozen=True)
 class ConsumerState:
-    """One part of a consumer.
+    """One partition of a consumer.
 
     ``lag`` counts the events that it has not acknowledged (of at most 200,000 messages),
-    ``lag_seconds`` is the age of the oldest of them, which happened at ``oldest_at``, and whose
-    ``uid`` is ``oldest``. Of several parts, each counts those of all. ``lost_until``: until when
-    events were dropped that it had not read, if it has not been told by a Gap. ``holder`` is the
-    process that reads for it, ``active`` whether that has its session. ``dead_letters`` are those
-    of all its parts.
+    ``lag_seconds`` is the age of the oldest of them, which happened at ``oldest_at`` and has the
+    uid ``oldest``. Each partition counts the events of all. ``lost_until``: until when events were
+    dropped that the consumer had not read, if no Gap has told it yet. ``holder`` is the process
+    that reads the partition, ``active`` whether its session lives. ``dead_letters`` counts those of
+    all partitions.
     """
 
     name: str
@@ -52,11 +52,11 @@ class ConsumerState:
 
 @dataclass(frozen=True)
 class OutboxState:
-    """The outbox at one moment: its size, its segments in use, and who reads it.
+    """The outbox at one moment: its size, its segments in use (``partitions``), and its consumers.
 
-    ``shed`` counts statements that found it full while no consumer lived. ``backfills`` are those
-    that are running. ``parked`` is what waits for single receivers that are too slow, or that call
-    for patience; their consumers have gone past it.
+    ``shed`` counts statements that found the outbox full while no consumer lived. ``backfills`` are
+    those that are running. ``parked`` are events kept for single receivers that are too slow, or
+    that have to be called again; their consumers have gone past them.
     """
 
     bytes: int
@@ -98,7 +98,10 @@ FROM unread ORDER BY at, id LIMIT 1
 
 
 def _channels(stored: Sequence[int], known: Mapping[int, Channel]) -> dict[int, int | None]:
-    """What the definitions with these channels read, and up to which id: see ``wanted``."""
+    """Return the channels that definitions with these channels read, each up to an id or all.
+
+    See ``wanted``.
+    """
     found: dict[int, int | None] = {}
     for own in stored:
         if own in known:
@@ -112,7 +115,7 @@ def _channels(stored: Sequence[int], known: Mapping[int, Channel]) -> dict[int, 
 
 
 def read_outbox(cursor: Cursor) -> OutboxState:
-    """The outbox and all its consumers. The schema must be there."""
+    """Return the state of the outbox and all its consumers. The schema must be there."""
     sizes = []
     for segment in range(SEGMENTS):
         cursor.execute(
@@ -145,7 +148,7 @@ def read_outbox(cursor: Cursor) -> OutboxState:
             },
         )
         lag, seconds, oldest_at, oldest = 0, 0.0, None, None
-        # One, or none where all is acknowledged.
+        # One row, or none if all is acknowledged.
         for events, now, micros, channel, txid, sequence in cursor.fetchall():
             lag = int(events)
             oldest_at = _EPOCH + timedelta(microseconds=micros)
@@ -181,7 +184,7 @@ def read_outbox(cursor: Cursor) -> OutboxState:
 
 
 def held_claims(cursor: Cursor) -> set[int]:
-    """The locks of the claims whose sessions live."""
+    """Return the keys of the claims' locks whose sessions live."""
     cursor.execute(
         "SELECT objid::bigint FROM pg_catalog.pg_locks WHERE locktype = 'advisory'"
         " AND classid = %s AND objsubid = 2 AND granted AND database ="

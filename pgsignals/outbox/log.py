@@ -21,21 +21,22 @@ from .awake_lock import AwakeLock
 from .cursors import Snapshot, Window
 from .reader import PAGE_BYTES, PAGE_ROWS, Cursor, Row, WindowReader
 
-# How often, awake, it notes from which id on later transactions write, at the price of a
-# transaction's id: after so many rows, which it would read again with each page, or so long.
+# How often, awake, a consumer notes the id above which later transactions write: after so many
+# rows, since each page goes again through those above the last note, or so long. A note costs a
+# transaction id.
 NOTE_ROWS = 50
 NOTE_SECONDS = 0.1
 
-# Ranges of ids: from the first of two on, and below the second, if there is one.
+# Ranges of ids: each from its first number on, up to but without its second; None has no end.
 Ids = tuple[tuple[int, int | None], ...]
 
 
 @dataclass(frozen=True)
 class Look:
-    """The database at one moment: its snapshot, and a later count of ids and of what was shed.
+    """The database at one moment: its snapshot and, read later, the latest id and the shed count.
 
-    ``began``, if asked for, is the id of a transaction of ours: those above it began after so many
-    ids had been given out.
+    ``awake`` says whether this session has the awake lock. ``began``, if asked for, is the id of a
+    transaction of ours: transactions above it began after ``given_out`` ids had been given out.
     """
 
     snapshot: Snapshot
@@ -49,9 +50,9 @@ class Look:
 class Described:
     """A channel as the database describes it.
 
-    It is its watcher's from the id ``since`` on, and its triggers were ``made`` for the last time
-    at another. Its rows are of the tables ``relations``, by their OIDs; of one with a number, those
-    with lower ids.
+    It became its watcher's at the id ``since``, and its triggers were last made at the id ``made``.
+    ``relations`` are the OIDs of the tables whose rows it has; of a table with a number, only the
+    rows with lower ids.
     """
 
     channel: int
@@ -66,14 +67,16 @@ PREPARE pgsignals_poll (boolean, boolean) AS
 SELECT pg_catalog.pg_current_snapshot()::text, i.last_value, s.last_value,
        CASE WHEN $1 THEN true
             ELSE pg_catalog.pg_try_advisory_lock({names.LOCK_CLASS}, {names.AWAKE_LOCK}) END,
-       -- Begun once that has been read, on which it depends.
+       -- Depends on last_value, so that the transaction's id is taken after last_value is read.
        CASE WHEN $2 AND i.last_value >= 0 THEN pg_catalog.pg_current_xact_id() END::text
 FROM pgsignals.outbox_id AS i, pgsignals.outbox_shed AS s
 """
 
 
 def read_statement(name: str, rows: int, size: int) -> str:
-    """Prepares what reads a page: so many ``rows`` and bytes in ``size``, or one that is longer."""
+    """Return what prepares the reading of a page: ``rows`` rows and ``size`` bytes, or one row."""
+    # The condition on txid is that of Window.holds, with since.xmax, the ended transactions,
+    # target.xmax and target.running as the second to the fifth parameter.
     return f"""
 PREPARE {name} (bigint, bigint, bigint[], bigint, bigint[]) AS
 SELECT id, channel, relation, payload FROM (
@@ -108,7 +111,7 @@ class OutboxLog:
         self.consumer = ConsumerStore(session, self, consumer, holder, timeout)
         self._readers: WeakSet[WindowReader] = WeakSet()
         self._lock = AwakeLock(self._execute)
-        # How many ids had been given out by the last look, and when that was last noted.
+        # The ids given out by the last look and by the last note, and when that note was taken.
         self._given_out = self._noted = 0
         self._noted_at = 0.0
         self._locked = False
@@ -118,9 +121,9 @@ class OutboxLog:
         return self._session.execute(statement, parameters, timeout=self._timeout)
 
     def open(self) -> None:
-        # Acknowledgements may be lost when the server crashes: what they spared comes again.
+        # A crash of the server may lose acknowledgements; their events are then delivered again.
         self._execute("SET synchronous_commit TO off")
-        # There are no statistics, and reading goes by id alone.
+        # The outbox has no statistics, so the planner would guess; reading goes by id alone.
         self._execute("SET enable_seqscan TO off; SET enable_bitmapscan TO off")
         self._execute("SET plan_cache_mode TO force_generic_plan; SET jit TO off")
         self._execute(_PREPARE)
@@ -132,10 +135,12 @@ class OutboxLog:
         self._given_out = self._look().given_out
 
     def surroundings(self) -> tuple[str, datetime]:
-        """See Log; takes note, too, of whether other consumers live.
+        """See Log; also note whether other consumers live.
 
-        A restore makes the outbox anew. The control file knows of a promotion only after the next
-        checkpoint; names of WAL files do at once.
+        The outbox's OID is part of the history, since a restore over the database makes the outbox
+        anew: otherwise what was delivered since the dump would be gone without a word. The timeline
+        comes from the name of a WAL file, which shows a promotion at once; the control file shows
+        it only after the next checkpoint.
         """
         [(cluster, database, outbox, timeline, consumers, clock)] = self._execute(
             "SELECT system_identifier, d.oid, 'pgsignals.outbox'::pg_catalog.regclass::oid,"
@@ -162,7 +167,7 @@ class OutboxLog:
         return Poll(look.snapshot, look.shed)
 
     def writers(self) -> int:
-        """The id of a transaction of ours: those that are under way have lower ones."""
+        """The id of a transaction of ours: writers that are under way have lower ids."""
         began = self._look(begin=True).began
         assert began is not None
         return began
@@ -172,9 +177,9 @@ class OutboxLog:
         return seen.xmin > writers
 
     def _look(self, awake: bool = True, begin: bool = False) -> Look:
-        """What there is by now; unless ``awake`` already, try to be who is.
+        """Look at the database; unless ``awake``, also try to get the awake lock.
 
-        With ``begin`` it takes a transaction's id, of which there are so many.
+        ``begin`` costs a transaction id, of which the server has a limited number.
         """
         [(snapshot, given_out, shed, awake, began)] = self._execute(
             "EXECUTE pgsignals_poll (%s, %s)", (awake, begin)
@@ -202,10 +207,12 @@ class OutboxLog:
         return self._reader(position, self._look().snapshot, clean)
 
     def present(self, reader: WindowReader) -> WindowReader:
-        """A reader from now on, in place of one that nothing has been read with."""
+        """A reader from now on, in place of a ``reader`` that has read nothing."""
         before = self._look(begin=True)
         assert before.began is not None
         first, now = before.began + 1, self._look().snapshot
+        # Transactions from ``first`` on have only ids above those given out before. That bounds all
+        # rows that ``now`` does not see, unless an older transaction still runs.
         floor = reader.position.floor if now.xmin < first else before.given_out
         found = self._reader(Cursor(now, floor), now, clean=True)
         found.bounds.note(first, before.given_out)
@@ -219,7 +226,7 @@ class OutboxLog:
     def shed_detail(self, count: int) -> str:
         return (
             f"{count} statements could not write to the outbox: it was full while no consumer"
-            " was there, or a right, a partition or a setting of it was missing"
+            " was there, or it lacked a grant, a segment or a setting"
         )
 
     def read(self, window: Window, last_id: int) -> list[Row] | None:
@@ -237,14 +244,14 @@ class OutboxLog:
             )
         except pg.LockNotAvailable:
             if not self._locked:
-                log.warning("somebody has locked the outbox: nothing is read until they give it up")
+                log.warning("another session has locked the outbox: events wait until it lets go")
             self._locked = True
             return None
         self._locked = False
         return [Row(row[0], row[1], row[2], self._session.text(row[3])) for row in rows]
 
     def channels(self) -> list[Described]:
-        """What the rows of each channel are, since when, and of which tables."""
+        """Every channel: its definition, the ids that it counts from, and its tables."""
         found = self._execute(
             "SELECT c.channel, c.since, c.made, c.definition, coalesce(r.tables, '{}')"
             " FROM pgsignals.channels AS c LEFT JOIN ("

@@ -1,4 +1,4 @@
-"""What a role needs to be a consumer of the outbox."""
+"""The privileges that a role needs to be a consumer of the outbox."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def _needed(relation: str, kind: str) -> tuple[str, ...]:
 
 
 def missing_grants(cursor: Cursor) -> list[str]:
-    """The GRANT statements without which the current role cannot be a consumer."""
+    """Return the GRANT statements that the current role needs yet to be a consumer."""
     cursor.execute(
         "SELECT c.relname, c.relkind FROM pg_catalog.pg_class c"
         " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
         " WHERE n.nspname = %s AND c.relkind IN ('r', 'p', 'S') ORDER BY c.relname",
         (NAME,),
     )
-    # Others are a newer version's, whose programs need them.
+    # Other relations are a newer version's, and only its programs need them.
     known = schema.relations()
     wanted = [
         Right(privilege, (NAME, relation), "SEQUENCE" if kind == "S" else "TABLE")

@@ -1,4 +1,4 @@
-"""What a durable source needs to read the outbox."""
+"""Makes the log and the decoder with which a durable source reads the outbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OutboxProvider(ABC):
 
     @abstractmethod
     def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
-        """How to read each channel that a watcher wants."""
+        """Return a decoder for each channel that a watcher reads."""
 
     def log(self, session: Session, consumer: str, holder: str, timeout: float) -> OutboxLog:
         return OutboxLog(session, consumer, holder, timeout)

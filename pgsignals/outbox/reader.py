@@ -12,15 +12,15 @@ from .cursors import BEGINNING, IdBounds, Snapshot, Window
 if TYPE_CHECKING:
     from .log import OutboxLog
 
-# A page: so many rows and so many bytes, or one row that is longer. Ten bytes may be an event, and
-# a page of events is held in memory at once.
+# The most rows and bytes of a page, unless one row alone is longer. Bytes count as well as rows: a
+# row may hold many events, some of ten bytes only, and memory holds all events of a page at once.
 PAGE_ROWS = 2000
 PAGE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
 class Row:
-    """A message in the outbox; ``relation`` is the OID of the table that its rows are of."""
+    """A message in the outbox; ``relation`` is the OID of the table that fired its trigger."""
 
     id: int
     channel: int
@@ -32,8 +32,9 @@ class Row:
 class Cursor:
     """A position in the outbox: how far a partition has been read.
 
-    All that ``snapshot`` sees; with a ``target``, also the rows up to ``last_id`` of the window
-    between both. Rows that it does not see have ids above ``floor``.
+    All rows that ``snapshot`` sees have been read; with a ``target``, also the rows up to
+    ``last_id`` of the window between both. Rows that ``snapshot`` does not see have ids above
+    ``floor``.
     """
 
     snapshot: Snapshot
@@ -58,8 +59,8 @@ class Cursor:
 class WindowReader:
     """Reads window after window of the ``log``.
 
-    ``present`` is a snapshot from after the claim: what it sees may have been delivered, unless the
-    former holder left the partition ``clean``.
+    ``present`` is a snapshot from after the claim: the former holder may have delivered rows that
+    it sees, unless that holder left the partition ``clean``.
     """
 
     def __init__(self, log: OutboxLog, cursor: Cursor, present: Snapshot, clean: bool) -> None:
@@ -73,11 +74,12 @@ class WindowReader:
         self.last_id = cursor.last_id
         self.bounds = IdBounds(self.since.xmin, cursor.floor)
         self.window = None if cursor.target is None else self._window_to(cursor.target)
-        # What somebody may have delivered who did not come to acknowledge it.
+        # Rows that this sees may have been delivered by a process that did not acknowledge them.
         self._doubtful = doubtful
 
     def _window_to(self, target: Snapshot) -> Window:
         window = Window.between(self.since, target, 0)
+        # All its rows are of transactions from since.xmax on, or of those that have ended since.
         after = min(self.bounds.below(x) for x in (self.since.xmax, *window.ended))
         return replace(window, after=after)
 
@@ -117,9 +119,10 @@ class WindowReader:
         return self.log.read(self.window, self.last_id)
 
     def turn(self, rows: Sequence[Row]) -> Cursor:
-        """Go on behind rows of the window; where the consumer stands when they are acknowledged."""
+        """Go on behind rows of the window; return the position to acknowledge with them."""
         assert self.window is not None
-        # Rows are counted in characters here, and cut by bytes there, of which four make one.
+        # The server cuts a page by bytes, and up to four of them are one character here. A page
+        # that may have been cut is taken for full: otherwise the rest of the window would be lost.
         size = sum(len(row.payload) for row in rows)
         if rows and (len(rows) >= PAGE_ROWS or 4 * size >= PAGE_BYTES):
             self.last_id = rows[-1].id
@@ -131,8 +134,8 @@ class WindowReader:
         return self.position
 
     def doubts(self, message: Message) -> bool:
-        """Whether somebody may have delivered the message who did not acknowledge it.
+        """Whether another process may have delivered the message without acknowledging it.
 
-        To be asked before the turn.
+        Ask before ``turn``, which may end the doubt.
         """
         return self._doubtful is not None and self._doubtful.sees(message.txid)

@@ -18,7 +18,7 @@ from .schema import NAME, find_schema, live_readers
 
 @dataclass(frozen=True)
 class Survey:
-    """What would be lost: named consumers with their lag in events, dead letters, triggers.
+    """All that would be lost: named consumers with their lag in events, dead letters, triggers.
 
     The first two are None in a schema of a version that this program cannot work with.
     """
@@ -29,14 +29,14 @@ class Survey:
 
 
 def survey(cursor: Cursor) -> Survey:
-    """What there is. Raises DatabaseError without an outbox, or while somebody reads it."""
+    """Survey the outbox. Raises DatabaseError without one, or while a process reads it."""
     _check_idle(cursor)
     if not _is_known(cursor):
         return Survey(None, None, tuple(_triggers(cursor)))
     lags: dict[str, int] = {}
     for each in read_outbox(cursor).consumers:
         if not each.ephemeral:
-            # Each part counts the events of all.
+            # Each partition counts the events of all, so that their sum would count them twice.
             lags[each.name] = max(lags.get(each.name, 0), each.lag)
     cursor.execute("SELECT pg_catalog.count(*) FROM pgsignals.dead_letters")
     [(letters,)] = cursor.fetchall()
@@ -44,16 +44,16 @@ def survey(cursor: Cursor) -> Survey:
 
 
 def remove(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> list[Installed]:
-    """Remove the triggers that write to the outbox, and then its schema; those triggers.
+    """Remove the triggers that write to the outbox, then its schema; return those triggers.
 
-    Raises DatabaseError while somebody reads it; PrivilegeError, InstallLockError.
+    Raises DatabaseError while a process reads the outbox; PrivilegeError, InstallLockError.
     """
 
     def drop_trigger(item: Installed) -> None:
         cursor.execute(drop_statement(cursor, item.function_schema, item.name))
 
     def drop_schema() -> None:
-        # Nobody can become a consumer from here on.
+        # From here on no process can become a consumer; otherwise one could between check and drop.
         cursor.execute("LOCK TABLE pgsignals.consumers IN ACCESS EXCLUSIVE MODE")
         _check_idle(cursor)
         cursor.execute("DROP SCHEMA pgsignals CASCADE")

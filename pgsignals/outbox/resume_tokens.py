@@ -1,11 +1,11 @@
-"""Resume tokens: a reader without a cursor gets one, and goes on in the outbox where it was made.
+"""Resume tokens, with which a reader without a cursor goes on in the outbox where it stopped.
 
 A token holds the snapshots of a window and the point reached in it, as a cursor does (``cursors``
-says why): a transaction that commits late has lower ids than what was read long before. Tokens
-come back from browsers, so they are signed, with a key of the database that each process knows.
-The signature covers the database's history, and a token of another history is refused. A crash of
-the server begins another history: the server may give the numbers of transactions that a snapshot
-saw ended, and that were not written down yet, to other transactions.
+says why): a transaction that commits late has lower ids than rows read long before. Tokens come
+back from browsers, so they are signed, with a key of the database that each process knows. The
+signature covers the database's history, and a token of another history is refused. A crash of the
+server begins another history: the server may give the number of a transaction that a snapshot saw
+ended to another transaction, if that number was not written down yet.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ import msgspec
 
 from .cursors import Snapshot
 
-# The number of all events of a message.
+# In place of an event's number: all events of the message are known.
 ALL = (1 << 31) - 1
-# Servers take no headers that are much longer. With so many transactions under way that a token
-# would be longer, the one of NOWHERE is given, from which nobody can go on.
+# Servers refuse headers that are much longer. Where so many transactions are under way that a token
+# would be longer, the reader gets NOWHERE, from which nobody can go on.
 LONGEST = 4096
 NOWHERE = "-"
 _SIGNATURE = 10
 
 _Txid = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-# The differences between its numbers, since small numbers take one byte.
+# A snapshot as xmin, xmax - xmin and the steps between running transactions: small numbers take one
+# byte.
 _Packed = tuple[_Txid, _Count, Annotated[tuple[_Count, ...], msgspec.Meta(max_length=LONGEST)]]
 _Between = tuple[_Packed, _Count, _Count, _Count]
 _Within = tuple[_Packed, _Count, _Count, _Count, _Packed, _Count, _Count]
-# The first byte says whether a point is between two windows or within one, whatever the types say:
-# so no token of one form passes for one of the other.
+# The first byte says whether a point lies between two windows or within one, so that no token of
+# one form passes for one of the other.
 _BETWEEN, _WITHIN = b"b", b"w"
 _DECODERS: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
     _BETWEEN: msgspec.msgpack.Decoder(_Between),
@@ -47,7 +48,7 @@ _DECODERS: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
 
 @dataclass(frozen=True)
 class Emptied:
-    """The part of the outbox that is gone: rows up to an id that the snapshot sees."""
+    """The part of the outbox that is gone: rows that the snapshot sees, with ids up to ``id``."""
 
     id: int
     snapshot: Snapshot
@@ -55,9 +56,10 @@ class Emptied:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """All that ``since`` sees is known; with a ``target``, also a part of the window between both.
+    """A point that a reader has reached in the outbox.
 
-    That is its rows below ``last_id``, and of that row the events up to ``number``. Rows that
+    The reader knows all rows that ``since`` sees; with a ``target``, also those below ``last_id``
+    of the window between both, and the events up to ``number`` of the row ``last_id``. Rows that
     ``since`` does not see have ids above ``floor``, and those of transactions from its xmax on
     above ``high``. ``shed`` counts the statements that had found the outbox full.
     """
@@ -72,7 +74,7 @@ class ResumePoint:
 
     @property
     def reached(self) -> Snapshot:
-        """The end of the window: nothing beyond it is known."""
+        """The snapshot at the end of the window: the reader knows nothing beyond it."""
         return self.target or self.since
 
     def at(self, last_id: int, number: int) -> ResumePoint:
@@ -82,28 +84,29 @@ class ResumePoint:
         )
 
     def towards(self, target: Snapshot) -> ResumePoint:
-        """The beginning of the window from here to a later snapshot."""
+        """The point at the beginning of the window from here to a later snapshot."""
         assert self.target is None
         return ResumePoint(self.since, self.floor, self.high, self.shed, target)
 
     def turned(self) -> ResumePoint:
-        """The end of the window."""
+        """The point at the end of the window."""
         return ResumePoint(self.reached, self.floor, self.high, self.shed)
 
     def lacks(self, gone: Emptied) -> bool:
-        """Whether what is gone may hold something that is not known here."""
+        """Whether ``gone`` may have had rows that the reader does not know."""
+        # Those are of transactions from since.xmax on, or of those that ran at ``since``.
         return gone.id > self.high or (gone.id > self.floor and self._ended(gone))
 
     def _ended(self, gone: Emptied) -> bool:
-        """Whether a transaction that was under way may have left rows in what is gone."""
+        """Whether a transaction that ran at ``since`` may have had rows in ``gone``."""
         return any(gone.snapshot.sees(txid) for txid in self.since.running)
 
 
 class TokenCodec:
-    """Makes tokens of points, and points of tokens, for one history of a database.
+    """Turns points into tokens, and tokens into points, for one history of a database.
 
-    A point within a window says how far a reader has come with the rows of its ``triggers``. With
-    those of another version of the application, whose rows have other ids, it means nothing.
+    A point within a window lies among the rows of the reader's ``triggers``. Another version of the
+    application has other triggers, whose rows have other ids, and refuses the token.
     """
 
     def __init__(self, key: str, epoch: str, triggers: str = "") -> None:
@@ -112,13 +115,13 @@ class TokenCodec:
         self._key = key.encode()
 
     def encode(self, point: ResumePoint) -> str:
-        """The token of a point."""
+        """Return the token of a point."""
         data = _pack(point)
         text = base64.urlsafe_b64encode(data + self._signature(data)).rstrip(b"=").decode()
         return text if len(text) <= LONGEST else NOWHERE
 
     def decode(self, token: str) -> ResumePoint | None:
-        """The point of a token; None for a text that is no token of this history."""
+        """Return the point of a token; None for a text that is no token of this history."""
         if not token.isascii() or len(token) > LONGEST:
             return None
         try:
@@ -126,7 +129,7 @@ class TokenCodec:
         except (binascii.Error, ValueError):
             return None
         data, signature = data[:-_SIGNATURE], data[-_SIGNATURE:]
-        # Nothing is read of what has not been signed here.
+        # Decode nothing before the signature has been checked: anybody may have sent it.
         if not hmac.compare_digest(signature, self._signature(data)):
             return None
         try:
@@ -151,7 +154,7 @@ def _pack(point: ResumePoint) -> bytes:
 
 
 def _unpack(since: _Packed, floor: int, above: int, shed: int, *within: Any) -> ResumePoint:
-    """The point. Raises ValueError for a snapshot that cannot be."""
+    """Return the point. Raises ValueError for a snapshot that cannot be."""
     point = ResumePoint(_unpack_snapshot(*since), floor, floor + above, shed)
     if within:
         target, last_id, number = within

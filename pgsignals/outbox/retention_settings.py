@@ -1,4 +1,4 @@
-"""For how long, and up to which size, the outbox keeps what has not been read."""
+"""Retention: for how long, and up to which size, the outbox keeps events that are not read yet."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.errors import ConfigurationError
 from .schema import SEGMENTS
 
-# A partition is emptied as a whole: less than this for each would drop what has just been written.
+# A segment is emptied as a whole: with less than this for each, new events would be dropped.
 LEAST_BYTES = SEGMENTS << 20
 LEAST_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What nobody has read is dropped when it is ``seconds`` old, or beyond ``bytes`` in all."""
+    """Unread events are dropped when they are ``seconds`` old, or exceed ``bytes`` in all."""
 
     seconds: float
     bytes: int
 
 
 def read_retention(cursor: Cursor) -> Retention:
-    """What holds now. The schema must be there."""
+    """Return the retention in force. The schema must be there."""
     cursor.execute("SELECT retention_seconds, retention_bytes FROM pgsignals.settings")
     [(seconds, size)] = cursor.fetchall()
     return Retention(seconds, size)
@@ -32,9 +32,9 @@ def read_retention(cursor: Cursor) -> Retention:
 def set_retention(
     cursor: Cursor, seconds: float | None = None, size: int | None = None
 ) -> Retention:
-    """Change what is given; what holds then. Consumers heed it within ten seconds.
+    """Change what is given; return what is then in force. Consumers heed it within ten seconds.
 
-    Raises ConfigurationError for less than a minute or than 8 MiB.
+    Raises ConfigurationError for less than a minute, or less than 8 MiB.
     """
     if seconds is not None and not LEAST_SECONDS <= seconds < float("inf"):
         raise ConfigurationError(

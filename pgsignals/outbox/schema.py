@@ -1,8 +1,8 @@
-"""The schema ``pgsignals``: what durable delivery keeps in the database, and its upgrades.
+"""The schema ``pgsignals``, in which durable delivery keeps all that it keeps, and its upgrades.
 
-The outbox is a ring of segments, the partitions of a table. Writers insert into the current one,
-and one that every consumer has read is emptied by TRUNCATE, which locks it alone: detaching or
-dropping one would lock the whole outbox, and with it every writer.
+The outbox is a ring of segments, the partitions of a table. Writers insert into the current
+segment. A segment that every consumer has read is emptied by TRUNCATE, which locks that segment
+alone: detaching or dropping it would lock the whole outbox, and with it every writer.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock
 VERSION = 2
 SEGMENTS = 8
 
-# By default what nobody has fetched is kept for three days, or up to 4 GiB.
+# By default unread events are kept for three days, and up to 4 GiB.
 RETENTION_SECONDS = 3 * 24 * 3600
 RETENTION_BYTES = 4 << 30
 
 _CREATION = (
     "CREATE SCHEMA pgsignals",
     "CREATE SEQUENCE pgsignals.outbox_id",
-    # Set to 1 by a writer that finds the outbox full while no consumer lives, and back to 0.
+    # Set to 1 by a writer that finds the outbox full while no consumer lives, and later back to 0.
     "CREATE SEQUENCE pgsignals.outbox_full MINVALUE 0",
     f"CREATE SEQUENCE pgsignals.outbox_segment MINVALUE 0 MAXVALUE {SEGMENTS - 1}",
     "CREATE SEQUENCE pgsignals.outbox_shed MINVALUE 0",
@@ -51,7 +51,8 @@ _CREATION = (
     "ALTER TABLE pgsignals.outbox ALTER COLUMN payload SET STORAGE EXTERNAL",
     "CREATE INDEX outbox_id_idx ON pgsignals.outbox (id)",
     *(
-        # A message of many rows fills a page, and stays in it. There is nothing to vacuum.
+        # The target keeps a message that fills a page out of TOAST. Autovacuum has nothing to do:
+        # rows are only inserted, and go by TRUNCATE.
         f"""CREATE TABLE pgsignals.outbox_{segment}
   PARTITION OF pgsignals.outbox FOR VALUES IN ({segment})
   WITH (autovacuum_enabled = off, toast.autovacuum_enabled = off, toast_tuple_target = 8160)"""
@@ -72,19 +73,21 @@ _CREATION = (
   emptied_snapshot text
 )""",
     "INSERT INTO pgsignals.segments VALUES (0)",
-    # Empty after a crash, which may take back the numbers of transactions that were seen to end.
+    # Unlogged, so that a crash empties it and ends all resume tokens: after a crash the number of a
+    # transaction that a token saw ended may be given to another.
     """CREATE UNLOGGED TABLE pgsignals.era (
   one boolean PRIMARY KEY DEFAULT true CHECK (one),
   era uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid()
 )""",
-    # By ids of the outbox: since when it is the watcher's, and when its triggers were last made.
+    # ``since`` and ``made`` are ids of the outbox: a channel became its watcher's at the one, and
+    # its triggers were last made at the other.
     """CREATE TABLE pgsignals.channels (
   channel bigint PRIMARY KEY,
   since bigint NOT NULL,
   made bigint NOT NULL,
   definition text NOT NULL
 )""",
-    # The tables whose rows a channel has; of one with ``until``, those with lower ids.
+    # The tables whose rows a channel has; of a table with ``until``, only the rows with lower ids.
     """CREATE TABLE pgsignals.relations (
   channel bigint NOT NULL,
   relation oid NOT NULL,
@@ -92,8 +95,8 @@ _CREATION = (
   PRIMARY KEY (channel, relation)
 )""",
     *TABLES,
-    # Asked by writers while no consumer lives, so that nobody else keeps the outbox within bounds.
-    # Where somebody has locked a segment there is no size to be had: the writer does not wait for
+    # Writers ask this while no consumer lives, since then nobody keeps the outbox within bounds.
+    # The size of a segment that somebody has locked cannot be read, and a writer must not wait for
     # it. A restored schema may have no settings.
     """CREATE FUNCTION pgsignals.has_room() RETURNS boolean LANGUAGE plpgsql STABLE
   SET search_path TO pg_catalog, pg_temp
@@ -112,8 +115,8 @@ EXCEPTION WHEN lock_not_available THEN
 END
 $$""",
     "REVOKE ALL ON FUNCTION pgsignals.has_room() FROM PUBLIC",
-    # One statement with one plan, which a trigger's function tries without a row before it depends
-    # on it: see triggers/bodies/outbox.py.
+    # One statement with one plan, so that a trigger's function can try it without a row before it
+    # depends on it: see triggers/bodies/outbox.py.
     """CREATE FUNCTION pgsignals.put(bigint, bigint, bigint, oid, bigint, text, boolean)
   RETURNS boolean LANGUAGE plpgsql
 AS $$
@@ -129,18 +132,18 @@ $$""",
 
 _SEQUENCES = ("outbox_id", "outbox_segment", "outbox_full", "outbox_shed")
 
-# For so long, in milliseconds, writers may queue behind an upgrade that waits for the outbox.
+# The most milliseconds for which writers may queue behind an upgrade that waits for the outbox.
 _WRITERS_WAIT = 20
 
 
 @dataclass(frozen=True)
 class Upgrade:
-    """What leads to a ``version`` of the schema from the one before it; the first makes it.
+    """The step to a ``version`` of the schema from the one before it; the first step makes it.
 
-    Programs from the version ``oldest`` on work with it, and start: an older program finds all that
-    it knows as it knows it, and what it leaves out has a default. ``statements`` may lock what
-    consumers use. Those of ``outbox`` lock what writers write to, and come last, since writers wait
-    from the first of them to the end.
+    Programs from the version ``oldest`` on can start and work with the new schema: all that they
+    know is unchanged, and what they leave out has a default. ``statements`` may lock what consumers
+    use. Those of ``outbox`` lock what writers write to, and come last, since writers wait from the
+    first of them to the end.
     """
 
     version: int
@@ -150,11 +153,11 @@ class Upgrade:
 
     @property
     def comment(self) -> str:
-        """What the schema says of itself from then on."""
+        """The comment of the schema, which tells programs its version."""
         return f"{_OURS}, version {self.version}, for programs from {self.oldest} on"
 
     def run_from(self, version: int) -> list[str]:
-        """All statements of the step, for one transaction; ``version`` 0: there is no schema."""
+        """Return the statements of the step, for one transaction; ``version`` 0: no schema yet."""
         comment = f"COMMENT ON SCHEMA {NAME} IS '{self.comment}'"
         if not version:
             return [*self.statements, *self.outbox, comment]
@@ -164,11 +167,11 @@ class Upgrade:
 _OURS = "pgsignals: durable delivery"
 _COMMENT = f"^{_OURS}, version ([0-9]+)(?:, for programs from ([0-9]+) on)?$"
 
-# Altered, the outbox has another fingerprint, by which consumers would take it that somebody had
-# meddled with the rights on it.
+# An upgrade alters the outbox, and with it the fingerprint that consumers keep, which the upgrade
+# therefore replaces. Otherwise consumers would announce that somebody had changed the outbox.
 _RIGHTS = f"({fingerprint.TARGET})"
 _BEFORE = (
-    # Those who have a row of it locked are waited for before writers wait behind us.
+    # Wait for consumers here, while no writer waits behind us yet.
     f"LOCK TABLE {NAME}.consumers IN SHARE ROW EXCLUSIVE MODE",
     f"SELECT pg_catalog.set_config('{NAME}.rights', {_RIGHTS}, true)",
 )
@@ -179,10 +182,10 @@ _AFTER = (
 
 
 def _patiently(statements: tuple[str, ...]) -> list[str]:
-    """Statements on the outbox, which give up soon where a writer's transaction goes on.
+    """Return the statements on the outbox, which give up soon while a writer's transaction goes on.
 
-    A writer that has to wait is cancelled by its own statement_timeout, or cannot note what it
-    wrote by its own lock_timeout.
+    Otherwise a writer that waits could be cancelled by its statement_timeout, or lose its events by
+    its lock_timeout.
     """
     if not statements:
         return []
@@ -196,15 +199,15 @@ def _patiently(statements: tuple[str, ...]) -> list[str]:
     ]
 
 
-# Of what the first release had not yet, version 1, there is no way that leads on.
+# Version 1 was never released, and has no step that leads on from it.
 UPGRADES: tuple[Upgrade, ...] = (Upgrade(2, 2, _CREATION),)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A schema of ours: its version, and the oldest one of programs that can work with it.
+    """A schema of ours: its version, and the ``oldest`` version of programs that can work with it.
 
-    ``oldest`` is None where it does not say so: it is from before the first release.
+    ``oldest`` is None for a schema from before the first release, which does not say.
     """
 
     version: int
@@ -212,12 +215,12 @@ class Found:
 
     @property
     def usable(self) -> bool:
-        """Whether this program can work with it, or upgrade it."""
+        """Whether this program can work with the schema, or upgrade it."""
         return self.oldest is not None and self.oldest <= VERSION
 
 
 def find_schema(cursor: Cursor) -> Found | None:
-    """The schema in this database, whatever its version; None without one.
+    """Return the schema in this database, of whatever version; None without one.
 
     Raises DatabaseError for a schema of that name which is not ours.
     """
@@ -239,10 +242,10 @@ def find_schema(cursor: Cursor) -> Found | None:
 
 
 def read_version(cursor: Cursor) -> int:
-    """The version of the schema in this database, which may be a newer one; 0 without one.
+    """Return the version of the schema in this database, which may be a newer one; 0 without one.
 
-    Raises DatabaseError for a schema of that name which is not ours, or that neither this program
-    can work with nor lead on.
+    Raises DatabaseError for a schema of that name which is not ours, or which this program can
+    neither work with nor upgrade.
     """
     found = find_schema(cursor)
     if found is None:
@@ -270,14 +273,14 @@ def _pending(version: int) -> list[Upgrade]:
 
 
 def upgrade_statements(version: int) -> list[str]:
-    """The SQL that leads from ``version`` to the current one; none when it is that, or newer."""
+    """Return the SQL from ``version`` to the current one; none from that, or from a newer one."""
     return [statement for step in _pending(version) for statement in step.run_from(version)]
 
 
 def ensuring_statement() -> str:
-    """One statement that leads from any version to the current one, wherever and whenever it runs.
+    """Return one statement that leads from any version of the schema to the current one.
 
-    For migrations: they are written long before they run, on databases that may have the schema
+    Migrations use it: they are written long before they run, on databases that may have the schema
     already, or a newer one, which is left alone.
     """
     lines = []
@@ -319,7 +322,7 @@ SELECT pg_catalog.concat_ws(', ',
      AND pg_catalog.pg_sequence_last_value(c.oid) IS NULL))
 """
 
-# A restored outbox may have rows whose ids the sequence would give out again.
+# The sequence goes on above all ids in use: from 1 it would give out those of restored rows again.
 _PUT_BACK = (
     f"INSERT INTO pgsignals.settings VALUES (true, {RETENTION_SECONDS}, {RETENTION_BYTES})"
     " ON CONFLICT DO NOTHING",
@@ -342,7 +345,7 @@ _MAKES = r"CREATE (?:UNLOGGED )?(?:TABLE|SEQUENCE) pgsignals\.(\w+)"
 
 
 def relations() -> set[str]:
-    """The names of the tables and sequences that this version knows."""
+    """Return the names of the tables and sequences that this version knows."""
     return {
         name
         for step in UPGRADES
@@ -352,9 +355,9 @@ def relations() -> set[str]:
 
 
 def left_out(cursor: Cursor) -> str:
-    """The contents that the schema lacks, since it comes from a dump without them; mostly none.
+    """Name the contents that a dump has left out of the schema; empty if it is complete.
 
-    Raises DatabaseError where it lacks a table.
+    Raises DatabaseError if it lacks a table.
     """
     cursor.execute(
         "SELECT c.relname FROM pg_catalog.pg_class c"
@@ -370,16 +373,17 @@ def left_out(cursor: Cursor) -> str:
     try:
         cursor.execute(_LEFT_OUT, (list(_SEQUENCES),))
     except pg.InsufficientPrivilege:
-        # Who only installs triggers may not look, nor could it put anything back.
+        # A role that only installs triggers may not look, and could put nothing back.
         return ""
     [(found,)] = cursor.fetchall()
     return str(found)
 
 
 def install_schema(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> bool:
-    """Make, upgrade or complete the schema, in one transaction; whether there was anything to do.
+    """Make, upgrade or complete the schema; return whether there was anything to do.
 
-    The cursor's connection is in autocommit mode. Raises PrivilegeError, DatabaseError.
+    Each step is a transaction; the cursor's connection must be in autocommit mode. Raises
+    PrivilegeError, DatabaseError.
     """
     version = read_version(cursor)
     if version >= VERSION:
@@ -395,14 +399,14 @@ def install_schema(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> bool:
     if not version:
         _check_privilege(cursor)
     for step in _pending(version):
-        # Each in a transaction of its own, so that no lock is held for longer than it takes.
+        # A transaction for each step: one for all would hold each step's locks until the last.
         if in_install_lock(cursor, limits, NAME, None, partial(_apply, cursor, step)):
             log.info("the schema %s now has version %d", NAME, step.version)
     return True
 
 
 def _apply(cursor: Cursor, step: Upgrade) -> bool:
-    """Take one step, unless somebody else has by now."""
+    """Take one step, unless another process has by now; return whether it was taken."""
     version = read_version(cursor)
     if version >= step.version:
         return False
@@ -412,7 +416,7 @@ def _apply(cursor: Cursor, step: Upgrade) -> bool:
             f"for programs from {step.oldest} on; older ones read the outbox in {readers} of the "
             "sessions. Stop those programs, then try again: the events of named consumers wait."
         )
-    # At once, so that writers wait for no round trips while we hold the outbox.
+    # All in one message, so that writers wait for no round trips while we hold the outbox.
     cursor.execute(";\n".join(step.run_from(version)))
     return True
 
@@ -434,7 +438,7 @@ def check_schema(cursor: Cursor) -> None:
 
 
 def live_readers(cursor: Cursor) -> int:
-    """How many sessions read the outbox or stand by to, of programs of whatever version."""
+    """Count the sessions that read the outbox or stand by to, of programs of whatever version."""
     cursor.execute(
         "SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks WHERE locktype = 'advisory'"
         " AND classid = %s AND objid = %s AND objsubid = 2 AND mode = 'ShareLock' AND granted"

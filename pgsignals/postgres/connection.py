@@ -1,4 +1,4 @@
-"""psycopg2 connections: connecting, sessions that never block for ever."""
+"""Blocking psycopg2 connections, whose statements never wait for ever."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .session_settings import preamble
 
 
 class _Cursor(Cursor):
-    """Gives up a statement that gets no answer: a silent server would hold it for ever."""
+    """Gives up a statement without an answer; otherwise a silent server would hold it for ever."""
 
     patience: float
     preamble_length = 0
@@ -38,7 +38,7 @@ class _Cursor(Cursor):
     def execute(self, query: Any, vars: Any = None) -> None:  # noqa: A002
         self.preamble_length = 0
         if self.connection.info.transaction_status == TRANSACTION_STATUS_IDLE:
-            # In one message, so that both are one transaction, or begin one.
+            # In one message with the statement, so that both are, or begin, one transaction.
             before = preamble(self.connection.server_version)
             self.preamble_length = len(before)
             query = before + query if isinstance(query, str) else sql.SQL(before) + query
@@ -73,10 +73,11 @@ class _Cursor(Cursor):
 
 
 def connect(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Connection:
-    """An ordinary, blocking connection in autocommit mode.
+    """Return an ordinary, blocking connection in autocommit mode.
 
-    Raises ConnectError, whose message carries no password, when there is none in ``timeout``
-    seconds. A statement has ``patience`` seconds, or it fails and the connection is broken.
+    Raises ConnectError, whose message carries no password, if there is no connection within
+    ``timeout`` seconds. A statement that takes longer than ``patience`` seconds fails, and breaks
+    the connection.
     """
     _warn_of_greenlets()
     factory = type("_PatientCursor", (_Cursor,), {"patience": patience})
@@ -96,7 +97,7 @@ def connect(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Connecti
 
 @contextlib.contextmanager
 def opened(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Iterator[Cursor]:
-    """A cursor of a connection that :func:`connect` makes, and that is closed in the end."""
+    """Open a connection by :func:`connect`, yield a cursor of it, and close it in the end."""
     connection = connect(dsn, timeout, patience)
     with contextlib.closing(connection), connection.cursor() as cursor:
         yield cursor
@@ -104,7 +105,7 @@ def opened(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Iterator[
 
 @contextlib.contextmanager
 def transaction(cursor: Cursor) -> Iterator[None]:
-    """A transaction on a connection in autocommit mode."""
+    """Run a transaction on a connection in autocommit mode."""
     cursor.execute("BEGIN")
     try:
         yield
@@ -117,7 +118,7 @@ def transaction(cursor: Cursor) -> Iterator[None]:
 
 @functools.cache
 def _warn_of_greenlets() -> None:
-    """A blocking connection stops all greenlets of a thread, unless psycopg2 waits as they do."""
+    """Warn once if psycopg2 would stop all greenlets of a thread while it waits."""
     gevent: Any = sys.modules.get("gevent.monkey")
     eventlet: Any = sys.modules.get("eventlet.patcher")
     patched = (gevent is not None and gevent.is_module_patched("socket")) or (
@@ -177,7 +178,7 @@ _CAUSES = (
 
 
 def connect_error(dsn: str, error: Exception) -> ConnectError:
-    """The error for a failed connection, whose message carries no password."""
+    """Return the error for a failed connection, whose message carries no password."""
     text = str(error).strip()
     cause = next((f": {meaning}" for pattern, meaning in _CAUSES if re.search(pattern, text)), "")
     given = legible_parts(dsn)
@@ -204,10 +205,10 @@ _UUIDS = psycopg2.extensions.new_array_type((2951,), "UUID[]", _UUID)
 
 
 def make_cast(connection: Connection) -> Cast:
-    """Python values as queries of ``connection`` give them, and ``uuid.UUID`` for uuid.
+    """Return a function that makes the Python values of ``connection``'s queries from texts.
 
-    psycopg2's casters crash the interpreter when they are given no cursor, hence one that is kept
-    as long as the function. It stays usable when its connection is closed.
+    It gives ``uuid.UUID`` for uuid. It keeps a cursor, without which psycopg2's casters would crash
+    the interpreter, and stays usable when the connection is closed.
     """
     cursor = connection.cursor()
     # Not by register_uuid(), which decides for the whole program how UUIDs become parameters.

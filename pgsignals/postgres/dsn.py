@@ -1,4 +1,4 @@
-"""Connection strings: as they are given, as libpq takes them, and what of them is no secret."""
+"""Connection strings: as they are given, as libpq takes them, and without their secrets."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..core.errors import ConfigurationError
 from ..core.redaction import redact
 
 _SHOWN = ("service", "host", "hostaddr", "port", "dbname", "user")
-# A password with characters that should have been percent-encoded: it ends before an @, and libpq
-# takes what follows the first such character for the host, the port or the database.
+# A URL's password up to the last @. If it has characters that should have been percent-encoded,
+# libpq takes what follows the first of them for the host, the port or the database.
 _URL_PASSWORD = re.compile(r"\s*postgres(?:ql)?://[^:/?#@]*:(.*)@", re.DOTALL)
 
 
 def display(dsn: str) -> str:
-    """Where a connection string leads, for messages: no more of it than what is no secret.
+    """Return the parts of a connection string that are no secret, for messages.
 
-    It shows nothing of a string in which something else may turn out to be the password.
+    It shows nothing of a string in which some other part may turn out to be the password.
     """
     given = legible_parts(libpq_dsn(dsn))
     if given is None:
@@ -30,7 +30,7 @@ def display(dsn: str) -> str:
 
 
 def legible_parts(dsn: str) -> dict[str, str] | None:
-    """The parts of a connection string, unless libpq sees other parts in it than its author."""
+    """Return a connection string's parts; None if its author may have meant others than libpq's."""
     try:
         given: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
     except (psycopg2.Error, UnicodeError):
@@ -42,26 +42,26 @@ def legible_parts(dsn: str) -> dict[str, str] | None:
 
 
 class Engine(Protocol):
-    """What :func:`dsn_of` needs of an SQLAlchemy Engine or AsyncEngine."""
+    """The attributes of an SQLAlchemy Engine or AsyncEngine that :func:`dsn_of` reads."""
 
     @property
     def url(self) -> Any:
-        """Where it leads."""
+        """The URL of the database."""
 
     @property
     def dialect(self) -> Any:
-        """Of what database it is, and through which driver."""
+        """The kind of database, and its driver."""
 
 
-# What the drivers that are not made of libpq call these.
+# libpq's names of parameters that drivers without libpq call otherwise.
 _LIBPQ_NAMES = {"database": "dbname", "ssl": "sslmode"}
 _PORTABLE = ("host", "port", "dbname", "user", "password", "sslmode")
 
 
 def dsn_of(given: str | Engine) -> str:
-    """A connection string: as it is given, or what an SQLAlchemy engine's URL says.
+    """Return a connection string: as it is given, or from an SQLAlchemy engine's URL.
 
-    What an engine got as ``connect_args`` or ``creator`` is not in its URL.
+    An engine's ``connect_args`` or ``creator`` are not in its URL, and so not in the string.
     Raises ConfigurationError for anything else, and for an engine of another database.
     """
     if isinstance(given, str):
@@ -84,19 +84,19 @@ def dsn_of(given: str | Engine) -> str:
         **{
             key: ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             for key, value in parts.items()
-            # Anything else is an object for the driver alone.
+            # A value of another type is an object for the driver alone.
             if isinstance(value, str | int | list | tuple)
         }
     )
 
 
 def libpq_dsn(dsn: str) -> str:
-    """A connection string as libpq takes it: SQLAlchemy's ``postgresql+driver://`` works too."""
+    """Return a connection string as libpq takes it, also from ``postgresql+driver://``."""
     return re.sub(r"^(postgres(?:ql)?)\+\w+://", r"\1://", dsn)
 
 
 def libpq_options(dsn: str, timeout: float) -> dict[str, Any]:
-    """What we add to the user's connection string where it leaves it open."""
+    """Return the parameters that we add to the user's connection string where it has none."""
     defaults = {
         "connect_timeout": max(2, round(timeout)),
         "keepalives": 1,

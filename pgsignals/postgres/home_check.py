@@ -1,4 +1,4 @@
-"""In which database a model's framework keeps its rows, and whether that is the one at hand."""
+"""Checks whether the database at hand is the one in which a model's framework keeps its rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..core.home import Home
 from .connection import opened
 from .dsn import display, libpq_dsn
 
-# What names a running server and a database in it, whichever way a connection came there. Copies of
-# a cluster have its identifier too: the start of the server tells them apart, unless one is in
-# recovery, and so a standby of the other.
+# The identity of a running server and a database in it, whichever way a connection came there.
+# Copies of a cluster have its identifier, too: the server's start tells them apart, unless one is
+# in recovery, and so a standby of the other.
 _IDENTITY = """
 SELECT system_identifier::text, d.oid::text, pg_catalog.pg_is_in_recovery(),
        (pg_catalog.date_part('epoch', pg_catalog.pg_postmaster_start_time()) * 1e6)::int8
@@ -24,14 +24,15 @@ WHERE d.datname = pg_catalog.current_database()
 """
 
 
-# Pairs of addresses that lead to one database. Each is asked once: what is compared are settings.
+# Pairs of addresses that lead to one database. Each pair is asked about once, as settings are
+# compared.
 _alike: set[tuple[tuple[str, ...], str]] = set()
 
 
 def check_home(cursor: Cursor, home: Home) -> None:
-    """See that ``cursor`` is of the model's database.
+    """Raise ModelError unless ``cursor`` is of the model's database.
 
-    Raises ModelError for another database, and what ``is_home`` raises.
+    Also raises what ``is_home`` raises.
     """
     if is_home(cursor, home):
         return
@@ -46,9 +47,9 @@ def check_home(cursor: Cursor, home: Home) -> None:
 def is_home(cursor: Cursor, home: Home) -> bool:
     """Whether ``cursor`` is of the model's database.
 
-    Equal host, port and name are taken for one database. Of others both servers are asked, since
-    one database has many addresses: a socket and TCP, a pooler, a standby.
-    Raises ConnectError where the model's cannot be asked.
+    Addresses with the same host, port and name are taken for one database. Otherwise both servers
+    are asked, since one database has many addresses: a socket and TCP, a pooler, a standby.
+    Raises ConnectError when the model's server cannot be asked.
     """
     if home.dsn is None:
         return False
@@ -62,14 +63,14 @@ def is_home(cursor: Cursor, home: Home) -> bool:
 
 
 def _place(cursor: Cursor) -> str:
-    """Where a cursor is, for messages."""
+    """Return the address of a cursor's database, for messages."""
     parameters = cursor.connection.get_dsn_parameters()
     shown = {name: parameters[name] for name in ("host", "port", "dbname") if name in parameters}
     return display(psycopg2.extensions.make_dsn(**shown))
 
 
 def _parsed(dsn: str) -> dict[str, str]:
-    """The parts of a connection string, and what libpq takes for those that it leaves out."""
+    """Return the parts of a connection string, with libpq's defaults for those it leaves out."""
     given: dict[str, str] = psycopg2.extensions.parse_dsn(libpq_dsn(dsn))
     if "service" in given or ("PGSERVICE" in os.environ and "dbname" not in given):
         return {}

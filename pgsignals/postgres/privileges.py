@@ -1,4 +1,4 @@
-"""The rights of the current role: those that it lacks, and the GRANTs that give them."""
+"""The privileges that the current role lacks, and the GRANTs that give them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psycopg2.extensions import cursor as Cursor
 class Right(NamedTuple):
     """A privilege, of a whole table or of columns in parentheses.
 
-    ``name`` has the schema first. ``kind`` is the word of GRANT for it, or nothing for a table.
+    ``name`` has the schema first. ``kind`` is GRANT's word for the object, empty for a table.
     """
 
     privilege: str
@@ -47,7 +47,7 @@ ORDER BY r.number
 
 
 def lacking(cursor: Cursor, rights: Sequence[Right]) -> list[Right]:
-    """Those that the current role lacks; rights on what is not there are left out."""
+    """Return the rights that the current role lacks, without those on missing objects."""
     names = [(*right.name, "")[:2] for right in rights]
     parameters = (
         [right.privilege for right in rights],
@@ -60,14 +60,14 @@ def lacking(cursor: Cursor, rights: Sequence[Right]) -> list[Right]:
 
 
 def current_role(cursor: Cursor) -> str:
-    """The name of the role whose rights count."""
+    """Return the name of the role whose rights count."""
     cursor.execute("SELECT current_user")
     [(role,)] = cursor.fetchall()
     return str(role)
 
 
 def grants(cursor: Cursor, role: str, rights: Iterable[Right]) -> list[str]:
-    """The statements that give a role these rights: one for all that lack the same."""
+    """Return the statements that give a role these rights, one for all objects with the same."""
     lacks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for privilege, name, kind in rights:
         lacks.setdefault((kind, name), []).append(privilege)

@@ -20,26 +20,26 @@ from .dsn import libpq_dsn, libpq_options
 from .session_settings import session_settings
 from .waiter import Waiter
 
-# How text is represented, whatever bytes it consists of.
+# The encoding and error handler by which bytes of any kind become text, and bytes again.
 _Codec = tuple[str, str]
 _UTF8 = ("utf-8", "surrogateescape")
 _LATIN1 = ("latin-1", "strict")
 _UNDECODED = (psycopg2.extensions.BYTES, psycopg2.extensions.BYTESARRAY)
 _TEXT_TYPES = frozenset(oid for kind in _UNDECODED for oid in kind.values)
-# Sent ahead of a statement whose text the server is to leave as it is.
+# Sent ahead of a statement whose text the server must not convert.
 _UNCONVERTED = "SET LOCAL client_encoding TO SQL_ASCII; "
 _CONVERSION = (pg.CharacterNotInRepertoire, pg.UntranslatableCharacter)
 
 
 def _codec_of(encoding: str) -> _Codec:
-    """The codec for text of a database in that encoding, as far as Python has one."""
+    """Return the codec for text of a database in that encoding; ASCII if Python has none."""
     if encoding == "SQL_ASCII":
         return _UTF8
     return psycopg2.extensions.encodings.get(encoding, "ascii"), "surrogateescape"
 
 
 def _decoded_rows(cursor: Cursor, codec: _Codec) -> list[tuple[Any, ...]]:
-    # By columns, which takes half as long as to ask each value whether it is text.
+    # By columns, which takes half the time that asking each value whether it is text takes.
     columns: list[Any] = list(zip(*cursor.fetchall(), strict=True))
     if columns:
         for number, column in enumerate(cursor.description or ()):
@@ -49,7 +49,7 @@ def _decoded_rows(cursor: Cursor, codec: _Codec) -> list[tuple[Any, ...]]:
 
 
 def _decoded(value: Any, codec: _Codec) -> Any:
-    """A text or an array of them, if not NULL; ``encode`` with the same codec gives its bytes."""
+    """Decode a text, an array of texts, or NULL; ``encode`` by the codec gives the bytes again."""
     if isinstance(value, bytes):
         return value.decode(*codec)
     return None if value is None else [_decoded(each, codec) for each in value]
@@ -58,7 +58,7 @@ def _decoded(value: Any, codec: _Codec) -> Any:
 def legible_rows(
     cursor: Cursor, statement: str, parameters: Sequence[Any] | None = None
 ) -> list[tuple[Any, ...]]:
-    """The rows of a query outside a transaction, as text to be shown, whatever bytes it has."""
+    """Return a query's rows, outside a transaction, with texts to show, whatever their bytes."""
     encoding = cursor.connection.info.parameter_status("server_encoding") or "UTF8"
     codec, _ = _codec_of(encoding)
     with cursor.connection.cursor() as own:
@@ -69,10 +69,10 @@ def legible_rows(
 
 
 class Session:
-    """A connection for listening that never blocks for longer than it is told.
+    """A connection for listening and reading that never blocks for longer than it is told.
 
-    psycopg2's asynchronous mode: a server that goes silent in the middle of a statement would hold
-    a blocking connection for ever. It commits each statement by itself.
+    It is in psycopg2's asynchronous mode: otherwise a server that goes silent in the middle of a
+    statement would hold it for ever. Each statement commits by itself.
     """
 
     def __init__(self, dsn: str, waiter: Waiter, cancelled: Callable[[], bool]) -> None:
@@ -88,8 +88,8 @@ class Session:
     def open(self, timeout: float, encoding: str = "UTF8") -> None:
         """Connect within ``timeout`` seconds, or raise ConnectError.
 
-        ``encoding`` is the database's. One of SQL_ASCII holds any bytes, and the server ends the
-        session that asks for UTF-8 when other ones come.
+        ``encoding`` is the database's. A database of SQL_ASCII holds any bytes, and its server ends
+        a session that asks for UTF-8 when other bytes come.
         """
         any_bytes = encoding == "SQL_ASCII"
         self._codec = _LATIN1 if any_bytes else _UTF8
@@ -99,7 +99,7 @@ class Session:
             if any_bytes:
                 options["client_encoding"] = "LATIN1"
             self._connection = psycopg2.connect(self._dsn, async_=True, **options)
-            # Decoded here, since psycopg2 would refuse a whole result for one byte that is no text.
+            # Texts are decoded here: psycopg2 would refuse a whole result for one byte of no text.
             for kind in _UNDECODED:
                 psycopg2.extensions.register_type(kind, self._connection)
             self._finish(time.monotonic() + timeout)
@@ -115,8 +115,8 @@ class Session:
     def keep(self, timeout: float) -> None:
         """Have the server keep the session, and its statements, for as long as we want.
 
-        To be called once it is known to be ours alone: what is set behind a pooler of transactions
-        stays there, for others.
+        Call it once the session is known to be ours alone: behind a pooler of transactions, the
+        settings would stay for others.
         """
         self.execute(session_settings(self._live.server_version), timeout=timeout)
 
@@ -129,10 +129,10 @@ class Session:
     ) -> list[tuple[Any, ...]]:
         """Run a statement and return its rows.
 
-        Bytes that are no text come in them as surrogates: ``text`` makes legible ones of them. What
-        the server cannot convert comes as such bytes, unless a transaction was begun before, which
-        ends by the error.
-        Raises psycopg2.Error, and TimeoutError when it takes longer than ``timeout`` seconds.
+        In the rows, bytes that are no text are surrogates, which ``text`` makes legible. A text
+        that the server cannot convert comes as such bytes, unless a transaction was begun before,
+        which the error ends.
+        Raises psycopg2.Error, and TimeoutError after ``timeout`` seconds.
         """
         self._finish_former(timeout)
         alone = self._live.info.transaction_status == TRANSACTION_STATUS_IDLE
@@ -152,8 +152,8 @@ class Session:
     ) -> list[tuple[Any, ...]]:
         """Run a statement like ``execute``, and convert its text here rather than in the server.
 
-        A conversion in the server fails as a whole for one character that Unicode does not have.
-        The rest of a transaction that was begun before is not converted either.
+        A conversion in the server fails as a whole for one character that Unicode does not have. In
+        a transaction that was begun before, later statements are not converted either.
         """
         self._finish_former(timeout)
         codec = self._codec
@@ -167,7 +167,7 @@ class Session:
         return self._execute(statement, parameters, timeout, codec)
 
     def _finish_former(self, timeout: float) -> None:
-        """Wait for the answer to what was sent before: a heartbeat that is answered late, say."""
+        """Wait for the answer to the former statement: a heartbeat that is answered late, say."""
         if self._live.isexecuting():
             self._finish(time.monotonic() + timeout)
 
@@ -187,43 +187,43 @@ class Session:
         statement: str | sql.Composable,
         parameters: Sequence[Any] | Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin a statement without waiting for its end, which ``receive`` takes note of."""
-        # Kept, because the connection refers to it weakly: were it collected before the answer
-        # comes, poll() would fail with "the asynchronous cursor has disappeared".
+        """Begin a statement without waiting for its end, which ``receive`` notices."""
+        # Kept, since the connection refers to the cursor weakly: otherwise poll() could fail with
+        # "the asynchronous cursor has disappeared".
         self._cursor = self._live.cursor()
         self._cursor.execute(statement, parameters)
 
     def receive(self) -> list[Notify]:
-        """The notifications that have arrived, without waiting.
+        """Return the notifications that have arrived, without waiting.
 
-        Over TLS, one poll may bring one notification of several that the socket no longer shows:
-        call it until it returns none, unless the session is ``plain``.
+        Over TLS, one poll may give one of several notifications, and the socket does not show the
+        others any more: unless the session is ``plain``, call this until it returns none.
         """
         connection = self._live
         connection.poll()
         arrived: list[Notify] = connection.notifies
         if arrived:
             connection.notifies = []
-        # psycopg2 itself puts a replacement character for what is not UTF-8.
+        # In UTF-8 psycopg2 itself puts replacement characters for invalid bytes.
         if self._codec is _UTF8:
             return arrived
         return [Notify(each.pid, each.channel, self.text(each.payload)) for each in arrived]
 
     def text(self, value: str) -> str:
-        """A text that a statement returned, with a replacement character for what is not UTF-8."""
+        """Return a statement's text, with replacement characters for bytes that are not UTF-8."""
         return value if value.isascii() else value.encode(*self._codec).decode("utf-8", "replace")
 
     def given(self, value: str) -> str:
-        """A text that a statement is to give, as ``execute`` would return it."""
+        """Return a text as ``execute`` would return it, to give it to a statement."""
         return value if value.isascii() else value.encode().decode(*self._codec)
 
     @property
     def plain(self) -> bool:
-        """Whether there is no TLS, so that the socket shows all that ``receive`` has not read."""
+        """Whether there is no TLS, so that the socket shows everything not received yet."""
         return not self._encrypted
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait for something to arrive; whether it has, rather than a wake-up or the time."""
+        """Wait until something arrives, a wake-up or the time; return whether something arrived."""
         return self._waiter.wait(self._live.fileno(), timeout)
 
     def close(self) -> None:
@@ -234,9 +234,9 @@ class Session:
             connection.close()
 
     def abandon(self) -> None:
-        """In the child of a fork: drop the socket without the goodbye that close() would send.
+        """In the child of a fork, drop the socket without the goodbye that close() would send.
 
-        The server would take it for the parent's and end the parent's session.
+        The server would take the goodbye for the parent's, and end the parent's session.
         """
         if self._connection is not None:
             os.close(self._connection.fileno())
@@ -256,6 +256,6 @@ class Session:
                 raise TimeoutError("timeout expired: the server does not answer")
             if self._cancelled():
                 raise TimeoutError("stopped while waiting for the server")
-            # On its way to the next host, libpq opens another socket under the same number.
+            # Forget it first: for the next host, libpq opens another socket under the same number.
             self._waiter.forget()
             self._waiter.wait(connection.fileno(), left, write=state == POLL_WRITE)

@@ -1,23 +1,24 @@
-"""What a role or a database may set for all its sessions, and what ours have in its place.
+"""The settings of our sessions, in place of those that a role or a database has for all sessions.
 
-For how long ours wait we say ourselves, by the client's clock: a timeout that is meant for an
-application's queries would end a session that listens, and an installation that waits for a lock.
-Only a process that hangs within a transaction, whose locks others wait for, is the server's to end.
+Our sessions bound their waits themselves, by the client's clock: a timeout that is meant for an
+application's queries would end a session that listens, or an installation that waits for a lock.
+Only a transaction whose process hangs is left to the server to end, since others may wait for its
+locks.
 """
 
 from __future__ import annotations
 
 import psycopg2
 
-# Since which version of PostgreSQL there is one.
+# Each setting with the version of PostgreSQL that has it first.
 _TRANSACTION = (
     (0, "statement_timeout", "0"),
     (0, "lock_timeout", "0"),
     (0, "idle_in_transaction_session_timeout", "60s"),
     (170000, "transaction_timeout", "0"),
 )
-# When the other end is gone without a word, the server ends the session, and with it its locks,
-# after about a minute.
+# With these, the server ends a session, and with it its locks, about a minute after the other end
+# has gone without a word.
 _SESSION = (
     *_TRANSACTION,
     (0, "idle_session_timeout", "0"),
@@ -30,9 +31,10 @@ _SESSION = (
 
 
 def session_settings(version: int) -> str:
-    """The statements after which a session is kept for as long as we want.
+    """Return the statements after which the server keeps a session for as long as we want.
 
-    Only for one that is ours alone: behind a pooler of transactions they would stay, for others.
+    Only for a session that is ours alone: behind a pooler of transactions, the settings would stay
+    for others.
     """
     return "; ".join(
         f"SET SESSION {name} TO '{value}'" for since, name, value in _SESSION if version >= since
@@ -40,7 +42,7 @@ def session_settings(version: int) -> str:
 
 
 def preamble(version: int) -> str:
-    """What a transaction begins with where a pooler may give its session to others afterwards."""
+    """Return the statements that begin a transaction, whose session a pooler may give to others."""
     return "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; " + "".join(
         f"SET LOCAL {name} TO '{value}'; "
         for since, name, value in _TRANSACTION
@@ -49,8 +51,8 @@ def preamble(version: int) -> str:
 
 
 def error_position(error: psycopg2.Error) -> int | None:
-    """Which character of a statement PostgreSQL found wrong, counted from 1, if it says so."""
+    """Return the position, from 1, of what PostgreSQL found wrong in a statement, if it says."""
     if error.diag.statement_position is None:
         return None
-    # PostgreSQL counts from where the message begins.
+    # PostgreSQL counts from the beginning of the message, which has the preamble first.
     return int(error.diag.statement_position) - getattr(error.cursor, "preamble_length", 0)

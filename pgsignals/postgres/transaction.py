@@ -1,7 +1,7 @@
-"""What a transaction tells the watchers: ``muted`` and ``context``.
+"""``muted`` and ``context``: settings of a transaction that its triggers read.
 
-Both are settings that PostgreSQL keeps for one transaction and that the triggers read. Here too is
-:func:`borrow`, through which a connection of the user's is used, whatever library made it.
+PostgreSQL keeps both settings for one transaction. Here too is :func:`borrow`, through which a
+connection of the user's is used, whatever library made it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _IN_TRANSACTION = psycopg2.extensions.TRANSACTION_STATUS_INTRANS
 
 _READ = "SELECT coalesce(pg_catalog.current_setting(%s, true), '')"
 _WRITE = "SELECT pg_catalog.set_config(%s, %s, true)"
-# After a commit inside the block the setting is gone, and putting back the outer value would
-# bring that into a transaction that it was not made for.
+# Only if the block's value is still set: after a commit inside the block it is gone, and the outer
+# value would be brought into a transaction that it was not made for.
 _RESTORE = _WRITE + " WHERE pg_catalog.current_setting(%s, true) = %s"
 
 
@@ -32,12 +32,12 @@ def muted(connection: object, /) -> AbstractContextManager[None]:
     """Silence the watchers for what the connection's transaction writes inside the block.
 
     ``connection`` is a psycopg2 or psycopg connection, an SQLAlchemy Session, scoped_session or
-    Connection, or a Django connection. What a Session holds is flushed at both ends, so that the
-    block silences what was changed in it and nothing else.
+    Connection, or a Django connection. A Session is flushed at both ends, so that the block
+    silences the changes made in it and nothing else.
 
     The silence ends with the block or with the transaction, whichever comes first: after a commit
-    inside the block, the rest of it is heard. A transaction that is rolled back to a savepoint
-    gets back what was set when the savepoint was made.
+    inside the block, the rest of the block is heard. A rollback to a savepoint brings back the
+    setting of the moment when the savepoint was made.
 
     Raises ConfigurationError for anything else than such a connection, and StateError where no
     transaction is open and none would be opened (autocommit).
@@ -46,13 +46,13 @@ def muted(connection: object, /) -> AbstractContextManager[None]:
 
 
 def context(connection: object, /, **fields: object) -> AbstractContextManager[None]:
-    """Send ``fields`` along as ``event.context`` with what is written inside the block.
+    """Send ``fields`` along, as ``event.context``, with changes that are made inside the block.
 
-    A nested block adds its fields to the outer one's. Values are what JSON can say: strings,
+    A nested block adds its fields to the outer one's. Values are those that JSON has: strings,
     numbers, booleans, None, lists and mappings; dates, UUIDs and decimals arrive as strings.
     The context lasts as long as the silence of :func:`muted`, for the same kinds of connections.
 
-    Raises what :func:`muted` raises, and ConfigurationError for values that JSON cannot say or
+    Raises what :func:`muted` raises, and ConfigurationError for values that JSON does not have, or
     that take more than 2,000 bytes in all.
     """
     return _set_locally(connection, "pgsignals.context", lambda outer: _merge(outer, fields))
@@ -77,7 +77,7 @@ def _set_locally(connection: object, name: str, inner: Callable[[str], str]) -> 
         if borrowed.in_transaction():
             borrowed.flush()
     finally:
-        # A statement that fails takes the transaction with it, and so the setting.
+        # If the statement fails, the transaction has ended, and the setting with it.
         with suppress(Exception):
             if borrowed.in_transaction():
                 borrowed.execute(_RESTORE, [name, outer, name, value])
@@ -105,7 +105,7 @@ def _merge(outer: str, fields: Mapping[str, object]) -> str:
 
 
 def refusal(connection: object) -> str:
-    """Why a connection cannot be used, for the message."""
+    """Return the message for a connection that cannot be used."""
     classes = type(connection).__mro__
     asynchronous = getattr(connection, "async_", False) or any(
         "async" in f"{cls.__module__}.{cls.__name__}".lower() for cls in classes
@@ -135,7 +135,7 @@ class Borrowed:
         self.connection = connection
 
     def execute(self, query: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
-        """The rows of a query."""
+        """Run a query and return its rows."""
         with self._cursor() as cursor:
             cursor.execute(query, tuple(parameters))
             return [tuple(row) for row in cursor.fetchall()]
@@ -150,10 +150,10 @@ class Borrowed:
         return _status(self.driver()) in (_IN_TRANSACTION, None)
 
     def flush(self) -> None:
-        """Send to the database what the library holds back."""
+        """Send the changes that the library holds back to the database."""
 
     def driver(self) -> Any:
-        """The connection that the library wraps; None where it is not made yet."""
+        """Return the connection that the library wraps; None if it is not made yet."""
         return self.connection
 
     def _cursor(self) -> Any:
@@ -164,7 +164,7 @@ class _Psycopg2(Borrowed):
     remedy = "set connection.autocommit to False"
 
     def _cursor(self) -> Any:
-        # Made directly, here and for psycopg, since the user's own cursors may give anything.
+        # Made directly, here and for psycopg: the user's own cursor class may return anything.
         return psycopg2.extensions.cursor(self.connection)
 
 
@@ -191,7 +191,7 @@ class _SQLAlchemy(Borrowed):
 
     def in_transaction(self) -> bool:
         connection = self.connection
-        # In this order: `connection.connection` would open a new one where it is gone.
+        # In this order: `connection.connection` would open a new one if the old is gone.
         return (
             not connection.closed
             and not connection.invalidated
@@ -229,9 +229,9 @@ class _Django(Borrowed):
 
 
 def borrow(connection: object) -> Borrowed | None:
-    """The user's connection, ready to be used; None when it is not of a kind that can be.
+    """Return the user's connection, ready to be used; None if it is of no usable kind.
 
-    Asks no library to be imported: who has none of its connections needs none of it.
+    No library is imported for this: a connection of it can only be there if it has been.
     """
     if isinstance(connection, psycopg2.extensions.connection):
         return None if connection.async_ else _Psycopg2(connection)
@@ -262,7 +262,7 @@ def _borrow_from_django(connection: Any) -> Borrowed | None:
 
 
 def is_django_connection(connection: object) -> bool:
-    """Whether it is ``django.db.connection`` or one of ``django.db.connections``."""
+    """Whether the connection is ``django.db.connection`` or one of ``django.db.connections``."""
     backends = sys.modules.get("django.db.backends.base.base")
     proxies = sys.modules.get("django.utils.connection")
     return (
@@ -273,7 +273,7 @@ def is_django_connection(connection: object) -> bool:
 
 
 def named(query: str) -> str:
-    """A query for :class:`Borrowed` as ``sqlalchemy.text`` wants it: ``:p0``, ``:p1``, …"""
+    """Return a query for :class:`Borrowed` with ``:p0``, ``:p1``, …, for ``sqlalchemy.text``."""
     number = iter(range(query.count("%")))
     return re.sub(
         "%[s%]",
@@ -283,11 +283,11 @@ def named(query: str) -> str:
 
 
 def name_parameters(parameters: Sequence[object]) -> dict[str, object]:
-    """The parameters that go with :func:`named`."""
+    """Return the parameters for a query by :func:`named`."""
     return {f"p{number}": value for number, value in enumerate(parameters)}
 
 
 def _status(driver: Any) -> int | None:
-    """The transaction's status in libpq's numbers; None where the driver does not tell."""
+    """Return the transaction's status in libpq's numbers; None if the driver does not tell."""
     info = getattr(driver, "info", None)
     return getattr(info, "transaction_status", None)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Where there is no poll(), Windows for one, there are no flags for it either.
+# Platforms without poll(), such as Windows, lack its flags, too.
 _READABLE: int = getattr(select, "POLLIN", 1)
 _WRITABLE: int = getattr(select, "POLLOUT", 4)
 
@@ -39,8 +39,8 @@ class _Selector:
 class Waiter:
     """Waits for a socket, and can be woken by any thread.
 
-    By ``poll()``, since ``select()`` refuses descriptors beyond 1,024. ``selectors`` would do, but
-    takes as long by itself as all else that a wait is.
+    It uses ``poll()``, since ``select()`` refuses descriptors beyond 1,024. ``selectors`` would do,
+    but would double the time that a wait costs.
     """
 
     def __init__(self) -> None:
@@ -54,9 +54,9 @@ class Waiter:
         self._writable = False
 
     def wait(self, descriptor: int | None, timeout: float | None, write: bool = False) -> bool:
-        """Wait until ``descriptor`` can be read (or written), or for a wake-up or the time.
+        """Wait until ``descriptor`` can be read (or written), a wake-up comes, or time is over.
 
-        Returns whether it can.
+        Return whether the descriptor can be read (or written).
         """
         if descriptor != self._watched or write != self._writable:
             self.forget()
@@ -73,7 +73,7 @@ class Waiter:
         return usable
 
     def forget(self) -> None:
-        """Leave the descriptor alone; to be called before it is closed."""
+        """Stop watching the descriptor; call this before it is closed."""
         if self._watched is not None:
             self._poll.unregister(self._watched)
             self._watched, self._writable = None, False
@@ -86,7 +86,7 @@ class Waiter:
 
     def wake(self) -> None:
         """End the wait, or the next one if none is under way."""
-        # A full buffer holds wake-ups enough, and who has closed this waits no more.
+        # A full buffer has wake-ups enough, and after ``close`` nobody waits any more.
         with contextlib.suppress(OSError):
             self._alarm.send(b"\0")
 

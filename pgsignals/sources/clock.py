@@ -1,4 +1,4 @@
-"""The server's clock, as a source knows it between the times that the server says so."""
+"""The server's clock, as a source reckons it between the times that the server tells."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..core.events import microseconds, moment
 
 
 class ServerClock:
-    """Goes on by itself from where the server has told it, late by a network's delay at most.
+    """Goes on by the monotonic clock from the time the server told, late by the network's delay.
 
-    This machine's clock may be set meanwhile, and after the next word of the server its own, too.
+    Setting this machine's clock does not matter; setting the server's does with the next ``set``.
     """
 
     def __init__(self) -> None:
@@ -19,15 +19,15 @@ class ServerClock:
         self.set(microseconds(datetime.now(timezone.utc)))
 
     def set(self, at_us: int) -> int:
-        """It is so many microseconds since 1970; how many it was set back, if it was."""
+        """Set the clock to so many microseconds since 1970; return by how many it was set back."""
         offset = at_us - time.monotonic_ns() // 1000
         back, self._offset = self._offset - offset, offset
         return max(0, back)
 
     def now_us(self) -> int:
-        """The microseconds since 1970."""
+        """Return the microseconds since 1970."""
         return self._offset + time.monotonic_ns() // 1000
 
     def now(self) -> datetime:
-        """The same, for people."""
+        """Return the time as a datetime."""
         return moment(self.now_us())

@@ -38,22 +38,22 @@ from .trigger_history import Installation
 from .trigger_watch import TriggersChangedError
 
 ACKNOWLEDGE_SECONDS = 0.2
-# How often a part that another process reads is asked for.
+# How often the process tries to claim partitions that others read.
 CLAIM_SECONDS = 0.5
-# How long it waits at most before it turns again, whatever the log says.
+# The longest wait of a turn, whatever the log says.
 TURN_SECONDS = 5.0
-# How often at least a process that reads all parts looks whether another has come to share them.
+# How often, at least, a process that reads all partitions looks for others to share them with.
 SHARE_SECONDS = 2.0
 
 
 class DurablePreparer(Preparer, LogProvider, Protocol):
-    """What the source needs done before it can read, and what it reads with."""
+    """Defines and installs for the source, and makes the log and decoder that it reads with."""
 
 
 class DurableSource(SessionThread):
     """Reads a log for one consumer, in one session, from one thread.
 
-    ``most`` events of a part are under way at once, those that are parked apart.
+    At most ``most`` events of a partition are in flight at once, without those that are parked.
     """
 
     def __init__(
@@ -99,17 +99,17 @@ class DurableSource(SessionThread):
 
     @property
     def is_active(self) -> bool:
-        """Whether it reads, rather than standing by for another process."""
+        """Whether this process reads, rather than standing by for another one."""
         return bool(self._claims.parts)
 
     @property
     def outstanding(self) -> int:
-        """Events that have been read and not been acknowledged."""
+        """The number of events that are in flight."""
         return self._claims.outstanding
 
     @property
     def received(self) -> int:
-        """Events that have been read."""
+        """The number of events that have been read."""
         return self._poller.received
 
     def start(self) -> None:
@@ -118,12 +118,12 @@ class DurableSource(SessionThread):
             super().start()
 
     def pause(self) -> None:
-        """Read no further, but go on acknowledging what has been read."""
+        """Read no further, but go on acknowledging the events in flight."""
         self._paused = True
         self._waiter.wake()
 
     def stop(self, timeout: float) -> None:
-        """Acknowledge what has been taken care of, and leave the rest to whoever comes next."""
+        """Acknowledge what is done, and leave the rest to the next holders of the partitions."""
         self._paused = True
         super().stop(timeout)
 
@@ -132,17 +132,18 @@ class DurableSource(SessionThread):
         super().abandon()
 
     def settle(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called once all that is committed by now has been submitted."""
+        """Call ``call`` once everything committed by now has been submitted."""
         self._poller.settle(call)
         self._waiter.wake()
 
     def channel_of(self, event: Event) -> int:
-        """The channel that an event came through; 0, which none has, if that is forgotten."""
+        """Return the channel that an event came through; 0, which none has, if it is forgotten."""
         return self._decoder.channel_of(event)
 
     @property
     def _cancelled(self) -> bool:
-        # Once connected, the last acknowledgement is still to come when it stops.
+        # A stop must not cancel the statements of the session: the last acknowledgement is among
+        # them.
         return self._stopping and self._session is None
 
     def _listen(
@@ -163,7 +164,7 @@ class DurableSource(SessionThread):
         self._log = store = self._provider.log(
             session, self.name, self._holder, self._timing.timeout
         )
-        # Whoever asks for something, a backfill say, notifies, whatever the log is.
+        # Requests, for a backfill say, come as notifications, whatever the log is.
         session.execute(listen_to(names.WAKE_CHANNEL), timeout=self._timing.timeout)
         store.open()
         epoch, server = store.surroundings()
@@ -194,13 +195,16 @@ class DurableSource(SessionThread):
         except Exception as error:
             if not self._stopping:
                 raise
-            log.warning("could not acknowledge at the end: %s", error_text(error))
+            log.warning(
+                "could not acknowledge at the end, so that some events may be delivered again: %s",
+                error_text(error),
+            )
 
     def _lost(self, error: Exception) -> None:
         self._sink.disconnected(error)
 
     def _regained(self) -> None:
-        # The cursor says where to go on.
+        # No Gap: reading goes on from the cursor.
         log.info("connected again")
 
     def _close(self) -> None:
@@ -231,11 +235,11 @@ class DurableSource(SessionThread):
                     store.wake()
             self.dead_letters.save()
             if self._parking is not None and parts:
-                # Nobody is called any more while it stops.
+                # No parked event is fed while the source stops: no receiver is called any more.
                 fed = self._parking.turn(not self._paused)
                 more = more or fed
             if self._installation.marked:
-                # A renewal announces it: this one, and not one a third of a long lease later.
+                # A renewal announces the loss: renew now, not a third of a long lease later.
                 self._installation.marked = False
                 acknowledge_at = renew_at = now
             if parts and now >= acknowledge_at:
@@ -265,11 +269,11 @@ class DurableSource(SessionThread):
         epoch, server = store.surroundings()
         self._clock.set(microseconds(server))
         if epoch != self._claims.epoch:
-            # Beginning anew, receivers get a Gap.
+            # Connecting again compares the histories, and announces a Gap.
             raise DatabaseError("the log has been made anew, by a restore say")
 
     def _heard(self, session: Session) -> bool:
-        """Whether somebody says that there may be something."""
+        """Act on the notifications that have arrived; return whether there were any."""
         heard: set[str] = set()
         while arrived := session.receive():
             heard.update(notify.payload for notify in arrived)
@@ -282,7 +286,7 @@ class DurableSource(SessionThread):
         return bool(heard)
 
     def _poll(self, store: Log) -> tuple[bool, bool]:
-        """One look, and a page for each part that wants one; whether there was, and is more."""
+        """Poll, and read a page for each partition with room; return as ``Poller.read`` does."""
         poll = self._poller.poll(store)
         self._installation.note_shed(poll, self._claims)
         return self._poller.read(store, poll, self._held_up)
@@ -297,14 +301,14 @@ class DurableSource(SessionThread):
             self._finish(session)
             raise
         if missing:
-            # What has been mended may be read by channels that nobody knew.
+            # The triggers that were installed again may have channels that are not known yet.
             self._decoder.describe()
 
     def _finish(self, session: Session) -> None:
-        """Read all windows to their ends and acknowledge them, as long as a statement may take.
+        """Read all windows to their ends and acknowledge them, for at most a statement's timeout.
 
-        Whoever reads through other triggers begins a window anew: it would get again, with another
-        uid, what has been delivered of it, and behind that what only these triggers had.
+        A session that reads through other triggers begins a window anew. Otherwise it would deliver
+        events of the window again, with other uids, and behind them those of these triggers alone.
         """
         deadline = time.monotonic() + self._timing.timeout
         while not self._stopping and time.monotonic() < deadline:
@@ -324,9 +328,9 @@ class DurableSource(SessionThread):
             self._claims.claim()
 
     def _part_begun(self, part: Partition) -> None:
-        """Take note of a part that is read from where it was acknowledged."""
-        # What the former holder noted of triggers is of its own, which may go now that nobody reads
-        # through them: ours are noted before that.
+        """Prepare for a partition whose reading begins at the acknowledged position."""
+        # Look at the triggers at once, and keep their fingerprint: the one that is kept is of the
+        # former holder's triggers, which may be pruned now that nobody reads through them.
         self._verify_at = 0.0
         if self._parking is not None:
             self._parking.begun(part)
@@ -339,7 +343,7 @@ class DurableSource(SessionThread):
         self.dead_letters.redeliver(self._decoder.decoders(), self._sink.redeliver)
 
     def _leave(self) -> None:
-        """Acknowledge for the last time, and let others read at once."""
+        """Acknowledge for the last time, and give up the claims, so that others read at once."""
         store = self._log
         self.dead_letters.save()
         if self._parking is not None and self._claims.parts:

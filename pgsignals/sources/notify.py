@@ -27,12 +27,12 @@ from .session_checks import keep_triggers, listen_to
 from .thread import ConnectionSettings, Preparer, SessionThread
 from .trigger_watch import TriggersChangedError
 
-# How long reading may pause for slow receivers before their events are shed: while it does, the
-# server keeps what we have not read in its notification queue, which all of its databases share.
+# How long reading may pause for slow receivers before their events are shed. During a pause unread
+# notifications fill the server's queue, which all of its databases share.
 PAUSE_SECONDS = 30.0
-# The same where a pause leaves another worker without work.
+# The same while a pause leaves another worker without work.
 IDLE_SECONDS = 1.0
-# What the heartbeat's payload begins with; the rest is the usage of the server's queue.
+# The beginning of the heartbeat's payload, before the queue's usage and the server's time.
 _USAGE = "usage "
 
 
@@ -46,13 +46,13 @@ class NotifySource(SessionThread):
         self._sink = sink
         self._decoders: Mapping[str, Decoder] = {}
         self.received = 0
-        # In microseconds since 1970, as messages have them: a datetime for each would take longer
-        # than handing it over.
+        # The time up to which everything has been heard, in microseconds since 1970 as in messages:
+        # making a datetime for each message would take longer than handing the message over.
         self._heard = self._clock.now_us()
         self._set_back = 0
         self._asking = self._answered = False
         self._usage_read_at = time.monotonic()
-        # Since when writers may have kept silent; and when the queue was last looked at.
+        # Since when writers may not have notified, the queue being full; and its last look.
         self._silent_since: datetime | None = None
         self._judged_at = self.now()
         # Why the session was lost, and since when something may be missing.
@@ -65,7 +65,7 @@ class NotifySource(SessionThread):
         self._asking = False
         while not self._stopping:
             arrived = session.receive()
-            # All of them, stopping or not: stop() says whether what had arrived was handled.
+            # All of them, also while stopping: stop() returns whether all that arrived was handled.
             for notify in arrived:
                 self._receive(notify)
             now = self._turned_at = time.monotonic()
@@ -76,7 +76,7 @@ class NotifySource(SessionThread):
                 asked_at = now
                 session.send(*self._question)
             if self._answered:
-                # Now that the connection has proved to be alive.
+                # After an answer, by which the connection has proved to be alive.
                 self._answered = False
                 self._look_at_triggers(session)
                 continue
@@ -98,7 +98,7 @@ class NotifySource(SessionThread):
 
     @property
     def _question(self) -> tuple[str, tuple[str]]:
-        """The heartbeat: only a notification proves that notifications arrive."""
+        """The heartbeat: a notification to ourselves, since only that proves that others arrive."""
         return (
             f"SELECT pg_catalog.pg_notify(%s, '{_USAGE}' ||"
             " pg_catalog.pg_notification_queue_usage() || ' ' ||"
@@ -129,8 +129,8 @@ class NotifySource(SessionThread):
             if self._sink.full:
                 self._make_room()
             self._sink.submit(message)
-            # Notifications come in the order of their commits: nothing before this is missing. The
-            # worker is on its way meanwhile.
+            # Notifications come in the order of their commits: nothing before this is missing. This
+            # follows the submission, since the worker is on its way meanwhile.
             if message.at_us > self._heard:
                 self._heard = min(message.at_us, self._clock.now_us())
         elif isinstance(message, Foreign):
@@ -153,8 +153,8 @@ class NotifySource(SessionThread):
         try:
             usage, at = payload.removeprefix(_USAGE).split(" ")
             self._judge(float(usage))
-            # All that was committed before the server answered has arrived. Its clock may have been
-            # set back.
+            # All that was committed before the server answered has arrived. The time is taken even
+            # if it is earlier, since the server's clock may have been set back.
             self._heard = int(at)
         except ValueError:
             self._refuse()
@@ -162,18 +162,21 @@ class NotifySource(SessionThread):
         self._clock.set(self._heard)
 
     def _make_room(self) -> None:
-        """Pause until each worker has room; when that takes too long, drop what is for the slow."""
+        """Pause until each worker has room; after too long, drop the events of slow receivers."""
         began = time.monotonic()
         while not (self._stopping or self._sink.wait_for_room(0.1)):
             now = self._turned_at = time.monotonic()
             if now - began >= (IDLE_SECONDS if self._sink.idle else PAUSE_SECONDS):
-                log.error("receivers are too slow: their events are dropped until there is room")
+                log.error(
+                    "receivers are too slow: their events are dropped until there is room, and a "
+                    "Gap is announced"
+                )
                 self._sink.give_up()
             elif now - self._usage_read_at >= self._timing.heartbeat:
                 self._read_usage()
 
     def _read_usage(self) -> None:
-        """Ask how full the server's queue is while reading pauses, and with it the heartbeat."""
+        """Ask how full the server's queue is during a pause, in which no heartbeat tells it."""
         self._usage_read_at = time.monotonic()
         try:
             connection = connect(self._dsn, self._timing.timeout, self._timing.timeout)
@@ -227,7 +230,7 @@ class NotifySource(SessionThread):
         if self.triggers.verified_at is not None and (
             isinstance(error, TriggersChangedError) or self.triggers.reason
         ):
-            # It heard all there was to hear, but not all was said.
+            # The source heard all notifications, but triggers were missing that had to send some.
             since = min(since, self.triggers.verified_at)
         self._lost_since, self._set_back = since, 0
 
@@ -235,7 +238,7 @@ class NotifySource(SessionThread):
         """Announce what may have been missed."""
         since = self._lost_since
         log.info("connected again; events since %s may be missing", since)
-        # Where the clock was set back, what was missed has times of before and of after that.
+        # Where the server's clock was set back, missed events have times of before and after that.
         begun = since - timedelta(microseconds=self._set_back)
         # Only now that LISTEN is back: a Gap announced earlier would end before the loss does.
         self._sink.gap(Gap(begun, max(since, moment(self._heard)), "reconnected", self._loss))

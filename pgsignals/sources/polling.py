@@ -1,4 +1,4 @@
-"""Polls a log: one look after another, and a page for each part that has something new."""
+"""Polls a log again and again, and reads a page of each partition that has something new."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..dispatch.in_flight import Page
 
 
 class DurableSink(Protocol):
-    """What the source feeds. None of its methods runs code of the user's."""
+    """Takes the source's events and Gaps. None of its methods runs the user's code."""
 
     @property
     def full(self) -> bool:
@@ -36,10 +36,10 @@ class DurableSink(Protocol):
         """
 
     def redeliver(self, event: Event, letter: DeadLetter) -> bool:
-        """Take an event for one receiver; whether there is that receiver."""
+        """Take an event for its receiver; return whether that receiver is there."""
 
     def hears(self, topic: Topic) -> bool:
-        """Whether somebody takes events of the topic."""
+        """Whether any receiver takes events of the topic."""
 
     def connected(self) -> None:
         """Tell the receivers that events can arrive from now on."""
@@ -49,22 +49,22 @@ class DurableSink(Protocol):
 
 
 class Follower(Protocol):
-    """Takes note, beside the sink and in the same thread, of how far a part has been read."""
+    """Follows, beside the sink and in the same thread, how far a partition has been read."""
 
     def part_begun(self, part: Partition) -> None:
-        """Move the part to where reading begins, other than where it was acknowledged."""
+        """Move the partition to where reading begins, if not at the acknowledged position."""
 
     def page_begun(self, part: Partition) -> None:
-        """Take note that the next page is of the part's window."""
+        """Note that a page of the partition's present window is about to be read."""
 
     def page_submitted(self, part: Partition) -> None:
-        """Take note that the page has been submitted, with which the window may have ended."""
+        """Note that the page has been submitted, and that the window may have ended with it."""
 
 
 class Poller:
-    """Looks at the log, and submits pages to the sink, for the parts that are claimed.
+    """Polls the log, and submits pages of the claimed partitions to the sink.
 
-    ``most`` events of a part are under way at once.
+    At most ``most`` events of a partition are in flight at once.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Poller:
         self.received = 0
 
     def settle(self, call: Callable[[], None]) -> None:
-        """Have ``call`` called once all that is committed by now has been submitted."""
+        """Call ``call`` once everything committed by now has been submitted."""
         self._asked.put(call)
 
     def poll(self, source: Log) -> Poll:
-        """Poll once."""
-        # Those that ask later may mean more than this poll sees.
+        """Poll the log once."""
+        # Counted before the poll: a later ``settle`` may mean commits that this poll misses.
         asked = self._asked.qsize()
         now = time.monotonic()
         poll = source.poll()
@@ -103,14 +103,15 @@ class Poller:
         return poll
 
     def read(self, source: Log, poll: Poll, held_up: Callable[[], bool]) -> tuple[bool, bool]:
-        """Read a page for each part that wants one; whether there was, and is more."""
+        """Read a page of each partition with room; return whether any had rows, and has more."""
         found = more = stirred = filling = False
         for part in self._claims.parts.values():
             if part.outstanding >= self._most:
-                # There may be room, which is not for the next acknowledgement to find.
+                # Otherwise room would be found up to 0.2 s later, with the next acknowledgement.
                 part.collect()
             ready = self._has_room(part) and not (part.leaving or held_up())
-            # A chunk of a backfill belongs between what its snapshot sees and what it does not.
+            # A chunk of a backfill belongs between the messages that its snapshot sees and the
+            # rest: while a chunk waits, the log is read up to its watermark alone.
             if ready and part.reader.at_end:
                 self._backfilling.take(part)
             if not self._backfilling.holds(part):
@@ -127,13 +128,14 @@ class Poller:
                 messages = [] if message is None else [message]
                 self._submit(part, messages, part.reader.position, progress)
                 more = True
+        # Others may have something to read, also if this process has no room for it.
         if found or (stirred and self._sink.full):
             source.stir()
         self._call_awaited()
         return found or filling, more
 
     def read_windows(self) -> bool:
-        """Read a page of each window that has begun; whether there is more of one."""
+        """Read a page of each window that has begun; return whether any has more."""
         more = False
         for part in self._claims.parts.values():
             if not part.reader.at_end and self._has_room(part):
@@ -142,7 +144,7 @@ class Poller:
         return more
 
     def read_page(self, part: Partition) -> bool:
-        """Read a page of the part's window, and submit it; whether it had any rows."""
+        """Read a page of the partition's window, and submit it; return whether it had any rows."""
         if self._follower is not None:
             self._follower.page_begun(part)
         rows = part.reader.read()
@@ -173,9 +175,10 @@ class Poller:
         progress: Progress | None = None,
         broken: bool = False,
     ) -> bool:
-        """Hand a page over to the sink; whether any of its events are the part's.
+        """Submit a page to the sink; return whether any of its events are the partition's.
 
-        ``broken``: a Gap, which is in the sink by now, belongs before the page's end.
+        ``broken``: a Gap of the page, which the sink already has, must be told before the page is
+        acknowledged, so that also a page without events goes through the sink.
         """
         events: list[Event] = []
         page = LogPage(part.lease, position, 0, progress=progress)
@@ -211,7 +214,7 @@ class Poller:
 
 
 def part_of(key: tuple[object, ...], parts: int) -> int:
-    """Which part a record belongs to: the same in every process."""
-    # What represents a memoryview is its address.
+    """Return the partition of a record, which is the same in every process."""
+    # The repr of a memoryview has its address, which differs between processes.
     values = tuple(bytes(each) if isinstance(each, memoryview) else each for each in key)
     return zlib.crc32(repr(values).encode()) % parts

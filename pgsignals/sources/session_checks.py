@@ -1,4 +1,4 @@
-"""What sources that read from PostgreSQL make sure of when they connect."""
+"""The checks that sources which read from PostgreSQL make when they connect."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ IN_RECOVERY = "SELECT pg_catalog.pg_is_in_recovery()"
 
 
 def listen_to(*channels: str) -> sql.Composed:
-    """The statements that listen to channels."""
+    """Return the statements that listen to channels."""
     return sql.SQL("; ").join(
         sql.SQL("LISTEN {}").format(sql.Identifier(channel)) for channel in channels
     )
 
 
 def server_time(cursor: Cursor) -> datetime:
-    """The server's time by now."""
+    """Ask the server for its time."""
     cursor.execute("SELECT pg_catalog.clock_timestamp()")
     [(now,)] = cursor.fetchall()
     assert isinstance(now, datetime)
@@ -36,7 +36,7 @@ def server_time(cursor: Cursor) -> datetime:
 
 
 def refuse_standby(dsn: str, answer: Sequence[tuple[bool]]) -> None:
-    """Raise ConnectError where the ``answer`` to IN_RECOVERY says that there is no LISTEN."""
+    """Raise ConnectError if the ``answer`` to IN_RECOVERY is a standby's, which has no LISTEN."""
     [(standby,)] = answer
     if standby:
         raise ConnectError(
@@ -47,7 +47,7 @@ def refuse_standby(dsn: str, answer: Sequence[tuple[bool]]) -> None:
 
 @contextmanager
 def explaining_read_only(dsn: str) -> Iterator[None]:
-    """Raise ConnectError with the fix where nothing may be written."""
+    """Raise ConnectError with the fix if transactions are read-only."""
     try:
         yield
     except pg.ReadOnlySqlTransaction as error:
@@ -63,12 +63,12 @@ def explaining_read_only(dsn: str) -> Iterator[None]:
 def explaining_missing_rights(
     dsn: str, listen_dsn: str, missing_grants: Callable[[Cursor], list[str]]
 ) -> Iterator[None]:
-    """Raise PrivilegeError with the fix, the ``missing_grants``, where the role may not read."""
+    """Raise PrivilegeError with the fix, the ``missing_grants``, if the role may not read."""
     try:
         yield
     except pg.InsufficientPrivilege as error:
         grants: list[str] = []
-        # What failed is the right, also where the server goes away meanwhile.
+        # The error to raise is about the privilege, also if the server goes away meanwhile.
         with (
             suppress(OperationalError, InterfaceError),
             closing(connect(listen_dsn)) as connection,
@@ -90,8 +90,8 @@ def explaining_missing_rights(
 def keep_triggers(session: Session, definitions: Sequence[Definition], timeout: float) -> None:
     """Hold the locks by which others see that these triggers are needed.
 
-    To be called before looking whether the triggers are there: from here on nobody begins to remove
-    what we are about to rely on, and whoever had begun has ended.
+    Call it before looking whether the triggers are there: from here on no process begins to remove
+    triggers that we are about to rely on, and every removal that had begun has ended.
     """
     session.execute(
         "SELECT pg_catalog.pg_advisory_lock_shared(%s, key)"
@@ -107,7 +107,7 @@ def keep_triggers(session: Session, definitions: Sequence[Definition], timeout: 
 
 
 def queue_is_full(cursor: Cursor) -> bool:
-    """Whether a notification could fail, since a listener somewhere does not read its own."""
+    """Whether the queue is so full, since some listener does not read, that NOTIFY could fail."""
     cursor.execute("SELECT pg_catalog.pg_notification_queue_usage()")
     [(usage,)] = cursor.fetchall()
     return bool(usage >= names.QUEUE_LIMIT)

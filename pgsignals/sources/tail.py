@@ -1,7 +1,8 @@
-"""The end of the outbox as it grows, for readers who keep resume tokens.
+"""Reads the outbox as it grows, for readers that keep resume tokens.
 
-A process has one tail, however many readers, apart from the Hub's own consumer: that may have a
-name, which shares its events among processes, and waits for receivers, which readers need not.
+A process has one tail, however many readers there are, apart from the Hub's own consumer. That one
+may have a name, and then shares its events among processes; and it waits for receivers, for which
+readers must not wait.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from ..triggers.installer import Drift
 from .durable import DurableSource
 from .thread import ConnectionSettings
 
-# For how long what all have read is kept at least, unless somebody has said otherwise.
+# How many seconds the outbox keeps what all have read, unless the settings have a value already.
 KEEP_SECONDS = 60
 _ATTACH_SECONDS = 2.0
 
@@ -46,28 +47,28 @@ Decoders = Callable[[Sequence[Described], Cast], Mapping[int, ChannelDecoder]]
 
 
 class Reader(Protocol):
-    """Takes what a tail reads. The thread that reads calls it: nothing may block."""
+    """Takes what a tail reads. The thread that reads calls it, so that no method may block."""
 
     def began(self, point: ResumePoint) -> None:
-        """Nothing of what came before follows: from this point on, everything."""
+        """Take everything from this point on; nothing from before it follows any more."""
 
     def wants(self, topic: Topic) -> bool:
-        """Whether its events are for this reader."""
+        """Whether events of the topic are for this reader."""
 
     def take(self, events: Sequence[Event], window: ResumePoint) -> None:
-        """Take events of a window; an event's point is that in ``window`` of its position."""
+        """Take events of a ``window``; the point of an event in it is at the event's position."""
 
     def turned(self, point: ResumePoint) -> None:
-        """Everything up to this point has been given."""
+        """Note that everything up to this point has been given."""
 
     def missed(self, gap: Gap) -> None:
-        """Something may be missing here."""
+        """Note that something may be missing here."""
 
 
 class Tail(OutboxProvider):
-    """Reads the outbox from now on for any number of readers, and again for those who come back.
+    """Reads the outbox from now on for any number of readers, and again for those that come back.
 
-    What there is to prepare, the Hub's run has prepared: it gives its ``definitions`` and decoders.
+    The Hub's own delivery has installed the triggers, and gives its ``definitions`` and decoders.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Tail(OutboxProvider):
         drift: Callable[[Cursor, Sequence[Definition]], Drift | None],
     ) -> None:
         self._options = options
-        # The source's preparer asks the run's here, too, whose own source mends what is missing.
+        # The preparer of the Hub's delivery, whose own source installs triggers that are missing.
         self.drift = drift
         self.missing = ""
         self._defined = definitions
@@ -91,11 +92,11 @@ class Tail(OutboxProvider):
         self._definitions: Sequence[Definition] = ()
         self._made: dict[int, int] = {}
         self._archive: Archive | None = None
-        # Apart from the condition, which the thread that reads takes with each page: who comes back
-        # may have to wait for the database.
+        # A lock apart from the condition, which the thread that reads takes with each page: that
+        # thread must not wait while a reader that comes back waits for the database.
         self._archive_lock = threading.Lock()
         self.ended = False
-        # Of the part that is read, and Gaps of a later one, whose reading has yet to begin.
+        # The lease that is read in, and Gaps of the next one, whose reading has yet to begin.
         self._lease: Lease | None = None
         self._gaps: list[Gap] = []
         self._key = self._era = ""
@@ -104,7 +105,7 @@ class Tail(OutboxProvider):
             options,
             self,
             self,
-            # What it reads is counted where receivers get it.
+            # Not counted here: events are counted where receivers get them.
             Meter(),
             Consumer(),
             1 << 30,
@@ -112,7 +113,7 @@ class Tail(OutboxProvider):
         )
 
     def start(self) -> None:
-        """Connect, raising what is wrong, and read."""
+        """Connect, and begin to read. Raises the error if that fails."""
         self.source.start()
 
     def stop(self, timeout: float) -> None:
@@ -123,7 +124,7 @@ class Tail(OutboxProvider):
             self._archive.close()
 
     def abandon(self) -> None:
-        """In the child of a fork: give up what is inherited."""
+        """In the child of a fork, give up all that is inherited."""
         self._condition = threading.Condition()
         self._archive_lock = threading.Lock()
         self._readers = []
@@ -132,12 +133,13 @@ class Tail(OutboxProvider):
             self._archive.abandon()
 
     def attach(self, reader: Reader) -> None:
-        """Tell the reader from now on, first of where it begins.
+        """Give the reader everything from now on, beginning with the point where it begins.
 
         Raises StateError while the database cannot be read.
         """
         with self._condition:
-            # In the middle of a window there is no point from which it would get everything.
+            # A reader begins between two windows: from the middle of one it would miss the rows
+            # that were read before.
             if not self._condition.wait_for(lambda: self._turned is not None, _ATTACH_SECONDS):
                 raise StateError("The outbox cannot be read now, or has too much to read.")
             assert self._turned is not None
@@ -145,13 +147,13 @@ class Tail(OutboxProvider):
             reader.began(self._turned)
 
     def detach(self, reader: Reader) -> None:
-        """Tell the reader no more."""
+        """Give the reader nothing any more."""
         with self._condition:
             if reader in self._readers:
                 self._readers.remove(reader)
 
     def hurry(self) -> None:
-        """Look for something new at once."""
+        """Poll the outbox at once."""
         self.source.wake()
 
     def read(self, point: ResumePoint) -> Found:
@@ -163,7 +165,7 @@ class Tail(OutboxProvider):
         return self._open_archive().check(point)
 
     def installed_since(self, point: ResumePoint, wants: Callable[[Topic], bool]) -> bool:
-        """Whether a wanted trigger may have been made after the point, so that some were missed."""
+        """Whether a wanted trigger may have been made after the point, and so missed changes."""
         return any(
             self._made.get(names.channel_key(each.trigger.hash), 0) > point.high
             for each in self._definitions
@@ -171,7 +173,7 @@ class Tail(OutboxProvider):
         )
 
     def decode(self, row: Row) -> Message | Gap | None:
-        """A row of the outbox; None for one that is no watcher's."""
+        """Decode a row of the outbox; None for one that no watcher reads."""
         found = self._decoders.get(row.channel)
         if found is None or not (found.wants(row) and found.owns(row)):
             return None
@@ -214,7 +216,7 @@ class Tail(OutboxProvider):
         """See DurableSink."""
         with self._condition:
             self._gaps.append(gap)
-            # Readers are told where reading begins anew before they are told why.
+            # Readers must be told the point where reading begins anew before the Gap that is why.
             if page is None or page.lease is self._lease:
                 self._tell_gaps()
         if page is not None:
@@ -244,7 +246,7 @@ class Tail(OutboxProvider):
         return self._definitions
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """See DurablePreparer: what there is to prepare, the run has prepared."""
+        """See DurablePreparer: the Hub's own delivery has installed the triggers."""
         try:
             cursor.execute(
                 "UPDATE pgsignals.settings SET keep_seconds = %s WHERE keep_seconds IS NULL",
@@ -263,7 +265,7 @@ class Tail(OutboxProvider):
             " LEFT JOIN pgsignals.era ON true"
         )
         [(self._key, era)] = cursor.fetchall()
-        # Without one that all know, ids are good in this process alone.
+        # Without an era in the database, tokens are valid in this process alone.
         self._era = era or secrets.token_hex(16)
 
     def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
@@ -280,7 +282,7 @@ class Tail(OutboxProvider):
     # The source's follower.
 
     def part_begun(self, part: Partition) -> None:
-        """Leave out what came before, which readers have, or read again by themselves."""
+        """Skip what came before: readers have it already, or read it again from the archive."""
         window = _reader(part)
         part.skip_to(window.log.present(window))
         point = _point(part)
@@ -288,7 +290,7 @@ class Tail(OutboxProvider):
         era = f"{part.announcing.epoch} {self._era}"
         codec, self.codec = self.codec, TokenCodec(self._key, era, triggers)
         if codec.epoch not in ("", self.codec.epoch):
-            log.error("the server has crashed or been replaced: browsers are told of a gap")
+            log.error("the server has crashed or been replaced: browsers that come back get a gap")
         with self._condition:
             self._lease = part.lease
             self._turned = point

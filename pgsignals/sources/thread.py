@@ -38,7 +38,7 @@ from .session_checks import (
 )
 from .trigger_watch import Triggers, TriggerWatch
 
-# A connection that lasted this long was a good one: the next loss starts the pauses anew.
+# After a connection that lasted this long, the pauses between tries begin anew from the shortest.
 HEALTHY_SECONDS = 60.0
 
 
@@ -46,9 +46,9 @@ HEALTHY_SECONDS = 60.0
 class Timing:
     """Patience with the server, in seconds.
 
-    Each ``heartbeat`` a notification is sent to ourselves; when it, or anything else, has not come
-    after ``timeout``, the connection is given up. ``timeout`` also bounds connecting, and
-    ``statement`` each statement that reads the catalogue or installs, its wait for locks included.
+    Every ``heartbeat`` seconds the source notifies itself; if nothing has come after ``timeout``,
+    it gives the connection up. ``timeout`` also bounds connecting, and ``statement`` each statement
+    that reads the catalogue or installs, with its wait for locks.
     """
 
     heartbeat: float = 30.0
@@ -57,7 +57,7 @@ class Timing:
 
 
 class ConnectionSettings(Protocol):
-    """Where a source connects, and how patient it is."""
+    """The connection strings of a source, and its patience."""
 
     @property
     def dsn(self) -> str:
@@ -73,24 +73,24 @@ class ConnectionSettings(Protocol):
 
 
 class Preparer(Triggers, Protocol):
-    """What a source needs done before it can read, through an ordinary connection."""
+    """Prepares all that a source needs before it can read, through an ordinary connection."""
 
     def define(self, cursor: Cursor) -> Sequence[Definition]:
-        """What to read."""
+        """Resolve the watchers; return the definitions to read."""
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
         """Make sure that the triggers are there. Called when the source is listening already."""
 
     @property
     def missing(self) -> str:
-        """Why some of the triggers are not there; only where the source has run before."""
+        """Why some of the triggers are not there; empty if all are."""
 
 
 class SessionThread(ABC):
     """Opens a session, reads in it, and opens another whenever it is lost.
 
-    ``purpose`` names what the session is for. The source is taken for hung when it has not turned
-    for ``turn_seconds`` and the timeout.
+    ``purpose`` says, in errors, what the session is for. The thread is taken for hung when no turn
+    of its loop has begun for ``turn_seconds`` and the timeout.
     """
 
     def __init__(
@@ -126,12 +126,12 @@ class SessionThread(ABC):
 
     @property
     def is_connected(self) -> bool:
-        """Whether it can read now."""
+        """Whether the source has a session to read in."""
         return self._session is not None
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread goes on: it reads, and does not hang, or it connects again."""
+        """Whether the thread reads without hanging, or connects again."""
         # In this order, since a new session's first turn is noted before the session is.
         if self._session is None or not self._thread.is_alive():
             return self._thread.is_alive()
@@ -139,11 +139,11 @@ class SessionThread(ABC):
 
     @property
     def failure(self) -> str:
-        """What has ended its thread; empty when nothing has."""
+        """The error that has ended the thread; empty if there was none."""
         return self._thread.failure
 
     def now(self) -> datetime:
-        """The server's clock, late by a network's delay at most."""
+        """Return the server's time, late by the network's delay at most."""
         return self._clock.now()
 
     def start(self) -> None:
@@ -158,7 +158,7 @@ class SessionThread(ABC):
         self._thread.start()
 
     def wake(self) -> None:
-        """Have it turn at once."""
+        """Have the thread begin its next turn at once."""
         self._waiter.wake()
 
     def stop(self, timeout: float) -> None:
@@ -173,24 +173,24 @@ class SessionThread(ABC):
             self._thread.join(timeout)
 
     def abandon(self) -> None:
-        """In the child of a fork: close our copies of the descriptors, and say nothing."""
+        """In the child of a fork, close our copies of the descriptors, and send nothing."""
         self._waiter.close()
         if self._session is not None:
             self._session.abandon()
 
     @abstractmethod
     def _listen(self, session: Session, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """Make sure that the new session hears, before anything is installed."""
+        """Have the new session listen, before anything is installed."""
 
     @abstractmethod
     def _begin(
         self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
     ) -> None:
-        """Begin to read in the new session; the definitions have been resolved since asked_at."""
+        """Begin to read in the new session; the definitions were resolved after ``asked_at``."""
 
     @abstractmethod
     def _read(self, session: Session) -> None:
-        """Read until it is stopped."""
+        """Read until the source is stopped; raise if the session is lost."""
 
     @abstractmethod
     def _lost(self, error: Exception) -> None:
@@ -202,7 +202,7 @@ class SessionThread(ABC):
 
     @property
     def _cancelled(self) -> bool:
-        """Whether nobody waits any more for a statement that is under way."""
+        """Whether a statement under way is to be given up, since the source stops."""
         return self._stopping
 
     def _run(self) -> None:
@@ -214,34 +214,38 @@ class SessionThread(ABC):
             self._waiter.close()
 
     def _read_once(self) -> None:
-        """Read in the session until it is stopped or lost, and then see that there is another."""
+        """Read until the source is stopped, or the session is lost; then open another session."""
         session, began = self._session, time.monotonic()
         assert session is not None
         try:
             self._read(session)
-        # Whatever it is, an unknown error included, the thread must go on reading.
+        # Any error, an unknown one too: without the thread the Hub would be deaf for good.
         except Exception as error:
             if self._stopping:
                 return
             if time.monotonic() - began > HEALTHY_SECONDS:
                 self._backoff.reset()
             known = isinstance(error, psycopg2.Error | OSError | DatabaseError)
-            log.warning("lost the connection: %s", error_text(error), exc_info=not known)
+            log.warning(
+                "lost the connection, and connecting again: %s",
+                error_text(error),
+                exc_info=not known,
+            )
             self._close()
             self._lost(error)
             self._reconnect()
 
     def _reconnect(self) -> None:
-        """Connect again, however long it takes."""
+        """Connect again, with pauses between tries, until it succeeds or the source is stopped."""
         while not self._stopping:
             self._waiter.sleep(self._backoff.next(), lambda: self._stopping)
             if self._stopping:
                 return
             try:
                 self._open()
-            # A plugin's error included: it is asked about the watchers each time.
+            # Any error: a plugin's resolver, which is asked each time, may raise anything.
             except Exception as error:
-                log.warning("still not connected: %s", error_text(error))
+                log.warning("still not connected, and trying again: %s", error_text(error))
                 continue
             self.reconnects += 1
             self._meter.count("reconnects")
@@ -282,13 +286,12 @@ class SessionThread(ABC):
         self._meter.count("invalid_payloads")
 
     def _prove_round_trip(self, session: Session, cursor: Cursor) -> None:
-        """Raise ConnectError unless a notification comes from ``cursor``'s session to ``session``.
+        """Raise ConnectError unless a notification from ``cursor``'s session reaches ``session``.
 
-        That is then set up to be kept.
-
-        Behind a pooler that pools transactions, LISTEN succeeds and nothing ever arrives. The
-        notification comes from the other connection: what a session says to itself may come back
-        even there, within the answer.
+        Otherwise the Hub would be deaf behind a pooler that pools transactions, where LISTEN
+        succeeds and nothing ever arrives. The notification is sent by the other connection: one
+        that a session sends to itself may come back even there, with the answer. ``session`` is
+        then set up to be kept.
         """
         channel, timeout = self.own_channel, self._timing.timeout
         session.execute(listen_to(channel), timeout=timeout)
@@ -299,7 +302,7 @@ class SessionThread(ABC):
         [(others, _)] = cursor.fetchall()
         deadline = time.monotonic() + timeout
         while not any(notify.channel == channel for notify in session.receive()):
-            # Two connections with one backend: no need to wait for what will not come.
+            # Two connections that share a backend are behind a pooler: do not wait for the timeout.
             if others == ours or time.monotonic() >= deadline or self._stopping:
                 raise ConnectError(
                     f"At {display(self._listen_dsn)} LISTEN succeeds, but no notification arrives "

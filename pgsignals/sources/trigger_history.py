@@ -1,4 +1,4 @@
-"""Whether a consumer's triggers have been there all the time: where not, events may be missing."""
+"""Finds out whether a consumer's triggers were there all the time: if not, events may be lost."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .trigger_watch import TriggersChangedError, TriggerWatch
 
 
 class Installation:
-    """Compares the triggers with those that the consumer has kept, and has losses announced."""
+    """Compares the triggers with the fingerprint that the consumer keeps, and announces losses."""
 
     def __init__(self, triggers: TriggerWatch, now: Callable[[], datetime]) -> None:
         self._triggers = triggers
         self._now = now
         self._log: Log
         self._store: InstallationStore
-        # Those who may have written what is missing.
+        # The writers under way at a first Gap; the loss is announced again when they have ended.
         self._doubted: Writers | None = None
         self._doubted_since: datetime | None = None
-        # How much writers had left out when that was doubted for the last time.
+        # The log's shed count for which a doubt was begun last.
         self._shed = -1
-        # Whether a loss has been marked that has yet to be announced: whoever renews a claim does.
+        # Whether a loss is marked that the next renewal of a claim has to announce.
         self.marked = False
 
     @property
@@ -49,7 +49,7 @@ class Installation:
         at: datetime,
         missing: str,
     ) -> None:
-        """Note what was written without a trigger since this consumer last looked.
+        """Announce a loss if changes may have fired no trigger since this consumer last looked.
 
         ``definitions`` and ``missing`` are as in TriggerWatch, resolved since ``at``.
         """
@@ -63,7 +63,7 @@ class Installation:
             self._keep(found, at)
 
     def look(self, session: Session) -> bool:
-        """Compare the triggers with what they were; whether events may be missing.
+        """Compare the triggers with the last look; return whether events may be missing.
 
         Raises TriggersChangedError as TriggerWatch does.
         """
@@ -71,7 +71,7 @@ class Installation:
         try:
             found, gap = self._triggers.look(session, self._now, self._store.read)
         except TriggersChangedError:
-            # All may be as it was by the time that it is looked at again.
+            # Mark it now: by the next look all may be as it was, and the loss would go unnoticed.
             assert since is not None
             self._store.mark_loss(since)
             raise
@@ -83,38 +83,43 @@ class Installation:
         return gap is not None
 
     def doubt(self, since: datetime | None) -> None:
-        """Announce that events may be missing, and once more when all is over that runs by now.
+        """Announce that events may be missing, and again when the writers under way have ended.
 
-        What a transaction that runs could not write is not missing before it has been committed,
-        which is after the first Gap.
+        A transaction under way may have failed to write events. These are missing only once it has
+        committed, which may be after the first Gap.
         """
         self._doubted, self._doubted_since = self._log.writers(), since
         if not self._end_doubt():
-            # By the time of the second Gap another process may have kept the triggers, as of later.
+            # Keep the time for the second Gap: by then another process may have kept a fingerprint
+            # with a later one.
             self._doubted_since = self._mark(since)
 
     def leave_to_others(self) -> None:
-        """Leave it to whoever reads to announce a loss once more: the database has it marked.
+        """Leave the second announcement of a loss to the process that reads.
 
-        Announced by this process when it reads again, it would come twice, and be taken for a later
-        one.
+        The database has the loss marked. Otherwise this process would announce it, too, when it
+        reads again, and it would be taken for another loss.
         """
         self._doubted = None
 
     def note_failed_writers(self, reading: bool) -> None:
-        """Doubt it, since writers say that they cannot reach what triggers write to."""
+        """Begin a doubt, since writers say that they cannot reach what triggers write to."""
         if self._doubted is None:
-            log.error("events were lost: writers cannot reach the outbox")
+            log.error(
+                "events are lost: writers cannot reach the outbox; run `pgsignals doctor` for the "
+                "cause"
+            )
             if reading:
                 self.doubt(self._triggers.verified_at)
             else:
                 self._mark(None)
 
     def note_shed(self, poll: Poll, claims: Claims) -> None:
-        """Doubt it where writers have left something out, or no longer, if all is over by now.
+        """Begin a doubt if writers have shed events; first end one whose writers have ended.
 
-        What they leave out while it is doubted is announced once that has ended, as of its
-        beginning: all that was read since has been acknowledged meanwhile.
+        Events that writers shed during a doubt are announced when it ends, as lost since the doubt
+        began: what was read since has been acknowledged, so that a Gap from there would be too
+        short.
         """
         since = None
         if self._doubted is not None:
@@ -122,13 +127,14 @@ class Installation:
             if not self._end_doubt(poll.watermark):
                 return
         shed = [claims.note_shed(part, poll.shed, since) for part in claims.parts.values()]
-        # A part that was claimed later may have yet to be told what all others have been.
+        # Not for a partition that was claimed later, and has yet to hear what the others were told:
+        # otherwise each would begin a doubt, and mark a loss for all, where nothing is lost.
         if any(shed) and poll.shed > self._shed:
             self._shed = poll.shed
             self.doubt(since or self._triggers.verified_at)
 
     def _end_doubt(self, watermark: Watermark | None = None) -> bool:
-        """Announce it for the last time, if all is over that ran then."""
+        """Announce the loss for the last time if the doubted writers have ended; return whether."""
         if self._doubted is None or not self._log.have_ended(self._doubted, watermark):
             return False
         self._doubted = None
@@ -143,6 +149,7 @@ class Installation:
         return self._store.doubt(since)
 
     def _keep(self, found: Fingerprint, at: datetime) -> None:
-        # Another process, which reads by other triggers, may have missed what this one has had.
+        # False: another process has marked a loss; by its triggers, it may have missed what this
+        # one has had.
         if not self._store.keep(found, at):
             self.doubt(None)

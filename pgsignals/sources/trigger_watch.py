@@ -20,29 +20,30 @@ from ..triggers.definitions import Definition
 from ..triggers.fingerprint import QUERY, Fingerprint, Question, parse
 from ..triggers.installer import Drift
 
-# What is wrong when nothing is, any more.
+# The detail of a Gap when the triggers are right again by the time of the look.
 TOUCHED = "somebody has changed a trigger, its function, the tables that have it or its rights"
 
 
 class TriggersChangedError(DatabaseError):
-    """A trigger is not what it was; connecting again installs what is missing."""
+    """A trigger has changed; connecting again installs what is missing."""
 
 
 class Triggers(Protocol):
-    """The questions that the watch asks, through an ordinary connection, of who prepares sources.
+    """Answers the watch's questions, through an ordinary connection.
 
-    ``listened`` is what the source itself reads: another one may have connected since.
+    ``listened`` are the definitions that the source itself reads: another source of the same
+    preparer may have connected since with others.
     """
 
     def drift(self, cursor: Cursor, listened: Sequence[Definition]) -> Drift | None:
-        """Why the triggers of ``listened`` are not what the watchers need by now."""
+        """Return how the triggers of ``listened`` differ from what the watchers need by now."""
 
     def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
-        """Install what is missing, as far as that is allowed; why something is missing still."""
+        """Install what is missing, as far as allowed; return why some is missing still, or ""."""
 
 
 class TriggerWatch:
-    """Compares fingerprints of the catalogue, and asks what has changed only where they differ."""
+    """Compares fingerprints of the catalogue, and asks what has changed only if they differ."""
 
     def __init__(self, dsn: str, timeout: float, patience: float, triggers: Triggers) -> None:
         self._dsn = dsn
@@ -50,12 +51,12 @@ class TriggerWatch:
         self._patience = patience
         self._triggers = triggers
         self._definitions: Sequence[Definition] = ()
-        # As it was at the last look.
+        # The fingerprint at the last look.
         self.fingerprint: Fingerprint | None = None
-        # Until when, by the server's clock, all triggers are known to have been there.
+        # The server's time up to which all triggers are known to have been there.
         self.verified_at: datetime | None = None
         self._fresh = True
-        # Why events are missing at this moment.
+        # Why events are missing at this moment; empty if none are.
         self.reason = ""
 
     def begin(
@@ -66,11 +67,10 @@ class TriggerWatch:
         missing: str,
         others: Collection[str] = (),
     ) -> Fingerprint:
-        """Remember what is installed, and say it, and what ``others`` are.
+        """Begin to watch; return the fingerprint of the installed triggers and of ``others``.
 
-        ``definitions`` have been resolved since ``at``: whether they still were what the watchers
-        need when this looked, the first ``look`` asks. ``missing``: why some of it is not as it
-        should be.
+        ``definitions`` were resolved after ``at``; the first ``look`` asks whether they still are
+        what the watchers need. ``missing`` says why some triggers are not as they should be.
         """
         self._definitions = definitions
         if not missing or self.verified_at is None:
@@ -86,14 +86,14 @@ class TriggerWatch:
         now: Callable[[], datetime],
         kept: Callable[[], str | None] = lambda: None,
     ) -> tuple[Fingerprint, Gap | None]:
-        """The fingerprint by now, and a Gap where events may be missing since ``verified_at``.
+        """Return the present fingerprint, and a Gap if events may be missing since ``verified_at``.
 
-        While something is missing, each look tries to mend it, and the one that succeeds gives a
-        Gap of the whole time. ``kept`` asks for the fingerprint that the consumer keeps. Raises
-        TriggersChangedError where others are to be listened to, or what is to be read has to be
-        asked anew.
+        While something is missing, each look tries to install it, and the look that succeeds
+        returns a Gap of the whole time. ``kept`` returns the fingerprint that the consumer keeps.
+        Raises TriggersChangedError if other triggers are to be read, or the log has to be asked
+        anew which channels to read.
         """
-        # Taken before the catalogue is read: what is changed meanwhile is the next look's.
+        # Taken before the catalogue is read: a change in between is left to the next look.
         at = now()
         former, found = self.fingerprint, self._read(session)
         asked_about = found
@@ -111,17 +111,19 @@ class TriggerWatch:
             if drift is not None and drift.moved:
                 raise TriggersChangedError(drift.reason)
             missing = "" if drift is None else self._triggers.repair(cursor, listened)
+        # What was missing is known to be right only since the repair.
         if drift is not None:
             at = now()
-        # Again: what was changed when it was read may have been undone before all that was asked.
+        # Read it again: a change that the first reading saw may have been undone before the drift
+        # was asked.
         found = self._read(session)
         former = _forgive(former, found, kept)
         if durable and self.reason and found.triggers != former.triggers:
-            # What is installed by now may write to a channel, or of a table, that the log did
-            # not know yet when this session asked it what to read.
+            # The triggers installed by now may have channels or tables that the log did not know
+            # when this session began. Otherwise their rows would be taken for foreign ones.
             raise TriggersChangedError("what was missing is installed")
         known, self.reason, self.fingerprint = self.reason, missing, found
-        # What has changed since may be what nobody asked about: the next look does.
+        # A change after the first reading may have escaped the questions: the next look asks again.
         self._fresh = found != asked_about
         since, detail = self.verified_at or at, ""
         if missing and missing != known:
@@ -136,28 +138,28 @@ class TriggerWatch:
                 detail = TOUCHED
         if not detail:
             return found, None
-        # Not before the repair, or whatever it was, has been seen.
+        # The Gap ends now, after the repair has been seen: until then events may have been missed.
         return found, Gap(since, max(since, now()), "watcher_broken", detail)
 
     def failure(self, broken: Broken, at: datetime) -> Gap:
-        """The Gap for a trigger that could not describe a change, as is known since ``at``."""
+        """Return the Gap for a change that its trigger could not describe, known since ``at``."""
         if broken.at_us is None:
             return self.silent_failure(at)
-        # The transaction was committed later.
+        # It ends at ``at``, since the transaction committed later than the trigger failed.
         return Gap(moment(broken.at_us), at, "watcher_broken", broken.error)
 
     def silent_failure(self, at: datetime) -> Gap:
-        """The Gap for a trigger that could not even say when it failed.
+        """Return the Gap for a trigger that could not even say when it failed.
 
-        The writer's transaction has committed just before ``at``, and had begun some time ago.
+        The writer's transaction committed just before ``at``, and may have begun long before.
         """
         detail = "a trigger's function could not write, nor say why: see `pgsignals doctor`"
-        log.error("events were lost: %s", detail)
+        log.error("events are lost: %s", detail)
         return Gap(min(at, self.verified_at or at), at, "watcher_broken", detail)
 
     def _read(self, session: Session, others: Collection[str] = ()) -> Fingerprint:
         asked = Question(self._definitions, others).parameters
-        # Names are of any bytes where the database holds any.
+        # In a database of any bytes names may be of any bytes, too.
         for name in ("schemas", "names"):
             asked[name] = [session.given(each) for each in asked[name]]
         [row] = session.execute(QUERY, asked, timeout=self._timeout)
@@ -167,9 +169,9 @@ class TriggerWatch:
 def _forgive(
     former: Fingerprint, found: Fingerprint, kept: Callable[[], str | None]
 ) -> Fingerprint:
-    """``former``, with what triggers write to by now if the consumer keeps that.
+    """Return ``former`` with the present target, if that is what the consumer keeps.
 
-    An upgrade of the schema has altered it, or another process has announced the loss.
+    Then an upgrade of the schema has altered it, or another process has announced the loss.
     """
     if found.target != former.target and found.has_target_of(kept() or ""):
         return replace(former, target=found.target)

@@ -1,4 +1,4 @@
-"""What is installed: our tagged functions and their triggers as the catalogue has them."""
+"""Reads what is installed: our tagged functions and their triggers, as the catalogue has them."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Fired:
 class Installed:
     """One function of ours and its triggers; all have the same ``name``.
 
-    ``body`` is without the tables that the function was ``made_for``, whose OIDs it has in it.
-    ``fired`` are the tables that have the trigger now, partitions left out. It writes to
-    ``transport``, unless its owner lacks a right (``able``). ``consumed``: a durable consumer,
-    which may be down now, reads that. In the partitions ``silent_parts`` the trigger is disabled,
-    or fires at other times than the table's.
+    ``body`` is the function's text without the OIDs of the tables that it was ``made_for``.
+    ``fired`` are the tables that have the trigger now, without partitions. It writes to
+    ``transport``, and is ``able`` to, unless its owner lacks a right. ``consumed``: a durable
+    consumer, which may be down now, reads what it writes. In the partitions ``silent_parts`` the
+    trigger is disabled, or fires at other times than the table's.
     """
 
     tag: Tag
@@ -70,45 +70,45 @@ class Installed:
 
     @property
     def schema(self) -> str:
-        """The schema of the table by now: it may have been renamed or moved since."""
+        """The present schema of the table, which may have been moved since."""
         return self.function_schema if self.main is None else self.main.schema
 
     @property
     def table(self) -> str | None:
-        """The name of the table by now; None without a trigger."""
+        """The present name of the table; None without a trigger."""
         return None if self.main is None else self.main.table
 
     @property
     def copied(self) -> bool:
-        """Whether it came with a copy of the table, by a restore say: it sends nothing."""
+        """Whether the trigger came with a copy of its table (a restore, say), and sends nothing."""
         known = bool(self.made_for and self.fired)
         return known and all(each.oid not in self.made_for for each in self.fired)
 
     @property
     def missing_columns(self) -> tuple[str, ...]:
-        """The columns that it reads and that the table has no more."""
+        """The columns that the trigger reads, and that the table does not have any more."""
         if self.main is None:
             return ()
         return tuple(c for c in self.tag.columns if c not in self.main.columns)
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody would miss events without it."""
+        """Whether a listener or consumer would miss events without the trigger."""
         return not self.copied and (self.listeners > 0 or self.consumed)
 
     @property
     def hash(self) -> str:
-        """The hash that the names carry."""
+        """The hash in the names of the function and the trigger."""
         return self.tag.hash
 
 
 _tags = msgspec.json.Decoder(Tag)
 
-# The first one in a function's text is ours; a condition may have others.
+# The first match in a function's text is ours; a watcher's condition may have others.
 _TABLES = re.compile(r"'\{([^'}]*)\}+'::pg_catalog\.oid\[\]")
 
-# Only functions carry a tag: to comment on a trigger one must own the table, while TRIGGER is all
-# it takes to create one. The clones that PostgreSQL keeps in partitions have a parent.
+# Only functions carry a tag: commenting on a trigger takes owning the table, creating it only the
+# TRIGGER privilege. ``tgparentid = 0`` leaves out the clones that PostgreSQL keeps in partitions.
 _FUNCTIONS = """
 SELECT p.oid, d.description, f.nspname, p.proname, p.prosrc, p.prosecdef,
        pg_catalog.pg_get_userbyid(p.proowner),
@@ -149,7 +149,7 @@ WHERE l.locktype = 'advisory' AND l.classid = %s AND l.objsubid = 2 AND l.grante
 GROUP BY 1
 """
 
-# Without one of these a function that writes to the outbox can only say that it could not.
+# Without one of these rights, a function that writes to the outbox can only say that it could not.
 _ABLE = """
 SELECT r.rolname,
        pg_catalog.has_schema_privilege(r.oid, n.oid, 'USAGE')
@@ -165,7 +165,7 @@ WHERE r.rolname = ANY (%s)
 
 
 def _read_consumed(cursor: Cursor) -> set[int] | None:
-    """The channels that durable consumers read; None where this role may not know."""
+    """Return the channels that durable consumers read; None if this role may not read them."""
     cursor.execute(
         "SELECT pg_catalog.has_schema_privilege(n.oid, 'USAGE')"
         " AND pg_catalog.has_table_privilege(c.oid, 'SELECT')"
@@ -185,7 +185,7 @@ def _read_consumed(cursor: Cursor) -> set[int] | None:
 
 
 def normalized(body: str) -> str:
-    """A function's text without the tables that it was made for."""
+    """Return a function's text without the OIDs of the tables that it was made for."""
     return _TABLES.sub(f"'{TABLES}'::pg_catalog.oid[]", body)
 
 
@@ -195,7 +195,7 @@ def _made_for(body: str) -> tuple[int, ...]:
 
 
 def read_listeners(cursor: Cursor) -> list[list[int]]:
-    """For each session that listens, the keys that say to what: see ``names.listens``."""
+    """Return, for each session that listens, the keys for ``names.listens``."""
     cursor.execute(_LISTENERS, (names.LISTENER_CLASS,))
     return [keys for _, keys in cursor.fetchall()]
 
@@ -203,9 +203,9 @@ def read_listeners(cursor: Cursor) -> list[list[int]]:
 def read_installed(
     cursor: Cursor, namespace: str | None, named: Collection[str] | None = None
 ) -> list[Installed]:
-    """Our functions of one namespace, or of all, with their triggers, by table and operation.
+    """Return our functions of a namespace, or of all, with their triggers, by table and operation.
 
-    ``named`` narrows it to these names. What does not carry a tag of ours is never returned,
+    ``named`` narrows them to these names. A function without a tag of ours is never among them,
     whatever its name.
     """
     listeners = read_listeners(cursor)
@@ -238,7 +238,8 @@ def read_installed(
                     if oid is not None
                 ),
                 listeners=sum(names.listens(keys, tag.hash) for keys in listeners),
-                # Who may not know leaves every trigger alone that writes to the outbox.
+                # A role that may not read the consumers takes every trigger on the outbox for
+                # consumed: otherwise it could remove one that a consumer needs.
                 consumed=durable and (channels is None or names.channel_key(tag.hash) in channels),
                 transport=Transport.OUTBOX if durable else Transport.NOTIFY,
                 able=not durable or able.get(owner, False),
@@ -250,7 +251,7 @@ def read_installed(
 
 
 def _read_able(cursor: Cursor, owners: Set[str]) -> dict[str, bool]:
-    """Of the owners of functions, who may write to the outbox."""
+    """Return, for each of these owners of functions, whether it may write to the outbox."""
     if not owners:
         return {}
     cursor.execute(_ABLE, (list(owners),))

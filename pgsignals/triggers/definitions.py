@@ -1,4 +1,4 @@
-"""From watchers to definitions: resolved against the catalogue, checked, compiled."""
+"""Makes definitions of watchers: resolves them against the catalogue, checks and compiles them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .table_lookup import describe_all, resolve
 
 @dataclass(frozen=True)
 class Definition:
-    """One operation of one watcher: what its events are and the trigger that sends them."""
+    """One operation of one watcher: the topic of its events, and the trigger that sends them."""
 
     watcher: Watcher
     topic: Topic
@@ -39,7 +39,7 @@ class Definition:
         return self.trigger.name
 
     def decoder(self, cast: Cast) -> Decoder:
-        """A decoder for what the trigger sends."""
+        """Return a decoder for the trigger's payloads."""
         spec = self.trigger.spec
         key = () if spec.op == "truncated" else fields(spec.table.key_columns)
         relations = None if spec.transport.durable else frozenset(self.trigger.relations)
@@ -53,7 +53,7 @@ def define(
     namespace: str,
     transport: Transport = Transport.NOTIFY,
 ) -> list[Definition]:
-    """The definitions of all watchers, in their order.
+    """Return the definitions of all watchers, in their order.
 
     Raises WatcherError and its kinds: a model that nobody knows, a table that is missing or a
     view, a column that the table lacks, a condition that PostgreSQL rejects.
@@ -150,14 +150,14 @@ class RecordLoader:
 
 
 def _check_condition(cursor: Cursor, watcher: Watcher, spec: Specification) -> None:
-    """Let PostgreSQL plan the condition, as the trigger will.
+    """Have PostgreSQL plan the condition as the trigger will.
 
     Raises WatcherError with PostgreSQL's message and the position in the user's text.
     """
     sides = {"inserted": ["new"], "deleted": ["old"]}.get(spec.op, ["new", "old"])
-    # A row made from the table's type: reading the table itself may be more than the role may do.
-    # As in a trigger: without virtual columns, and rows of an update are numbered, so that they
-    # cannot be passed as the table's type.
+    # A row is made from the table's type, since the role may lack the right to read the table. As
+    # in a trigger, it has no virtual columns, and rows of an update have a number, so that a
+    # condition cannot pass them as the table's type.
     columns: list[sql.Composable] = [
         sql.Identifier(column.name) for column in spec.table.columns if not column.virtual
     ]

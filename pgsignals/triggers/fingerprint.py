@@ -1,4 +1,4 @@
-"""A fingerprint of watched tables and their triggers: whether somebody has changed them since."""
+"""The fingerprint of watched tables and their triggers, which shows that somebody changed them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .definitions import Definition
 class Fingerprint:
     """The watched tables and their triggers as the catalogue has them at one moment.
 
-    ``tables`` stands for their names, columns and relatives, ``target`` for the rights on what
-    triggers write to. ``triggers`` has, by the trigger's name, its tables, its level, and which
-    rows of the catalogue it and its function are: one that was disabled and enabled again, dropped
-    and made again, or given to another owner is another. ``relations`` has, by OID, which row of
-    the catalogue a table is, and what is in that.
+    ``tables`` is a digest of their names, columns and relatives, ``target`` one of the rights on
+    the relations that triggers write to. ``triggers`` has, by the trigger's name, its tables, its
+    level, and the versions of the catalogue's rows for it and its function, so that a trigger shows
+    that was disabled and enabled again, dropped and made again, or given to another owner.
+    ``relations`` has, by OID, the version and a digest of the catalogue's row for a table.
     """
 
     tables: str
@@ -28,22 +28,22 @@ class Fingerprint:
     relations: Mapping[str, str]
 
     def encode(self) -> str:
-        """What is to be remembered, as text; what ``tables`` stands for is not."""
+        """Return the text that a consumer keeps, which has all but ``tables``."""
         kept = _Kept(dict(self.triggers), self.target, dict(self.relations))
         return msgspec.json.encode(kept).decode()
 
     def has_target_of(self, kept: str) -> bool:
-        """Whether triggers write to what was remembered in ``kept``."""
+        """Whether the ``target`` is that of the text ``kept``."""
         try:
             return _kept.decode(kept).target == self.target
         except msgspec.MsgspecError:
             return False
 
     def undone(self, former: Mapping[str, str]) -> bool:
-        """Whether something has been done to a table since and been undone, so that rows went by.
+        """Whether a table has been altered and altered back since, so that rows may have gone by.
 
-        So it is once it has been attached below another table, say, and detached again; also where
-        something else has been done to it, too, that stays.
+        That is so, for instance, if it was attached below another table and detached again; also if
+        another change to it, made in between, has stayed.
         """
         return any(
             _Relation.read(self.relations[oid]).undone(_Relation.read(former[oid]))
@@ -53,12 +53,12 @@ class Fingerprint:
     def covers(
         self, kept: str, own: Mapping[str, Sequence[str]], unread: Mapping[str, Sequence[str]]
     ) -> bool:
-        """Whether all that was written since ``kept`` was remembered has fired a trigger.
+        """Whether every change since ``kept`` was kept has fired a trigger that is read.
 
-        ``own`` has the names of the present triggers, each with those that its watcher may have had
-        before. One that is new covers what it replaces: a former one that is unchanged, has the
-        same tables, and is a row trigger if the new one has to be. One that was there all along
-        does not cover what fired those that are ``unread`` by now, where they had more tables.
+        ``own`` has the names of the present triggers, each with the former ones of its watcher. A
+        new trigger is covered by a former one that is unchanged, has all its tables, and is a row
+        trigger if the new one has to be. A trigger that was there all along does not cover the
+        changes of those that are ``unread`` by now, if they had more tables.
         """
         try:
             former = _kept.decode(kept)
@@ -82,10 +82,10 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class _Relation:
-    """A table: its row of the catalogue, by xmin, what is in that, and how its name is kept.
+    """A table as the catalogue has it: the xmin of its row, and digests of that row and its name.
 
-    ``named`` is the xmin of its type's row, which whoever names the table writes anew, and
-    ``columns`` those of its columns' rows, by number, which attaching it and detaching it writes.
+    ``named`` is the xmin of its type's row, which every renaming writes anew. ``columns`` are the
+    xmins of its columns' rows, by number, which attaching and detaching the table write anew.
     """
 
     row: str
@@ -109,7 +109,7 @@ class _Relation:
                 return True
             if self.name == former.name and self.named != former.named:
                 return True
-        # Of a table that only inherits, and then no longer, the row stays.
+        # A table that inherits for a while keeps its own row; only its columns' rows show that.
         common = self.columns.keys() & former.columns.keys()
         return bool(common) and all(self.columns[each] != former.columns[each] for each in common)
 
@@ -124,7 +124,7 @@ _kept = msgspec.json.Decoder(_Kept)
 
 
 def _reach(entry: str) -> set[tuple[str, str]]:
-    """The tables and levels that a trigger's entry begins with, what a row trigger covers twice."""
+    """Return the tables and levels of a trigger's entry; a row trigger also covers statements."""
     found = set()
     for each in filter(None, entry.split(",")):
         table, row, *_ = each.split(" ")
@@ -132,7 +132,7 @@ def _reach(entry: str) -> set[tuple[str, str]]:
     return found
 
 
-# The rights on what triggers write to.
+# A digest of the rights on the relations that triggers write to.
 TARGET = """
   SELECT pg_catalog.md5(coalesce(pg_catalog.string_agg(line, E'\\n' ORDER BY line), '')) FROM (
     SELECT pg_catalog.concat_ws(' ', n.nspacl, n.nspowner, c.relname, c.relacl, c.relowner, n.xmin,
@@ -142,7 +142,7 @@ TARGET = """
   ) AS lines
 """
 
-# One row, read every now and then: hence no more than a few look-ups by index for each table.
+# One row. Each look at the triggers reads it, so that it takes only a few index look-ups a table.
 QUERY = (
     """
 SELECT (
@@ -211,7 +211,7 @@ SELECT (
 
 @dataclass(frozen=True)
 class Question:
-    """What to ask for, once the watchers are resolved; ``others`` are triggers of the past."""
+    """The parameters of QUERY for resolved definitions; ``others`` are names of former triggers."""
 
     definitions: Sequence[Definition]
     others: Collection[str] = field(default=())
@@ -234,7 +234,7 @@ class Question:
 
 
 def parse(row: tuple[Any, ...]) -> Fingerprint:
-    """The fingerprint that a row of QUERY says."""
+    """Return the fingerprint of a row of QUERY."""
     tables, triggers, target, relations = row
     return Fingerprint(
         tables, msgspec.json.decode(triggers), target, msgspec.json.decode(relations)

@@ -1,4 +1,4 @@
-"""The state of installed triggers, and of tables whose messages are nobody's."""
+"""The states of installed triggers, and the tables whose messages were ignored."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def read_states(
     namespace: str,
     transport: Transport = Transport.NOTIFY,
 ) -> list[State]:
-    """How the trigger of each watcher stands, and then the others of the namespace.
+    """Return the states of each watcher's triggers, and then of the others of the namespace.
 
-    Triggers that no watcher needs are INSTALLED when somebody listens to them and STALE when nobody
-    does; without watchers that is how all are judged.
+    Triggers that no watcher needs are INSTALLED if somebody listens to them, and STALE if nobody
+    does; without watchers all are judged like that.
     """
     installed = read_installed(cursor, namespace)
     if not watchers:
@@ -69,7 +69,7 @@ def read_states(
 def _former(
     watcher: Watcher, resolvers: Sequence[Resolver], installed: Sequence[Installed]
 ) -> dict[str, Installed]:
-    """By operation, the triggers of a watcher that no longer fits its table."""
+    """Return, by operation, the triggers of a watcher that no longer fits its table."""
     try:
         ref, _ = resolve(watcher.model, resolvers)
     except ModelError:
@@ -84,7 +84,7 @@ def _former(
 
 
 def read_foreign(cursor: Cursor, counts: Mapping[int, int]) -> tuple[ForeignTable, ...]:
-    """The tables with these OIDs, and how many messages of each were ignored."""
+    """Return the tables with these OIDs, with the counts of their ignored messages."""
     if not counts:
         return ()
     cursor.execute(

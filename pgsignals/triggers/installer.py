@@ -1,4 +1,4 @@
-"""Makes the database have the triggers that the watchers need, and no others of ours."""
+"""Installs the triggers that the watchers need, and removes others of ours."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ INSTALLED, OUTDATED, MISSING, STALE = "INSTALLED", "OUTDATED", "MISSING", "STALE
 
 @dataclass(frozen=True)
 class Limits:
-    """How long installing may take, in seconds.
+    """The limits of an installation, in seconds.
 
-    ``lock``: how long one attempt waits for a table (or for one partition of it), and so how long
-    writers may queue behind it. ``total``: when to give up on a table.
+    One attempt waits at most ``lock`` for a table (or for one partition of it), and so writers
+    queue behind it for no longer. After ``total`` the table is given up.
     """
 
     lock: float = 0.5
@@ -60,10 +60,11 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class State:
-    """How one trigger stands; ``detail`` says why.
+    """The state of one trigger; ``detail`` says why.
 
-    INSTALLED: as a watcher needs it, or somebody else listens to it. OUTDATED: it is there, but
-    not as it should be. MISSING: a watcher needs it. STALE: no watcher needs it and nobody listens.
+    INSTALLED: it is as a watcher needs it, or somebody else listens to it. OUTDATED: it is there,
+    but not as it should be. MISSING: a watcher needs it. STALE: no watcher needs it, and nobody
+    listens to it.
     """
 
     status: str
@@ -78,7 +79,7 @@ class State:
 
 @dataclass
 class Plan:
-    """What differs from what the watchers need, and the statements that would mend it."""
+    """The triggers' states, and the statements that would make them what the watchers need."""
 
     states: list[State] = field(default_factory=list)
     statements: list[str] = field(default_factory=list)
@@ -87,7 +88,7 @@ class Plan:
 
 
 def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
-    """Compare. Pure: it looks at nothing but its arguments."""
+    """Compare the triggers that are wanted with those that are installed. Pure."""
     result = Plan()
     others = {(item.function_schema, item.name): item for item in installed}
     identities = {_identity(item) for item in installed}
@@ -116,8 +117,8 @@ def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
             result.statements += trigger.drop
         creates += trigger.create
         result.created.append(trigger)
-    # Dropping first takes the stronger lock first, so that no lock is ever raised to a stronger
-    # one, by which two transactions could come to wait for each other.
+    # Dropping comes first, since it takes the stronger lock. Otherwise a lock would be raised to a
+    # stronger one, by which two transactions could come to wait for each other.
     result.statements += creates
     for item in others.values():
         result.unwanted.append(item)
@@ -126,7 +127,7 @@ def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
 
 
 def judge(item: Installed) -> State:
-    """How a trigger stands that none of the watchers at hand needs."""
+    """Return the state of a trigger that none of the watchers at hand needs."""
     status, detail = INSTALLED if item.in_use else STALE, ""
     if item.missing_columns:
         detail = f"the table has no column {item.missing_columns[0]!r} any more"
@@ -197,11 +198,11 @@ def _identity(item: Installed) -> tuple[str, str | None, str, str | None]:
 def install(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], limits: Limits = DEFAULT_LIMITS
 ) -> list[Trigger]:
-    """Create what is missing or outdated; returns what was created.
+    """Create the triggers that are missing or outdated; return those that were created.
 
-    Each table gets its triggers in a transaction of its own: whoever holds the lock of one table
-    never waits for that of another, so that no writer can be caught in a deadlock with us.
-    Runs no DDL at all when nothing differs. The cursor's connection is in autocommit mode.
+    Each table gets its triggers in a transaction of its own. Otherwise we would hold the lock of
+    one table while we wait for that of another, and could be caught in a deadlock with a writer.
+    Nothing is executed if no trigger differs. The cursor's connection must be in autocommit mode.
     Raises PrivilegeError, InstallLockError, DatabaseError.
     """
     pending = plan(wanted, read_installed(cursor, namespace)).created
@@ -219,9 +220,10 @@ def install(
 def install_what_can_be(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], limits: Limits
 ) -> str:
-    """Install for a Hub that runs already: a table that cannot be mended keeps back no other.
+    """Install for a Hub that runs already; a table that fails keeps no other from being installed.
 
-    Returns why something is missing, or nothing. One try for each table: readers queue behind it.
+    Return why something is missing still, or an empty text. Each table gets one try, since readers
+    queue behind it.
     """
     once = replace(limits, total=limits.lock)
     pending = plan(wanted, read_installed(cursor, namespace)).created
@@ -246,7 +248,7 @@ def _install_on_table(
             made = statement.find("CREATE FUNCTION") if statement.startswith("DO ") else -1
             log.debug("installing: %s", statement[max(0, made) :].partition("\n")[0])
         if change.statements:
-            # At once, so that writers wait for no round trips while we hold the table's lock.
+            # All in one message, so that writers wait for no round trips while we hold the lock.
             cursor.execute(";\n".join(change.statements))
         return change.created
 
@@ -278,8 +280,8 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
         _check_definer(cursor, table)
 
 
-# What the functions do that write to the outbox, with the rights of who installs them; noting what
-# they write; and, where a trigger was missing, that consumers have lost events.
+# The rights that installing for the outbox takes: the functions write to it with the installer's
+# rights, and installing notes their channels and, where a trigger was missing, consumers' losses.
 _OUTBOX_RIGHTS = (
     *(
         Right(privilege, ("pgsignals", name), kind)
@@ -303,9 +305,9 @@ _OUTBOX_RIGHTS = (
 
 
 def _check_outbox_rights(cursor: Cursor) -> None:
-    """Raise PrivilegeError, with the GRANTs, where the functions could not write to the outbox.
+    """Raise PrivilegeError, with the GRANTs, if the functions could not write to the outbox.
 
-    Every write to the table would fail then.
+    Then no change of the table would reach it.
     """
     lacks = lacking(cursor, _OUTBOX_RIGHTS)
     if lacks:
@@ -318,11 +320,11 @@ def _check_outbox_rights(cursor: Cursor) -> None:
 
 
 def _check_definer(cursor: Cursor, table: Table) -> None:
-    """Raise PrivilegeError where a superuser would run what another role can put in its way.
+    """Raise PrivilegeError if the table's owner could run code of its own as a superuser.
 
-    Functions that write to the outbox run with the rights of who installs them, on values of the
-    table's columns: whoever owns the table can change a column to a type of its own, whose casts
-    would then run with those rights.
+    Functions that write to the outbox run with the installer's rights, on values of the table's
+    columns. The table's owner can change a column to a type of its own, whose casts would then run
+    with those rights.
     """
     cursor.execute(
         "SELECT pg_catalog.pg_get_userbyid(c.relowner), current_user, r.rolsuper,"
@@ -363,7 +365,7 @@ def check(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> None:
         + (f" (label {state.label!r})" if state.label is not None else "")
         + (f": {state.detail}" if state.detail else "")
         for state in change.states
-        # What others need is theirs to mend.
+        # Triggers that only others need are for others to install.
         if state.name in needed and state.status in (MISSING, OUTDATED)
     ]
     if lines:
@@ -377,11 +379,11 @@ def check(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> None:
 
 @dataclass(frozen=True)
 class Drift:
-    """Why triggers are not as the watchers need them.
+    """The ``reason`` why triggers are not as the watchers need them.
 
-    ``moved``: the watchers need others than those that are listened to, which a new connection
-    finds out; otherwise the same ones are to be mended, if anybody may. Unless it ``fits``, nothing
-    that could be installed would do.
+    ``moved``: the watchers need other triggers than those that are listened to, so that the source
+    has to connect again; otherwise the same ones have to be installed again. Unless the watcher
+    ``fits`` its table, no trigger could be installed that would do.
     """
 
     reason: str
@@ -396,7 +398,10 @@ def find_drift(
     wanted: Sequence[Trigger],
     may_install: bool,
 ) -> Drift | None:
-    """Why what is listened to, ``former``, is not what the watchers need by now; None if it is."""
+    """Return why the triggers listened to, ``former``, are not what the watchers need by now.
+
+    None if they are.
+    """
     known = {(trigger.name, trigger.relations) for trigger in former}
     moved = [each for each in wanted if (each.name, each.relations) not in known]
     change = plan(wanted, read_installed(cursor, namespace))
@@ -406,11 +411,11 @@ def find_drift(
         for state in change.states
         if state.name in needed and state.status != INSTALLED
     ]
-    # Where somebody else has to install, the former ones are heard until then.
+    # If somebody else has to install the new ones, the source goes on with the former until then.
     if moved and (may_install or not lacking):
         table = moved[0].spec.table.qualified
         return Drift(f"{table} is another table, or has other relatives, than before", True)
-    # What has moved without may_install is lacking too.
+    # Triggers that have moved, and that we may not install, are among the lacking ones.
     return Drift(lacking[0]) if lacking else None
 
 
@@ -424,10 +429,11 @@ def prune(
 ) -> list[Installed]:
     """Remove triggers of the namespace that are not in ``keep`` and that nobody needs.
 
-    Somebody who listens needs one, and so does a durable consumer, whether it runs or not.
+    A listener needs its triggers, and so does a durable consumer, whether it runs or not.
 
-    ``only`` narrows it to these names. What cannot be removed now, because it is locked or belongs
-    to another role, is left and logged: it costs writers little and a later start tries again.
+    ``only`` restricts the removal to these names. A trigger that cannot be removed now, because its
+    table is locked or belongs to another role, is left and logged: it costs writers little, and a
+    later start tries again.
     """
     removed = []
     for item in plan(keep, read_installed(cursor, namespace)).unwanted:
@@ -452,7 +458,7 @@ def prune(
 def uninstall(
     cursor: Cursor, namespace: str, *, force: bool = False, limits: Limits = DEFAULT_LIMITS
 ) -> list[Installed]:
-    """Remove every trigger of the namespace; returns what was removed.
+    """Remove every trigger of the namespace; return those that were removed.
 
     Raises DatabaseError when somebody listens, unless ``force``; PrivilegeError, InstallLockError.
     """
@@ -473,10 +479,10 @@ def uninstall(
 
 
 def _claim(cursor: Cursor, item: Installed) -> bool:
-    """Whether nobody listens, nor can begin to before the end of the transaction.
+    """Whether nobody listens, or can begin to before the transaction ends.
 
-    Whoever starts first says that it listens, then waits for this lock, and then looks for the
-    trigger, so that it either keeps us from removing it or finds it gone.
+    A listener that starts takes its own lock first, then waits for this one, and only then looks
+    for the trigger. So it either keeps us from removing the trigger, or finds it gone.
     """
     cursor.execute(
         "SELECT pg_catalog.pg_advisory_xact_lock(%s, %s)", (names.LOCK_CLASS, names.REMOVAL_LOCK)
@@ -500,10 +506,10 @@ def _in_use(namespace: str, item: Installed) -> DatabaseError:
 def in_install_lock(
     cursor: Cursor, limits: Limits, schema: str, table: str | None, apply: Callable[[], T]
 ) -> T:
-    """Run ``apply`` in a transaction that holds the install lock, trying until it gets all locks.
+    """Run ``apply`` in a transaction that holds the install lock; try until it gets all locks.
 
-    Each try gives up its locks after ``limits.lock`` and pauses, so that writers are never queued
-    behind us for longer.
+    Each try gives up after ``limits.lock``, and pauses, so that writers never queue behind us for
+    longer.
     """
     place = schema if table is None else f"{schema}.{table}"
     began = time.monotonic()
@@ -513,7 +519,7 @@ def in_install_lock(
         attempt += 1
         try:
             with transaction(cursor):
-                # Nobody but other installers waits behind this lock.
+                # This lock may be waited for longer: only other installers queue behind it.
                 _set_lock_timeout(cursor, max(deadline - time.monotonic(), limits.lock))
                 cursor.execute(
                     "SELECT pg_catalog.pg_advisory_xact_lock(%s, %s)",
@@ -550,7 +556,7 @@ def in_install_lock(
 
 
 def _gone(place: str, reason: str | None) -> DatabaseError:
-    """What was resolved a moment ago is another table by now, or none."""
+    """Return the error for a table that was resolved a moment ago, and is another or none now."""
     return DatabaseError(
         f"{place} was renamed or dropped while its triggers were installed: {reason}. Try again."
     )
@@ -578,12 +584,10 @@ LIMIT 3
 
 
 def lock_holders(cursor: Cursor, schema: str, table: str | None) -> str:
-    """Who holds locks that may be in the way, for the message; empty if nobody does any more.
+    """Return a sentence on who holds locks of the ``table``; empty if nobody does any more.
 
-    Those of the ``table``, or without one those of the outbox.
-
-    Writers and installers come first: they are in the way of a new trigger, readers only of
-    replacing one.
+    Without a table, the locks are those of the outbox. Writers and installers come first: they are
+    in the way of a new trigger, readers only of replacing one.
     """
     named = None
     if table is not None:

@@ -1,4 +1,4 @@
-"""Names of database objects: short, and hashed from all that defines the object."""
+"""Names and lock keys of database objects: short hashes of all that defines the object."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from collections.abc import Iterable
 PREFIX = "pgsignals_"
 LOCK_CLASS = 0x70677367  # "pgsg", so that our advisory locks can be told from others'
 INSTALL_LOCK = 0
-# Held exclusively by a consumer that is awake, and by each that lives in shared mode.
+# Held exclusively by the consumer that is awake.
 AWAKE_LOCK = 1
+# Held in shared mode by every consumer that lives.
 ALIVE_LOCK = 2
 HOUSEKEEPING_LOCK = 3
-# Held exclusively while triggers are removed, and waited for by whoever is about to need some.
+# Held exclusively while triggers are removed; a source waits for it before it relies on triggers.
 REMOVAL_LOCK = 4
-# Held by the session that reads for a part of a consumer.
+# Held by the session that reads a partition of a consumer.
 CURSOR_CLASS = LOCK_CLASS + 1
-# Held by the session of each process that shares a consumer's parts with others.
+# Held by the session of each process that shares a consumer's partitions with others.
 MEMBER_CLASS = LOCK_CLASS + 3
-# Held in shared mode by each that listens: their keys say to what, see ``listener_keys``.
+# Held in shared mode by each listener; the keys say which triggers it needs, see ``listener_keys``.
 LISTENER_CLASS = LOCK_CLASS + 2
 LISTENER_LOCKS = 32
 LISTENER_BITS = 27
 _BITS_EACH = 2
 
-# Consumers of the outbox listen to it.
+# The channel on which consumers are woken, and told of requests.
 WAKE_CHANNEL = "pgsignals_wake"
 
-# From this share of the server's notification queue on, nobody of ours notifies: when the queue is
-# full, every COMMIT that notifies fails. Below the second share, a word that something is missing
-# still goes; it is short.
+# From QUEUE_SHARE of the server's notification queue on, triggers do not notify: when the queue is
+# full, every COMMIT that notifies fails. Up to QUEUE_LIMIT they still send the short notice that
+# something is missing.
 QUEUE_SHARE = 0.5
 QUEUE_LIMIT = 0.9
 
 
 def wake_statement(payload: str) -> str:
-    """SQL that tells all consumers something, unless that could fail: they look by themselves."""
+    """Return SQL that notifies all consumers, unless that could fail: they poll by themselves."""
     return (
         f"SELECT pg_catalog.pg_notify('{WAKE_CHANNEL}', '{payload}')"
         f" WHERE pg_catalog.pg_notification_queue_usage() < {QUEUE_LIMIT}"
@@ -43,7 +44,7 @@ def wake_statement(payload: str) -> str:
 
 
 def digest(*parts: str) -> str:
-    """16 hexadecimal digits that stand for ``parts`` and their order."""
+    """Return 16 hexadecimal digits that stand for ``parts`` and their order."""
     hasher = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
@@ -53,12 +54,12 @@ def digest(*parts: str) -> str:
 
 
 def object_name(hashed: str) -> str:
-    """The name of a trigger, of its function and of its channel."""
+    """Return the name of a trigger, of its function and of its channel."""
     return PREFIX + hashed
 
 
 def _marks(hashed: str) -> int:
-    """The bits that stand for a trigger in the set of what somebody listens to."""
+    """Return the bits of a trigger in the Bloom filter of a listener's triggers."""
     size = LISTENER_LOCKS * LISTENER_BITS
     number, found = int(hashed, 16), 0
     for _ in range(_BITS_EACH):
@@ -68,7 +69,7 @@ def _marks(hashed: str) -> int:
 
 
 def _parts(marks: int) -> list[tuple[int, int]]:
-    """A set's bits, cut into numbered parts that each fit a key; those without a bit left out."""
+    """Cut the filter's bits into numbered parts that each fit a key; leave out empty parts."""
     cut = (
         (number, marks >> (number * LISTENER_BITS) & (1 << LISTENER_BITS) - 1)
         for number in range(LISTENER_LOCKS)
@@ -77,11 +78,11 @@ def _parts(marks: int) -> list[tuple[int, int]]:
 
 
 def listener_keys(hashes: Iterable[str]) -> list[int]:
-    """The keys, signed 32-bit numbers, of the locks by which others see who listens to what.
+    """Return the keys, signed 32-bit numbers, of the locks that show which triggers a listener has.
 
-    A Bloom filter of the triggers, cut into at most LISTENER_LOCKS keys, however many there are: a
-    lock for each trigger would fill the server's lock table. It may name a trigger too many, which
-    then stays until that process has gone, and never one too few.
+    They are a Bloom filter of the triggers, cut into at most LISTENER_LOCKS keys: a lock for each
+    trigger could fill the server's lock table. The filter may show a trigger too many, which then
+    stays until the process has ended, but never one too few.
     """
     marks = 0
     for hashed in hashes:
@@ -91,12 +92,12 @@ def listener_keys(hashes: Iterable[str]) -> list[int]:
 
 
 def listener_parts(hashed: str) -> list[tuple[int, int]]:
-    """The parts, and their bits, that the keys of whoever listens to a trigger have."""
+    """Return the parts, with their bits, that the keys of every listener to a trigger have."""
     return _parts(_marks(hashed))
 
 
 def listens(keys: Iterable[int], hashed: str) -> bool:
-    """Whether who holds the locks with these keys, which may be unsigned, listens to a trigger."""
+    """Whether the holder of locks with these keys, which may be unsigned, listens to a trigger."""
     marks = 0
     for key in keys:
         number, part = divmod(key & 0xFFFFFFFF, 1 << LISTENER_BITS)
@@ -106,21 +107,21 @@ def listens(keys: Iterable[int], hashed: str) -> bool:
 
 
 def channel_key(hashed: str) -> int:
-    """What rows of the outbox call a channel: all of its hash, as a signed 64-bit number."""
+    """Return a channel's number in the outbox: its whole hash, as a signed 64-bit number."""
     key = int(hashed, 16)
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
 def hash_of(channel: int) -> str:
-    """The hash whose ``channel_key`` this is."""
+    """Return the hash whose ``channel_key`` this is."""
     return f"{channel & (1 << 64) - 1:016x}"
 
 
 def cursor_key(consumer: str, part: int) -> int:
-    """What the keys of the advisory locks of a consumer's part count from."""
+    """Return the number from which the keys of a partition's advisory locks count."""
     return int(digest(consumer, str(part))[:7], 16)
 
 
 def member_key(consumer: str, holder: str) -> int:
-    """The key of the advisory lock of a process that shares a consumer's parts."""
+    """Return the key of the advisory lock of a process that shares a consumer's partitions."""
     return int(digest(consumer, holder)[:7], 16)

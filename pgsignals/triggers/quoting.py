@@ -4,18 +4,18 @@ from __future__ import annotations
 
 
 def quoted_identifier(name: str) -> str:
-    """An identifier for SQL."""
+    """Return an identifier for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
-    """A text for SQL, whatever standard_conforming_strings says."""
+    """Return a text for SQL that is right whatever standard_conforming_strings says."""
     escaped = text.replace("'", "''")
     return f"'{escaped}'" if "\\" not in escaped else "E'" + escaped.replace("\\", "\\\\") + "'"
 
 
 def dollar_quoted(body: str) -> str:
-    """A function's body between tags that it does not have."""
+    """Return a function's body between tags that do not occur in it."""
     tag = "$pgsignals$"
     while tag in body:
         tag = f"{tag[:-1]}_$"
@@ -23,5 +23,5 @@ def dollar_quoted(body: str) -> str:
 
 
 def quoted(*names: str) -> str:
-    """A qualified identifier for a query that has parameters."""
+    """Return a qualified identifier for a query that has parameters."""
     return ".".join('"' + name.replace('"', '""') + '"' for name in names).replace("%", "%%")

@@ -1,4 +1,4 @@
-"""From a watcher to SQL: the text of its trigger and function. Nothing here talks to a server."""
+"""Writes the SQL of a watcher's trigger and function. Nothing here talks to a server."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ FORMAT = 3
 
 _EVENTS = {"inserted": "INSERT", "updated": "UPDATE", "deleted": "DELETE", "truncated": "TRUNCATE"}
 _TEXT = ("text", "varchar", "name")
-# Types of pg_catalog with several texts for one value, which are compared as what they are. What
-# has one text is compared by it, since a value that the type does not have, a label that an enum
-# has yet to get, would be an error.
+# Types of pg_catalog with several texts for one value, whose values are compared by the type's `=`.
+# Values of other types are compared by their texts: a value that the type does not have, such as a
+# label that an enum has yet to get, would be an error.
 _LOOSE = ("bool", "bpchar", "numeric", "float4", "float8")
 _CHANNEL = "pgsignals:channel"
 _KEY = "pgsignals:key"
 
 
-# What a value's text depends on in the writer's session, and how we want it.
+# The settings of the writer's session that a value's text depends on, and the values we need.
 SETTINGS = (
     ("DateStyle", "ISO, MDY"),
     ("TimeZone", "UTC"),
@@ -50,15 +50,16 @@ _OPERATOR = re.compile(r"(?<= )(?:\|\||<=|>=|<>|[-+*/<>=~])(?= )")
 
 @lru_cache(maxsize=32)
 def _qualified(text: str) -> str:
-    """``text`` with each operator that stands between spaces looked up in pg_catalog alone."""
+    """Return ``text`` with each operator between spaces looked up in pg_catalog alone."""
     return _OPERATOR.sub(r"OPERATOR(pg_catalog.\g<0>)", text)
 
 
 _THEN = _qualified(" || ")
 
 
-# PostgreSQL 14 writes a "char" beyond ASCII as the byte that it is, which is no text; later ones
-# write its octal escape. An array has it in its elements; one of several dimensions is left alone.
+# PostgreSQL 14 writes a "char" beyond ASCII as its byte, which is no text; later versions write an
+# octal escape, which these expressions give on all versions. Arrays of one dimension are rewritten
+# by their elements; others are left alone.
 _CHAR = _qualified(
     "CASE WHEN {value}::pg_catalog.int4 < 0"
     " THEN pg_catalog.encode(pg_catalog.charsend({value}), 'escape')"
@@ -75,10 +76,10 @@ _CHARS = _qualified(
 
 @dataclass(frozen=True)
 class Specification:
-    """One operation of one watcher, resolved against its table: what a trigger must do.
+    """One operation of one watcher, resolved against its table: all that defines a trigger.
 
-    ``tracked`` are the columns whose values travel; ``columns`` those that must differ. The
-    trigger writes to ``transport``. ``model`` names one that shares the table.
+    ``tracked`` are the columns whose values are sent, ``columns`` those of which one must differ.
+    The trigger writes to ``transport``. ``model`` names the model, if it shares its table.
     """
 
     namespace: str
@@ -94,15 +95,15 @@ class Specification:
 
     @property
     def compared(self) -> bool:
-        """Whether the old values travel too."""
+        """Whether the old values are sent, too."""
         return self.op == "updated" and bool(self.tracked)
 
     @property
     def row_level(self) -> bool:
-        """Whether PostgreSQL demands a row trigger.
+        """Whether only a row trigger sees all changes.
 
-        Statement triggers do not see rows that reach a partition or a child by the parent's name
-        or the other way round, and the apply worker of a subscription fires no statement triggers.
+        Statement triggers do not see rows that reach a partition or a child by the parent's name,
+        or the other way round; and the apply worker of a subscription fires no statement triggers.
         """
         if self.op == "truncated":
             return False
@@ -111,18 +112,19 @@ class Specification:
 
     @property
     def relations(self) -> tuple[Relation, ...]:
-        """The tables that have the trigger: the watched one, and those that inherit from it.
+        """The tables that get the trigger: the watched one, and those that inherit from it.
 
-        PostgreSQL itself gives it to partitions. TRUNCATE of a child is not one of the table.
+        PostgreSQL itself gives it to partitions. TRUNCATE of a child does not truncate the table,
+        so that children get no trigger for it.
         """
         own = Relation(self.table.schema, self.table.name, self.table.oid)
         return (own,) if self.op == "truncated" else (own, *self.table.children)
 
 
 def value_text(column: Column, alias: str) -> sql.Composable:
-    """The column's value exactly as a query's text result has it, or NULL."""
+    """Return SQL for the column's value, exactly as a query's text result has it, or NULL."""
     if column.output == ("pg_catalog", "textout"):
-        # Not every type with this output function, refcursor for one, can be passed to it.
+        # By a cast: some types with this output function, refcursor say, cannot be passed to it.
         return sql.SQL("{}::pg_catalog.text").format(_value(column, alias))
     text = {("pg_catalog", "char"): _CHAR, ("pg_catalog", "_char"): _CHARS}.get(
         column.base_type, "pg_catalog.textin({output}({value}))"
@@ -131,17 +133,17 @@ def value_text(column: Column, alias: str) -> sql.Composable:
 
 
 def value_of_text(column: Column, text: str) -> sql.Composable:
-    """The value, of the type beneath any domain, that has this text by ``value_text``."""
+    """Return SQL for the value with this text by ``value_text``, of the type below any domain."""
     if column.base_type == ("pg_catalog", "char") and re.fullmatch(r"\\[0-7]{3}", text):
-        # PostgreSQL 14 does not read what later ones write.
+        # PostgreSQL 14 does not read the octal escape that later versions write.
         return sql.SQL('({})::pg_catalog."char"').format(sql.SQL(str(int(text[1:], 8) - 256)))
     return sql.SQL("{}::{}").format(sql.Literal(text), sql.Identifier(*column.base_type))
 
 
 def value_json(column: Column, alias: str, bounded: bool = False) -> sql.Composable:
-    """The column's value as JSON text: a number, a boolean, a string or ``null``.
+    """Return SQL for the column's value as JSON text: a number, a boolean, a string or ``null``.
 
-    ``bounded``: of a value that no notification has room for, only as much as shows that.
+    ``bounded`` cuts a value that no notification has room for, to a length that shows as much.
     """
     value = _value(column, alias)
     schema, base_type = column.base_type
@@ -155,9 +157,9 @@ def value_json(column: Column, alias: str, bounded: bool = False) -> sql.Composa
 
 
 def differs(column: Column) -> sql.Composable:
-    """Whether an update changed the column.
+    """Return SQL for whether an update changed the column.
 
-    IS DISTINCT FROM, spelled out, since it looks for its operator in the search_path.
+    It is IS DISTINCT FROM spelled out: that one looks for its operator in the search_path.
     """
     side = _value if column.comparable else value_text
     return sql.SQL(
@@ -174,7 +176,7 @@ def _value(column: Column, alias: str) -> sql.Composable:
 
 
 def _line(spec: Specification, moved: bool) -> sql.Composable:
-    """One row as a line of JSON, with a tab between the key and the values."""
+    """Return SQL for one row as a line of JSON, with a tab between the key and the values."""
     alias = "old" if spec.op == "deleted" else "new"
     key = spec.table.key_columns
     keys = [value_json(column, alias) for column in key]
@@ -204,7 +206,7 @@ def _line(spec: Specification, moved: bool) -> sql.Composable:
 def _conditions(spec: Specification) -> sql.Composable:
     found: list[sql.Composable] = []
     if spec.table.only is not None:
-        # A row that an update takes out of the class, or into it, is an event for the class.
+        # A row that an update moves out of the class, or into it, is an event for the class.
         sides = {"updated": ("old", "new"), "deleted": ("old",)}.get(spec.op, ("new",))
         belongs = [_belongs(spec.table, spec.table.only, side) for side in sides]
         found.append(sql.SQL("({})").format(sql.SQL(" OR ").join(belongs)))
@@ -217,7 +219,7 @@ def _conditions(spec: Specification) -> sql.Composable:
 
 
 def _belongs(table: Table, only: tuple[str, tuple[object, ...]], alias: str) -> sql.Composable:
-    """Whether a row is the model's own, where models share a table."""
+    """Return SQL for whether a row is the model's own, where models share a table."""
     name, accepted = only
     column = next(c for c in table.columns if c.name == name)
     loose = column.base_type[0] == "pg_catalog" and column.base_type[1] in _LOOSE
@@ -229,15 +231,15 @@ def _belongs(table: Table, only: tuple[str, tuple[object, ...]], alias: str) -> 
 
 
 def _rows(spec: Specification) -> sql.Composable:
-    """The FROM clause of the statement that reads the rows.
+    """Return the FROM clause of the statement that reads the rows.
 
     Transition tables have no row identity. PostgreSQL fills both in the order in which it updates
     (AfterTriggerSaveEvent in trigger.c adds the old and the new row of one update in one call), so
-    that rows are paired by position. Pairing by key would lose rows whose key changes, and
-    multiplies rows that two foreign keys' actions update inside one statement.
+    that rows are paired by position. Pairing by key would lose rows whose key changes, and multiply
+    rows that two foreign keys' actions update inside one statement.
     """
     if spec.row_level:
-        # The row is a parameter, of the table's type as it is by now.
+        # The row is a parameter, of the table's present type.
         return sql.SQL("FROM {}").format(
             sql.SQL(", ").join(
                 sql.SQL(f"pg_catalog.unnest(ARRAY[${number}]) AS {side}")
@@ -263,12 +265,12 @@ def _rows(spec: Specification) -> sql.Composable:
 
 
 def _sides(spec: Specification) -> tuple[str, ...]:
-    """The rows that there are at the operation."""
+    """Return the names of the rows that the operation has."""
     return {"inserted": ("new",), "deleted": ("old",)}.get(spec.op, ("old", "new"))
 
 
 def _select(spec: Specification) -> sql.Composable:
-    """Fills ``pgs_lines`` and, with rows whose key changed, ``pgs_moved``."""
+    """Return SQL that fills ``pgs_lines`` and, with rows whose key changed, ``pgs_moved``."""
     if spec.op == "truncated":
         return sql.SQL(
             "pgs_lines := CASE WHEN pgs_try OPERATOR(pg_catalog.<) {} THEN '[]' END;"
@@ -299,8 +301,8 @@ def _select(spec: Specification) -> sql.Composable:
             rows=_rows(spec),
             conditions=conditions,
         )
-    # New and old are variables here, and an expression costs a third of a query. But its plan is
-    # the session's for good: after ALTER COLUMN TYPE only a statement that is planned anew works.
+    # New and old are variables here, and an expression costs a third of a query. But the session
+    # keeps its plan for good: after ALTER COLUMN TYPE only a statement that is planned anew works.
     assign = sql.SQL("pgs_lines := {};").format(line)
     if key:
         assign = sql.SQL("IF {} THEN pgs_moved := {}; ELSE {} END IF;").format(
@@ -341,11 +343,11 @@ class _Statement(sql.Composable):
 
 
 def row_text(spec: Specification) -> tuple[sql.Composable, sql.Composable]:
-    """A line as the trigger would write it of a row called ``new``, and whether it would."""
+    """Return SQL for a trigger's line of a row ``new``, and for whether it would send that."""
     return _line(spec, False), _conditions(spec)
 
 
-# What a message begins with, as arguments of concat(), which renders numbers by their types.
+# The beginning of a message, as arguments of concat(), which renders numbers by their types.
 _HEAD = _qualified(
     r"""'{{"v":{version},"t":', (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp())
       * 1e6::pg_catalog.float8)::pg_catalog.int8, ',"x":', pg_catalog.pg_current_xact_id(),
@@ -355,7 +357,7 @@ _HEAD = _qualified(
 
 @dataclass(frozen=True)
 class Trigger:
-    """A trigger, compiled: its ``hash`` and all the SQL that makes and unmakes it."""
+    """A compiled trigger: its ``hash``, and all the SQL that creates and drops it."""
 
     spec: Specification
     hash: str
@@ -371,18 +373,18 @@ class Trigger:
 
     @property
     def relations(self) -> tuple[int, ...]:
-        """The OIDs of the tables that have it."""
+        """The OIDs of the tables that get the trigger."""
         return tuple(relation.oid for relation in self.spec.relations)
 
 
 def _relation(spec: Specification, token: str) -> tuple[sql.Composable, ...]:
-    """SQL for the OID of the watched table that a row is of, and for whether it is one of its rows.
+    """Return SQL for the watched table's OID, and for two tests of whether a row is one of its own.
 
     A function serves the table that it was made for, by its OID, its partitions and children, and
-    no other: not the copies in a cloned schema, nor a table of somebody who would have it run with
-    its owner's rights. So a partition that was detached, or a child that inherits no more, is asked
-    about each time. The answer comes in two steps: a quick one that mostly suffices, since what has
-    a query in it takes five times as long, and one that is sure.
+    no other: neither the copies in a cloned schema, nor a table by which somebody would have the
+    function run with its owner's rights. A partition may have been detached, and a child may not
+    inherit any more, so that each call tests. The first test is quick, and mostly suffices; the
+    second one is sure, and has a query, which takes five times as long.
     """
     tables = sql.SQL(f"'{token}'::pg_catalog.oid[]")
     watched = sql.SQL("({})[1]").format(tables)
@@ -411,19 +413,20 @@ def _relation(spec: Specification, token: str) -> tuple[sql.Composable, ...]:
 
 
 def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Trigger:
-    """The trigger of ``spec``.
+    """Return the compiled trigger of ``spec``.
 
-    ``cursor`` only lends its connection to the quoting. ``search_path`` is what names in the
-    watcher's condition are looked up in; it does not count for the hash, so that roles with
-    different search paths agree on what is installed.
+    ``cursor`` only lends its connection to the quoting. Names in the watcher's condition are looked
+    up in ``search_path``, which is not part of the hash, so that roles with different search paths
+    agree on what is installed.
     """
     select = _select(spec)
-    # What stands for the table, which only CREATE FUNCTION knows, stands for nothing else.
+    # A placeholder for the table's OID, which only CREATE FUNCTION knows; it must not occur in the
+    # rest of the text.
     token, written = common.TABLES, select.as_string(cursor)
     while token in written:
         token = f"{token[:-1]}_}}"
     relation, mine, sure = _relation(spec, token)
-    # A row of the outbox has the table in a column of its own.
+    # A row of the outbox has the table in a column of its own, and so not in its payload.
     told = sql.SQL("") if spec.transport.durable else sql.SQL("""',"r":', {}, """).format(relation)
     first = common.BY_VARIABLES if spec.row_level else common.BY_STATEMENT
     body = (
@@ -474,13 +477,13 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     # Each SET costs a statement of one row about as much as reading that row does.
     settings: list[sql.Composable] = []
     if spec.transport.durable:
-        # Writers hold no grant on the outbox.
+        # Writers have no privileges on the outbox.
         settings.append(sql.SQL("SECURITY DEFINER"))
     if spec.when is not None:
         settings.append(sql.SQL("SET search_path TO {}").format(sql.SQL(search_path)))
         if "\\" in spec.when:
-            # Otherwise the writer's session says whether a backslash escapes what follows it, the
-            # quote that ends a literal included: the function then did not compile.
+            # Otherwise the writer's session says whether a backslash escapes what follows it, such
+            # as the quote that ends a literal: then the function did not compile.
             settings.append(sql.SQL("SET standard_conforming_strings TO on"))
     rendered = (*spec.table.key_columns, *spec.tracked, *spec.columns)
     if not all(column.settled for column in rendered):
@@ -502,7 +505,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     )
     create: list[sql.Composable] = [
         sql.SQL(_creating(made.as_string(cursor), named[0].as_string(cursor), token)),
-        # Whoever adds a partition needs the right, since the trigger is cloned as that role.
+        # A role that adds a partition needs the right, since the trigger is cloned as that role.
         sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(function),
         sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(comment)),
     ]
@@ -528,10 +531,10 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
 
 
 def _register(spec: Specification, hashed: str) -> list[sql.Composable]:
-    """Says what the rows of this trigger are, for whoever reads them later, and since when.
+    """Return the statements that describe the trigger's channel to its readers.
 
-    It runs after CREATE TRIGGER, which holds the table: whoever wrote to it before has ended, and
-    has lower ids than ``since``.
+    They run after CREATE TRIGGER, which holds the table's lock: transactions that wrote to the
+    table before have ended, and have lower ids than ``since``.
     """
     key = () if spec.op == "truncated" else spec.table.key_columns
     layout = Layout(
@@ -552,14 +555,15 @@ def _register(spec: Specification, hashed: str) -> list[sql.Composable]:
 
 
 def registration(home: str, hashed: str, definition: str) -> list[sql.Composable]:
-    """The statements by which readers of the outbox come to know a trigger's rows.
+    """Return the statements that describe a trigger's channel to readers of the outbox.
 
-    The function is in the schema ``home``. Rows of its tables are read, and of no others: those
-    that had the trigger before are read up to here.
+    The trigger's function is in the schema ``home``. From here on, only rows of the tables that
+    have the trigger now are read from the channel.
 
-    A consumer that reads them by now had a trigger that is gone (its table was dropped and created
-    anew, say), and has missed what was written since: it is marked to get a Gap. That is noted in
-    the transaction that creates the trigger, before which nobody is sure that it was missing.
+    A consumer that reads the channel already had a trigger that is gone (its table was dropped and
+    created anew, say), and has missed what was written since: it is marked to get a Gap. That is
+    done in the transaction that creates the trigger, before which nobody can be sure that it was
+    missing.
     """
     values: dict[str, sql.Composable] = {
         "channel": sql.Literal(names.channel_key(hashed)),
@@ -567,8 +571,9 @@ def registration(home: str, hashed: str, definition: str) -> list[sql.Composable
         "function": sql.SQL(literal(f"{quoted_identifier(home)}.{names.object_name(hashed)}()")),
     }
     statements = (
-        # It goes on as the channel of those who read it by now, even where its trigger was missing
-        # or is replaced: others that they would read in its place may have had the same rows.
+        # ``since`` stays for consumers that read the channel already, even if its trigger was
+        # missing or is replaced: other channels that they would read in its place may have had the
+        # same rows.
         "INSERT INTO pgsignals.channels (channel, since, made, definition)\n"
         "  SELECT {channel}, id, id, {definition}\n"
         "  FROM (SELECT pg_catalog.nextval('pgsignals.outbox_id') AS id) AS new\n"
@@ -577,7 +582,7 @@ def registration(home: str, hashed: str, definition: str) -> list[sql.Composable
         "    since = CASE WHEN EXISTS (SELECT FROM pgsignals.consumers AS c\n"
         "      WHERE channels.channel OPERATOR(pg_catalog.=) ANY (c.channels))\n"
         "    THEN channels.since ELSE excluded.since END",
-        # A table that was renamed, or had the trigger in another life, is the watched one no more.
+        # A table that had the trigger before, under this name or another, is not watched any more.
         "UPDATE pgsignals.relations SET until = pg_catalog.nextval('pgsignals.outbox_id')\n"
         "  WHERE channel = {channel} AND until IS NULL",
         "INSERT INTO pgsignals.relations (channel, relation)\n"
@@ -601,7 +606,7 @@ def registration(home: str, hashed: str, definition: str) -> list[sql.Composable
 
 
 def fields(columns: Sequence[Column]) -> tuple[Field, ...]:
-    """How columns travel."""
+    """Return the descriptions by which a decoder reads these columns."""
     return tuple(
         Field(c.base_oid, c.base_type[1] if c.base_type[0] == "pg_catalog" else None)
         for c in columns
@@ -609,16 +614,16 @@ def fields(columns: Sequence[Column]) -> tuple[Field, ...]:
 
 
 def drop_statement(cursor: Cursor, schema: str, name: str) -> str:
-    """SQL that removes a function of ours and its trigger, wherever its table has gone.
+    """Return SQL that removes a function of ours and its trigger, whatever its table is called now.
 
-    By CASCADE, since dropping a trigger by itself would take owning the table.
+    It drops by CASCADE, since dropping a trigger by itself takes owning the table.
     """
     statement = sql.SQL("DROP FUNCTION IF EXISTS {}() CASCADE")
     return statement.format(sql.Identifier(schema, name)).as_string(cursor)
 
 
 def _creating(statement: str, table: str, token: str) -> str:
-    """A statement that makes a function for a table, whose OID only the database knows."""
+    """Return a statement that makes a function for a table, whose OID only the database knows."""
     oid = f"{literal(table)}::pg_catalog.regclass::pg_catalog.oid"
     code = (
         f"BEGIN\nEXECUTE pg_catalog.replace({dollar_quoted(statement)},\n"

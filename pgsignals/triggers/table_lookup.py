@@ -1,4 +1,4 @@
-"""From a model to its table: what the resolver says, completed by PostgreSQL's catalogue."""
+"""Finds a model's table: its name by the resolvers, all else by PostgreSQL's catalogue."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _KINDS = {
 }
 
 
-# Types of pg_catalog whose `=` is a real equality; anything else is compared by its text.
+# Types of pg_catalog whose `=` is a real equality; values of others are compared by their texts.
 _COMPARABLE = frozenset(
     "bool int2 int4 int8 float4 float8 numeric money text varchar bpchar name char bytea date time "  # noqa: SIM905
     "timetz timestamp timestamptz interval uuid inet cidr macaddr macaddr8 bit varbit jsonb oid "
     "pg_lsn tsvector xid8".split()
 )
-# Types of pg_catalog whose text is the same whatever the writing session has set.
+# Types of pg_catalog whose text does not depend on the writing session's settings.
 _SETTLED = frozenset(
     "bool int2 int4 int8 numeric text varchar bpchar name char uuid inet cidr macaddr macaddr8 bit "  # noqa: SIM905
     "varbit json jsonb jsonpath oid xid xid8 cid tid pg_lsn tsvector tsquery".split()
@@ -39,7 +39,7 @@ _SETTLED = frozenset(
 
 
 def resolve(model: object, resolvers: Sequence[Resolver]) -> tuple[TableRef, Resolver]:
-    """The first resolver that knows the model, and what it says.
+    """Return the model's table by the first resolver that knows the model, and that resolver.
 
     Raises ModelError when none does.
     """
@@ -48,7 +48,8 @@ def resolve(model: object, resolvers: Sequence[Resolver]) -> tuple[TableRef, Res
             ref = resolver.resolve(model)
         except PgSignalsError:
             raise
-        # A table that changed is no reason to stop; nor is what a plugin makes of it.
+        # A plugin may raise anything, of a table that changed, say: a running source must only see
+        # our errors, which do not stop it.
         except Exception as error:
             name = legible(str(resolver.name), 100)
             raise ModelError(
@@ -103,7 +104,7 @@ LIMIT 5000
 """
 
 
-# Follows domains down to the type that a query's result announces, and arrays to their elements.
+# Follows domains down to the type that a query's result has, and arrays to their elements.
 _COLUMNS = """
 WITH RECURSIVE base AS (
     SELECT a.attrelid, a.attnum, a.atttypid AS typid FROM pg_catalog.pg_attribute a
@@ -143,10 +144,10 @@ ORDER BY i.indrelid, k.position
 
 
 def describe(cursor: Cursor, ref: TableRef) -> Table:
-    """The table as the catalogue of ``cursor``'s database describes it.
+    """Return the table as the catalogue of ``cursor``'s database describes it.
 
-    Raises TableError when there is no such table, or it is not one that can have triggers,
-    ModelError when the model is of another database.
+    Raises TableError when there is no such table, or when it cannot have triggers; ModelError when
+    the model is of another database.
     """
     return describe_all(cursor, [ref])[0]
 

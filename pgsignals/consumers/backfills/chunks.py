@@ -1,4 +1,4 @@
-"""Existing rows as events: what a backfill carries, and how a chunk of a table becomes some."""
+"""Existing rows as events: reads a chunk of a table, and makes a message of it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from ...triggers.sql import SETTINGS, Specification, fields, row_text, value_of_
 from ..consumer_store import ConsumerStore
 
 OP = "snapshot"
-# A chunk ends at so many bytes, or with one row that is longer.
+# The most bytes of a chunk, unless one row alone is longer.
 CHUNK_BYTES = 1 << 20
-# A table that somebody has locked is left alone meanwhile: events of the log do not wait for it.
+# How long a chunk waits for a table that somebody has locked: events of the log wait meanwhile.
 LOCK_MILLISECONDS = 100
 
 
 class SnapshotMessage(Message):
-    """Rows of a chunk. Their uids come from the backfill and their keys, whoever reads them."""
+    """The rows of a chunk. Their uids depend on the backfill and their keys alone.
+
+    So a row that is delivered again, by another process too, has the same uid.
+    """
 
     uids: Sequence[str] = ()
     lines: Sequence[str] = ()
@@ -42,7 +45,7 @@ class SnapshotMessage(Message):
 
 
 class _Head(msgspec.Struct):
-    """The header of such a payload, which has the uid in it."""
+    """The header of the payload of a chunk's row, which has the row's uid."""
 
     v: int
     x: int
@@ -56,9 +59,9 @@ _head = msgspec.json.Decoder(_Head)
 
 @dataclass(frozen=True)
 class SnapshotTopic:
-    """What a backfill of a model or label delivers: all that its watchers ask for.
+    """The topic of a backfill of a model or label, with all columns that its watchers ask for.
 
-    A watcher's condition is about a change, which a snapshot is not, and does not count.
+    A watcher's condition does not count, since it is about a change, which a snapshot is not.
     """
 
     topic: Topic
@@ -66,11 +69,11 @@ class SnapshotTopic:
     channel: int
 
     def decoder(self, cast: Cast) -> SnapshotDecoder:
-        """A decoder for its rows."""
+        """Return a decoder for the topic's rows."""
         return SnapshotDecoder(self, cast)
 
     def fits(self, schema: str, table: str, label: str | None, model: str | None) -> bool:
-        """Whether a backfill that says this means it; ``model`` where a table has several."""
+        """Whether a request of these names means this topic; ``model`` if a table has several."""
         topic = self.topic
         return (topic.schema, topic.table, topic.label) == (schema, table, label) and (
             model is None or model == model_name(topic.model)
@@ -78,7 +81,7 @@ class SnapshotTopic:
 
 
 def snapshot_topics(definitions: Sequence[Definition]) -> list[SnapshotTopic]:
-    """One for each label, and for each model without one, whose table has a key."""
+    """Return a topic for each label, and for each model without one, whose table has a key."""
     groups: dict[tuple[str | None, int | str], list[Definition]] = {}
     for definition in definitions:
         watcher, table = definition.watcher, definition.trigger.spec.table
@@ -122,7 +125,7 @@ def _snapshot_topic(group: Sequence[Definition]) -> SnapshotTopic:
 
 
 class SnapshotDecoder(Decoder):
-    """Makes messages of chunks, and of dead letters that hold one row of a chunk."""
+    """Makes messages of chunks, and of kept payloads (dead letters, say) of a chunk's row."""
 
     def __init__(self, source: SnapshotTopic, cast: Cast) -> None:
         spec = source.spec
@@ -130,7 +133,7 @@ class SnapshotDecoder(Decoder):
         self.source = source
 
     def decode(self, payload: str) -> SnapshotMessage:
-        """See Decoder: of a dead letter."""
+        """Decode a payload that was kept of one row: see Decoder."""
         head, _, line = payload.partition("\n")
         try:
             header = _head.decode(head)
@@ -141,7 +144,7 @@ class SnapshotDecoder(Decoder):
     def message(
         self, txid: int, at_us: int, lines: Sequence[str], uids: Sequence[str]
     ) -> SnapshotMessage:
-        """A message of these lines. Raises PayloadError."""
+        """Return a message of these lines. Raises PayloadError."""
         head = _Head(VERSION, txid, 0, at_us, "")
         payload = "\n".join((msgspec.json.encode(head).decode(), *lines))
         found = super().decode(payload)
@@ -152,7 +155,7 @@ class SnapshotDecoder(Decoder):
 
 @dataclass(frozen=True)
 class Scope:
-    """The rows that a backfill goes through: ``number`` and ``begun`` name it in uids."""
+    """The rows that a backfill goes through; uids have its ``number`` and when it was ``begun``."""
 
     number: int
     begun: str
@@ -164,9 +167,10 @@ class Scope:
 class Chunk:
     """Some rows of a table in the order of its key, as they were at a ``watermark`` of the log.
 
-    ``message`` has those that meet the backfill's condition, if any; ``scanned`` counts all,
-    ``last_key`` is the last one's, ``size`` the bytes of their text. ``cut``: they were too long
-    for as many as were asked for. ``last``: there are no more.
+    ``message`` has the rows that meet the backfill's condition, if any do, and ``size`` is the
+    length of their text. ``scanned`` counts all rows, and ``last_key`` is the last one's key.
+    ``cut``: CHUNK_BYTES ended the chunk before as many rows as were asked for. ``last``: there are
+    no more rows.
     """
 
     watermark: str
@@ -186,7 +190,7 @@ def read_chunk(
     limit: int,
     statement_seconds: float,
 ) -> Chunk:
-    """The next rows behind a key, at most ``limit``, and the watermark that they are of.
+    """Read the next rows behind the key ``after``, at most ``limit``, and their watermark.
 
     Raises PayloadError, and psycopg2.Error, after which the session is usable unless it is lost.
     """
@@ -222,25 +226,26 @@ def _read(
     chunk: sql.Composable,
     read: Callable[..., Any],
 ) -> tuple[str, int, int, list[tuple[Any, ...]], tuple[str, ...] | None]:
-    """The watermark, its first transaction to come, the time, the rows, and the last one's key."""
+    """Read the watermark, its snapshot's xmax, the time, the rows, and the last row's key."""
     try:
         [(watermark, xmax, at_us, same)] = consumer.execute(opening)
         if not same:
-            # The key behind which it goes on says nothing of another table's rows.
+            # The key that reading goes on behind means nothing in another table of the same name.
             consumer.execute("ROLLBACK")
             raise PayloadError("the table was made anew meanwhile: ask for its rows again")
         rows = read(chunk, timeout=consumer.timeout)
         last_key = tuple(rows[-1][2:]) if rows else None
         for each in last_key or ():
-            # It goes on behind this key, which is refused here, and not when it is acknowledged.
+            # Reading goes on behind this key. One that cannot be sent back is refused here; refused
+            # with its acknowledgement, it would keep all others from being saved.
             each.encode()
     except psycopg2.Error as error:
         if error.pgcode is not None:
             consumer.execute("ROLLBACK")
         raise
     except UnicodeError as error:
-        # To a database that holds any bytes, Latin-1 is sent: a model's discriminator may not fit.
-        # To others, bytes that are no text.
+        # A database that holds any bytes is sent Latin-1, which a model's discriminator may not fit
+        # into. To others, bytes that are no text cannot be sent.
         consumer.execute("ROLLBACK")
         raise PayloadError(f"a text that cannot be sent to this database: {error}") from error
     consumer.execute("COMMIT")
@@ -257,7 +262,7 @@ def _uid(topic: Topic, scope: Scope, key: Sequence[str]) -> str:
 
 
 def table_name(spec: Specification) -> sql.Composable:
-    """The table as its triggers see it: without the tables that inherit from it."""
+    """Return the table as its triggers see it: without the tables that inherit from it."""
     name = sql.Identifier(spec.table.schema, spec.table.name)
     return name if spec.table.partitioned else sql.SQL("ONLY {}").format(name)
 
@@ -265,9 +270,10 @@ def table_name(spec: Specification) -> sql.Composable:
 def _opening(
     marking: str, spec: Specification, scope: Scope, statement_seconds: float
 ) -> sql.Composable:
-    """Begins a transaction at one watermark, tells it, and whether the table is the same.
+    """Begin a transaction; return its watermark, and whether the table is still the one asked for.
 
-    The table is locked first: behind a rewriting ALTER TABLE, an earlier snapshot sees no rows.
+    The table is locked before the snapshot is taken: a snapshot from before a rewriting ALTER TABLE
+    sees no rows.
     """
     settings = [
         *SETTINGS,
@@ -305,9 +311,10 @@ def _opening(
 def _chunk(
     spec: Specification, scope: Scope, after: Sequence[str] | None, limit: int
 ) -> sql.Composable:
-    """Rows by the key, whether they meet the condition or not, so that a chunk's work is bounded.
+    """Return the query for a chunk: rows by the key, whether they meet the condition or not.
 
-    The condition sees a row's columns by their names, and by NEW.
+    Otherwise a condition that few rows meet would have one chunk go through the whole table. The
+    condition sees a row's columns by their names, and by NEW.
     """
     line, conditions = row_text(replace(spec, when=scope.condition))
     columns = spec.table.key_columns
@@ -331,7 +338,7 @@ def _chunk(
         "  FROM (\n"
         "    SELECT CASE WHEN {conditions} THEN {line} END AS pgs_line, {keys}\n"
         "    FROM (SELECT * FROM {table}{behind} ORDER BY {order} LIMIT {limit}) AS new\n"
-        # What is written in two places would be worked out twice.
+        # OFFSET 0 keeps the planner from merging the levels, which would compute each line twice.
         "    OFFSET 0\n"
         "  ) AS lines\n"
         ") AS sized\n"

@@ -1,4 +1,4 @@
-"""Backfills in the database: asked for, followed, listed and cancelled."""
+"""Asks for backfills, follows, lists and cancels them, by their rows in the database."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ...postgres.connection import opened
 from ...postgres.session_settings import error_position
 from ...triggers.names import wake_statement
 
-# What the active consumer hears when one was asked for or cancelled.
+# The notification by which the active consumer learns that a backfill was asked for or cancelled.
 NOTICE = "backfill"
 POLL_SECONDS = 0.2
-# Up to so many rows are counted; of more, the planner's estimate is good enough.
+# Rows are counted up to this number; for more, the planner's estimate is good enough.
 _COUNTED = 100_000
 
 
@@ -36,8 +36,8 @@ class BackfillState:
     """A backfill: ``state`` is ``running``, ``done``, ``failed`` or ``cancelled``.
 
     ``error`` says why it failed or, while it is running, what it waits for.
-    ``done`` counts the rows gone through, of about ``total``; ``delivered`` those that met the
-    condition, as events that are acknowledged.
+    ``done`` counts the rows gone through, of about ``total``; ``delivered`` the acknowledged events
+    of those that met the condition.
     """
 
     id: int
@@ -60,7 +60,7 @@ class BackfillState:
         return self.label if self.label is not None else f"{self.schema}.{self.table}"
 
 
-# Of a consumer with several parts, each goes through all rows.
+# Each partition of the consumer goes through all rows, so that ``done`` is their average.
 _STATES = """
 SELECT b.id, b.consumer, b.schema_name, b.table_name, b.label, b.condition,
        CASE WHEN b.state = 'running' AND p.finished THEN 'done' ELSE b.state END,
@@ -78,13 +78,13 @@ CROSS JOIN LATERAL (
 
 
 def backfills(cursor: Cursor) -> list[BackfillState]:
-    """All that are known, the latest last."""
+    """Return all backfills that are not forgotten, the latest last."""
     cursor.execute(f"{_STATES} ORDER BY b.id")
     return [BackfillState(*row) for row in cursor.fetchall()]
 
 
 def backfill(cursor: Cursor, number: int) -> BackfillState:
-    """One of them. Raises DatabaseError when there is none with this id."""
+    """Return a backfill. Raises DatabaseError when there is none with this id."""
     cursor.execute(f"{_STATES} WHERE b.id = %s", (number,))
     row = cursor.fetchone()
     if row is None:
@@ -93,7 +93,7 @@ def backfill(cursor: Cursor, number: int) -> BackfillState:
 
 
 def cancel(cursor: Cursor, number: int) -> bool:
-    """End one; False when it had ended. Raises DatabaseError when there is none with this id."""
+    """Cancel a backfill; False if it had ended. Raises DatabaseError for an unknown id."""
     if backfill(cursor, number).state != "running":
         return False
     cursor.execute(
@@ -124,7 +124,7 @@ def check_delivered(
         try:
             layout = Layout.decode(text)
         except PayloadError:
-            continue  # Of a later version, whose processes know it.
+            continue  # Only a newer version understands it.
         found.add((layout.schema, layout.table, layout.label))
     if (schema, table, label) not in found:
         listed = sorted(f"{s}.{t}" + (f" --label {own}" if own else "") for s, t, own in found)
@@ -145,9 +145,9 @@ def request(
     condition: str | None = None,
     chunk: int = 1000,
 ) -> int:
-    """Have the consumer deliver the rows of a table; the backfill's id.
+    """Have the consumer deliver the rows of a table; return the backfill's id.
 
-    ``model`` is its name, where watchers without a label have several for the table.
+    ``model`` is a model's name, where watchers without a label have several for the table.
     Raises ConfigurationError for a condition that PostgreSQL rejects, TableError without a primary
     key, DatabaseError for a consumer that is not there.
     """
@@ -213,7 +213,7 @@ def _parts(cursor: Cursor, consumer: str) -> int:
 
 
 def _source(cursor: Cursor, schema: str, table: str) -> sql.Composable:
-    """The table in FROM. Raises TableError where it is missing or lacks a primary key."""
+    """Return the table as in FROM. Raises TableError if it is missing or lacks a primary key."""
     cursor.execute(
         "SELECT c.relkind, EXISTS (SELECT FROM pg_catalog.pg_index AS i"
         " WHERE i.indrelid = c.oid AND i.indisprimary AND i.indisvalid)"
@@ -235,7 +235,7 @@ def _source(cursor: Cursor, schema: str, table: str) -> sql.Composable:
 
 
 def _total(cursor: Cursor, schema: str, table: str) -> int:
-    """The number of rows: counted where they are few, otherwise as the planner estimates."""
+    """Return the number of rows: counted if they are few, otherwise as the planner estimates."""
     source = _source(cursor, schema, table)
     cursor.execute(sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(source))
     [(plan,)] = cursor.fetchall()
@@ -252,7 +252,7 @@ def _total(cursor: Cursor, schema: str, table: str) -> int:
 
 
 def _check_condition(cursor: Cursor, source: sql.Composable, condition: str) -> None:
-    """Let PostgreSQL plan the condition, as a chunk does."""
+    """Raise ConfigurationError unless PostgreSQL can plan the condition as in a chunk."""
     head = (
         sql.SQL("EXPLAIN SELECT FROM (SELECT * FROM {}) AS new WHERE (\n")
         .format(source)

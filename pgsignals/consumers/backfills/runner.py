@@ -1,8 +1,8 @@
-"""Carries out the backfills of a consumer: a chunk at a time, between what the log has.
+"""Carries out the backfills of a consumer: a chunk at a time, between the messages of the log.
 
-The rows of a chunk are as they were at a watermark of the log. What the log holds up to that goes
-before them, and all else after, so that what comes last of a record is its newest state. No row is
-locked for it.
+The rows of a chunk are as they were at a watermark of the log. The log's messages up to that
+watermark are delivered before the chunk, all others after it, so that the last event of a record
+has its newest state. No row is locked for this.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from ..consumer_store import ConsumerStore, Progress
 from .chunks import Chunk, Scope, SnapshotDecoder, SnapshotMessage, read_chunk
 from .requests import NOTICE
 
-# Chunks grow to what was asked for, and shrink where they take long: other events wait meanwhile.
+# Chunks grow up to the size asked for, and shrink if reading one takes long: other events wait for
+# it.
 FIRST_ROWS = 100
 SHORT_SECONDS, LONG_SECONDS = 0.1, 0.4
-# So many bytes of rows are with receivers at once.
+# The most bytes of rows that are in flight at once.
 MOST_BYTES = 8 << 20
 RETRY_SECONDS = 1.0
-# How often one row may take too long before that is a failure.
+# The number of time-outs in reading a single row after which the backfill fails.
 MOST_TIMEOUTS = 5
 
 # Errors that may be gone at the next try: conflicts, want of resources, locks, cancellation.
@@ -42,9 +43,9 @@ _PASSING = ("40", "53", "55", "57")
 
 @dataclass
 class Task:
-    """A backfill that a part of a consumer has yet to end, and behind which key it goes on.
+    """A backfill that a partition has yet to end; it goes on behind ``last_key``.
 
-    ``retry_at`` (``time.monotonic()``): until then it waits for something, which ``remark`` says.
+    It waits until ``retry_at`` (``time.monotonic()``) for what ``remark`` says.
     """
 
     scope: Scope
@@ -71,8 +72,9 @@ ORDER BY b.id
 class _Reading:
     """The backfills that are read in one lease of a partition.
 
-    ``ended`` are backfills that it has read to their ends, ``doubtful`` those that it went on with
-    while it was ``unsure`` what its predecessor had delivered.
+    ``ended`` are those read to their ends in it. ``doubtful`` are those that the former holder had
+    begun, if it is ``unsure`` what that holder delivered: their events are marked as redelivered.
+    ``known``: ``tasks`` is up to date.
     """
 
     lease: Lease
@@ -86,7 +88,7 @@ class _Reading:
     timeouts: int = 0
 
     def next(self) -> Task | None:
-        """The first that does not wait for something."""
+        """Return the first task that does not wait for something."""
         now = time.monotonic()
         return next((task for task in self.tasks if task.retry_at <= now), None)
 
@@ -109,21 +111,21 @@ class Backfilling:
         self._readings.clear()
 
     def look_again(self) -> None:
-        """Some backfill was asked for, or ended by somebody else."""
+        """Read the tasks again, since a backfill was asked for, or ended by somebody else."""
         for reading in self._readings.values():
             reading.known = False
 
     def holds(self, part: Partition) -> bool:
-        """Whether a chunk waits for the end of what comes before it."""
+        """Whether a chunk waits for the messages that come before it."""
         return self._reading(part).chunk is not None
 
     def under_way(self, part: Partition) -> bool:
-        """Whether there is more to do than to wait for others."""
+        """Whether there is a chunk to deliver, or a task that need not wait."""
         reading = self._reading(part)
         return reading.chunk is not None or reading.next() is not None
 
     def take(self, part: Partition) -> None:
-        """Read the next chunk, if there is one, and have what comes before it read."""
+        """Read the next chunk, if there is one, and have the log read up to its watermark."""
         reading = self._reading(part)
         if not self._decoders or reading.chunk is not None:
             return
@@ -150,7 +152,7 @@ class Backfilling:
                 task.scope,
                 task.last_key,
                 asked,
-                # Not so long that the claim would be in doubt.
+                # Otherwise a slow statement would outlast the lease, and lose the claim.
                 min(self._lease / 4, consumer.timeout / 2),
             )
         except PayloadError as error:
@@ -181,7 +183,7 @@ class Backfilling:
         part.reader.read_to(consumer.log.watermark(chunk.watermark))
 
     def give(self, part: Partition) -> tuple[SnapshotMessage | None, Progress]:
-        """The chunk's rows, now that it is their turn, and what their acknowledgement means."""
+        """Return the chunk's rows, whose turn it is, and the progress to acknowledge with them."""
         reading = self._reading(part)
         assert reading.chunk is not None
         (task, chunk), reading.chunk = reading.chunk, None
@@ -205,7 +207,7 @@ class Backfilling:
         return reading
 
     def _look(self, part: Partition, reading: _Reading) -> None:
-        """See what there is to do; what is under way goes on from where it was read to."""
+        """Read the tasks from the database; those under way go on behind what was read of them."""
         under_way = {task.scope.number: task for task in reading.tasks}
         found = self._tasks(part.claim.part)
         if reading.unsure:
@@ -219,7 +221,7 @@ class Backfilling:
         reading.known = True
 
     def _put_off(self, task: Task, awaited: str) -> None:
-        """Go on with it later, and say once why."""
+        """Go on with the task later, and say once what it waits for."""
         task.retry_at = time.monotonic() + RETRY_SECONDS
         if task.remark is None:
             task.remark = f"it waits for {awaited}"
@@ -229,7 +231,7 @@ class Backfilling:
             self._remark(task.scope.number, task.remark)
 
     def _shorten(self, reading: _Reading, task: Task, asked: int, error: Exception) -> None:
-        """Ask for fewer rows, since so many took too long."""
+        """Ask for fewer rows next time, since so many took too long."""
         reading.rows = max(1, asked // 4)
         if asked == 1:
             reading.timeouts += 1
@@ -244,7 +246,7 @@ class Backfilling:
             "backfill %d of %s.%s failed: %s", task.scope.number, task.schema, task.table, text
         )
         reading.tasks.remove(task)
-        # For all parts.
+        # It fails for all partitions, which hear of it.
         self._consumer.execute(
             "UPDATE pgsignals.backfills SET state = 'failed', error = %s,"
             " changed_at = pg_catalog.clock_timestamp() WHERE id = %s AND state = 'running'",
@@ -253,9 +255,10 @@ class Backfilling:
         self._consumer.execute(wake_statement(NOTICE))
 
     def _tasks(self, part: int) -> list[Task]:
-        """The tasks that a partition has yet to end, the earliest first."""
+        """Return the tasks that a partition has yet to end, the earliest first."""
         return [
-            # Conditions and keys go back as they came, names are compared with ours.
+            # Only names are converted, to be compared with ours; conditions and keys are sent back
+            # as they came.
             Task(Scope(*row[:4]), *map(self._text, row[4:8]), *row[8:])
             for row in self._consumer.execute(_TASKS, (self._consumer.name, part))
         ]
@@ -264,7 +267,7 @@ class Backfilling:
         return None if name is None else self._consumer.session.text(name)
 
     def _remark(self, number: int, text: str | None) -> None:
-        """Say what a running backfill waits for, or that it waits no more."""
+        """Save what a running backfill waits for; None: it waits no more."""
         self._consumer.execute(
             "UPDATE pgsignals.backfills SET error = %s WHERE id = %s AND state = 'running'",
             (text, number),
@@ -276,7 +279,7 @@ def _fits(decoder: SnapshotDecoder, task: Task) -> bool:
 
 
 def _under_way(part: Partition) -> int:
-    """The bytes of chunks that receivers have yet to handle."""
+    """Return the bytes of chunks that are in flight."""
     return sum(
         page.progress.size for page in part.pages if page.progress is not None and not page.done
     )

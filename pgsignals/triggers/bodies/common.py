@@ -1,8 +1,8 @@
-"""What the bodies of all trigger functions have in common, which ``sql`` qualifies and fills in.
+"""The common parts of the bodies of all trigger functions, which ``sql`` qualifies and fills in.
 
 Nothing here may break the write that fires it. A function does all its work in a block that catches
-every error, and tries again with less: first the rows, then the error in their place, then the mere
-word that something is missing. What stands behind the block has been proved inside it.
+every error, and tries again with less: first the rows, then the error in their place, then only the
+notice that something is missing. What follows the block has been proved inside it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from .. import names
 # The payload of a wake-up by a function that could do no more.
 CANNOT_WRITE = "no outbox"
 
-# In the functions' texts, the table that they serve, as CREATE FUNCTION finds it.
+# The placeholder, in the functions' texts, of the OID of the table that they serve.
 TABLES = "{pgsignals_tables}"
 
-# How often a function tries: with the rows as the trigger's variables have them, with the rows as a
+# The tries of a function: with the rows as the trigger's variables have them, with the rows as a
 # statement planned anew reads them, with the error in place of the rows, then with fixed texts.
 BY_VARIABLES, BY_STATEMENT, BY_ERROR, BY_COUNT, BY_NOTICE = range(5)
 
@@ -56,7 +56,7 @@ BEGIN
 END
 """
 
-# Begins each try: whether the function is to work at all, and one look at what is not ordinary.
+# The beginning of each try: whether the table is ours, and one look for all that is not ordinary.
 PROLOGUE = """
       IF pgs_try < @by_count@ AND NOT {mine} THEN
         IF NOT {sure} THEN
@@ -82,8 +82,8 @@ CONTEXT = """
           END IF;
         END IF;"""
 
-# Begins the walk over lines that are longer than one message: sets pgs_piece to what fits, and
-# pgs_size to its whole lines, or to a negative number where not even one fits.
+# The beginning of the loop that cuts lines into messages: sets pgs_piece to the bytes that fit, and
+# pgs_size to the length of its whole lines, or to a negative number if not even one line fits.
 PIECES = r"""
         pgs_encoding := pg_catalog.getdatabaseencoding();
         FOREACH pgs_text IN ARRAY ARRAY[pgs_lines, pgs_moved] LOOP
@@ -99,7 +99,8 @@ PIECES = r"""
                 'escape'));
             END IF;"""
 
-# Sets pgs_piece to all of a line that is longer than a message.
+# Sets pgs_piece to bytes that begin with a whole line longer than a message, and pgs_size to that
+# line's length, or to -1 if the line is the last.
 LONG_LINE = r"""
               pgs_size := 16384;
               LOOP
@@ -112,9 +113,9 @@ LONG_LINE = r"""
 
 
 def body(work: str, proof: str, proved: str, declarations: str, last: int) -> str:
-    """A body whose tries do the ``work``, the ``last`` of them what can hardly fail.
+    """Return a body whose tries do the ``work``; the try ``last`` does what can hardly fail.
 
-    Behind the block, what is ``proved`` is done, if ``proof`` is set by then.
+    After the block, the body does what is ``proved``, if the variable ``proof`` is set by then.
     """
     text = GUARDED
     for name, value in {

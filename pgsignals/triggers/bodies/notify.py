@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from .common import BY_COUNT, CONTEXT, LONG_LINE, MUTED, PIECES, PROLOGUE, body
 
-# The notification limit is 7,999 bytes (NOTIFY_PAYLOAD_MAX_LENGTH), in the server's encoding; of
-# several messages, the header's sequence and flags, added to each, take at most 70.
+# The notification limit is 7,999 bytes (NOTIFY_PAYLOAD_MAX_LENGTH), in the server's encoding. Where
+# lines are cut into several messages, sequence and flags take at most 70 bytes of each header.
 #
 # Names are looked up in the writer's search_path, or the installer's where the watcher has a
 # condition: hence each function, type and operator is qualified, and what looks for an operator by
 # itself (IN, BETWEEN, IS DISTINCT FROM) is not used. A SET clause would cost a third of the whole:
 # beside 32 writers, of which each statement sets it and back, a twelfth of their throughput.
 #
-# What most statements come to, one short message in a transaction's first statement, has few
-# expressions, since plpgsql prepares each that it evaluates anew in every transaction.
+# The path that most statements take, one short message in a transaction's first statement, has few
+# expressions, since in every transaction plpgsql prepares anew each one that it evaluates.
 #
 # The first message of a transaction goes inside the block, where a failure is caught. Later ones go
 # behind it, since each notification would keep its subtransaction's memory, 8 kB, to the end: a

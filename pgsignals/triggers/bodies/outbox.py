@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from .common import BY_NOTICE, CONTEXT, LONG_LINE, MUTED, PIECES, PROLOGUE, body
 
-# A message of several rows fills a page of the outbox at most: 8,160 bytes, of which the row's
-# header and its other columns take 60 and what is added to the message's header 70.
+# A message of several rows fills at most a page of the server's, 8,160 bytes: the row's header and
+# its other columns take 60 of them, and what is added to the message's header 70.
 #
-# The row's id is taken after the transaction's, and so is the look whether a consumer is awake: by
-# both, readers know where to look for rows, and whom to wait for before they sleep.
+# The row's id is taken after the transaction's, which gives readers lower bounds of the ids of a
+# transaction's rows (IdBounds). So is the look whether a consumer is awake, by which a consumer
+# knows the transactions that it has to wait for before it sleeps (AwakeLock).
 #
 # Each advisory lock is tried and given back in one expression, between whose calls no cancellation
-# comes: a lock that stayed with the writer's session would make consumers wait for it.
+# can come. Otherwise a lock could stay with the writer's session, and consumers would wait for it.
 #
 # The first row of a transaction is written inside the block, which costs a second transaction id.
-# Later ones are written behind it, since beyond 64 such ids every snapshot of the server becomes
-# slow. By then the transaction holds locks under which nobody can alter the outbox, but rights can
-# be revoked. PostgreSQL hears of that while it plans a statement anew, and wherever its caches lack
-# something: a look at the rights, by itself, let one write in ten fail beside a REVOKE. Hence the
-# function ``put``, whose statement has the same plan inside the block, where it writes no row, and
-# behind it: what fails the second time has failed the first. A query that is opened before, as in
-# notify delivery, would leave less to chance where a session plans the second call, and costs a
-# third more. A savepoint that is rolled back takes the locks and the setting along.
+# Later ones are written after the block, since beyond 64 such ids every snapshot of the server
+# becomes slow. By then the transaction holds locks under which nobody can alter the outbox, but
+# rights can still be revoked. PostgreSQL notices that while it plans a statement anew, and wherever
+# its caches lack something: a mere look at the rights let one write in ten fail beside a REVOKE.
+# Hence the function ``put``, whose statement has the same plan inside the block, where it writes no
+# row, and after it: a call that would fail after the block has failed inside. A query that is
+# opened inside, as in notify delivery, would leave less to chance where a session plans the second
+# call, and costs a third more. A savepoint that is rolled back takes the locks and the setting
+# along.
 
 _WRITE = """
         IF pgs_messages IS NULL THEN

@@ -85,7 +85,7 @@ class DjangoResolver:
         wanted, parameters = wanted_keys(table, ids)
         names = ", ".join(f"k{number}" for number in range(len(fields)))
         models: Any = sys.modules["django.db.models"]
-        any_field = models.TextField()  # Django asks for one; nothing is converted by it
+        any_field = models.TextField()  # Django asks for a field; it converts nothing here
         columns = models.Func(
             *(models.F(field.attname) for field in fields), function="ROW", output_field=any_field
         )
@@ -113,12 +113,12 @@ def _listed(names: str | Sequence[Any]) -> Sequence[Any]:
 
 
 def is_model(model: Any) -> bool:
-    """Whether it is a class of Django's models."""
+    """Whether ``model`` is a class of Django's models."""
     models = sys.modules.get("django.db.models")
     return models is not None and isinstance(model, type) and issubclass(model, models.Model)
 
 
-# What Django keeps beside the parameters of libpq.
+# The options that Django keeps beside the parameters of libpq.
 _NOT_LIBPQ = (
     "assume_role",
     "client_encoding",
@@ -132,9 +132,9 @@ _NOT_LIBPQ = (
 
 
 def connection_dsn(connection: Any) -> str:
-    """The connection string of one of Django's connections.
+    """Return the connection string of one of Django's connections.
 
-    Raises ConfigurationError for one of another kind of database.
+    Raises ConfigurationError for a connection to another kind of database.
     """
     if connection.vendor != "postgresql":
         raise ConfigurationError(
@@ -150,10 +150,10 @@ def connection_dsn(connection: Any) -> str:
 
 
 def _home(model: Any) -> Home | None:
-    """Where a router wants the model written.
+    """Return the database to which a router sends the model's writes; None if none decides.
 
-    Where none has an opinion, Django's default does not say that the model is only there: programs
-    without routers name the database by ``using()``.
+    Django's default would not do in its place: programs without routers name the database by
+    ``using()``.
     """
     db: Any = sys.modules.get("django.db")
     alias = db and next(
@@ -185,12 +185,12 @@ def _queryset(model: Any, session: Any, using: str | None) -> Any:
     if is_django_connection(session):
         session = session.alias
     if session is None:
-        # Not where a router has it read: a replica may not have what the event is about.
+        # Not where a router has it read: a replica may not have the event's record yet.
         session = using or sys.modules["django.db"].router.db_for_write(model)
     return model._base_manager.using(session) if isinstance(session, str) else None
 
 
 def _parse_db_table(db_table: str) -> tuple[str | None, str]:
-    """Django puts the name between quotes unless it has some at both ends; nothing is escaped."""
+    """Return schema and name: Django quotes a name unless both ends have quotes, escaping none."""
     whole = db_table.startswith('"') and db_table.endswith('"')
     return parse_name(db_table if whole else f'"{db_table}"')

@@ -62,7 +62,7 @@ class PlainResolver:
 
 
 def parse_name(text: str) -> tuple[str | None, str]:
-    """The schema, if one is given, and the name of a table.
+    """Return the schema, if one is given, and the name of a table.
 
     A part in double quotes may hold anything, a quote being doubled, as in SQL. Unlike in SQL, a
     part without quotes is not folded to lower case: ``Order`` is the table that ``"Order"`` is in
@@ -81,11 +81,11 @@ def parse_name(text: str) -> tuple[str | None, str]:
 
 
 def wanted_keys(table: Table, ids: Sequence[tuple[object, ...]]) -> tuple[str, list[list[str]]]:
-    """A query for the keys ``k0``, ``k1``, … with their ``position``, each key once.
+    """Return a query for the keys ``k0``, ``k1``, … with their ``position``, each key once.
 
     Its parameters are one list of texts for each column of the key, so that any number of keys
-    makes one query, and PostgreSQL reads the values as the columns' types itself: what a driver
-    would make of a UUID, an enum or a type of the user's own does not matter.
+    makes one query. PostgreSQL itself reads the texts as the columns' types: otherwise a driver
+    would decide what becomes of a UUID, an enum or a type of the user's own.
     """
     keys = dict.fromkeys(
         tuple(as_text(value, column) for value, column in zip(key, table.key_columns, strict=True))
@@ -106,7 +106,7 @@ def wanted_keys(table: Table, ids: Sequence[tuple[object, ...]]) -> tuple[str, l
 
 
 def as_text(value: object, column: Column) -> str:
-    """The value as PostgreSQL reads it whatever the session has set."""
+    """Return the value as a text that PostgreSQL reads alike whatever the session has set."""
     if column.base_type == ("pg_catalog", "jsonb"):
         return json.dumps(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -125,7 +125,7 @@ def _as_element(value: object, column: Column) -> str:
 
 
 def _connection_of(session: Any) -> object:
-    """The connection of a psycopg2 or psycopg cursor; anything else as it is."""
+    """Return the connection of a psycopg2 or psycopg cursor; anything else as it is."""
     psycopg = sys.modules.get("psycopg")
     cursors = (psycopg2.extensions.cursor, *((psycopg.Cursor,) if psycopg else ()))
     return session.connection if isinstance(session, cursors) else session

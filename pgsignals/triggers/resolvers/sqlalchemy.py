@@ -58,9 +58,9 @@ class SQLAlchemyResolver:
         return None
 
     def _home(self, model: Any, table: Any) -> Home | None:
-        """Where Flask-SQLAlchemy keeps a table, or None where that is not known.
+        """Return the database in which Flask-SQLAlchemy keeps a table; None if it is not known.
 
-        Other engines are nothing that a model, or its MetaData, tells.
+        Without Flask-SQLAlchemy, neither a model nor its MetaData tells the engine.
         """
         flask: Any = sys.modules.get("flask")
         info = table.metadata.info
@@ -132,10 +132,10 @@ class SQLAlchemyResolver:
             .join(wanted, sqlalchemy.and_(*same))
             .order_by(wanted.c.position)
             .options(*options)
-            # What the session read earlier is not what the record is now.
+            # Otherwise a record that the session has read before would keep its former values.
             .execution_options(populate_existing=True)
         )
-        # By a statement alone, Flask-SQLAlchemy's session would not know a Table's engine.
+        # Flask-SQLAlchemy's session does not find a Table's engine by the statement alone.
         of_which = {"bind_arguments": {"clause": model}} if in_orm and not as_objects else {}
         result = session.execute(statement, name_parameters(parameters), **of_which)
         if as_objects:
@@ -187,7 +187,7 @@ def _ref(table: Any, attributes: dict[str, str], key: Sequence[Any] = (), **more
 
 
 def _attributes(mapper: Any) -> Iterator[tuple[str, list[Any]]]:
-    """The attributes that are columns of a table, not expressions."""
+    """Yield the attributes that are columns of a table, not expressions."""
     sqlalchemy: Any = sys.modules["sqlalchemy"]
     for attribute in mapper.column_attrs:
         columns = [column for column in attribute.columns if isinstance(column, sqlalchemy.Column)]
@@ -196,7 +196,7 @@ def _attributes(mapper: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _restriction(mapper: Any) -> tuple[str, tuple[object, ...]] | None:
-    """Which rows are the class's own, where it shares its parent's table."""
+    """Return the column and values that tell the class's rows, if it shares its parent's table."""
     discriminator = mapper.polymorphic_on
     if not mapper.single or discriminator is None:
         return None
@@ -223,7 +223,7 @@ def _restriction(mapper: Any) -> tuple[str, tuple[object, ...]] | None:
 
 
 def _without_enum(value: Any) -> Any:
-    """The value of a member of an Enum that is a text or a number too, as drivers store it."""
+    """Return the plain value of an Enum member that is also a text or a number, as drivers do."""
     if isinstance(value, str):
         return str.__str__(value)
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
