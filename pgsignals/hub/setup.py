@@ -33,7 +33,7 @@ from ..outbox.decoding import ChannelDecoder
 from ..outbox.log import Described
 from ..outbox.provider import OutboxProvider
 from ..triggers import names
-from ..triggers.definitions import Definition, define
+from ..triggers.definitions import Compiled, Definition, define
 from ..triggers.installer import (
     Drift,
     check,
@@ -67,6 +67,7 @@ class Setup:
         self._pruned = not options.prune
         self.missing = ""
         self.definitions: list[Definition] = []
+        self._compiled: Compiled = {}
 
     def define(self, cursor: Cursor) -> list[Definition]:
         """Resolve the watchers, and check the receivers against what they deliver."""
@@ -94,7 +95,15 @@ class Setup:
 
     def _define(self, cursor: Cursor, watchers: Sequence[Watcher]) -> list[Definition]:
         options = self._options
-        return define(cursor, watchers, options.resolvers, options.namespace, options.transport)
+        # Each look at what has changed asks again, while nothing is read.
+        return define(
+            cursor,
+            watchers,
+            options.resolvers,
+            options.namespace,
+            options.transport,
+            self._compiled,
+        )
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
         self._registry.bind([each.topic for each in definitions])
@@ -177,7 +186,8 @@ class DurableSetup(Setup, OutboxProvider):
         if not self._consumers:
             return super()._resolve(cursor)
         resolvers, namespace = options.resolvers, options.namespace
-        return define_for(cursor, self._consumers, options.watchers, resolvers, namespace)
+        consumers, watchers = self._consumers, options.watchers
+        return define_for(cursor, consumers, watchers, resolvers, namespace, self._compiled)
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
         # A process without a name gets no snapshots: its consumers end with it.

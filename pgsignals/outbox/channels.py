@@ -25,7 +25,7 @@ from ..core.transport import Transport
 from ..core.watchers import Watcher
 from ..triggers import names
 from ..triggers.catalogue import read_installed
-from ..triggers.definitions import Definition, RecordLoader, define
+from ..triggers.definitions import Compiled, Definition, RecordLoader, define
 from ..triggers.sql import Specification, Trigger
 from ..triggers.table_lookup import describe, resolve
 from .log import Described, Ids
@@ -139,6 +139,7 @@ def define_for(
     watchers: Sequence[Watcher],
     resolvers: Sequence[Resolver],
     namespace: str,
+    compiled: Compiled,
 ) -> list[Definition]:
     """Define as ``define`` does, for ``consumers`` that must get what was committed for them.
 
@@ -146,7 +147,7 @@ def define_for(
     the consumers has read for it before. Otherwise this raises what ``define`` raises.
     """
     try:
-        return define(cursor, watchers, resolvers, namespace, transport=Transport.OUTBOX)
+        return define(cursor, watchers, resolvers, namespace, Transport.OUTBOX, compiled)
     except TableError:
         known = _read_by(cursor, consumers)
         if not known:
@@ -155,7 +156,7 @@ def define_for(
     found: list[Definition] = []
     for watcher in watchers:
         try:
-            define(cursor, [watcher], resolvers, namespace, transport=Transport.OUTBOX)
+            define(cursor, [watcher], resolvers, namespace, Transport.OUTBOX, compiled)
         except TableError as error:
             remains = _remains(cursor, watcher, resolvers, namespace, known)
             if remains is None:
@@ -169,7 +170,7 @@ def define_for(
             found += remains
         else:
             fitting.append(watcher)
-    return [*define(cursor, fitting, resolvers, namespace, transport=Transport.OUTBOX), *found]
+    return [*define(cursor, fitting, resolvers, namespace, Transport.OUTBOX, compiled), *found]
 
 
 def _read_by(cursor: Cursor, consumers: Sequence[str]) -> list[Channel]:

@@ -21,6 +21,9 @@ from ..postgres.session_settings import error_position
 from .sql import Specification, Trigger, compile_trigger, fields
 from .table_lookup import describe_all, resolve
 
+# Triggers by the schema, table, operation, label and model of their specification.
+Compiled = dict[tuple[str, str, str, "str | None", str], Trigger]
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -52,8 +55,12 @@ def define(
     resolvers: Sequence[Resolver],
     namespace: str,
     transport: Transport = Transport.NOTIFY,
+    compiled: Compiled | None = None,
 ) -> list[Definition]:
     """Return the definitions of all watchers, in their order.
+
+    ``compiled`` has the triggers of a former call, and takes those of this one: a trigger is
+    compiled again only where something has changed, since hundreds of them take half a second.
 
     Raises WatcherError and its kinds: a model that nobody knows, a table that is missing or a
     view, a column that the table lacks, a condition that PostgreSQL rejects.
@@ -91,7 +98,13 @@ def define(
             )
             if spec.when is not None:
                 _check_condition(cursor, watcher, spec)
-            trigger = compile_trigger(spec, cursor, path)
+            key = (table.schema, table.name, op, watcher.label, spec.model)
+            trigger = None if compiled is None else compiled.get(key)
+            # What a condition means is also a matter of the search path.
+            if trigger is None or trigger.spec != spec or spec.when is not None:
+                trigger = compile_trigger(spec, cursor, path)
+            if compiled is not None:
+                compiled[key] = trigger
             twin = found_by_name.setdefault(trigger.name, watcher)
             if twin is not watcher:
                 raise WatcherError(
