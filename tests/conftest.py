@@ -26,9 +26,8 @@ from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.testing import Server, find_installations
 from tests.brokers import ODD_PASSWORD, PASSWORD, Kafka, Nats, tls_files
 from tests.missing import Missing, missing
+from tests.waiting import DEADLINE as DEADLINE
 
-# Seconds after which a test gives up: a busy machine is slow, and only a failure waits for it.
-DEADLINE = 60.0
 OLDEST, NEWEST = 15, 18
 VERSIONS = [OLDEST, NEWEST]
 
@@ -301,6 +300,19 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
     monkeypatch.setattr(TriggerWatch, "look", counted)
     return made
+
+
+@pytest.fixture
+def until_looked(looks: Recorder) -> Callable[[], None]:
+    """Waits until the triggers have been looked at twice: the second time, since it was called.
+
+    In notify delivery that is for two heartbeats that are answered, the second sent since then.
+    """
+
+    def wait() -> None:
+        looks.wait(len(looks.items) + 2)
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from pgsignals.testing import Server
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.grants import documented_grants
-from tests.waiting import eventually
+from tests.waiting import eventually, settle
 
 
 @pytest.fixture(autouse=True)
@@ -290,7 +290,7 @@ def test_what_comes_last_is_the_newest(
         for each in writers:
             each.join()
     assert not failed
-    assert hub._settle(30)
+    settle(hub, 30)
     assert len(snapshots) > 2000
     assert not wrong
     table: dict[int, str | None] = dict(db("SELECT id, name FROM users"))
@@ -846,7 +846,7 @@ def test_settled(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
         backfill = hub.backfill("users", chunk=1)
         for number in range(10):
             db("UPDATE users SET name = %s WHERE id = 1", (str(number),))
-            assert hub._settle(10)
+            settle(hub, 10)
             names = [e.values for e in recorder.items if e.op == "updated"]
             assert len(names) == number + 1
         long.rollback()
@@ -898,7 +898,7 @@ def test_rows_that_are_slow_to_read(
     db("INSERT INTO users VALUES (1000, 'meanwhile')")
     with pytest.raises(pgsignals.DatabaseError, match="statement timeout"):
         stuck.wait(DEADLINE)
-    assert hub._settle(15)
+    settle(hub, 15)
     assert recorder.items[-1].id == 1000 or recorder.items[500].id == 1000
     assert stuck.done <= 2
 

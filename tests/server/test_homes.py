@@ -30,6 +30,7 @@ from pgsignals.postgres.dsn import display
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.waiting import settle
 
 if not django.conf.settings.configured:
     django.conf.settings.configure()
@@ -199,7 +200,8 @@ def test_an_application_with_both(
     assert set(seen.wait(2)) == {(shop.Order, 1), (shop.Report, 3)}
     assert rows.wait(1) == [{"id": 3}]
     assert signals.hub is not reports.hub
-    assert all(hub._settle(DEADLINE) for hub in (signals.hub, reports.hub))
+    for each in (signals.hub, reports.hub):
+        settle(each)
     assert len(seen.items) == 2
     with app.test_request_context():
         assert position(shop.Report, bind_key="reports")
@@ -448,7 +450,7 @@ def test_a_hub_for_another_alias(
         main_db("INSERT INTO reports VALUES (1); INSERT INTO orders VALUES (1)")
         reports_db("INSERT INTO reports VALUES (2); INSERT INTO orders VALUES (3)")
         assert set(loaded.wait(2)) == {(2, 2), ("named", 3)}
-        assert hub._settle(DEADLINE)
+        settle(hub)
         assert len(loaded.items) == 2
         hub.stop()
 

@@ -12,10 +12,10 @@ from pgsignals import Hub, watch
 from pgsignals.hub.hub import Delivery, Install
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.triggers.installer import INSTALLED
-from tests.conftest import DEADLINE, Database, Recorder
+from tests.conftest import Database, Recorder
 from tests.forked import run
 from tests.table_changes import CHANGES, SHAPE, Period, covering, name_of, timed
-from tests.waiting import eventually
+from tests.waiting import eventually, settle
 
 # A table's triggers, and whether each fires for each row.
 OURS = (
@@ -43,16 +43,6 @@ def role(each_db: Database) -> Iterator[str]:
     # Where a test fails, sessions may be in the way that end after this.
     each_db(CUT)
     each_db(f"DROP OWNED BY {made}, {made}_2 CASCADE; DROP ROLE {made}, {made}_2")
-
-
-@pytest.fixture
-def until_looked(looks: Recorder) -> Callable[[], None]:
-    """Waits until the triggers have been looked at twice: the second time, since it was called."""
-
-    def wait() -> None:
-        looks.wait(len(looks.items) + 2)
-
-    return wait
 
 
 class Heard:
@@ -161,7 +151,7 @@ def test_the_owner_of_another_table_gains_nothing(
     theirs("INSERT INTO theirs VALUES (7)")
     theirs(TRAP)
     each_db("INSERT INTO orders VALUES (1)")
-    assert hub._settle(DEADLINE)
+    settle(hub)
     assert each_db("SELECT who FROM seen") == []
     assert [event.values for event in heard.items] == [{"id": 1}]
     # Nor is it announced that it failed there.
@@ -552,7 +542,7 @@ def test_a_condition_that_looks_like_ours(
         assert [(each.status, each.detail) for each in hub.status().watchers] == [(INSTALLED, "")]
         each_db("DELETE FROM orders; INSERT INTO orders VALUES (1), (2), (3)")
         heard.events["orders"].wait(2 * turn + 2)
-        assert hub._settle(DEADLINE)
+        settle(hub)
         hub.stop()
     assert [event.id for event in heard.events["orders"].items] == 3 * [1, 2]
     assert heard.gaps.items == []
