@@ -202,8 +202,7 @@ def test_each_kind_of_receiver(
 
         @hub.on("items")
         async def waits(event: pgsignals.Event) -> None:
-            while not gate.is_set():
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(gate.wait, 2 * DEADLINE)
             taken((event.id, event.values["n"]))
 
     elif kind == "filter":
@@ -516,7 +515,7 @@ pgsignals.start(os.environ["PGSIGNALS_DSN"], [pgsignals.watch("items", extra=["r
                 delivery="outbox", name="mailer", workers=3, queue_size=15,
                 partitions=partitions, lease=2.0)
 os.write(1, b"started\\n")
-threading.Event().wait()
+pgsignals.wait()
 """
 
 
