@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +29,7 @@ from pgsignals.postgres.dsn import display
 from pgsignals.testing import Server
 from pgsignals.testing.proxy import Proxy
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.connections import django_databases
 from tests.waiting import settle
 
 if not django.conf.settings.configured:
@@ -370,34 +370,6 @@ class FromReplica:
 
     def db_for_read(self, model: Any, **hints: Any) -> str:
         return "reports"
-
-
-@contextmanager
-def django_databases(**dsns: str) -> Iterator[None]:
-    """Django's connections, to these databases."""
-    connections = django.db.connections
-    settings, before = connections.settings, connections["default"]
-    connections.settings = connections.configure_settings(
-        {alias: _as_settings(parse_dsn(dsn)) for alias, dsn in dsns.items()}
-    )
-    for alias in dsns:
-        connections[alias] = connections.create_connection(alias)
-    try:
-        yield
-    finally:
-        for alias in dsns:
-            connections[alias].close()
-            del connections[alias]
-        connections.settings = settings
-        connections["default"] = before
-
-
-def _as_settings(given: Mapping[str, str]) -> dict[str, Any]:
-    names = {"NAME": "dbname", "USER": "user", "HOST": "host", "PORT": "port"}
-    names["PASSWORD"] = "password"
-    return {"ENGINE": "django.db.backends.postgresql"} | {
-        name: given[key] for name, key in names.items() if key in given
-    }
 
 
 @pytest.fixture
