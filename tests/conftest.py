@@ -21,7 +21,9 @@ from psycopg2.extensions import parse_dsn
 from psycopg2.sql import SQL, Identifier
 
 import pgsignals
+from pgsignals.consumers.log import Poll
 from pgsignals.hub.hub import Delivery
+from pgsignals.outbox.log import OutboxLog
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.testing import Server, find_installations
 from tests.brokers import ODD_PASSWORD, PASSWORD, Kafka, Nats, tls_files
@@ -312,6 +314,23 @@ def until_looked(looks: Recorder) -> Callable[[], None]:
     def wait() -> None:
         looks.wait(len(looks.items) + 2)
 
+    return wait
+
+
+@pytest.fixture
+def until_polled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Waits until the outbox has been polled twice: the second time, since it was called."""
+    polls, poll = Recorder(), OutboxLog.poll
+
+    def noted(self: OutboxLog) -> Poll:
+        found = poll(self)
+        polls(self)
+        return found
+
+    def wait() -> None:
+        polls.wait(len(polls.items) + 2)
+
+    monkeypatch.setattr(OutboxLog, "poll", noted)
     return wait
 
 

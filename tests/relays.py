@@ -32,7 +32,7 @@ def psql(dsn: str, script: str) -> None:
 
 
 class KafkaBroker:
-    """Apache Kafka, as the tests of the relay use a broker; with a port that asks for a password."""
+    """Apache Kafka, as the tests of the relay use it; with a port that asks for a password."""
 
     def __init__(self, server: Kafka) -> None:
         self.port = server.port
@@ -68,7 +68,7 @@ class KafkaBroker:
 
 
 class NatsBroker:
-    """A nats-server, as the tests below use a broker; another one asks for a password."""
+    """A nats-server, as the tests of the relay use it; another one asks for a password."""
 
     def __init__(self) -> None:
         self.server = Nats()

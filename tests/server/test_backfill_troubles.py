@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Callable
 from contextlib import closing
 
 import psycopg2
@@ -19,7 +20,7 @@ from tests.backfills import ask, rows
 from tests.backfills import users as users
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.grants import documented_grants
-from tests.waiting import settle
+from tests.waiting import eventually, settle
 
 
 def test_cancel(dsn: str, hub: Hub) -> None:
@@ -231,7 +232,7 @@ def test_settled(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
     assert backfill.wait(DEADLINE)
 
 
-def test_memory(dsn: str, db: Database, hub: Hub) -> None:
+def test_memory(dsn: str, db: Database, hub: Hub, until_polled: Callable[[], None]) -> None:
     """However slow receivers are, it reads no further than it may."""
     rows(db, 300_000, 501)
     going, held = threading.Event(), threading.Event()
@@ -245,15 +246,13 @@ def test_memory(dsn: str, db: Database, hub: Hub) -> None:
     backfill = hub.backfill("users")
     try:
         assert going.wait(DEADLINE)
-        before, settled = -1, threading.Event()
-        for _ in range(100):
-            now = hub.status().unacknowledged
-            if now and now == before:
-                break
-            before = now
-            settled.wait(0.1)
-        else:
-            pytest.fail("it reads on and on")
+
+        def read() -> tuple[int, int]:
+            before = hub.status().unacknowledged
+            until_polled()
+            return before, hub.status().unacknowledged
+
+        _, now = eventually(read, lambda found: 0 < found[0] == found[1])
         # The queue, and the chunk that goes past it.
         assert now <= 3000
     finally:

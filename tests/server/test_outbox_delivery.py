@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psycopg2
 import pytest
 
 import pgsignals
-from pgsignals.consumers.log import Poll
 from pgsignals.outbox import housekeeping
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.outbox.inspection import read_outbox
-from pgsignals.outbox.log import OutboxLog
 from pgsignals.triggers import names
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import prune
@@ -104,22 +103,8 @@ def test_a_slow_transaction(hub: pgsignals.Hub, shop: Database, recorder: Record
         slow.close()
 
 
-@pytest.fixture
-def polls(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Gets what each poll of the outbox has seen, of whichever Hub."""
-    made, poll = Recorder(), OutboxLog.poll
-
-    def noted(self: OutboxLog) -> Poll:
-        found = poll(self)
-        made(found.watermark)
-        return found
-
-    monkeypatch.setattr(OutboxLog, "poll", noted)
-    return made
-
-
 def test_a_transaction_that_began_long_ago(
-    hub: pgsignals.Hub, shop: Database, recorder: Recorder, polls: Recorder
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, until_polled: Callable[[], None]
 ) -> None:
     """The rows of a transaction that is the latest of all are found, however old they are.
 
@@ -130,8 +115,8 @@ def test_a_transaction_that_began_long_ago(
     others = psycopg2.connect(shop.dsn)
     try:
         others.cursor().execute("INSERT INTO items VALUES (1)")
-        # The first of these may have begun before that.
-        polls.wait(len(polls.items) + 4)
+        for _ in range(2):
+            until_polled()
         others.commit()
         assert [event.id for event in recorder.wait(1)] == [1]
     finally:
