@@ -419,6 +419,7 @@ def test_a_cancellation_that_meets_the_end(limit: Callable[..., Any]) -> None:
                 ended.append("work")
 
         task = asyncio.ensure_future(limit(DEADLINE, endless()))
+        # Turns of the loop, in which the work begins.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         task.cancel()

@@ -106,19 +106,19 @@ class Application:
     ) -> None:
         self._hub = hub
         self._dsn = dsn
-        self._delivery = delivery
+        self._transport = delivery
         self._make_role = make_role
 
     def install(self, path: str = "shop") -> None:
         """Install as an owner does."""
-        assert install_as(with_path(self._dsn, path), self._delivery) == 4
+        assert install_as(with_path(self._dsn, path), self._transport) == 4
 
     def start(self, *grants: str, path: str = "shop", **options: Any) -> str:
         """Start the Hub as a new role that has these grants, whose address is returned."""
         app = self._make_role(*grants)
         if path:
             app = with_path(app, path)
-        given = {"watchers": WATCHERS, "delivery": self._delivery, **options}
+        given = {"watchers": WATCHERS, "delivery": self._transport, **options}
         self._hub.start(app, **given)
         return app
 
