@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
 from tests.java import archived, kept_classpath, make_archive
 from tests.missing import missing, program
+from tests.waiting import eventually
 
 _POM = Path(__file__).parent / "kafka" / "pom.xml"
 START_SECONDS = 90.0
@@ -67,16 +67,21 @@ class Process:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
             )
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{command[0]} did not start: {self.log.read_text()[-3000:]}")
+        process = self.process
+
+        def ready() -> bool:
+            assert process.poll() is None, "it has ended"
             try:
                 socket.create_connection(("127.0.0.1", port), 0.2).close()
             except OSError:
-                time.sleep(0.05)  # There is nothing to wait on but the port itself.
-            else:
-                return
+                return False
+            return True
+
+        try:
+            eventually(ready, bool, START_SECONDS)
+        except AssertionError as error:
+            log_text = self.log.read_text()[-3000:]
+            pytest.fail(f"{command[0]} did not start, {error}: {log_text}")
 
     def start(self) -> None:
         """Start it, again too, and return when it takes connections."""

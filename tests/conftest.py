@@ -21,14 +21,15 @@ from psycopg2.extensions import parse_dsn
 from psycopg2.sql import SQL, Identifier
 
 import pgsignals
+from pgsignals.consumers.log import Poll
 from pgsignals.hub.hub import Delivery
+from pgsignals.outbox.log import OutboxLog
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.testing import Server, find_installations
 from tests.brokers import ODD_PASSWORD, PASSWORD, Kafka, Nats, tls_files
 from tests.missing import Missing, missing
+from tests.waiting import DEADLINE as DEADLINE
 
-# Seconds after which a test gives up: a busy machine is slow, and only a failure waits for it.
-DEADLINE = 60.0
 OLDEST, NEWEST = 15, 18
 VERSIONS = [OLDEST, NEWEST]
 
@@ -301,6 +302,36 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
     monkeypatch.setattr(TriggerWatch, "look", counted)
     return made
+
+
+@pytest.fixture
+def until_looked(looks: Recorder) -> Callable[[], None]:
+    """Waits until the triggers have been looked at twice: the second time, since it was called.
+
+    In notify delivery that is for two heartbeats that are answered, the second sent since then.
+    """
+
+    def wait() -> None:
+        looks.wait(len(looks.items) + 2)
+
+    return wait
+
+
+@pytest.fixture
+def until_polled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Waits until the outbox has been polled twice: the second time, since it was called."""
+    polls, poll = Recorder(), OutboxLog.poll
+
+    def noted(self: OutboxLog) -> Poll:
+        found = poll(self)
+        polls(self)
+        return found
+
+    def wait() -> None:
+        polls.wait(len(polls.items) + 2)
+
+    monkeypatch.setattr(OutboxLog, "poll", noted)
+    return wait
 
 
 @pytest.fixture(scope="session")

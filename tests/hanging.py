@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
 QUEUE_SIZE = 20
+# The events of eight rounds, see ``write``: of ten records, which the first inserts.
+PARKED = 90
 
 
 @pytest.fixture
@@ -53,9 +56,69 @@ def hanging(hub: pgsignals.Hub, gate: threading.Event, others: Recorder, taken: 
     hub.on("items")(others)
 
 
+@pytest.fixture
+def park(
+    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder
+) -> Callable[..., None]:
+    """Starts the Hub, and has all of eight rounds kept for the receiver that hangs."""
+
+    def begin(taken: Recorder | None = None, **options: Any) -> None:
+        hanging(hub, gate, others, taken or Recorder())
+        start(hub, shop, **options)
+        write(shop, 8)
+        until_parked(hub, shop, PARKED)
+
+    return begin
+
+
+@dataclass
+class Next:
+    """The next process, in which nothing hangs, and what its two receivers get."""
+
+    hub: pgsignals.Hub = field(default_factory=pgsignals.Hub)
+    taken: Recorder = field(default_factory=Recorder)
+    others: Recorder = field(default_factory=Recorder)
+
+    def receive(self) -> None:
+        """Have the receiver that hung, and the other one."""
+        opened = threading.Event()
+        opened.set()
+        hanging(self.hub, opened, self.others, self.taken)
+
+
+@pytest.fixture
+def again(shop: Database) -> Iterator[Callable[..., Next]]:
+    """Starts a Hub whose receiver hangs no more, as the next process would.
+
+    Where the receiver comes ``late``, after the start, another one is there before.
+    """
+    begun: list[Next] = []
+
+    def begin(*, late: bool = False, **options: Any) -> Next:
+        found = Next()
+        begun.append(found)
+        if late:
+            found.hub.on("items")(Recorder())
+        else:
+            found.receive()
+        start(found.hub, shop, **options)
+        if late:
+            found.receive()
+        return found
+
+    yield begin
+    for each in begun:
+        each.hub.stop()
+
+
 def parked(shop: Database) -> int:
     [(count,)] = shop("SELECT count(*) FROM pgsignals.parked")
     return int(count)
+
+
+def until_none_parked(shop: Database) -> None:
+    """Wait until nothing is kept any more."""
+    eventually(lambda: parked(shop), lambda count: count == 0)
 
 
 def caught_up(hub: pgsignals.Hub) -> bool:

@@ -7,7 +7,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tests.conftest import DEADLINE
+import pgsignals
+from pgsignals.testing import EventLog
+
+# Seconds after which a test gives up: a busy machine is slow, and only a failure waits for it.
+DEADLINE = 60.0
 
 T = TypeVar("T")
 
@@ -19,3 +23,8 @@ def eventually(ask: Callable[[], T], right: Callable[[T], bool], timeout: float 
         assert time.monotonic() < deadline, f"it is still {answer!r}"
         pause.wait(0.02)
     return answer
+
+
+def settle(hub: pgsignals.Hub, timeout: float = DEADLINE) -> None:
+    """Wait until the receivers of a Hub have handled all that is committed by now."""
+    EventLog(hub).settle(timeout)

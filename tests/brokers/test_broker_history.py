@@ -47,10 +47,40 @@ def send(broadcaster: Broadcaster, *numbers: int, record: int | None = None) -> 
     eventually(arrived, bool)
 
 
-def has_all(recorder: Recorder, *numbers: int) -> None:
-    """Wait until the receiver has got these."""
-    wanted = {make_event(number).uid for number in numbers}
-    eventually(lambda: wanted - {event.uid for event in recorder.items}, lambda left: not left)
+class Reader:
+    """A Hub that reads from a broker, what its receiver gets, and the Gaps that it announces."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.got = Recorder()
+        self.gaps = Recorder()
+        hub.on_gap(self.gaps)
+
+    def start(self, url: str, name: str | None = "mailer", **options: Any) -> None:
+        """Read, by default with a name, again too."""
+        self.hub.start(url, [TABLE], name=name, **options)
+
+    def stop(self) -> None:
+        """Read no more."""
+        self.hub.stop()
+
+    def has_all(self, *numbers: int) -> None:
+        """Wait until the receiver has got these."""
+        wanted = {make_event(number).uid for number in numbers}
+        eventually(lambda: wanted - {event.uid for event in self.got.items}, lambda left: not left)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Those of the Gaps so far."""
+        return [gap.reason for gap in self.gaps.items]
+
+
+@pytest.fixture
+def reader(hub: Hub) -> Reader:
+    """A Hub with a receiver, which is stopped at the end."""
+    made = Reader(hub)
+    hub.subscribe(made.got, TABLE)
+    return made
 
 
 def on_stream(server: Nats, work: Work) -> Any:
@@ -112,12 +142,10 @@ def broadcaster_to() -> Iterator[Callable[[str], NatsBroadcaster]]:
         each.close()
 
 
-@pytest.fixture
-def gaps(hub: Hub) -> Recorder:
-    """The Gaps that the Hub announces."""
-    found = Recorder()
-    hub.on_gap(found)
-    return found
+def back_up(server: Process) -> None:
+    server.stop()
+    shutil.copytree(server.folder / "data", server.folder / "backup")
+    server.start()
 
 
 def emptied(server: Nats, prefix: str) -> None:
@@ -146,9 +174,7 @@ def made_anew(server: Nats, prefix: str) -> None:
 def test_another_stream_in_its_place(
     own: Nats,
     prefix: str,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     broadcaster_to: Callable[[str], NatsBroadcaster],
     happens: Callable[[Nats, str], None],
     name: str | None,
@@ -157,17 +183,14 @@ def test_another_stream_in_its_place(
     url = f"{own.url}?prefix={prefix}"
     broadcaster = broadcaster_to(url)
     send(broadcaster, 1, 2)
-    own.stop()
-    shutil.copytree(own.folder / "data", own.folder / "backup")
-    own.start()
-    hub.subscribe(recorder, TABLE)
-    hub.start(url, [TABLE], name=name)
+    back_up(own)
+    reader.start(url, name)
     send(broadcaster, *range(3, 23))
-    has_all(recorder, *range(3, 23))
+    reader.has_all(*range(3, 23))
     happens(own, prefix)
     send(broadcaster, *range(23, 53))
-    has_all(recorder, *range(23, 53))
-    [gap, *_] = gaps.wait_until(lambda gap: gap.reason == "restored")[::-1]
+    reader.has_all(*range(23, 53))
+    [gap, *_] = reader.gaps.wait_until(lambda gap: gap.reason == "restored")[::-1]
     assert prefix in gap.detail
     assert gap.since <= gap.until
 
@@ -175,27 +198,22 @@ def test_another_stream_in_its_place(
 def test_who_was_away_hears_of_another_stream(
     own: Nats,
     prefix: str,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     broadcaster_to: Callable[[str], NatsBroadcaster],
 ) -> None:
     """A sender that finds an older state of its stream leaves a Gap there for all names."""
     url = f"{own.url}?prefix={prefix}"
     broadcaster = broadcaster_to(url)
     send(broadcaster, 1)
-    hub.subscribe(recorder, TABLE)
-    hub.start(url, [TABLE], name="mailer")
-    hub.stop()
-    own.stop()
-    shutil.copytree(own.folder / "data", own.folder / "backup")
-    own.start()
+    reader.start(url)
+    reader.stop()
+    back_up(own)
     send(broadcaster, 2, 3)
     put_back(own, prefix)
     send(broadcaster, 4)
-    hub.start(url, [TABLE], name="mailer")
-    has_all(recorder, 4)
-    assert "restored" in [gap.reason for gap in gaps.items]
+    reader.start(url)
+    reader.has_all(4)
+    assert "restored" in reader.reasons
 
 
 @pytest.mark.parametrize("read", [0, 3])
@@ -203,23 +221,20 @@ def test_a_consumer_that_somebody_deletes(
     nats_server: Nats,
     prefix: str,
     url: str,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     broadcaster_to: Callable[[str], NatsBroadcaster],
     read: int,
 ) -> None:
     """The reader makes it anew at the place that it had, also where nothing had been read yet."""
     made_anew_or_first(nats_server, prefix)
-    hub.subscribe(recorder, TABLE)
-    hub.start(url, [TABLE], name="mailer")
+    reader.start(url)
     broadcaster = broadcaster_to(url)
     send(broadcaster, *range(1, 1 + read))
-    has_all(recorder, *range(1, 1 + read))
+    reader.has_all(*range(1, 1 + read))
     on_stream(nats_server, lambda jetstream: jetstream.delete_consumer(prefix, "mailer"))
     send(broadcaster, *range(10, 15))
-    has_all(recorder, *range(10, 15))
-    assert [gap.reason for gap in gaps.items] == ["unknown_name"]  # Of the first start.
+    reader.has_all(*range(10, 15))
+    assert reader.reasons == ["unknown_name"]  # Of the first start.
 
 
 def made_anew_or_first(server: Nats, prefix: str) -> None:
@@ -231,30 +246,27 @@ def test_a_place_that_is_gone_when_its_name_comes_back(
     nats_server: Nats,
     prefix: str,
     url: str,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     broadcaster_to: Callable[[str], NatsBroadcaster],
     happens: str,
 ) -> None:
     """A name that the server does not know, as one that is new, begins now, with a Gap."""
     broadcaster = broadcaster_to(url)
     send(broadcaster, 1)
-    hub.subscribe(recorder, TABLE)
-    hub.start(url, [TABLE], name="mailer")
+    reader.start(url)
     send(broadcaster, 2)
-    has_all(recorder, 2)
-    hub.stop()
-    gaps.items.clear()
+    reader.has_all(2)
+    reader.stop()
+    reader.gaps.items.clear()
     if happens == "a stream made anew":
         made_anew(nats_server, prefix)
     else:
         on_stream(nats_server, lambda js: js.delete_consumer(prefix, "mailer"))
     send(broadcaster, 3)
-    hub.start(url, [TABLE], name="mailer")
+    reader.start(url)
     send(broadcaster, 4)
-    has_all(recorder, 4)
-    assert gaps.wait(1)[0].reason == "unknown_name"
+    reader.has_all(4)
+    assert reader.gaps.wait(1)[0].reason == "unknown_name"
 
 
 def test_a_purge_of_what_receivers_had_no_time_for(
@@ -262,29 +274,27 @@ def test_a_purge_of_what_receivers_had_no_time_for(
     prefix: str,
     url: str,
     hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
     broadcaster_to: Callable[[str], NatsBroadcaster],
 ) -> None:
     """The server takes what is purged for read; the reader knows that it is not."""
     broadcaster = broadcaster_to(url)
     send(broadcaster, 0)
-    busy, go_on = threading.Event(), threading.Event()
+    busy, go_on, reader = threading.Event(), threading.Event(), Reader(hub)
 
     @hub.on(TABLE)
     def slow(event: pgsignals.Event) -> None:
         busy.set()
         go_on.wait(DEADLINE)
-        recorder(event)
+        reader.got(event)
 
-    hub.start(url, [TABLE], name="mailer", queue_size=10)
+    reader.start(url, queue_size=10)
     send(broadcaster, *range(1, 1501))
     assert busy.wait(DEADLINE)
     on_stream(nats_server, lambda jetstream: jetstream.purge_stream(prefix))
     go_on.set()
-    gaps.wait_until(lambda gap: gap.reason == "retention")
+    reader.gaps.wait_until(lambda gap: gap.reason == "retention")
     send(broadcaster, 2000)
-    has_all(recorder, 2000)
+    reader.has_all(2000)
 
 
 def test_what_was_read_of_a_former_stream_is_not_acknowledged(
@@ -476,24 +486,20 @@ def test_a_topic_made_anew(
     kafka: Kafka,
     prefix: str,
     topics: Topics,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     to_kafka: Callable[[str], KafkaBroadcaster],
     name: str | None,
 ) -> None:
     """Whoever reads on gets all of the new one, which librdkafka takes for the old, and a Gap."""
     url = f"{kafka.url}?prefix={prefix}"
-    group = name and f"{name}-{prefix}"
-    hub.subscribe(recorder, TABLE)
-    hub.start(url, [TABLE], name=group)
+    reader.start(url, name and f"{name}-{prefix}")
     broadcaster = to_kafka(url)
     send(broadcaster, *range(5))
-    has_all(recorder, *range(5))
+    reader.has_all(*range(5))
     topics.make_anew()
     send(broadcaster, *range(10, 30))
-    has_all(recorder, *range(10, 30))
-    gap = gaps.wait_until(lambda gap: gap.reason == "restored")[-1]
+    reader.has_all(*range(10, 30))
+    gap = reader.gaps.wait_until(lambda gap: gap.reason == "restored")[-1]
     assert topics.name in gap.detail
 
 
@@ -501,50 +507,44 @@ def test_an_offset_of_a_former_topic(
     kafka: Kafka,
     prefix: str,
     topics: Topics,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     to_kafka: Callable[[str], KafkaBroadcaster],
 ) -> None:
     """What a member committed too late, to the new topic, is not where the next one begins."""
     url, group = f"{kafka.url}?prefix={prefix}", f"mailer-{prefix}"
     broadcaster = to_kafka(url)
-    hub.subscribe(recorder, TABLE)
-    hub.start(url, [TABLE], name=group)
+    reader.start(url, group)
     send(broadcaster, *range(5))
-    has_all(recorder, *range(5))
+    reader.has_all(*range(5))
     topics.make_anew()
-    hub.stop()
+    reader.stop()
     send(broadcaster, *range(10, 30))
-    hub.start(url, [TABLE], name=group)
-    has_all(recorder, *range(10, 30))
-    assert "restored" in [gap.reason for gap in gaps.items]
+    reader.start(url, group)
+    reader.has_all(*range(10, 30))
+    assert "restored" in reader.reasons
 
 
 def test_a_group_that_the_brokers_have_forgotten(
     kafka: Kafka,
     prefix: str,
     topics: Topics,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     to_kafka: Callable[[str], KafkaBroadcaster],
 ) -> None:
     """It begins now, as one that is new, with a Gap."""
     url, group = f"{kafka.url}?prefix={prefix}", f"mailer-{prefix}"
     broadcaster = to_kafka(url)
-    hub.subscribe(recorder, TABLE)
-    hub.start(url, [TABLE], name=group)
+    reader.start(url, group)
     send(broadcaster, 1)
-    has_all(recorder, 1)
-    hub.stop()
-    gaps.items.clear()
+    reader.has_all(1)
+    reader.stop()
+    reader.gaps.items.clear()
     topics.forget(group)
     send(broadcaster, 2)
-    hub.start(url, [TABLE], name=group)
+    reader.start(url, group)
     send(broadcaster, 3)
-    has_all(recorder, 3)
-    [gap] = gaps.wait(1)
+    reader.has_all(3)
+    [gap] = reader.gaps.wait(1)
     assert (gap.reason, topics.name in gap.detail) == ("unknown_name", True)
 
 
@@ -552,67 +552,54 @@ def test_partitions_that_came_while_nobody_read(
     kafka: Kafka,
     prefix: str,
     topics: Topics,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     to_kafka: Callable[[str], KafkaBroadcaster],
 ) -> None:
     """A group that knows the topic reads them from their beginning."""
     url, group = f"{kafka.url}?prefix={prefix}", f"mailer-{prefix}"
-    hub.subscribe(recorder, TABLE)
     send(to_kafka(url), 1)
-    hub.start(url, [TABLE], name=group)
-    hub.stop()
-    gaps.items.clear()
+    reader.start(url, group)
+    reader.stop()
+    reader.gaps.items.clear()
     topics.grow(4)
     # Another one, since the first takes its time to see the partitions.
     send(to_kafka(url), *range(2, 20))
-    hub.start(url, [TABLE], name=group)
-    has_all(recorder, *range(2, 20))
-    assert not gaps.items
-    assert make_event(1).uid not in [event.uid for event in recorder.items]
+    reader.start(url, group)
+    reader.has_all(*range(2, 20))
+    assert not reader.gaps.items
+    assert make_event(1).uid not in [event.uid for event in reader.got.items]
 
 
 @pytest.mark.usefixtures("looks_often")
 def test_brokers_put_back_to_an_older_state(
     prefix: str,
-    hub: Hub,
-    recorder: Recorder,
-    gaps: Recorder,
+    reader: Reader,
     to_kafka: Callable[[str], KafkaBroadcaster],
 ) -> None:
     """Readers with and without a name, and a sender, go on, though librdkafka would wait for ever.
 
     All are told of a Gap.
     """
-    own, other, everything, losses = Kafka(), Hub(), Recorder(), Recorder()
+    own, other = Kafka(), Reader(Hub())
+    other.hub.subscribe(other.got, TABLE)
     try:
         own.start()
         Topics(own, prefix).make()
         url = f"{own.url}?prefix={prefix}&librdkafka.reconnect.backoff.max.ms=200"
         broadcaster = to_kafka(url)
         send(broadcaster, *range(5))
-        own.stop()
-        shutil.copytree(own.folder / "data", own.folder / "backup")
-        own.start()
-        for each, read, lost, name in (
-            (hub, recorder, gaps, None),
-            (other, everything, losses, "mailer"),
-        ):
-            each.subscribe(read, TABLE)
-            if each is not hub:
-                each.on_gap(lost)
-            each.start(url, [TABLE], name=name)
+        back_up(own)
+        reader.start(url, None)
+        other.start(url)
         send(broadcaster, *range(10, 20))
-        has_all(recorder, *range(10, 20))
-        has_all(everything, *range(10, 20))
+        for each in (reader, other):
+            each.has_all(*range(10, 20))
         put_back(own, prefix)
         send(broadcaster, *range(20, 50))
-        has_all(recorder, *range(20, 50))
-        has_all(everything, *range(20, 50))
-        for lost in (gaps, losses):
-            lost.wait_until(lambda gap: gap.reason == "restored")
+        for each in (reader, other):
+            each.has_all(*range(20, 50))
+            each.gaps.wait_until(lambda gap: gap.reason == "restored")
     finally:
-        hub.stop()
+        reader.stop()
         other.stop()
         own.close()

@@ -19,6 +19,7 @@ from tests.browser import chromium
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.event_source import Browser
 from tests.paths import ROOT
+from tests.waiting import settle
 
 DOCS = ROOT / "docs"
 
@@ -69,7 +70,7 @@ def test_flask(dsn: str, shop: Database, started: list[PgSignals], recorder: Rec
     shop("INSERT INTO orders DEFAULT VALUES")
     shop("UPDATE orders SET customer_id = 8")
     assert recorder.wait(1) == [("changed:", 1)]
-    names["signals"].hub._settle(DEADLINE)
+    settle(names["signals"].hub)
     answer = client.get("/events", headers={"Last-Event-ID": browser.last_id})
     assert [data["op"] for _, data in browser.receive(answer.data)] == ["inserted", "updated"]
 

@@ -383,6 +383,7 @@ def test_the_blocks_of_asyncio(hub: Hub, dsn: str, db: Database, recorder: Recor
         iterating = block("asyncio.md", "async with pgsignals.stream")
         exec("async def read():\n" + re.sub("^", "    ", iterating, flags=re.M), names)
         reading = asyncio.ensure_future(names["read"]())
+        # One turn of the loop, in which the stream is opened.
         await asyncio.sleep(0)
         await asyncio.to_thread(db, "UPDATE orders SET id = 2")
         await asyncio.to_thread(recorder.wait, 2)

@@ -312,7 +312,7 @@ class Campaign:
             if self._faults and now >= fault_at:
                 fault_at = now + self._chance.uniform(0.2, 1.0)
                 self._inject(self._chance.choice(self._faults), now)
-            time.sleep(0.02)
+            time.sleep(0.02)  # A turn of the round, whose length is what is asked for.
 
     def _tend(self, now: float, armed: bool) -> None:
         """Start what has ended, and end what has been suffered long enough."""
@@ -359,7 +359,7 @@ class Campaign:
         elif fault.startswith("restart"):
             mode = "fast" if fault.endswith("fast") else "immediate"
             self.server.stop(mode)
-            time.sleep(self._chance.choice([0.0, 0.5]))
+            time.sleep(self._chance.choice([0.0, 0.5]))  # The server is away for a while, or not.
             self.server.start()
         elif not child.running or child.stopped_until or child.stalled_until:
             return
@@ -391,7 +391,7 @@ class Campaign:
                 self._tend(time.monotonic(), armed=False)
                 self._read_ledger()
                 deaf = {name for name in deaf if written.isdisjoint(self._books[name].uids)}
-                time.sleep(0.05)
+                time.sleep(0.05)  # What is delivered is in the ledgers, and nowhere told.
         for child in self._children:
             if deaf and child.running:
                 child.signal(signal.SIGUSR1)
@@ -409,7 +409,7 @@ class Campaign:
             missing = any(book.missing(committed) for book in self._books.values())
             if not missing and not (unacknowledged := self._unacknowledged()):
                 break
-            time.sleep(0.1)
+            time.sleep(0.1)  # What is delivered is in the ledgers, and nowhere told.
         self._read_ledger()
         found = [problem for book in self._books.values() for problem in book.judge(committed)]
         for book in self._books.values():
@@ -505,5 +505,5 @@ class Campaign:
                 cursor.execute("SELECT pg_catalog.count(*) FROM pgsignals.consumers")
                 if cursor.fetchall() == [(parts,)]:
                     return
-            time.sleep(0.05)
+            time.sleep(0.05)  # The table of consumers is all that tells.
         raise RuntimeError(f"the consumers have not begun: see {self.log_path}")

@@ -26,6 +26,7 @@ from pgsignals.outbox.log import OutboxLog
 from pgsignals.outbox.reader import WindowReader
 from pgsignals.plugins.loader import load_plugins
 
+from ..hub_parts import knowledge
 from .ledger import Pen
 from .mutants import MUTANTS
 
@@ -181,11 +182,8 @@ def _plant_in_broadcaster(backend: str, failpoint: _Failpoint) -> None:
 
 def _tell(*_: Any) -> None:
     """Log what the source knows, for who wonders why it delivers nothing."""
-    source: Any = pgsignals.default_hub._delivery.source  # type: ignore[union-attr]
-    logging.warning("%s", [each.trigger for each in source.triggers._definitions])
-    logging.warning("%s, foreign %s", source._decoder.channels, source.foreign)
-    for part in source._claims.parts.values():
-        logging.warning("%s, %s", vars(part), vars(part.reader))
+    for line in knowledge(pgsignals.default_hub):
+        logging.warning("%s", line)
 
 
 def main() -> None:
@@ -210,7 +208,7 @@ def main() -> None:
             raise RuntimeError("now and then a receiver raises")
         failpoint.pass_by("before a receiver")
         if orders.pace:
-            time.sleep(orders.pace)
+            time.sleep(orders.pace)  # Slow by order: events wait while the campaign goes on.
         pen.deliver(
             event.id, event.values["n"], event.values["nonce"], event.uid, event.redelivered
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import http.client
 import re
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
+from tests.waiting import eventually
 
 APP = """
 import os
@@ -156,7 +155,4 @@ def test_one_set_of_events_before_and_after_a_reload(
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE application_name = 'pgsignals' AND datname = current_database()"
     )
-    deadline = time.monotonic() + DEADLINE
-    while db(sessions) != [(0,)]:
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.01)
+    eventually(lambda: db(sessions), lambda rows: rows == [(0,)])

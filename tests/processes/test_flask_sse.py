@@ -31,6 +31,7 @@ from tests.event_source import Browser
 from tests.paths import ROOT
 from tests.proxy import Proxy
 from tests.served import Tab
+from tests.waiting import settle
 
 
 @pytest.fixture(autouse=True)
@@ -385,7 +386,7 @@ def test_without_threads_browsers_poll(app: Flask, db: Database) -> None:
         db("INSERT INTO items DEFAULT VALUES")
         db("INSERT INTO items DEFAULT VALUES")
         assert [events.get(DEADLINE).id for _ in range(2)] == [1, 2]
-    hub._settle(DEADLINE)
+    settle(hub)
     answer = client.get("/events", headers={"Last-Event-ID": browser.last_id})
     assert [data["id"] for _, data in browser.receive(answer.data)] == [1, 2]
 

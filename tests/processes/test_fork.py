@@ -284,6 +284,8 @@ def test_a_fork_without_hooks_is_noticed(dsn: str, delivery: Delivery) -> None:
         + """
 import asyncio, types
 from pgsignals.contrib.feeds import Feeds
+from pgsignals.testing import EventLog
+from tests import hub_parts
 gauges = []
 metrics = types.SimpleNamespace(
     count=lambda *_, **__: None, gauge=lambda name, read, **_: gauges.append(read)
@@ -314,7 +316,7 @@ QUESTIONS = {
     "health": lambda: not hub.health().alive and not hub.health().connected,
     "status": lambda: refused(hub.status),
     "backfill": lambda: refused(hub.backfill, "items"),
-    "settle": lambda: refused(hub._settle, 1),
+    "settle": lambda: refused(EventLog(hub).settle, 1),
     "wait": lambda: hub.wait(),
     "run": lambda: hub.run(),
     "stop": lambda: hub.stop(),
@@ -350,7 +352,7 @@ def ask(name, answer):
         hub.stop()
 
 for name, answer in QUESTIONS.items():
-    locks = hub._registry._lock, hub._lock, stream._condition, feed._lock, feeds._lock
+    locks = *hub_parts.locks(hub), stream._condition, feed._lock, feeds._lock
     fork_in_c(lambda: ask(name, answer), locks=locks)
 wait()      # the row of the child that has started
 insert()

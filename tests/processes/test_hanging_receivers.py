@@ -8,6 +8,7 @@ import math
 import random
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,15 +25,19 @@ from tests.commands import Program
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.hanging import (
     QUEUE_SIZE,
+    Next,
     hanging,
     in_order,
     parked,
     start,
+    until_none_parked,
     until_parked,
     write,
 )
+from tests.hanging import again as again
 from tests.hanging import gate as gate
 from tests.hanging import others as others
+from tests.hanging import park as park
 from tests.hanging import shop as shop
 from tests.inside import run
 from tests.waiting import eventually
@@ -42,14 +47,16 @@ MANY = 4 * QUEUE_SIZE
 
 
 def test_the_others_go_on(
-    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder, recorder: Recorder
+    hub: pgsignals.Hub,
+    shop: Database,
+    gate: threading.Event,
+    others: Recorder,
+    recorder: Recorder,
+    park: Callable[..., None],
 ) -> None:
     """Past the queue's size, too: the cursor moves, and what the one has not taken is kept."""
-    hanging(hub, gate, others, recorder)
-    start(hub, shop)
-    write(shop, 8)
+    park(recorder)
     others.wait(90)
-    until_parked(hub, shop, 90)
     status = hub.status()
     assert status.outbox is not None
     [state] = status.outbox.parked
@@ -65,7 +72,7 @@ def test_the_others_go_on(
     ) == [(2,)]
     gate.set()
     recorder.wait(90)
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
     write(shop, 1, first=8)
     recorder.wait(100)
     others.wait(100)
@@ -96,39 +103,27 @@ def test_it_is_kept_when_it_is_old(
 
 
 def test_the_next_process_delivers_it(
-    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder, recorder: Recorder
+    hub: pgsignals.Hub, shop: Database, park: Callable[..., None], again: Callable[..., Next]
 ) -> None:
     """What was parked comes first, in order, to the receiver alone; stop() does not wait for it."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop)
-    write(shop, 8)
-    others.wait(90)
-    until_parked(hub, shop, 90)
+    park()
     assert not hub.stop(0.2)
     write(shop, 2, first=8)
-    second, later, opened = pgsignals.Hub(), Recorder(), threading.Event()
-    opened.set()
-    hanging(second, opened, later, recorder)
-    start(second, shop)
-    try:
-        recorder.wait(110)
-        later.wait(20)
-        assert in_order(recorder)
-        assert len(recorder.items) == 110
-        assert {event.values["n"] for event in later.items} == {9, 10}
-        eventually(lambda: parked(shop), lambda count: count == 0)
-    finally:
-        assert second.stop()
+    second = again()
+    second.taken.wait(110)
+    second.others.wait(20)
+    assert in_order(second.taken)
+    assert len(second.taken.items) == 110
+    assert {event.values["n"] for event in second.others.items} == {9, 10}
+    until_none_parked(shop)
+    assert second.hub.stop()
 
 
 def test_a_receiver_that_a_later_version_does_not_have(
-    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder
+    hub: pgsignals.Hub, shop: Database, park: Callable[..., None]
 ) -> None:
     """What is kept for it stays, and is told; the receivers that there are go on."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park()
     hub.stop(0.2)
     second, later = pgsignals.Hub(), Recorder()
     second.on("items")(later)
@@ -142,26 +137,16 @@ def test_a_receiver_that_a_later_version_does_not_have(
 
 
 def test_a_receiver_that_comes_after_start(
-    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder, recorder: Recorder
+    hub: pgsignals.Hub, shop: Database, park: Callable[..., None], again: Callable[..., Next]
 ) -> None:
     """It gets what is kept for it before anything later."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park()
     hub.stop(0.2)
-    second, later, opened = pgsignals.Hub(), Recorder(), threading.Event()
-    second.on("items")(Recorder())
-    start(second, shop)
-    try:
-        opened.set()
-        hanging(second, opened, later, recorder)
-        write(shop, 2, first=8)
-        recorder.wait(110)
-        assert in_order(recorder)
-        assert len(recorder.items) == 110
-    finally:
-        second.stop()
+    taken = again(late=True).taken
+    write(shop, 2, first=8)
+    taken.wait(110)
+    assert in_order(taken)
+    assert len(taken.items) == 110
 
 
 @pytest.mark.parametrize("kind", ["batch", "coroutine", "filter", "blinker"])
@@ -202,8 +187,7 @@ def test_each_kind_of_receiver(
 
         @hub.on("items")
         async def waits(event: pgsignals.Event) -> None:
-            while not gate.is_set():
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(gate.wait, 2 * DEADLINE)
             taken((event.id, event.values["n"]))
 
     elif kind == "filter":
@@ -222,7 +206,7 @@ def test_each_kind_of_receiver(
         count = 51 if kind == "filter" else 170
         until_parked(hub, shop, count)
         gate.set()
-        eventually(lambda: parked(shop), lambda count: count == 0)
+        until_none_parked(shop)
         assert in_order(taken)
         last = {(key, 16) for key in range(1, 4 if kind == "filter" else 11)}
         assert last <= set(taken.items)
@@ -263,7 +247,7 @@ def test_one_that_hangs_when_it_is_called_again(
     until_parked(hub, shop, MANY)
     gate.set()
     assert sorted(recorder.wait(MANY)) == [(key, 0) for key in range(1, MANY + 1)]
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
 
 
 def test_one_that_raises_when_it_comes_back(
@@ -289,7 +273,7 @@ def test_one_that_raises_when_it_comes_back(
     shop("TRUNCATE pgsignals.outbox")
     gate.set()
     recorder.wait(MANY - 5)
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
     assert shop("SELECT count(*) FROM pgsignals.dead_letters") == [(5,)]
     broken.clear()
     with shop.connection.cursor() as cursor:
@@ -402,20 +386,17 @@ def test_cancelled_while_events_are_kept(
     begun = len(recorder.items)
     subscription.cancel()
     gate.set()
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
     assert len(recorder.items) == begun
 
 
 def test_what_is_kept_for_too_long(
-    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder
+    hub: pgsignals.Hub, shop: Database, park: Callable[..., None]
 ) -> None:
     """Past the retention it is dropped, and a Gap names the receiver that has lost it."""
     gaps = Recorder()
     hub.on_gap(gaps)
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop, lease=1.0)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park(lease=1.0)
     shop("UPDATE pgsignals.parked SET at = at - interval '4 days' WHERE number < 5")
     with shop.connection.cursor() as cursor:
         tidy(cursor)
@@ -430,14 +411,9 @@ def test_what_is_kept_for_too_long(
     assert 0 < parked(shop) < 45
 
 
-def test_commands_tell_of_it(
-    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder
-) -> None:
+def test_commands_tell_of_it(hub: pgsignals.Hub, shop: Database, park: Callable[..., None]) -> None:
     """`consumers list` and `doctor` say for whom how much is kept, which is no dead letter."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park()
     listed = "\n".join(run("consumers", "list", "--dsn", shop.dsn).out)
     assert "90 events kept for the receiver" in listed
     found = json.loads("".join(run("consumers", "list", "--json", "--dsn", shop.dsn).out))
@@ -454,41 +430,29 @@ def test_a_consumer_that_is_reset(
     target: str,
     hub: pgsignals.Hub,
     shop: Database,
-    gate: threading.Event,
-    others: Recorder,
-    recorder: Recorder,
+    park: Callable[..., None],
+    again: Callable[..., Next],
 ) -> None:
     """What was kept is skipped with the rest, or comes again in its place among the rest."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park()
     hub.stop(0.2)
     assert run("consumers", "reset", "mailer", "--to", target, "--dsn", shop.dsn).code == 0
-    second, opened = pgsignals.Hub(), threading.Event()
-    opened.set()
-    hanging(second, opened, Recorder(), recorder)
-    start(second, shop)
-    try:
-        write(shop, 1, first=8)
-        recorder.wait_until(lambda item: item == (10, 9))
-        assert in_order(recorder)
-        until_parked(second, shop, 0)
-        assert len(recorder.items) == (10 if target == "now" else 100)
-    finally:
-        assert second.stop()
+    second = again()
+    write(shop, 1, first=8)
+    second.taken.wait_until(lambda item: item == (10, 9))
+    assert in_order(second.taken)
+    until_parked(second.hub, shop, 0)
+    assert len(second.taken.items) == (10 if target == "now" else 100)
+    assert second.hub.stop()
 
 
 def test_a_consumer_that_is_forgotten(
-    hub: pgsignals.Hub, shop: Database, gate: threading.Event, others: Recorder
+    hub: pgsignals.Hub, shop: Database, park: Callable[..., None]
 ) -> None:
     """Without a name, what is kept goes with the process."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop, name=None)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park(name=None)
     hub.stop(0.2)
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
 
 
 CONSUME = """
@@ -516,7 +480,7 @@ pgsignals.start(os.environ["PGSIGNALS_DSN"], [pgsignals.watch("items", extra=["r
                 delivery="outbox", name="mailer", workers=3, queue_size=15,
                 partitions=partitions, lease=2.0)
 os.write(1, b"started\\n")
-threading.Event().wait()
+pgsignals.wait()
 """
 
 

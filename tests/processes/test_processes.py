@@ -42,6 +42,7 @@ def insert_during_run(count):
     before = signal.getsignal(signal.SIGTERM)
 
     def wait_and_insert():
+        # Nothing but the handler tells that run() has begun.
         while signal.getsignal(signal.SIGTERM) is before:
             time.sleep(0.01)
         insert(count)
@@ -49,13 +50,17 @@ def insert_during_run(count):
     threading.Thread(target=wait_and_insert).start()
 
 def slow():
-    time.sleep(0.05)
-
-def stuck():
+    # Until stop() has begun, which nothing else tells: all the rest is queued by then.
     while hub.running:
         time.sleep(0.01)
+
+def stuck():
+    slow()
     say("draining")
-    threading.Event().wait()
+    hang()
+
+def hang():
+    threading.Event().wait()  # For ever, which is what is tested.
 
 work = slow
 
@@ -266,7 +271,7 @@ def test_exit_waits_five_seconds_for_all_hubs_together(dsn: str) -> None:
         entered = threading.Semaphore(0)
         def work(event):
             entered.release()
-            threading.Event().wait()
+            hang()
 
         hubs = [pgsignals.Hub() for _ in range(4)]
         for each in hubs:

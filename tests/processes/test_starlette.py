@@ -324,6 +324,7 @@ def test_a_browser_that_goes_while_something_is_sent(dsn: str, hub: Hub) -> None
             async def send(message: Any, gone: asyncio.Event = gone, turns: int = turns) -> None:
                 if message.get("body"):
                     gone.set()
+                    # Turns of the loop, of which each number is tried.
                     for _ in range(turns):
                         await asyncio.sleep(0)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import ClassVar
 
@@ -18,25 +15,13 @@ import pytest
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 import pgsignals
-from pgsignals import Backfill, ConfigurationError, Hub
-from pgsignals.consumers import dead_letters
-from pgsignals.consumers.backfills import runner
-from pgsignals.consumers.backfills.requests import request
-from pgsignals.outbox import administration
-from pgsignals.outbox.housekeeping import tidy
+from pgsignals import ConfigurationError, Hub
 from pgsignals.sources.polling import part_of
 from pgsignals.testing import Server
-from tests.commands import Program
+from tests.backfills import rows
+from tests.backfills import users as users
 from tests.conftest import DEADLINE, Database, Recorder
-from tests.grants import documented_grants
-from tests.waiting import eventually
-
-
-@pytest.fixture(autouse=True)
-def users(db: Database) -> None:
-    """A table of 500 users."""
-    db("CREATE TABLE users (id bigint PRIMARY KEY, name text)")
-    db("INSERT INTO users SELECT n, 'user ' || n FROM generate_series(1, 500) AS n")
+from tests.waiting import settle
 
 
 def test_rows_come_in_the_order_of_their_keys(dsn: str, hub: Hub, recorder: Recorder) -> None:
@@ -53,20 +38,6 @@ def test_rows_come_in_the_order_of_their_keys(dsn: str, hub: Hub, recorder: Reco
     assert (first.old, first.changed, dict(first.context)) == ({}, frozenset(), {})
     assert len({event.uid for event in events}) == 500
     assert not any(event.redelivered for event in events)
-
-
-def rows(db: Database, count: int, first: int = 1) -> None:
-    """More users."""
-    db(
-        "INSERT INTO users SELECT n, 'user ' || n FROM generate_series(%s, %s) AS n",
-        (first, first + count - 1),
-    )
-
-
-def ask(db: Database, consumer: str, table: str) -> int:
-    """Ask for a backfill of a table, as the command does; its id."""
-    with db.connection.cursor() as cursor:
-        return request(cursor, consumer, "public", table)
 
 
 def test_without_operations_a_receiver_gets_snapshots_too(
@@ -290,7 +261,7 @@ def test_what_comes_last_is_the_newest(
         for each in writers:
             each.join()
     assert not failed
-    assert hub._settle(30)
+    settle(hub, 30)
     assert len(snapshots) > 2000
     assert not wrong
     table: dict[int, str | None] = dict(db("SELECT id, name FROM users"))
@@ -341,346 +312,6 @@ def test_a_receiver_of_snapshots_needs_outbox_delivery(
     hub.on("users", "snapshot")(recorder)
     with pytest.raises(pgsignals.ReceiverError, match=r'delivery="outbox" and name='):
         hub.start(dsn, ["users"])
-
-
-def test_cancel(dsn: str, hub: Hub) -> None:
-    """A cancelled backfill ends where it is, and the next one is not held up by it."""
-    entered, leave = threading.Event(), threading.Event()
-    seen: list[int] = []
-
-    @hub.on("users", "snapshot")
-    def receive(event: pgsignals.Event) -> None:
-        seen.append(event.id)
-        entered.set()
-        assert leave.wait(DEADLINE)
-
-    hub.start(dsn, ["users"], delivery="outbox", name="mailer", queue_size=10)
-    backfill = hub.backfill("users", chunk=1)
-    assert entered.wait(DEADLINE)
-    assert backfill.cancel()
-    assert not backfill.cancel()
-    assert not backfill.wait(DEADLINE)
-    leave.set()
-    assert backfill.state == "cancelled"
-    second = hub.backfill("users", where="id = 500")
-    assert second.wait(DEADLINE)
-    assert seen[-1] == 500
-    assert len(seen) < 500
-
-
-def test_a_failing_receiver(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
-    """What it cannot take becomes a dead letter with the row in it; other rows are delivered."""
-    broken = threading.Event()
-    broken.set()
-
-    @hub.on("users", "snapshot", retries=1, backoff=0.01)
-    def receive(event: pgsignals.Event) -> None:
-        if event.id == 77 and broken.is_set():
-            raise ValueError("poison")
-        recorder(event)
-
-    watcher = pgsignals.watch("users", extra=["name"])
-    hub.start(dsn, [watcher], delivery="outbox", name="mailer")
-    assert hub.backfill("users", chunk=50).wait(DEADLINE)
-    assert [e.id for e in recorder.wait(499)] == [n for n in range(1, 501) if n != 77]
-    [(uid, payload)] = db("SELECT uid, payload FROM pgsignals.dead_letters")
-    assert "user 77" in payload
-    broken.clear()
-    with db.connection.cursor() as cursor:
-        assert dead_letters.retry(cursor, None) == 1
-    letter = recorder.wait(500)[-1]
-    assert (letter.uid, letter.id, letter.values) == (uid, 77, {"name": "user 77"})
-    assert letter.redelivered
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["DROP TABLE users", "ALTER TABLE users RENAME TO people", "ALTER TABLE users DROP name"],
-)
-def test_a_table_that_changes_meanwhile(
-    dsn: str, db: Database, hub: Hub, recorder: Recorder, change: str
-) -> None:
-    """The backfill fails with PostgreSQL's reason, and other events go on."""
-    db("CREATE TABLE orders (id serial PRIMARY KEY)")
-    entered, leave = threading.Event(), threading.Event()
-
-    @hub.on("users", "snapshot")
-    def receive(event: pgsignals.Event) -> None:
-        entered.set()
-        assert leave.wait(DEADLINE)
-
-    hub.on("orders")(recorder)
-    watchers = [pgsignals.watch("users", extra=["name"]), "orders"]
-    hub.start(dsn, watchers, delivery="outbox", name="mailer", queue_size=5)
-    backfill = hub.backfill("users", chunk=3)
-    assert entered.wait(DEADLINE)
-    db(change)
-    leave.set()
-    with pytest.raises(pgsignals.DatabaseError, match="does not exist"):
-        backfill.wait(DEADLINE)
-    assert backfill.state == "failed"
-    db("INSERT INTO orders DEFAULT VALUES")
-    recorder.wait(1)
-
-
-def test_a_table_that_is_made_anew_meanwhile(dsn: str, db: Database, hub: Hub) -> None:
-    """The backfill fails: the key that it had come to says nothing of the new one's rows."""
-    entered, leave = threading.Event(), threading.Event()
-
-    @hub.on("users", "snapshot")
-    def receive(event: pgsignals.Event) -> None:
-        entered.set()
-        assert leave.wait(DEADLINE)
-
-    watchers = [pgsignals.watch("users", extra=["name"])]
-    hub.start(dsn, watchers, delivery="outbox", name="mailer", queue_size=5)
-    backfill = hub.backfill("users", chunk=3)
-    assert entered.wait(DEADLINE)
-    db(
-        "BEGIN; ALTER TABLE users RENAME TO former;"
-        " CREATE TABLE users (LIKE former INCLUDING ALL);"
-        " INSERT INTO users SELECT id, 'new ' || id FROM former; COMMIT"
-    )
-    leave.set()
-    with pytest.raises(pgsignals.DatabaseError, match="made anew meanwhile"):
-        backfill.wait(DEADLINE)
-    assert backfill.state == "failed"
-
-
-def test_a_table_that_is_locked(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
-    """Other events do not wait for its lock; behind that, its rows come as they are then."""
-    db("CREATE TABLE orders (id serial PRIMARY KEY)")
-    snapshots = Recorder()
-    hub.on("users", "snapshot")(snapshots)
-    hub.on("orders")(recorder)
-    watchers = [pgsignals.watch("users", extra=["name"]), "orders"]
-    hub.start(dsn, watchers, delivery="outbox", name="mailer", lease=1.0)
-    with closing(psycopg2.connect(dsn)) as other, other.cursor() as cursor:
-        # Rewritten, behind which a snapshot from before would see no rows.
-        cursor.execute("ALTER TABLE users ALTER name TYPE text USING upper(name)")
-        db(
-            "WITH asked AS (INSERT INTO pgsignals.backfills"
-            " (consumer, schema_name, table_name, table_oid, search_path, chunk, total)"
-            " VALUES ('mailer', 'public', 'users', 'users'::regclass, '', 100, 500)"
-            " RETURNING id)"
-            " INSERT INTO pgsignals.backfill_parts (backfill, part) SELECT id, 0 FROM asked"
-        )
-        db("NOTIFY pgsignals_wake, 'backfill'")
-        for number in range(5):
-            db("INSERT INTO orders DEFAULT VALUES")
-            recorder.wait(number + 1)
-        assert not snapshots.items
-        other.commit()
-    events = snapshots.wait(500)
-    assert {event.values["name"] for event in events} == {f"USER {n}" for n in range(1, 501)}
-
-
-CONSUME = """
-import os, sys
-import pgsignals
-
-def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-
-@pgsignals.on("users")
-def receive(event):
-    say(event.op, event.id, event.values["name"], event.redelivered, event.uid)
-
-pgsignals.start(os.environ["PGSIGNALS_DSN"], [pgsignals.watch("users", extra=["name"])],
-                delivery="outbox", name="mailer", partitions=int(sys.argv[1]), lease=2.0,
-                queue_size=50)
-say("started")
-pgsignals.run()
-say("ended")
-"""
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a consumer's process said of an event."""
-
-    op: str
-    id: int
-    name: str
-    redelivered: bool
-    uid: str
-
-
-class Consumer(Program):
-    """A process of the consumer, which is listened to in the background."""
-
-    def __init__(self, dsn: str, partitions: int = 1) -> None:
-        super().__init__("-c", CONSUME, str(partitions), dsn=dsn)
-        assert self.out() == "started"
-        self.heard: list[Said] = []
-        self.first_heard_at = math.inf
-        self.enough = threading.Condition()
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        while (line := self._out.next_or_end()) not in (None, "ended"):
-            assert line is not None
-            op, key, rest = line.split(" ", 2)
-            name, redelivered, uid = rest.rsplit(" ", 2)
-            with self.enough:
-                self.first_heard_at = min(self.first_heard_at, time.monotonic())
-                self.heard.append(Said(op, int(key), name, redelivered == "True", uid))
-                self.enough.notify_all()
-
-    def wait_for(self, count: int) -> None:
-        """Until so many events have come."""
-        with self.enough:
-            assert self.enough.wait_for(lambda: len(self.heard) >= count, DEADLINE)
-
-    def kill(self) -> None:
-        """``kill -9``."""
-        self.process.kill()
-        self.process.wait()
-        self._listener.join()
-
-
-def active(db: Database, found: Sequence[Consumer]) -> Consumer:
-    """The one of them that reads."""
-    alive = {str(each.process.pid): each for each in found if each.process.returncode is None}
-    deadline = time.monotonic() + DEADLINE
-    while True:
-        [(holder,)] = db("SELECT coalesce(holder, '::') FROM pgsignals.consumers")
-        if (reading := alive.get(holder.split(":")[1])) is not None:
-            return reading
-        assert time.monotonic() < deadline, holder
-
-
-def test_another_process_goes_on_after_a_kill(dsn: str, db: Database) -> None:
-    """It resumes where that had acknowledged: no row is missed, and few come twice."""
-    rows(db, 30_000, 501)
-    first = Consumer(dsn)
-    second = Consumer(dsn)
-    try:
-        backfill = Backfill(dsn, ask(db, "mailer", "users"))
-        acknowledged = eventually(
-            lambda: db("SELECT delivered FROM pgsignals.backfill_parts")[0][0],
-            lambda delivered: delivered >= 2_000,
-        )
-        db("UPDATE users SET name = 'new ' || id WHERE id % 1000 = 0")
-        first.kill()
-        assert backfill.wait(60)
-        db("INSERT INTO users VALUES (99999, 'the end')")
-        second.wait_for(1)
-        while second.heard[-1].id != 99_999:
-            second.wait_for(len(second.heard) + 1)
-    finally:
-        first.kill()
-        second.kill()
-    snapshots = [s for each in (first, second) for s in each.heard if s.op == "snapshot"]
-    assert {s.id for s in snapshots} == set(range(1, 30_501))
-    # One uid a row, whoever reads it; what came twice says so.
-    assert len({s.uid for s in snapshots}) == 30_500
-    again = {s.uid for s in first.heard} & {s.uid for s in second.heard}
-    assert all(s.redelivered for s in second.heard if s.uid in again)
-    assert len([s for s in second.heard if s.op == "snapshot"]) <= 30_500 - acknowledged
-    latest = {s.id: s.name for each in (first, second) for s in each.heard}
-    assert latest == dict(db("SELECT id, name FROM users"))
-
-
-def test_kills_beside_writers(dsn: str, db: Database, connect: Callable[[str], Database]) -> None:
-    """Through several kills, no row is missed, and each record's last event is its newest state."""
-    rows(db, 40_000, 501)
-    ending = threading.Event()
-    untouched = {key for (key,) in db("SELECT id FROM users")}
-
-    def write(seed: int) -> None:
-        chance, own, number = random.Random(seed), connect(dsn), 0
-        while not ending.is_set():
-            number += 1
-            # Records of its own, so that writers do not deadlock.
-            key = 2 * chance.randint(1, 20_200) + seed
-            untouched.discard(key)
-            own(
-                chance.choice(
-                    [
-                        "UPDATE users SET name = %(text)s WHERE id = %(key)s",
-                        "INSERT INTO users VALUES (%(key)s, %(text)s)"
-                        " ON CONFLICT (id) DO UPDATE SET name = excluded.name",
-                        "DELETE FROM users WHERE id = %(key)s",
-                    ]
-                ),
-                {"key": key, "text": f"{seed}-{number}"},
-            )
-
-    chance = random.Random(7)
-    found = [Consumer(dsn), Consumer(dsn)]
-    backfill = Backfill(dsn, ask(db, "mailer", "users"))
-    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
-    for each in writers:
-        each.start()
-    try:
-        for _ in range(4):
-            reading = active(db, found)
-            reading.wait_for(chance.randint(1, 6_000))
-            reading.kill()
-            found.append(Consumer(dsn))
-        assert backfill.wait(60)
-        ending.set()
-        for each in writers:
-            each.join()
-        db("INSERT INTO users VALUES (99999, 'the-end')")
-        last = active(db, found)
-        last.wait_for(1)
-        while last.heard[-1].id != 99_999:
-            last.wait_for(len(last.heard) + 1)
-    finally:
-        ending.set()
-        for each in found:
-            each.kill()
-    latest: dict[int, str] = {}
-    # Each was active once, but whoever came later may have been sooner.
-    found.sort(key=lambda each: each.first_heard_at)
-    heard = [said for each in found for said in each.heard]
-    for said in heard:
-        if said.op == "deleted":
-            latest.pop(said.id, None)
-        else:
-            latest[said.id] = said.name
-    assert latest == dict(db("SELECT id, name FROM users"))
-    assert len(untouched) > 1_000
-    assert untouched <= {said.id for said in heard if said.op == "snapshot"}
-
-
-def test_processes_share_a_backfill(dsn: str, db: Database) -> None:
-    """Each delivers the rows of its parts, every row once, in order."""
-    rows(db, 2_000, 501)
-    one, two = Consumer(dsn, 2), Consumer(dsn, 2)
-    try:
-        deadline = time.monotonic() + DEADLINE
-        while db("SELECT count(DISTINCT holder) FROM pgsignals.consumers") != [(2,)]:
-            assert time.monotonic() < deadline
-        backfill = Backfill(dsn, ask(db, "mailer", "users"))
-        assert backfill.wait(DEADLINE)
-        one.wait_for(1)
-        two.wait_for(1)
-        with one.enough, two.enough:
-            heard = [[s.id for s in each.heard] for each in (one, two)]
-        assert all(len(each) > 800 and each == sorted(each) for each in heard)
-        assert sorted(heard[0] + heard[1]) == list(range(1, 2_501))
-        assert (backfill.done, backfill.total, backfill.status.delivered) == (2500, 2500, 2500)
-    finally:
-        one.kill()
-        two.kill()
-
-
-def test_a_backfill_that_was_asked_for_while_nobody_was_there(
-    dsn: str, db: Database, hub: Hub, recorder: Recorder
-) -> None:
-    """It begins with the consumer's next process."""
-    hub.on("users", "snapshot")(recorder)
-    hub.start(dsn, ["users"], delivery="outbox", name="mailer")
-    hub.stop()
-    backfill = Backfill(dsn, ask(db, "mailer", "users"))
-    assert not backfill.wait(0)
-    hub.start(dsn, ["users"], delivery="outbox", name="mailer")
-    assert backfill.wait(DEADLINE)
-    assert len(recorder.items) == 500
 
 
 def test_wide_rows(dsn: str, db: Database, hub: Hub) -> None:
@@ -776,133 +407,6 @@ def test_the_parts_of_bytea_keys() -> None:
     assert len({part_of(key, 64) for key in keys}) == 1
 
 
-def test_a_role_of_its_own(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
-    """The grants that the documentation lists, and SELECT on the table, are all that is needed."""
-    hub.on("users", "snapshot")(recorder)
-    watchers = [pgsignals.watch("users", extra=["name"])]
-    hub.start(dsn, watchers, delivery="outbox", name="mailer")
-    hub.stop()
-    role = f"consumer_{uuid.uuid4().hex[:8]}"
-    db(f"CREATE ROLE {role} LOGIN")
-    try:
-        for grant in documented_grants("consumer"):
-            db(f"GRANT {grant} TO {role}")
-        own = dsn.replace("postgres@", f"{role}@")
-        hub.start(own, watchers, delivery="outbox", name="mailer", install="check")
-        with pytest.raises(pgsignals.PrivilegeError, match="GRANT it SELECT"):
-            hub.backfill("users")
-        unread = Backfill(dsn, ask(db, "mailer", "users"))
-        with pytest.raises(pgsignals.DatabaseError, match="permission denied"):
-            unread.wait(DEADLINE)
-        db(f"GRANT SELECT ON users TO {role}")
-        assert hub.backfill("users", where="id < 10").wait(DEADLINE)
-        assert len(recorder.items) == 9
-        # Read only: a condition writes nothing.
-        db(
-            "CREATE FUNCTION meddle() RETURNS bool LANGUAGE sql AS"
-            " $$ UPDATE users SET name = 'x' RETURNING true $$"
-        )
-        db(f"GRANT UPDATE ON users TO {role}")
-        with pytest.raises(pgsignals.DatabaseError, match="read-only transaction"):
-            hub.backfill("users", where="meddle()").wait(DEADLINE)
-    finally:
-        hub.stop()
-        db(f"DROP OWNED BY {role}; DROP ROLE {role}")
-
-
-def test_a_backfill_that_nobody_hears_yet(
-    dsn: str, db: Database, hub: Hub, recorder: Recorder
-) -> None:
-    """It waits for a receiver, says so, holds up no other one, and then is delivered."""
-    db("CREATE TABLE orders (id int PRIMARY KEY); INSERT INTO orders VALUES (1)")
-    orders = Recorder()
-    hub.on("orders")(orders)
-    hub.start(dsn, ["users", "orders"], delivery="outbox", name="mailer")
-    first = Backfill(dsn, ask(db, "mailer", "users"))
-    assert hub.backfill("orders").wait(DEADLINE)
-    assert [event.op for event in orders.items] == ["snapshot"]
-    assert first.status.error == "it waits for a receiver of its snapshots"
-    hub.on("users", "snapshot")(recorder)
-    assert first.wait(DEADLINE)
-    assert len(recorder.items) == 500
-    assert first.status.error is None
-    other = pgsignals.Hub()
-    with other.start(dsn, ["orders"], delivery="outbox", name="clerk"):
-        unknown = Backfill(dsn, ask(db, "clerk", "users"))
-        last = Backfill(dsn, ask(db, "clerk", "orders"))
-        orders_again = Recorder()
-        other.on("orders")(orders_again)
-        assert last.wait(DEADLINE)
-        assert unknown.status.error == "it waits for a process with a watcher for it"
-        assert unknown.cancel()
-
-
-def test_settled(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
-    """What is committed is settled beside a backfill too, though its windows end elsewhere."""
-    hub.on("users")(recorder)
-    hub.start(dsn, ["users"], delivery="outbox", name="mailer")
-    with closing(psycopg2.connect(dsn)) as long, long.cursor() as cursor:
-        cursor.execute("INSERT INTO users VALUES (7777, 'slow')")
-        backfill = hub.backfill("users", chunk=1)
-        for number in range(10):
-            db("UPDATE users SET name = %s WHERE id = 1", (str(number),))
-            assert hub._settle(10)
-            names = [e.values for e in recorder.items if e.op == "updated"]
-            assert len(names) == number + 1
-        long.rollback()
-    assert backfill.wait(DEADLINE)
-
-
-def test_memory(dsn: str, db: Database, hub: Hub) -> None:
-    """However slow receivers are, it reads no further than it may."""
-    rows(db, 300_000, 501)
-    going, held = threading.Event(), threading.Event()
-
-    @hub.on("users", "snapshot")
-    def receive(event: pgsignals.Event) -> None:
-        going.set()
-        held.wait(DEADLINE)
-
-    hub.start(dsn, ["users"], delivery="outbox", name="mailer", queue_size=1000)
-    backfill = hub.backfill("users")
-    try:
-        assert going.wait(DEADLINE)
-        before, settled = -1, threading.Event()
-        for _ in range(100):
-            now = hub.status().unacknowledged
-            if now and now == before:
-                break
-            before = now
-            settled.wait(0.1)
-        else:
-            pytest.fail("it reads on and on")
-        # The queue, and the chunk that goes past it.
-        assert now <= 3000
-    finally:
-        backfill.cancel()
-        held.set()
-        hub.stop(0.1)
-
-
-def test_rows_that_are_slow_to_read(
-    dsn: str, db: Database, hub: Hub, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks shrink until they are read in time; a row that takes too long by itself is the end."""
-    monkeypatch.setattr(runner, "RETRY_SECONDS", 0.01)
-    hub.on("users")(recorder)
-    hub.start(dsn, ["users"], delivery="outbox", name="mailer", lease=1.0)
-    slow = "pg_sleep(0.02) IS NOT NULL"
-    assert hub.backfill("users", where=f"id > 30 OR {slow}").wait(DEADLINE)
-    assert [event.id for event in recorder.items] == list(range(1, 501))
-    stuck = hub.backfill("users", where="id <> 3 OR pg_sleep(60) IS NOT NULL")
-    db("INSERT INTO users VALUES (1000, 'meanwhile')")
-    with pytest.raises(pgsignals.DatabaseError, match="statement timeout"):
-        stuck.wait(DEADLINE)
-    assert hub._settle(15)
-    assert recorder.items[-1].id == 1000 or recorder.items[500].id == 1000
-    assert stuck.done <= 2
-
-
 def test_a_database_of_any_bytes(server: Server, hub: Hub, recorder: Recorder) -> None:
     """In SQL_ASCII, keys that are not UTF-8 are gone through, whatever names and conditions are."""
     name = f"ascii_{uuid.uuid4().hex[:8]}"
@@ -936,27 +440,6 @@ def test_a_database_of_any_bytes(server: Server, hub: Hub, recorder: Recorder) -
     ]
     assert hub.backfill("wörter€").wait(DEADLINE)
     assert recorder.items[-1].table == "wörter€"
-
-
-def test_what_is_forgotten(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
-    """Ended ones after the retention, and all of a consumer with it."""
-    hub.on("users")(recorder)
-    hub.start(dsn, ["users"], delivery="outbox", name="mailer")
-    ended = hub.backfill("users", where="id < 3")
-    assert ended.wait(DEADLINE)
-    hub.stop()
-    running = Backfill(dsn, ask(db, "mailer", "users"))
-    with db.connection.cursor() as cursor:
-        tidy(cursor)
-        assert ended.state == "done"
-        db("UPDATE pgsignals.settings SET retention_seconds = 0")
-        tidy(cursor)
-        assert running.state == "running"
-        with pytest.raises(pgsignals.DatabaseError, match="no backfill 1"):
-            ended.wait(1)
-        administration.drop_consumer(cursor, "mailer")
-    assert db("SELECT * FROM pgsignals.backfills") == []
-    assert db("SELECT * FROM pgsignals.backfill_parts") == []
 
 
 def test_each_version(each_dsn: str, each_db: Database, hub: Hub, recorder: Recorder) -> None:

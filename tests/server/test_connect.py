@@ -308,10 +308,10 @@ def test_only_a_healthy_connection_resets_the_backoff(
 ) -> None:
     """A server that takes connections only to drop them is asked ever more rarely."""
     monkeypatch.setattr(thread, "HEALTHY_SECONDS", healthy_seconds)
+    backoff = CountingBackoff()
+    monkeypatch.setattr(thread, "Backoff", lambda: backoff)
     hub.start(dsn, ["items"])
     hub.on_gap(recorder)
-    backoff: Any = CountingBackoff()
-    hub._delivery.source._backoff = backoff  # type: ignore[union-attr]
     for number in range(1, 4):
         db(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -322,7 +322,7 @@ def test_only_a_healthy_connection_resets_the_backoff(
     assert backoff.calls.count("reset") == expected
 
 
-def test_it_tries_for_ever(hub: Hub, each_version: int) -> None:
+def test_it_tries_for_ever(hub: Hub, each_version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is away for hundreds of tries is found when it comes back."""
     tried = threading.Semaphore(0)
 
@@ -331,12 +331,12 @@ def test_it_tries_for_ever(hub: Hub, each_version: int) -> None:
             tried.release()
             return 0.0
 
+    monkeypatch.setattr(thread, "Backoff", Impatient)
     with Server(each_version) as server:
         Database(server.dsn())("CREATE TABLE items (id bigserial PRIMARY KEY)")
         gaps = Recorder()
         hub.on_gap(gaps)
         hub.start(server.dsn(), ["items"])
-        hub._delivery.source._backoff = Impatient()  # type: ignore[union-attr]
         server.stop("immediate")
         for _ in range(200):
             assert tried.acquire(timeout=DEADLINE)
@@ -673,5 +673,13 @@ def test_a_platform_without_poll(
 ) -> None:
     """Where there is no poll(), as on Windows or under eventlet, events arrive all the same."""
     monkeypatch.delattr("select.poll")
+    waits, poll = Recorder(), _Selector.poll
+
+    def noted(self: _Selector, timeout: float | None) -> list[tuple[int, int]]:
+        found = poll(self, timeout)
+        waits(found)
+        return found
+
+    monkeypatch.setattr(_Selector, "poll", noted)
     delivers(hub, dsn, dsn, recorder)
-    assert isinstance(hub._delivery.source._waiter._poll, _Selector)  # type: ignore[union-attr]
+    assert any(waits.items)

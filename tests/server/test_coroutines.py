@@ -20,6 +20,7 @@ from pgsignals.dispatch.registry import receiver_name
 from pgsignals.plugins.within import within
 from pgsignals.testing import simulated
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.waiting import eventually, settle
 
 WRITE = "INSERT INTO items (name) SELECT 'a' FROM generate_series(1, %s)"
 
@@ -55,7 +56,7 @@ def test_they_run_on_the_given_loop(hub: Hub, dsn: str, db: Database, recorder: 
             recorder(("method", asyncio.get_running_loop()))
 
     async def named(name: str, event: Event) -> None:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # It goes on in another turn of the loop.
         recorder((name, asyncio.get_running_loop()))
 
     hub.on("items", "inserted")(functools.partial(named, "partial"))
@@ -73,30 +74,43 @@ def test_the_loop_is_the_one_where_start_is_called(hub: Hub, dsn: str, db: Datab
     seen: list[int] = []
 
     async def main() -> None:
+        entered, gate = asyncio.Event(), asyncio.Event()
+        gate.set()
+
         @hub.on("items", "inserted")
         async def slow(event: Event) -> None:
-            await asyncio.sleep(0.01)
+            if not gate.is_set():
+                entered.set()
+            await gate.wait()
             seen.append(event.id)
+
+        async def open_at_the_end() -> None:
+            await asyncio.to_thread(eventually, lambda: hub.running, lambda running: not running)
+            gate.set()
 
         async with hub.start(dsn, ["items"]):
             await asyncio.to_thread(db, WRITE, [5])
-            assert await asyncio.to_thread(hub._settle, DEADLINE)
+            await asyncio.to_thread(settle, hub)
+            gate.clear()
             await asyncio.to_thread(db, WRITE, [5])
+            await entered.wait()
+            opening = asyncio.ensure_future(open_at_the_end())
         assert not hub.running
+        await opening
 
     asyncio.run(asyncio.wait_for(main(), DEADLINE))
-    assert seen[:5] == [1, 2, 3, 4, 5]
+    assert seen[:6] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_worker_waits_for_their_end(hub: Hub, dsn: str, db: Database) -> None:
     """The next event of a worker comes when the coroutine has ended, so that order is kept."""
     steps: list[tuple[str, int]] = []
-    done = threading.Event()
+    gate, done = threading.Event(), threading.Event()
 
     @hub.on("items", "inserted")
     async def stepwise(event: Event) -> None:
         steps.append(("begin", event.id))
-        await asyncio.sleep(0.005)
+        await asyncio.to_thread(gate.wait, DEADLINE)
         steps.append(("end", event.id))
         if event.id == 4:
             done.set()
@@ -104,6 +118,8 @@ def test_a_worker_waits_for_their_end(hub: Hub, dsn: str, db: Database) -> None:
     with loop_in_a_thread() as loop:
         hub.start(dsn, ["items"], loop=loop)
         db(WRITE, [4])
+        eventually(hub.health, lambda health: health.depth == 4)
+        gate.set()
         assert done.wait(DEADLINE)
         hub.stop()
     assert steps == [(step, number) for number in range(1, 5) for step in ("begin", "end")]
@@ -204,13 +220,14 @@ def test_stop_in_the_loops_thread_does_not_hang(
     finished = []
 
     async def main() -> None:
-        entered = asyncio.Event()
+        entered, stopped, over = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
         @hub.on("items", "inserted")
         async def slow(event: Event) -> None:
             entered.set()
-            await asyncio.sleep(0.05)
+            await stopped.wait()
             finished.append(event.id)
+            over.set()
 
         hub.start(dsn, ["items"])
         await asyncio.to_thread(db, WRITE, [3])
@@ -218,8 +235,8 @@ def test_stop_in_the_loops_thread_does_not_hang(
         began = time.monotonic()
         assert hub.stop(timeout=DEADLINE) is False
         assert time.monotonic() - began < DEADLINE / 2
-        while not finished:
-            await asyncio.sleep(0.01)
+        stopped.set()
+        await over.wait()
 
     with caplog.at_level(logging.WARNING, "pgsignals"):
         asyncio.run(asyncio.wait_for(main(), 2 * DEADLINE))
@@ -292,9 +309,7 @@ def test_a_loop_that_closes_in_the_meantime(hub: Hub, dsn: str, db: Database) ->
 
     hub.start(dsn, ["items"], loop=loop)
     db(WRITE, [1])
-    deadline = time.monotonic() + DEADLINE
-    while not loop._ready and time.monotonic() < deadline:  # type: ignore[attr-defined]
-        time.sleep(0.01)
+    eventually(lambda: list(loop._ready), bool)  # type: ignore[attr-defined]
     loop.close()
     assert isinstance(failures.wait(1)[0], StateError)
 
@@ -385,6 +400,7 @@ def test_a_cancellation_that_meets_the_end() -> None:
         for rounds in range(5):
             work: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             task = asyncio.ensure_future(within(DEADLINE, work))
+            # Turns of the loop, at each of which the two may meet.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             work.set_result(1)
@@ -402,6 +418,7 @@ def test_a_cancellation_that_meets_the_end() -> None:
                 ended.append("work")
 
         task = asyncio.ensure_future(within(DEADLINE, endless()))
+        # Turns of the loop, in which the work begins.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         task.cancel()

@@ -19,6 +19,7 @@ from tests.conftest import DEADLINE, Database, Recorder
 from tests.event_source import Browser, Tab
 from tests.forked import run
 from tests.grants import installer as installer
+from tests.hub_parts import relay_source
 from tests.table_changes import CHANGES, SHAPE, Change, covering, name_of, now
 from tests.waiting import eventually
 
@@ -154,13 +155,12 @@ def test_a_relay_whose_hub_has_noticed_first(
     hub.on("orders", "inserted")(Recorder())
     options: dict[str, Any] = {"name": "mailer", "heartbeat": 0.2, "backends": [broker]}
     hub.start(each_dsn, [("orders", "inserted")], delivery="outbox", **options)
-    delivery_of_hub: Any = hub._delivery
-    [forwarder] = delivery_of_hub._forwarders
-    hold_back(monkeypatch, forwarder.source.triggers, seen)
+    relay = relay_source(hub)
+    hold_back(monkeypatch, relay.triggers, seen)
     change.make(each_db)
     eventually(lambda: hub.status().reconnects, bool)
     seen.set()
-    eventually(lambda: forwarder.source.reconnects, bool)
+    eventually(lambda: relay.reconnects, bool)
     each_db(f"INSERT INTO {change.into} (id) VALUES (1)")
     broker.acknowledged.wait_until(lambda item: getattr(item, "id", (0,))[0] == 1)
 

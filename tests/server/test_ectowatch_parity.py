@@ -72,12 +72,42 @@ def sentinel(db: Database, hub: Hub) -> Callable[[], None]:
 
 
 SENTINEL = watch("sentinel", "inserted", label="sentinel")
+Sentinel = Callable[[], None]
 
 
 def subscribed(hub: Hub, target: Any, *ops: str, **filters: Any) -> tuple[Recorder, Any]:
     """A recorder of what arrives, and what ends it."""
     recorder = Recorder()
     return recorder, hub.subscribe(recorder, target, *ops, **filters)
+
+
+class Pair:
+    """A receiver of a model, and one of a label on the same table, of one operation."""
+
+    def __init__(self, hub: Hub, dsn: str, op: str, options: dict[str, Any], **filters: Any):
+        hub.start(
+            dsn,
+            [
+                watch(Thing, op, **options),
+                watch("things", op, label="too", **options),
+                SENTINEL,
+            ],
+        )
+        self.model, self.end_model = subscribed(hub, Thing, op, **filters)
+        self.label, self.end_label = subscribed(hub, "too", **filters)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many events each has got."""
+        return len(self.model.items), len(self.label.items)
+
+    @property
+    def found(self) -> list[list[tuple[Any, dict[str, Any]]]]:
+        """The ids and values of the events that each has got."""
+        return [[(e.id, e.values) for e in each.items] for each in (self.model, self.label)]
+
+
+CHILDREN = {"extra": ["parent_id"]}
 
 
 def ids(recorder: Recorder) -> list[Any]:
@@ -271,7 +301,7 @@ class TestInserts:
         hub: Hub,
         dsn: str,
         db: Database,
-        sentinel: Callable[[], None],
+        sentinel: Sentinel,
         options: dict[str, Any],
     ) -> None:
         """[17, 18] Models, names and labels all get it; ending one subscription ends only it."""
@@ -308,32 +338,20 @@ class TestInserts:
         insert(3456)
         assert [len(r.items) for r in (thing, thing_too, other, other_too)] == [1, 2, 1, 2]
 
-    def test_by_an_association(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
-    ) -> None:
+    def test_by_an_association(self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel) -> None:
         """[19] Children of one parent only, for a model and for a label."""
-        hub.start(
-            dsn,
-            [
-                watch(Thing, "inserted", extra=["parent_id"]),
-                watch("things", "inserted", extra=["parent_id"], label="too"),
-                SENTINEL,
-            ],
-        )
-        by_model, end_model = subscribed(hub, Thing, "inserted", parent_id=2)
-        by_label, end_label = subscribed(hub, "too", parent_id=2)
+        pair = Pair(hub, dsn, "inserted", CHILDREN, parent_id=2)
         db("INSERT INTO things (parent_id) VALUES (1), (2), (NULL)")
         sentinel()
-        for recorder in (by_model, by_label):
-            assert [(e.id, e.values) for e in recorder.items] == [(4, {"parent_id": 2})]
-        end_model.cancel()
-        end_label.cancel()
+        assert pair.found == 2 * [[(4, {"parent_id": 2})]]
+        pair.end_model.cancel()
+        pair.end_label.cancel()
         db("INSERT INTO things (parent_id) VALUES (2)")
         sentinel()
-        assert (len(by_model.items), len(by_label.items)) == (1, 1)
+        assert pair.counts == (1, 1)
 
     def test_without_a_receiver_nothing_is_called(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
+        self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel
     ) -> None:
         """[22] Events that nobody listens to go nowhere."""
         before = Recorder()
@@ -371,6 +389,18 @@ class TestColumnsThatDoNotTravel:
 
 
 class TestUpdates:
+    def end_one_by_one(
+        self, pair: Pair, db: Database, sentinel: Sentinel, *counts: tuple[int, int]
+    ) -> None:
+        """Update with both receivers, with that of the label, and with none: what each has then."""
+        both, label, none = counts
+        for end, expected in ((pair.end_model, both), (pair.end_label, label), (None, none)):
+            db("UPDATE things SET text = text || '!'")
+            sentinel()
+            assert pair.counts == expected
+            if end is not None:
+                end.cancel()
+
     @pytest.mark.parametrize(
         "options", [{}, {"columns": [], "extra": []}], ids=["default", "empty lists"]
     )
@@ -379,29 +409,15 @@ class TestUpdates:
         hub: Hub,
         dsn: str,
         db: Database,
-        sentinel: Callable[[], None],
+        sentinel: Sentinel,
         options: dict[str, Any],
     ) -> None:
         """[23, 24] One event a row, to model and label; each subscription ends by itself."""
-        hub.start(
-            dsn,
-            [
-                watch(Thing, "updated", **options),
-                watch("things", "updated", label="too", **options),
-                SENTINEL,
-            ],
-        )
-        by_model, end_model = subscribed(hub, Thing, "updated")
-        by_label, end_label = subscribed(hub, "too")
-        for end, counts in ((end_model, (2, 2)), (end_label, (2, 4)), (None, (2, 4))):
-            db("UPDATE things SET text = text || '!'")
-            sentinel()
-            assert (len(by_model.items), len(by_label.items)) == counts
-            if end is not None:
-                end.cancel()
-        assert sorted(ids(by_model)) == [1, 2]
+        pair = Pair(hub, dsn, "updated", options)
+        self.end_one_by_one(pair, db, sentinel, (2, 2), (2, 4), (2, 4))
+        assert sorted(ids(pair.model)) == [1, 2]
 
-    def test_by_id(self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]) -> None:
+    def test_by_id(self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel) -> None:
         """[25] Only the record asked for, until the subscription ends."""
         hub.start(dsn, [(Thing, "updated"), SENTINEL])
         recorder, end = subscribed(hub, Thing, "updated", id=1)
@@ -413,29 +429,13 @@ class TestUpdates:
         sentinel()
         assert ids(recorder) == [1]
 
-    def test_by_an_association(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
-    ) -> None:
+    def test_by_an_association(self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel) -> None:
         """[26] Only children of the parent asked for, to model and label, each by itself."""
-        hub.start(
-            dsn,
-            [
-                watch(Thing, "updated", extra=["parent_id"]),
-                watch("things", "updated", extra=["parent_id"], label="too"),
-                SENTINEL,
-            ],
-        )
-        by_model, end_model = subscribed(hub, Thing, "updated", parent_id=1)
-        by_label, end_label = subscribed(hub, "too", parent_id=1)
-        for end, counts in ((end_model, (1, 1)), (end_label, (1, 2)), (None, (1, 2))):
-            db("UPDATE things SET text = text || '!'")
-            sentinel()
-            assert (len(by_model.items), len(by_label.items)) == counts
-            if end is not None:
-                end.cancel()
-        assert [(e.id, e.values) for e in by_model.items] == [(2, {"parent_id": 1})]
+        pair = Pair(hub, dsn, "updated", CHILDREN, parent_id=1)
+        self.end_one_by_one(pair, db, sentinel, (1, 1), (1, 2), (1, 2))
+        assert pair.found[0] == [(2, {"parent_id": 1})]
 
-    def test_columns(self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]) -> None:
+    def test_columns(self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel) -> None:
         """[29] Only changes of these columns, by label and id, whatever the columns are called."""
         hub.start(dsn, [watch(Thing, "updated", columns=["number", "ratio"], label="x"), SENTINEL])
         recorder, end = subscribed(hub, "x", id=1)
@@ -451,9 +451,7 @@ class TestUpdates:
         sentinel()
         assert len(recorder.items) == 2
 
-    def test_extra_columns(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
-    ) -> None:
+    def test_extra_columns(self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel) -> None:
         """[30] Current values travel under the model's names, whatever has changed."""
         hub.start(dsn, [watch(Thing, "updated", extra=["number", "ratio"]), SENTINEL])
         recorder, end = subscribed(hub, Thing, "updated", id=1)
@@ -486,31 +484,22 @@ class TestDeletes:
         hub: Hub,
         dsn: str,
         db: Database,
-        sentinel: Callable[[], None],
+        sentinel: Sentinel,
         options: dict[str, Any],
     ) -> None:
         """[32, 33] One event a row, to model and label; each subscription ends by itself."""
-        hub.start(
-            dsn,
-            [
-                watch(Thing, "deleted", **options),
-                watch("things", "deleted", label="too", **options),
-                SENTINEL,
-            ],
-        )
-        by_model, end_model = subscribed(hub, Thing, "deleted")
-        by_label, end_label = subscribed(hub, "too")
+        pair = Pair(hub, dsn, "deleted", options)
         db("DELETE FROM things")
         sentinel()
-        assert sorted(ids(by_model)) == sorted(ids(by_label)) == [1, 2]
-        for end, counts in ((end_model, (2, 3)), (end_label, (2, 3))):
+        assert sorted(ids(pair.model)) == sorted(ids(pair.label)) == [1, 2]
+        for end in (pair.end_model, pair.end_label):
             end.cancel()
             db("INSERT INTO things DEFAULT VALUES; DELETE FROM things")
             sentinel()
-            assert (len(by_model.items), len(by_label.items)) == counts
-        assert by_label.items[-1].id == 3
+            assert pair.counts == (2, 3)
+        assert pair.label.items[-1].id == 3
 
-    def test_by_id(self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]) -> None:
+    def test_by_id(self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel) -> None:
         """[34] Only the record asked for; nothing once the subscription has ended."""
         hub.start(dsn, [(Thing, "deleted"), SENTINEL])
         recorder, _ = subscribed(hub, Thing, "deleted", id=1)
@@ -520,24 +509,12 @@ class TestDeletes:
         sentinel()
         assert (ids(recorder), ids(ended)) == ([1], [])
 
-    def test_by_an_association(
-        self, hub: Hub, dsn: str, db: Database, sentinel: Callable[[], None]
-    ) -> None:
+    def test_by_an_association(self, hub: Hub, dsn: str, db: Database, sentinel: Sentinel) -> None:
         """[35] Only former children of the parent asked for, with the value that they had."""
-        hub.start(
-            dsn,
-            [
-                watch(Thing, "deleted", extra=["parent_id"]),
-                watch("things", "deleted", extra=["parent_id"], label="too"),
-                SENTINEL,
-            ],
-        )
-        by_model, _ = subscribed(hub, Thing, "deleted", parent_id=1)
-        by_label, _ = subscribed(hub, "too", parent_id=1)
+        pair = Pair(hub, dsn, "deleted", CHILDREN, parent_id=1)
         db("DELETE FROM things")
         sentinel()
-        for recorder in (by_model, by_label):
-            assert [(e.id, e.values) for e in recorder.items] == [(2, {"parent_id": 1})]
+        assert pair.found == 2 * [[(2, {"parent_id": 1})]]
 
 
 class TestDetails:
@@ -559,15 +536,19 @@ class TestLogging:
         watch(Thing, "updated", extra=["number"], label="second"),
     )
 
+    def deliver_one(self, hub: Hub, dsn: str, db: Database) -> None:
+        """Have one event delivered, to a receiver of the first watcher."""
+        hub.start(dsn, self.WATCHERS)
+        recorder, _ = subscribed(hub, "first")
+        db("UPDATE things SET text = 'c' WHERE id = 1")
+        recorder.wait(1)
+
     def test_each_step_at_debug(
         self, hub: Hub, dsn: str, db: Database, caplog: pytest.LogCaptureFixture
     ) -> None:
         """[41] Connecting, listening, installing, subscribing, receiving, delivering."""
         caplog.set_level(logging.DEBUG, "pgsignals")
-        hub.start(dsn, self.WATCHERS)
-        recorder, _ = subscribed(hub, "first")
-        db("UPDATE things SET text = 'c' WHERE id = 1")
-        recorder.wait(1)
+        self.deliver_one(hub, dsn, db)
         hub.stop()
         name = hub_channel(caplog, "updated of 'first' on Thing")
         for line in (
@@ -590,10 +571,7 @@ class TestLogging:
     ) -> None:
         """[40] There is no option on a watcher: each line names it, so that a filter can choose."""
         caplog.set_level(logging.DEBUG, "pgsignals")
-        hub.start(dsn, self.WATCHERS)
-        recorder, _ = subscribed(hub, "first")
-        db("UPDATE things SET text = 'c' WHERE id = 1")
-        recorder.wait(1)
+        self.deliver_one(hub, dsn, db)
         delivered = [r.getMessage() for r in caplog.records if "delivering" in r.getMessage()]
         assert len(delivered) == 1
         assert "'first'" in delivered[0]
@@ -603,10 +581,7 @@ class TestLogging:
     ) -> None:
         """[40, 41] At INFO only what was changed in the database is logged."""
         caplog.set_level(logging.INFO, "pgsignals")
-        hub.start(dsn, self.WATCHERS)
-        recorder, _ = subscribed(hub, "first")
-        db("UPDATE things SET text = 'c'")
-        recorder.wait(2)
+        self.deliver_one(hub, dsn, db)
         assert {r.getMessage().split()[0] for r in caplog.records} == {"installed"}
 
 

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -16,9 +17,12 @@ import pytest
 import pgsignals
 from pgsignals import Gap, Hub
 from pgsignals.core.backoff import Backoff
+from pgsignals.sources import thread as source
 from pgsignals.testing import Server
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.proxy import Proxy
+from tests.sources import source_session, source_thread
+from tests.waiting import eventually
 
 HEARTBEAT = {"heartbeat": 0.3, "heartbeat_timeout": 0.5}
 
@@ -60,19 +64,18 @@ def test_a_black_hole_is_noticed(hub: Hub, dsn: str, db: Database, proxy: Proxy)
     assert gaps.wait(1)[0].reason == "reconnected"
 
 
-def test_a_quiet_connection_is_left_alone(hub: Hub, dsn: str, proxy: Proxy) -> None:
+def test_a_quiet_connection_is_left_alone(
+    hub: Hub, dsn: str, db: Database, proxy: Proxy, recorder: Recorder, looks: Recorder
+) -> None:
     """Heartbeats that are answered cause neither a Gap nor a new connection."""
+    hub.on_gap(recorder)
     hub.start(dsn, ["items"], listen_dsn=through(proxy, dsn), heartbeat=0.01)
-    session = hub._delivery.source._session
-    deadline = time.monotonic() + DEADLINE
-    heard = hub._delivery.source._heard
-    for _ in range(5):
-        while hub._delivery.source._heard == heard:
-            assert time.monotonic() < deadline
-            threading.Event().wait(0.005)
-        heard = hub._delivery.source._heard
-    assert hub._delivery.source._session is session
+    session = source_session(db)
+    # Each heartbeat that is answered is followed by a look at the triggers.
+    looks.wait(len(looks.items) + 5)
+    assert source_session(db) == session
     assert hub.status().reconnects == 0
+    assert recorder.items == []
 
 
 def test_a_server_that_never_answers(dsn: str, proxy: Proxy, hub: Hub) -> None:
@@ -94,13 +97,16 @@ def test_slow_networks_lose_nothing(
     assert [event.id for event in recorder.wait(5000)] == list(range(1, 5001))
 
 
-def test_whatever_breaks_every_loss_lies_in_a_gap(proxy_server: Server) -> None:
+def test_whatever_breaks_every_loss_lies_in_a_gap(
+    proxy_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through 20 random interruptions, numbers are missing inside announced Gaps only.
 
     Cuts, black holes longer than the heartbeat, terminated backends, restarts fast and immediate,
     while a writer commits numbered rows. At the end the same thread runs, with as many descriptors
     and threads as at the start.
     """
+    monkeypatch.setattr(source, "Backoff", partial(Backoff, 0.05, 0.3))
     server = proxy_server
     dsn = server.create_database()
     with Proxy("127.0.0.1", server.port) as proxy, Hub() as hub:
@@ -115,15 +121,15 @@ def test_whatever_breaks_every_loss_lies_in_a_gap(proxy_server: Server) -> None:
             gaps.append(gap)
             back.release()
 
+        lost = Recorder()
+        hub.disconnected.connect(lambda hub, error: lost(error), weak=False)
         hub.start(dsn, ["items"], listen_dsn=through(proxy, dsn), **HEARTBEAT)
-        source = hub._delivery.source
-        source._backoff = Backoff(0.05, 0.3)
-        thread = source._thread
+        thread = source_thread()
         writer = Writer(dsn)
         writer.start()
         writer.wrote(20)
         before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-        faults = Faults(server, proxy, dsn, writer)
+        faults = Faults(server, proxy, dsn, lost)
         chosen = random.Random(7).choices(faults.all, k=20)
         for number, fault in enumerate(chosen, 1):
             fault()
@@ -132,7 +138,7 @@ def test_whatever_breaks_every_loss_lies_in_a_gap(proxy_server: Server) -> None:
         writer.wrote(20)
         writer.stop()
         last = writer.rows[-1][0]
-        _wait_for(lambda: last in got)
+        eventually(lambda: last in got, bool)
         assert len(gaps) == 20
         missing = [
             (number, early, late) for number, early, late in writer.rows if number not in got
@@ -140,9 +146,9 @@ def test_whatever_breaks_every_loss_lies_in_a_gap(proxy_server: Server) -> None:
         for number, early, late in missing:
             assert any(gap.since <= late and early <= gap.until for gap in gaps), number
         assert missing, "no fault cost anything: the test proves nothing"
-        assert source._thread is thread
+        assert source_thread() is thread
         assert thread.is_alive()
-        _wait_for(lambda: threading.active_count() <= before[0])
+        eventually(threading.active_count, lambda count: count <= before[0])
         assert len(os.listdir("/proc/self/fd")) <= before[1]
 
 
@@ -198,11 +204,11 @@ class Writer(threading.Thread):
 class Faults:
     """What is done to the connection."""
 
-    def __init__(self, server: Server, proxy: Proxy, dsn: str, writer: Writer) -> None:
+    def __init__(self, server: Server, proxy: Proxy, dsn: str, lost: Recorder) -> None:
         self._server = server
         self._proxy = proxy
         self._dsn = dsn
-        self._writer = writer
+        self._lost = lost
         self.all: list[Callable[[], None]] = [
             self.cut,
             self.black_hole,
@@ -216,9 +222,10 @@ class Faults:
         self._proxy.cut()
 
     def black_hole(self) -> None:
-        """Silence, longer than the heartbeat and its timeout."""
+        """Silence, longer than the heartbeat and its timeout: until the connection is given up."""
+        losses = len(self._lost.items)
         self._proxy.stall()
-        threading.Event().wait(1.2 * sum(HEARTBEAT.values()))
+        self._lost.wait(losses + 1)
         self._proxy.resume()
 
     def terminate(self) -> None:
@@ -235,10 +242,3 @@ class Faults:
     def restart_immediate(self) -> None:
         """Restart the server as after a crash."""
         self._server.restart("immediate")
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.01)

@@ -15,6 +15,7 @@ from psycopg2.sql import SQL, Identifier, Literal
 from pgsignals import Hub, watch
 from pgsignals.testing import Server
 from tests.conftest import Database, Recorder
+from tests.sources import source_session, source_thread
 
 EXAMPLES, EACH = 500, 20
 LONGEST = 7999
@@ -84,8 +85,8 @@ def stranger(server: Server, dsn: str, connect: Callable[[str], Database]) -> Da
 
 
 def channels(hub: Hub) -> list[str]:
-    """The channels that the Hub listens to."""
-    return sorted(hub._delivery.source._decoders)
+    """The channels that the Hub listens to, which go by the names of its triggers."""
+    return sorted(state.name for state in hub.status().watchers)
 
 
 def captured(db: Database, names: list[str], writes: list[str]) -> list[str]:
@@ -133,8 +134,7 @@ def test_payloads_of_a_stranger(
     )
     hub.subscribe(read, "items")
     hub.subscribe(read, "renamed")
-    source = hub._delivery.source
-    names, session, thread = channels(hub), source._session, source._thread
+    names, session, thread = channels(hub), source_session(db), source_thread()
     valid = captured(
         connect(dsn),
         names,
@@ -168,8 +168,9 @@ def test_payloads_of_a_stranger(
     last = seen.wait_until(lambda event: event.id == 424242 and event.table == "items")[-1]
     assert last.op == "inserted"
     assert failures.items == []
-    assert sent / 2 < source.invalid < sent
-    assert (source._session, source._thread, source.reconnects) == (session, thread, 0)
+    status = hub.status()
+    assert sent / 2 < status.invalid < sent
+    assert (source_session(db), source_thread(), status.reconnects) == (session, thread, 0)
     assert {gap.reason for gap in gaps.items} <= {"watcher_broken"}
 
 

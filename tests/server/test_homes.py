@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +28,9 @@ from pgsignals.hub.hub import Delivery
 from pgsignals.postgres.dsn import display
 from pgsignals.testing import Server
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.connections import django_databases
 from tests.proxy import Proxy
+from tests.waiting import settle
 
 if not django.conf.settings.configured:
     django.conf.settings.configure()
@@ -199,7 +200,8 @@ def test_an_application_with_both(
     assert set(seen.wait(2)) == {(shop.Order, 1), (shop.Report, 3)}
     assert rows.wait(1) == [{"id": 3}]
     assert signals.hub is not reports.hub
-    assert all(hub._settle(DEADLINE) for hub in (signals.hub, reports.hub))
+    for each in (signals.hub, reports.hub):
+        settle(each)
     assert len(seen.items) == 2
     with app.test_request_context():
         assert position(shop.Report, bind_key="reports")
@@ -370,34 +372,6 @@ class FromReplica:
         return "reports"
 
 
-@contextmanager
-def django_databases(**dsns: str) -> Iterator[None]:
-    """Django's connections, to these databases."""
-    connections = django.db.connections
-    settings, before = connections.settings, connections["default"]
-    connections.settings = connections.configure_settings(
-        {alias: _as_settings(parse_dsn(dsn)) for alias, dsn in dsns.items()}
-    )
-    for alias in dsns:
-        connections[alias] = connections.create_connection(alias)
-    try:
-        yield
-    finally:
-        for alias in dsns:
-            connections[alias].close()
-            del connections[alias]
-        connections.settings = settings
-        connections["default"] = before
-
-
-def _as_settings(given: Mapping[str, str]) -> dict[str, Any]:
-    names = {"NAME": "dbname", "USER": "user", "HOST": "host", "PORT": "port"}
-    names["PASSWORD"] = "password"
-    return {"ENGINE": "django.db.backends.postgresql"} | {
-        name: given[key] for name, key in names.items() if key in given
-    }
-
-
 @pytest.fixture
 def both(
     each_dsn: str, reports_dsn: str, main_db: Database, reports_db: Database
@@ -448,7 +422,7 @@ def test_a_hub_for_another_alias(
         main_db("INSERT INTO reports VALUES (1); INSERT INTO orders VALUES (1)")
         reports_db("INSERT INTO reports VALUES (2); INSERT INTO orders VALUES (3)")
         assert set(loaded.wait(2)) == {(2, 2), ("named", 3)}
-        assert hub._settle(DEADLINE)
+        settle(hub)
         assert len(loaded.items) == 2
         hub.stop()
 

@@ -26,6 +26,7 @@ from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import Limits
 from pgsignals.triggers.sql import Trigger
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.waiting import eventually
 
 OURS = """
 SELECT t.tgname::text, t.tgrelid::regclass::text FROM pg_trigger t
@@ -61,12 +62,8 @@ def install(dsn: str, watchers: Sequence[Any], namespace: str = "default") -> li
 
 
 def poll(question: Callable[[], Any]) -> Any:
-    """The first answer that is true; fails after the deadline."""
-    end = time.monotonic() + DEADLINE
-    while not (answer := question()):
-        assert time.monotonic() < end, "it never came true"
-        threading.Event().wait(0.005)
-    return answer
+    """The first answer that is true."""
+    return eventually(question, bool)
 
 
 class Counted(Cursor):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from psycopg2.extensions import parse_dsn
@@ -14,9 +13,11 @@ from pgsignals.dispatch import held_events
 from pgsignals.outbox.housekeeping import tidy
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.grants import installer as installer
+from tests.hanging import Next, hanging, in_order, start, until_none_parked, until_parked, write
+from tests.hanging import again as again
 from tests.hanging import gate as gate
-from tests.hanging import hanging, in_order, parked, start, until_parked, write
 from tests.hanging import others as others
+from tests.hanging import park as park
 from tests.hanging import shop as shop
 from tests.table_changes import now
 from tests.waiting import eventually
@@ -25,29 +26,6 @@ CUT = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
     " WHERE datname = current_database() AND pid <> pg_backend_pid()"
 )
-
-
-@pytest.fixture
-def again() -> Iterator[Callable[..., Recorder]]:
-    """Starts a Hub whose receiver hangs no more, as the next process would."""
-    hubs: list[pgsignals.Hub] = []
-
-    def begin(shop: Database, *, late: bool = False, **options: Any) -> Recorder:
-        hub, opened, taken = pgsignals.Hub(), threading.Event(), Recorder()
-        opened.set()
-        hubs.append(hub)
-        if late:
-            hub.on("items")(Recorder())
-        else:
-            hanging(hub, opened, Recorder(), taken)
-        start(hub, shop, **options)
-        if late:
-            hanging(hub, opened, Recorder(), taken)
-        return taken
-
-    yield begin
-    for hub in hubs:
-        hub.stop()
 
 
 def test_a_call_that_outlives_its_connection(
@@ -77,46 +55,32 @@ def test_a_call_that_outlives_its_connection(
     until_parked(hub, shop, 170)
     gate.set()
     recorder.wait(171)
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
 
 
 def test_nothing_comes_later(
-    hub: pgsignals.Hub,
-    shop: Database,
-    gate: threading.Event,
-    others: Recorder,
-    again: Callable[..., Recorder],
+    hub: pgsignals.Hub, park: Callable[..., None], again: Callable[..., Next]
 ) -> None:
     """A receiver that comes after the start gets what is kept for it, without a further event."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park()
     hub.stop(0.2)
-    taken = again(shop, late=True)
+    taken = again(late=True).taken
     taken.wait(90)
     assert in_order(taken)
 
 
 def test_the_next_process_has_one_worker(
-    hub: pgsignals.Hub,
-    shop: Database,
-    gate: threading.Event,
-    others: Recorder,
-    again: Callable[..., Recorder],
+    hub: pgsignals.Hub, shop: Database, park: Callable[..., None], again: Callable[..., Next]
 ) -> None:
     """What is kept comes before anything later there, too."""
-    hanging(hub, gate, others, Recorder())
-    start(hub, shop)
-    write(shop, 8)
-    until_parked(hub, shop, 90)
+    park()
     hub.stop(0.2)
     write(shop, 2, first=8)
-    taken = again(shop, workers=1)
+    taken = again(workers=1).taken
     taken.wait(110)
     assert in_order(taken)
     assert len(taken.items) == 110
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
     write(shop, 1, first=10)
     taken.wait(120)
     assert in_order(taken)
@@ -155,7 +119,7 @@ def test_what_cannot_be_read_for_a_while(
     shop(f"GRANT TRIGGER ON items TO {role}")
     taken = recorder.wait_until(lambda _: {key for key, _ in recorder.items} == {1, 2})
     assert {n for _, n in taken} == {0}
-    eventually(lambda: parked(shop), lambda count: count == 0)
+    until_none_parked(shop)
 
 
 def test_the_gap_of_what_was_kept_for_too_long(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ import pytest
 import sqlalchemy as sa
 import sqlmodel
 from django.db import models
-from psycopg2.extensions import parse_dsn
 from sqlalchemy import orm
 
 import pgsignals
 from pgsignals import Hub, Table, TableRef, watch
 from tests.conftest import Database, Recorder
+from tests.connections import django_connection
 
 
 class Base(orm.DeclarativeBase):
@@ -269,31 +268,6 @@ def test_flask_sqlalchemy(hub: Hub, dsn: str, recorder: Recorder) -> None:
         assert event.load(db.session).title == "Hello"
         db.session.remove()
         db.engine.dispose()
-
-
-@contextmanager
-def django_connection(dsn: str) -> Iterator[Any]:
-    """Django's default connection, to this database."""
-    given = parse_dsn(dsn)
-    connections = django.db.connections
-    settings, before = connections.settings, connections["default"]
-    connections.settings = connections.configure_settings(
-        {
-            "default": {
-                "ENGINE": "django.db.backends.postgresql",
-                "NAME": given["dbname"],
-                "USER": given["user"],
-                "HOST": given["host"],
-                "PORT": given["port"],
-            }
-        }
-    )
-    connections["default"] = connections.create_connection("default")
-    try:
-        yield connections["default"]
-    finally:
-        connections["default"].close()
-        connections.settings, connections["default"] = settings, before
 
 
 def test_django(hub: Hub, dsn: str, db: Database, recorder: Recorder) -> None:

@@ -27,6 +27,7 @@ from pgsignals.outbox import housekeeping
 from pgsignals.sources.notify import NotifySource
 from pgsignals.sources.polling import Poller
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.hub_parts import break_pages, relay_source, tail_source
 from tests.odd_errors import ODD, SECRET
 from tests.waiting import eventually
 
@@ -541,19 +542,11 @@ def test_a_thread_of_outbox_delivery_that_ends(
 
 @pytest.mark.threads_die
 @pytest.mark.parametrize("where", ["tail", "relay"])
-def test_a_source_that_ends_beside_the_hubs_own(
-    hub: Hub, shop: Database, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_source_that_ends_beside_the_hubs_own(hub: Hub, shop: Database, where: str) -> None:
     """The one that reads for browsers, or for a broker, is told of too."""
     hub.subscribe(lambda event: None, "items")
     hub.start(shop.dsn, ["items"], backends=[Quiet()], **options("outbox"))
-    if where == "tail":
-        tail = hub._tail()
-        assert tail is not None
-        monkeypatch.setattr(tail.source._poller, "read_page", faulty)
-    else:
-        [forwarder] = hub._delivery._forwarders  # type: ignore[union-attr]
-        monkeypatch.setattr(forwarder.source._poller, "read_page", faulty)
+    break_pages(tail_source(hub) if where == "tail" else relay_source(hub), faulty)
     shop("INSERT INTO items DEFAULT VALUES")
     ends(hub, "source")
 

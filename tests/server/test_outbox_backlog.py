@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -13,7 +14,9 @@ from tests.conftest import DEADLINE, Database, Recorder
 from tests.waiting import eventually
 
 
-def test_a_backlog_does_not_fill_the_memory(hub: pgsignals.Hub, dsn: str, db: Database) -> None:
+def test_a_backlog_does_not_fill_the_memory(
+    hub: pgsignals.Hub, dsn: str, db: Database, until_polled: Callable[[], None]
+) -> None:
     """Of a large statement, no more is read than is about to be delivered."""
     db("CREATE TABLE items (id bigint PRIMARY KEY)")
     hub.start(dsn, ["items"], delivery="outbox", name="mailer")
@@ -29,16 +32,13 @@ def test_a_backlog_does_not_fill_the_memory(hub: pgsignals.Hub, dsn: str, db: Da
     hub.start(dsn, ["items"], delivery="outbox", name="mailer", queue_size=1000)
     try:
         assert going.wait(DEADLINE)
-        settled = threading.Event()
-        before = -1
-        for _ in range(100):
-            now = hub.status().unacknowledged
-            if now and now == before:
-                break
-            before = now
-            settled.wait(0.1)
-        else:
-            pytest.fail("it reads on and on")
+
+        def read() -> tuple[int, int]:
+            before = hub.status().unacknowledged
+            until_polled()
+            return before, hub.status().unacknowledged
+
+        _, now = eventually(read, lambda found: 0 < found[0] == found[1])
         # Ten times the queue, and the page that goes past it.
         assert now < 120_000
     finally:

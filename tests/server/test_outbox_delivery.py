@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import psycopg2
@@ -35,14 +36,13 @@ def start(hub: pgsignals.Hub, shop: Database, **options: Any) -> pgsignals.Hub:
 
 def acknowledged(hub: pgsignals.Hub, count: int) -> None:
     """Wait until the consumer has acknowledged so many events."""
-    waiting = threading.Event()
-    for _ in range(int(DEADLINE / 0.05)):
+
+    def so_far() -> int:
         outbox = hub.status().outbox
         assert outbox is not None
-        if sum(each.acknowledged for each in outbox.consumers) >= count:
-            return
-        waiting.wait(0.05)
-    raise AssertionError(f"not acknowledged: {outbox}")
+        return sum(each.acknowledged for each in outbox.consumers)
+
+    eventually(so_far, lambda found: found >= count)
 
 
 def test_what_events_say(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
@@ -104,7 +104,7 @@ def test_a_slow_transaction(hub: pgsignals.Hub, shop: Database, recorder: Record
 
 
 def test_a_transaction_that_began_long_ago(
-    hub: pgsignals.Hub, shop: Database, recorder: Recorder
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, until_polled: Callable[[], None]
 ) -> None:
     """The rows of a transaction that is the latest of all are found, however old they are.
 
@@ -115,7 +115,8 @@ def test_a_transaction_that_began_long_ago(
     others = psycopg2.connect(shop.dsn)
     try:
         others.cursor().execute("INSERT INTO items VALUES (1)")
-        threading.Event().wait(1.0)
+        for _ in range(2):
+            until_polled()
         others.commit()
         assert [event.id for event in recorder.wait(1)] == [1]
     finally:
@@ -411,19 +412,14 @@ def test_it_sleeps_and_wakes(hub: pgsignals.Hub, shop: Database, recorder: Recor
     try:
         elsewhere.cursor().execute("SELECT pg_current_xact_id()")
         start(hub, shop)
-        pause = threading.Event()
+        awake = (
+            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
+            " AND objid = %s AND database = (SELECT oid FROM pg_database"
+            " WHERE datname = current_database())"
+        )
+        lock = (names.LOCK_CLASS, names.AWAKE_LOCK)
         for round_ in (1, 2):
-            for _ in range(int(DEADLINE / 0.05)):
-                if not shop(
-                    "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
-                    " AND objid = %s AND database = (SELECT oid FROM pg_database"
-                    " WHERE datname = current_database())",
-                    (names.LOCK_CLASS, names.AWAKE_LOCK),
-                ):
-                    break
-                pause.wait(0.05)
-            else:
-                pytest.fail("it does not sleep")
+            eventually(lambda: shop(awake, lock), lambda rows: not rows)
             shop("INSERT INTO items VALUES (%s)", (round_,))
             recorder.wait(round_, timeout=2.0)
     finally:
@@ -530,13 +526,8 @@ def test_a_loss_while_the_consumer_acknowledges(
     try:
         # As housekeeping does when it drops a partition.
         tidying.cursor().execute("UPDATE pgsignals.consumers SET lost_until = now()")
-        pause = threading.Event()
-        for _ in range(int(DEADLINE / 0.02)):
-            if shop("SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"):
-                break
-            pause.wait(0.02)
-        else:
-            pytest.fail("it does not acknowledge")
+        waiting = "SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted"
+        eventually(lambda: shop(waiting), bool)
         tidying.commit()
     finally:
         tidying.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import psycopg2
@@ -11,7 +10,8 @@ import pytest
 import pgsignals
 from pgsignals.consumers.consumer_store import ConsumerStore
 from pgsignals.sources.polling import Poller
-from tests.conftest import DEADLINE, Database, Recorder
+from tests.conftest import Database, Recorder
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -27,12 +27,7 @@ def start(hub: pgsignals.Hub, shop: Database, **options: Any) -> pgsignals.Hub:
 
 def until(db: Database, statement: str) -> None:
     """Wait until the statement says true."""
-    waiting = threading.Event()
-    for _ in range(int(DEADLINE / 0.02)):
-        if db(statement) == [(True,)]:
-            return
-        waiting.wait(0.02)
-    pytest.fail(f"never true: {statement}")
+    eventually(lambda: db(statement), lambda rows: rows == [(True,)])
 
 
 def test_events_dropped_while_the_consumer_acknowledges(

@@ -21,6 +21,8 @@ from pgsignals.sources import notify
 from pgsignals.testing import Server
 from tests.broadcasters import Collector, message
 from tests.conftest import DEADLINE, NEWEST, Database, Recorder
+from tests.hub_parts import collected
+from tests.waiting import eventually
 
 TOTAL = 200_000
 # Two records of which each of two workers has one.
@@ -254,7 +256,7 @@ class Flood:
             self._timed("INSERT INTO items SELECT FROM generate_series(1, 500)")
             for _ in range(TOTAL // 500)
         ]
-        _wait_for(lambda: self.handled >= target, 4 * DEADLINE)
+        eventually(lambda: self.handled, lambda count: count >= target, 4 * DEADLINE)
         assert self.handled == target
         return writes, 1000 * (time.monotonic() - began)
 
@@ -313,8 +315,8 @@ def test_a_slow_receiver_costs_the_others_nothing(
     assert threading.active_count() == threads + 4
     assert not gaps.items
     release.set()
-    _wait_for(lambda: hub.status().depth == 0, 4 * DEADLINE)
-    _wait_for(lambda: len(gaps.items) == 4, DEADLINE)
+    eventually(lambda: hub.status().depth, lambda depth: depth == 0, 4 * DEADLINE)
+    eventually(lambda: len(gaps.items), lambda count: count == 4)
     assert {(gap.reason, name in gap.detail) for gap in gaps.items} == {("overflow", True)}
     assert len(first.items) + hub.status().shed == TOTAL + 400
     assert hub.health().ready
@@ -363,7 +365,7 @@ def test_memory_is_bounded_with_one_worker(
     before = memory("VmRSS")
     for _ in range(20):
         db("INSERT INTO items SELECT FROM generate_series(1, 10000)")
-    _wait_for(lambda: hub._delivery.source.received == TOTAL, 4 * DEADLINE)
+    eventually(lambda: hub.status().received, lambda count: count == TOTAL, 4 * DEADLINE)
     growth = memory("VmHWM") - before
     status = hub.status()
     record_property("memory growth, MB", round(growth, 1))
@@ -397,17 +399,16 @@ def test_a_batch_receiver_that_is_too_slow(
     hub.subscribe(others, "items", "updated")
     for _ in range(20):
         db("INSERT INTO items SELECT FROM generate_series(1, 1000)")
-    _wait_for(lambda: hub.status().shed > 5000, DEADLINE)
-    [batcher] = hub._callbacks.timer._batchers
-    assert len(batcher._latest) <= 100 + batches.SPARE
+    eventually(lambda: hub.status().shed, lambda count: count > 5000)
+    assert collected(hub) <= 100 + batches.SPARE
     if workers > 1:
-        _wait_for(lambda: hub._delivery.source.received == 20_001, DEADLINE)
+        eventually(lambda: hub.status().received, lambda count: count == 20_001)
         assert hub.status().aside[0].endswith("slow")
         db("UPDATE items SET id = id WHERE id = 1")
         assert others.wait(1)[0].id == 1
     gate.set()
     assert gaps.wait(1)[0].reason == "overflow"
-    _wait_for(lambda: sum(sizes.items) + hub.status().shed == 20_001, DEADLINE)
+    eventually(lambda: sum(sizes.items) + hub.status().shed, lambda count: count == 20_001)
     assert hub.stop()
 
 
@@ -427,8 +428,7 @@ def test_a_batch_receiver_that_stops_the_hub_while_it_is_behind(
     hub.start(dsn, ["items"], queue_size=50_000)
     db("INSERT INTO items DEFAULT VALUES")
     db("INSERT INTO items SELECT FROM generate_series(1, 20000)")
-    [batcher] = hub._callbacks.timer._batchers
-    _wait_for(lambda: len(batcher._latest) == 1 + batches.SPARE, DEADLINE)
+    eventually(lambda: collected(hub), lambda count: count == 1 + batches.SPARE)
     full.set()
     [(drained, seconds)] = outcome.wait(1)
     assert drained
@@ -436,7 +436,10 @@ def test_a_batch_receiver_that_stops_the_hub_while_it_is_behind(
 
 
 def test_the_log_warns_before_writers_fail(
-    hub: Hub, connect: Callable[[str], Database], caplog: pytest.LogCaptureFixture
+    hub: Hub,
+    connect: Callable[[str], Database],
+    caplog: pytest.LogCaptureFixture,
+    until_looked: Callable[[], None],
 ) -> None:
     """A foreign listener in a transaction fills the queue: the log tells, from a tenth on."""
     caplog.set_level(logging.WARNING, "pgsignals")
@@ -454,10 +457,10 @@ def test_the_log_warns_before_writers_fail(
             foreign("SELECT 1")
             page = "SELECT count(pg_notify('elsewhere', i || repeat('x', 7000)))"
             db(f"{page} FROM generate_series(1, 3) i")
-            _heartbeat(hub)
+            until_looked()
             assert warned() == []
             db(f"{page} FROM generate_series(4, 12) i")
-            _wait_for(warned, DEADLINE)
+            eventually(warned, bool)
             assert 0.1 <= warned()[0] < 0.3
             assert "doctor" in caplog.text
             # A writer still commits, long after the first warning.
@@ -484,19 +487,3 @@ def test_the_log_warns_while_reading_pauses(
                     break
             gate.set()
             assert any(hasattr(record, "queue_usage") for record in caplog.records)
-
-
-def _heartbeat(hub: Hub) -> None:
-    """Until a heartbeat that begins after this call has come back."""
-    heard = hub._delivery.source._usage_read_at
-    for _ in range(2):
-        _wait_for(lambda heard=heard: hub._delivery.source._usage_read_at > heard, DEADLINE)
-        heard = hub._delivery.source._usage_read_at
-
-
-def _wait_for(condition: Callable[[], object], seconds: float) -> None:
-    """Until ``condition()`` holds; fails after the deadline."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.01)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import threading
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,6 +15,7 @@ from pgsignals import Gap, Hub, watch
 from pgsignals.sources import notify
 from pgsignals.testing import Server
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.sources import source_thread
 from tests.waiting import eventually
 
 KILL = (
@@ -30,11 +30,6 @@ def items(db: Database) -> None:
     db("CREATE TABLE items (id bigserial PRIMARY KEY, name text)")
 
 
-def thread() -> threading.Thread:
-    """The thread of the source."""
-    return next(t for t in threading.enumerate() if t.name == "pgsignals-source")
-
-
 def test_a_terminated_session_is_replaced(hub: Hub, each_dsn: str, each_db: Database) -> None:
     """The Gap covers what was missed, comes before what follows, and the thread is the same."""
     dsn, db = each_dsn, each_db
@@ -44,7 +39,7 @@ def test_a_terminated_session_is_replaced(hub: Hub, each_dsn: str, each_db: Data
     hub.on_gap(order)
     hub.disconnected.connect(lambda hub, error: order("disconnected"), weak=False)
     hub.start(dsn, ["items"])
-    before = thread()
+    before = source_thread()
     db("INSERT INTO items (name) VALUES ('before')")
     order.wait(1)
     for _ in range(3):
@@ -63,7 +58,7 @@ def test_a_terminated_session_is_replaced(hub: Hub, each_dsn: str, each_db: Data
         assert gap.reason == "reconnected"
         if missed not in seen:
             assert gap.since <= missed_at <= gap.until + timedelta(seconds=1)
-    assert thread() is before
+    assert source_thread() is before
     assert hub.status().reconnects == 3
 
 
@@ -142,9 +137,9 @@ def test_events_that_wait_survive_a_reconnection(
     for _ in range(5):
         db("INSERT INTO items (name) VALUES ('a')")
     assert entered.wait(DEADLINE)
-    _wait_for(lambda: hub.status().received == 5)
+    eventually(lambda: hub.status().received, lambda count: count == 5)
     db(KILL)
-    _wait_for(lambda: hub.status().reconnects == 1)
+    eventually(lambda: hub.status().reconnects, lambda count: count == 1)
     gate.set()
     assert [event.id for event in recorder.wait(5)] == [1, 2, 3, 4, 5]
     gaps.wait(1)
@@ -172,7 +167,7 @@ def test_events_are_shed_when_receivers_are_too_slow(
     assert entered.wait(DEADLINE)
     for _ in range(20):
         db("INSERT INTO items (name) VALUES ('more')")
-    _wait_for(lambda: hub.status().shed == 20)
+    eventually(lambda: hub.status().shed, lambda count: count == 20)
     gate.set()
     gap = order.wait_until(lambda item: isinstance(item, Gap))[-1]
     db("INSERT INTO items (name) VALUES ('last')")
@@ -254,11 +249,3 @@ def test_many_descriptors(dsn: str, db: Database, recorder: Recorder) -> None:
         for descriptor in descriptors:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def _wait_for(condition: Any) -> None:
-    """Until ``condition()`` holds; fails after the deadline."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.01)

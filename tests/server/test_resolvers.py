@@ -24,7 +24,6 @@ import pytest
 import sqlalchemy as sa
 import sqlmodel
 from django.db import models
-from psycopg2.extensions import parse_dsn
 from sqlalchemy import orm
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.hybrid import hybrid_property
@@ -33,6 +32,7 @@ from pgsignals.core.tables import Table, TableRef
 from pgsignals.errors import ModelError
 from pgsignals.resolvers import BUILTIN, DjangoResolver, PlainResolver, SQLAlchemyResolver
 from pgsignals.triggers.table_lookup import describe, resolve
+from tests.connections import django_connection, driver_url
 
 SQLALCHEMY, DJANGO, PLAIN = SQLAlchemyResolver(), DjangoResolver(), PlainResolver()
 
@@ -213,10 +213,6 @@ def execute(dsn: str, script: str) -> None:
         connection.commit()
 
 
-def url(dsn: str, driver: str) -> str:
-    return dsn.replace("postgresql://", f"postgresql+{driver}://")
-
-
 @contextmanager
 def queries(engine: sa.Engine) -> Iterator[list[str]]:
     """The statements sent inside the block."""
@@ -232,7 +228,7 @@ def queries(engine: sa.Engine) -> Iterator[list[str]]:
 
 @pytest.fixture(params=["psycopg2", "psycopg"])
 def engine(request: pytest.FixtureRequest, dsn: str) -> Iterator[sa.Engine]:
-    engine = sa.create_engine(url(dsn, request.param))
+    engine = sa.create_engine(driver_url(dsn, request.param))
     with engine.begin() as connection:
         connection.execute(sa.schema.CreateSchema("fleet"))
         Base.metadata.create_all(connection)
@@ -558,32 +554,6 @@ def test_sessions_of_other_kinds_are_not_used(dsn: str, engine: sa.Engine) -> No
 # Loading through Django
 
 
-@contextmanager
-def django_connection(dsn: str) -> Iterator[Any]:
-    """Django's default connection, to this database while the block lasts."""
-    parts = parse_dsn(dsn)
-    connections: Any = django.db.connections
-    settings, before = connections.settings, connections["default"]
-    connections.settings = connections.configure_settings(
-        {
-            "default": {
-                "ENGINE": "django.db.backends.postgresql",
-                "NAME": parts["dbname"],
-                "USER": parts["user"],
-                "PASSWORD": parts.get("password", ""),
-                "HOST": parts["host"],
-                "PORT": parts["port"],
-            }
-        }
-    )
-    connections["default"] = connections.create_connection("default")
-    try:
-        with closing(connections["default"]) as connection:
-            yield connection
-    finally:
-        connections.settings, connections["default"] = settings, before
-
-
 @pytest.fixture
 def places(dsn: str) -> Iterator[Any]:
     execute(
@@ -674,7 +644,7 @@ def plain_session(kind: str, dsn: str) -> Iterator[Any]:
         with django_connection(dsn) as connection:
             yield connection
     else:
-        engine = sa.create_engine(url(dsn, "psycopg" if kind == "engine" else "psycopg2"))
+        engine = sa.create_engine(driver_url(dsn, "psycopg" if kind == "engine" else "psycopg2"))
         if kind == "engine":
             yield engine
         else:

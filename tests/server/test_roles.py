@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import psycopg2
 import pytest
@@ -97,23 +98,53 @@ def install_as(dsn: str, delivery: Delivery) -> int:
         return len(install(cursor, "default", [each.trigger for each in definitions]))
 
 
+class Application:
+    """A database whose triggers an owner installs, and an application in a role of its own."""
+
+    def __init__(
+        self, hub: Hub, dsn: str, delivery: Delivery, make_role: Callable[..., str]
+    ) -> None:
+        self._hub = hub
+        self._dsn = dsn
+        self._transport = delivery
+        self._make_role = make_role
+
+    def install(self, path: str = "shop") -> None:
+        """Install as an owner does."""
+        assert install_as(with_path(self._dsn, path), self._transport) == 4
+
+    def start(self, *grants: str, path: str = "shop", **options: Any) -> str:
+        """Start the Hub as a new role that has these grants, whose address is returned."""
+        app = self._make_role(*grants)
+        if path:
+            app = with_path(app, path)
+        given = {"watchers": WATCHERS, "delivery": self._transport, **options}
+        self._hub.start(app, **given)
+        return app
+
+
+@pytest.fixture
+def application(
+    hub: Hub, dsn: str, shop: str, delivery: Delivery, make_role: Callable[..., str]
+) -> Application:
+    """An application of the shop."""
+    return Application(hub, dsn, delivery, make_role)
+
+
 @pytest.mark.parametrize("path", ["shop", "shop,public", "public,shop", "pg_catalog,shop"])
 def test_an_application_that_may_only_write_starts_after_an_owner_installed(
     hub: Hub,
-    dsn: str,
-    shop: str,
+    application: Application,
     make_role: Callable[..., str],
     connect: Callable[[str], Database],
     recorder: Recorder,
     path: str,
-    delivery: Delivery,
     listening: tuple[str, ...],
 ) -> None:
     """``install="check"`` passes under any search path, and events arrive, values and all."""
-    assert install_as(with_path(dsn, "shop,public"), delivery) == 4
-    app = make_role(*DML, *listening)
+    application.install("shop,public")
     hub.subscribe(recorder, "changed")
-    hub.start(with_path(app, path), WATCHERS, install="check", delivery=delivery)
+    application.start(*DML, *listening, path=path, install="check")
     writer = connect(make_role(*DML, name="writer"))
     writer("SET search_path TO public")
     writer("INSERT INTO shop.orders (status) VALUES ('new')")
@@ -126,32 +157,21 @@ def test_an_application_that_may_only_write_starts_after_an_owner_installed(
 
 
 def test_the_automatic_install_finds_nothing_to_do_either(
-    hub: Hub,
-    dsn: str,
-    shop: str,
-    make_role: Callable[..., str],
-    delivery: Delivery,
-    listening: tuple[str, ...],
+    hub: Hub, application: Application, listening: tuple[str, ...]
 ) -> None:
     """The default ``install="auto"`` needs no privilege while nothing differs."""
-    install_as(with_path(dsn, "shop"), delivery)
-    hub.start(with_path(make_role(*DML, *listening), "shop"), WATCHERS, delivery=delivery)
+    application.install()
+    application.start(*DML, *listening)
     assert hub.running
 
 
 def test_check_says_what_to_run_before_an_owner_has_installed(
-    hub: Hub,
-    dsn: str,
-    shop: str,
-    make_role: Callable[..., str],
-    delivery: Delivery,
-    listening: tuple[str, ...],
+    application: Application, listening: tuple[str, ...]
 ) -> None:
     """Without its triggers an application that checks does not start."""
     expected = r"MISSING inserted on shop\.orders(?s:.*)run `pgsignals install`"
-    app = with_path(make_role(*DML, *listening), "shop")
     with pytest.raises(pgsignals.DriftError, match=expected):
-        hub.start(app, WATCHERS, install="check", delivery=delivery)
+        application.start(*DML, *listening, install="check")
 
 
 @pytest.mark.parametrize(
@@ -201,20 +221,14 @@ def test_a_role_that_may_not_install_is_told_what_it_lacks(
 
 
 def test_trigger_and_create_are_all_that_installing_takes(
-    hub: Hub,
-    db: Database,
-    shop: str,
-    make_role: Callable[..., str],
-    recorder: Recorder,
-    delivery: Delivery,
+    hub: Hub, application: Application, db: Database, recorder: Recorder, delivery: Delivery
 ) -> None:
     """A role that owns no table, and may not even read it, installs, repairs, prunes, removes."""
     grants = ["USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders"]
     if delivery == "outbox":
         grants.append(f"CREATE ON DATABASE {db.connection.info.dbname}")
-    app = with_path(make_role(*grants), "shop")
     hub.subscribe(recorder, "changed")
-    hub.start(app, WATCHERS, delivery=delivery)
+    app = application.start(*grants)
     db("INSERT INTO shop.orders (status) VALUES ('new'); UPDATE shop.orders SET status = 'sent'")
     assert recorder.wait(1)[0].values["status"] == "sent"
     hub.stop()
@@ -231,22 +245,15 @@ def test_trigger_and_create_are_all_that_installing_takes(
 
 
 def test_what_another_role_installed_is_not_ours_to_repair(
-    hub: Hub,
-    dsn: str,
-    db: Database,
-    shop: str,
-    make_role: Callable[..., str],
-    delivery: Delivery,
-    listening: tuple[str, ...],
+    application: Application, db: Database, delivery: Delivery, listening: tuple[str, ...]
 ) -> None:
     """An outdated trigger of another role's gives PrivilegeError that says who must act."""
-    install_as(with_path(dsn, "shop"), delivery)
+    application.install()
     db("ALTER TABLE shop.orders DISABLE TRIGGER USER")
     installing = documented_grants("installer") if delivery == "outbox" else ()
     grants = ("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders", *installing)
-    app = make_role(*grants, *listening)
     with pytest.raises(pgsignals.PrivilegeError, match=r"must be owner of func.*that owner"):
-        hub.start(with_path(app, "shop"), WATCHERS, delivery=delivery)
+        application.start(*grants, *listening)
 
 
 def test_a_replicated_watcher_takes_owning_the_table(
@@ -259,16 +266,9 @@ def test_a_replicated_watcher_takes_owning_the_table(
 
 
 def test_a_schema_that_the_role_may_not_use_is_like_a_missing_table(
-    hub: Hub,
-    dsn: str,
-    shop: str,
-    make_role: Callable[..., str],
-    delivery: Delivery,
-    listening: tuple[str, ...],
+    hub: Hub, application: Application, listening: tuple[str, ...]
 ) -> None:
     """A role without USAGE on the schema can still listen, since only writers touch the table."""
-    install_as(with_path(dsn, "shop"), delivery)
-    hub.start(
-        make_role(*listening), [("shop.orders", "inserted")], install="off", delivery=delivery
-    )
+    application.install()
+    application.start(*listening, path="", watchers=[("shop.orders", "inserted")], install="off")
     assert hub.running

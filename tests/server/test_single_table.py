@@ -13,7 +13,8 @@ from sqlalchemy import orm
 import pgsignals
 from pgsignals import Hub, watch
 from pgsignals.hub.hub import Delivery
-from tests.conftest import DEADLINE, Database, Recorder
+from tests.conftest import Database, Recorder
+from tests.waiting import settle
 
 
 class Base(orm.DeclarativeBase):
@@ -78,7 +79,7 @@ def test_rows_that_enter_and_leave_a_class(
         *["updated"] * 8,
         *["deleted"] * 2,
     ]
-    assert hub._settle(DEADLINE)
+    settle(hub)
     assert [len(recorder.items) for recorder in seen.values()] == [12, 7, 5]
 
 
@@ -115,7 +116,7 @@ def test_what_else_a_watcher_asks_for(
     )
     assert left.changed == {"name", "kind"}
     assert (came.op, came.changed) == ("updated", {"kind"})
-    assert hub._settle(DEADLINE)
+    settle(hub)
     assert [event.uid for event in former.items] == [e.uid for e in all_of_them.items[:2]]
     assert [event.uid for event in later.items] == [left.uid]
     assert [event.changed for event in columns.items] == [{"name"}]
@@ -211,7 +212,7 @@ def test_discriminators_that_are_no_text(
         ("updated", 3),
         ("deleted", 3),
     ]
-    assert hub._settle(DEADLINE)
+    settle(hub)
     assert len(recorder.items) == 4
 
 
@@ -256,10 +257,10 @@ def test_models_of_one_table_keep_their_former_definitions_apart(
     each_db("INSERT INTO people VALUES (1, 'manager'), (2, 'person')")
     with started(watch(Person, extra=["name"]), watch(Manager, extra=["kind"])) as hub:
         each_db("INSERT INTO people VALUES (3, 'manager'), (4, 'person')")
-        assert hub._settle(DEADLINE)
+        settle(hub)
         assert [event.id for event in seen[Manager].wait(2)] == [1, 3]
         assert [event.id for event in seen[Person].wait(4)] == [1, 2, 3, 4]
-        assert hub._settle(DEADLINE)
+        settle(hub)
     assert [len(recorder.items) for recorder in seen.values()] == [4, 2]
 
 

@@ -20,6 +20,7 @@ import pgsignals
 from pgsignals import Hub
 from pgsignals.contrib.event_stream import View
 from pgsignals.contrib.resumable import ResumableFeed, open_feed
+from pgsignals.outbox.cursors import IdBounds
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.testing import Server
 from pgsignals.testing.server import StopMode
@@ -265,7 +266,41 @@ def wait_until_emptied(shop: Database) -> None:
     eventually(after, lambda segments: segments == [(0,)])
 
 
-def test_what_is_no_longer_kept_is_a_gap(process: Process, shop: Database) -> None:
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Gets who has noted that later transactions write above an id, and the id."""
+    made, note = Recorder(), IdBounds.note
+
+    def noted(self: IdBounds, first: int, given_out: int) -> None:
+        note(self, first, given_out)
+        made((self, given_out))
+
+    monkeypatch.setattr(IdBounds, "note", noted)
+    return made
+
+
+def until_noted(shop: Database, notes: Recorder, last_id: int) -> None:
+    """Wait until the only process, for receivers and for browsers, has noted that of an id.
+
+    That is done by who is awake, only now and then.
+    """
+
+    def after() -> set[IdBounds]:
+        shop(names.wake_statement("awake"))
+        return {bounds for bounds, given_out in notes.items if given_out >= last_id}
+
+    eventually(after, lambda bounds: len(bounds) >= 2)
+
+
+# By cursors that do not see all that is in the outbox.
+UNREAD = """
+SELECT count(*) FROM pgsignals.consumers AS c
+WHERE EXISTS (SELECT FROM pgsignals.outbox AS o
+              WHERE NOT pg_visible_in_snapshot(o.txid::text::xid8, c.snapshot::pg_snapshot))
+"""
+
+
+def test_what_is_no_longer_kept_is_a_gap(process: Process, shop: Database, notes: Recorder) -> None:
     """Who was away for longer than the outbox keeps what all have read is told so."""
     feed = process()
     assert shop("SELECT keep_seconds FROM pgsignals.settings") == [(60,)]
@@ -278,7 +313,8 @@ def test_what_is_no_longer_kept_is_a_gap(process: Process, shop: Database) -> No
     assert here.wait(1) == [2]
     turn(shop)
     here.stay()
-    time.sleep(0.3)  # Only now and then is noted from which id on transactions write.
+    until_noted(shop, notes, 2)
+    eventually(lambda: shop(UNREAD), lambda found: found == [(0,)])
     assert emptied(shop) == []  # It is kept for a minute.
     other = process()
     assert Tab(other, Browser(last_id=tab.browser.last_id)).wait(1) == [2]
@@ -294,7 +330,7 @@ def test_what_is_no_longer_kept_is_a_gap(process: Process, shop: Database) -> No
     assert Tab(process(), here.browser).wait(3) == [2, 3, 4]
 
 
-def test_a_long_transaction_is_no_gap(process: Process, shop: Database) -> None:
+def test_a_long_transaction_is_no_gap(process: Process, shop: Database, notes: Recorder) -> None:
     """A transaction that lasts has left nothing in what is emptied meanwhile."""
     feed = process()
     long = psycopg2.connect(shop.dsn)
@@ -304,7 +340,7 @@ def test_a_long_transaction_is_no_gap(process: Process, shop: Database) -> None:
         shop("INSERT INTO items VALUES (1)")
         tab.wait(1)
         turn(shop)
-        time.sleep(0.3)
+        until_noted(shop, notes, 1)
         shop("INSERT INTO items VALUES (2)")
         tab.wait(2)
         tab.stay()
@@ -477,6 +513,7 @@ def test_wandering_browsers(process: Process, shop: Database) -> None:
                 with connection, connection.cursor() as cursor:
                     for _ in range(chance.randrange(1, 4)):
                         cursor.execute("UPDATE items SET n = n + 1 WHERE id = %s", (record,))
+                        # Transactions of various lengths, so that they overlap in every way.
                         time.sleep(chance.choice((0, 0, 0.002, 0.01)))
         finally:
             connection.close()

@@ -11,6 +11,7 @@ import pytest
 
 from pgsignals import ConfigurationError, Event, Gap, Hub, WaitTimeout
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.hub_parts import gap_receivers, subscriptions
 
 
 @pytest.fixture(autouse=True)
@@ -93,11 +94,11 @@ def test_a_slow_reader_can_go_on_with_gaps(hub: Hub, db: Database, recorder: Rec
 def test_a_forgotten_stream_goes(hub: Hub) -> None:
     """A stream that nobody holds any more is unsubscribed, closed or not."""
     events = hub.stream("items", gaps=True)
-    assert len(hub._registry._subscriptions) == 1
+    assert len(subscriptions(hub)) == 1
     del events
     gc.collect()
-    assert len(hub._registry._subscriptions) == 0
-    assert not hub._callbacks.gap_receivers
+    assert subscriptions(hub) == []
+    assert gap_receivers(hub) == []
 
 
 def test_maxsize_is_checked(hub: Hub) -> None:

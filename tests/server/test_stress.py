@@ -16,6 +16,7 @@ import pytest
 
 from pgsignals import Gap, Hub, StateError, WaitTimeout
 from tests.conftest import DEADLINE, Database, Recorder
+from tests.waiting import eventually
 
 KILL = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -36,8 +37,8 @@ def nothing_left() -> Iterator[None]:
     """Fails a test that leaves one of our threads or a descriptor behind."""
     descriptors = len(os.listdir("/proc/self/fd"))
     yield
-    _wait_for(lambda: not _threads())
-    _wait_for(lambda: len(os.listdir("/proc/self/fd")) <= descriptors)
+    eventually(_threads, lambda names: not names)
+    eventually(lambda: len(os.listdir("/proc/self/fd")), lambda count: count <= descriptors)
 
 
 def _threads() -> list[str]:
@@ -162,7 +163,7 @@ def test_start_waits_for_no_stop(hub: Hub, dsn: str, db: Database) -> None:
     assert entered.wait(DEADLINE)
     stopper = threading.Thread(target=hub.stop)
     stopper.start()
-    _wait_for(lambda: not hub.running)
+    eventually(lambda: hub.running, lambda running: not running)
     stopping.set()
     assert "being stopped" in refused.wait(1)[0]
     stopper.join(DEADLINE)
@@ -284,7 +285,8 @@ def test_threads_that_race(dsn: str, db: Database) -> None:
             # Those that listen already: a start whose session is killed fails, as it should.
             killer(KILL + " AND state = 'idle' AND query LIKE '%md5%'")
             counts("kill")
-            threading.Event().wait(1.0)
+            # The pace of the losses is the test's own: in between there is time to be connected.
+            time.sleep(1.0)
         killer.connection.close()
 
     def race(seed: int) -> None:
@@ -399,12 +401,4 @@ def _assert_delivers(hub: Hub, db: Database) -> None:
     """Sooner or later an event arrives; some may be lost, with a Gap, with a killed session."""
     seen = Recorder()
     hub.subscribe(seen, "items", "inserted")
-    _wait_for(lambda: db("INSERT INTO items DEFAULT VALUES") or seen.items)
-
-
-def _wait_for(condition: Callable[[], object]) -> None:
-    """Until ``condition()`` holds; fails after the deadline."""
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.01)
+    eventually(lambda: db("INSERT INTO items DEFAULT VALUES") or seen.items, bool)

@@ -468,7 +468,9 @@ def test_a_column_that_is_computed_when_read(
     assert "OUTDATED" in {state.status for state in hub.status().watchers}
 
 
-def test_harmless_changes(hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery) -> None:
+def test_harmless_changes(
+    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery, looks: Recorder
+) -> None:
     """A new column, partition, index or grant is no reason for a Gap."""
     each_db(
         f"CREATE TABLE orders {SHAPE} PARTITION BY RANGE (day);"
@@ -478,7 +480,7 @@ def test_harmless_changes(hub: Hub, each_dsn: str, each_db: Database, delivery: 
     hub.subscribe(heard, "orders")
     hub.on_gap(gaps)
     hub.start(each_dsn, ["orders"], delivery=delivery, name=name_of(delivery), heartbeat=0.05)
-    source = hub._delivery.source  # type: ignore[union-attr]
+    triggers = looks.wait(1)[0]
     changes = (
         "ALTER TABLE orders ADD COLUMN total numeric",
         "CREATE TABLE later PARTITION OF orders FOR VALUES FROM ('2026-02-01') TO ('2026-03-01')",
@@ -487,8 +489,8 @@ def test_harmless_changes(hub: Hub, each_dsn: str, each_db: Database, delivery: 
     )
     for number, statement in enumerate(changes):
         each_db(statement)
-        verified = source.triggers.verified_at
-        eventually(lambda: source.triggers.verified_at, lambda at, was=verified: at != was)
+        verified = triggers.verified_at
+        eventually(lambda: triggers.verified_at, lambda at, was=verified: at != was)
         each_db("INSERT INTO orders (id) VALUES (%s)", [number])
         heard.wait(number + 1)
     assert gaps.items == []

@@ -12,10 +12,10 @@ from pgsignals import Hub, watch
 from pgsignals.hub.hub import Delivery, Install
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.triggers.installer import INSTALLED
-from tests.conftest import DEADLINE, Database, Recorder
+from tests.conftest import Database, Recorder
 from tests.forked import run
 from tests.table_changes import CHANGES, SHAPE, Period, covering, name_of, timed
-from tests.waiting import eventually
+from tests.waiting import eventually, settle
 
 # A table's triggers, and whether each fires for each row.
 OURS = (
@@ -46,13 +46,26 @@ def role(each_db: Database) -> Iterator[str]:
 
 
 @pytest.fixture
-def until_looked(looks: Recorder) -> Callable[[], None]:
-    """Waits until the triggers have been looked at twice: the second time, since it was called."""
+def start(hub: Hub, each_dsn: str, delivery: Delivery) -> Callable[..., None]:
+    """Starts the Hub, which looks at its triggers all the time."""
 
-    def wait() -> None:
-        looks.wait(len(looks.items) + 2)
+    def begin(*watchers: Any, **options: Any) -> None:
+        known = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
+        hub.start(each_dsn, watchers or [("orders", "inserted")], **(known | options))
 
-    return wait
+    return begin
+
+
+@pytest.fixture
+def install_orders(each_dsn: str, each_db: Database, delivery: Delivery) -> Callable[[], None]:
+    """A table whose triggers somebody else has installed, who does it again when this is called."""
+
+    def install() -> None:
+        run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
+
+    each_db(f"CREATE TABLE orders {SHAPE}")
+    install()
+    return install
 
 
 class Heard:
@@ -161,7 +174,7 @@ def test_the_owner_of_another_table_gains_nothing(
     theirs("INSERT INTO theirs VALUES (7)")
     theirs(TRAP)
     each_db("INSERT INTO orders VALUES (1)")
-    assert hub._settle(DEADLINE)
+    settle(hub)
     assert each_db("SELECT who FROM seen") == []
     assert [event.values for event in heard.items] == [{"id": 1}]
     # Nor is it announced that it failed there.
@@ -202,17 +215,16 @@ def test_each_of_several_hubs(
 
 
 def test_a_table_that_a_migration_makes_anew(
-    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery
+    hub: Hub,
+    each_db: Database,
+    start: Callable[..., None],
+    install_orders: Callable[[], None],
 ) -> None:
     """A Hub that only checks hears of the new table once somebody else has installed."""
-    each_db(f"CREATE TABLE orders {SHAPE}")
     heard = Heard(hub, "orders")
-    install = ("install", "orders:inserted", "--delivery", delivery)
-    run(*install, dsn=each_dsn)
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
-    hub.start(each_dsn, [("orders", "inserted")], install="check", **options)
+    start(install="check")
     lost_at = lose(each_db, CHANGES["made anew"].statements, "INSERT INTO orders (id) VALUES (1)")
-    run(*install, dsn=each_dsn)
+    install_orders()
     eventually(lambda: hub.status().reconnects, lambda count: count > 0)
     heard.until_announced(lost_at)
     each_db("INSERT INTO orders (id) VALUES (2)")
@@ -221,22 +233,22 @@ def test_a_table_that_a_migration_makes_anew(
 
 
 def test_a_table_made_anew_before_a_connection_is_lost(
-    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery, until_looked: Callable[[], None]
+    hub: Hub,
+    each_db: Database,
+    until_looked: Callable[[], None],
+    start: Callable[..., None],
+    install_orders: Callable[[], None],
 ) -> None:
     """Who connects again before somebody else has installed hears of the new table as well."""
-    each_db(f"CREATE TABLE orders {SHAPE}")
-    install = ("install", "orders:inserted", "--delivery", delivery)
-    run(*install, dsn=each_dsn)
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
-    hub.start(each_dsn, [("orders", "inserted")], install="check", **options)
+    start(install="check")
     first = lose(each_db, CHANGES["made anew"].statements, "INSERT INTO orders (id) VALUES (1)")
     eventually(hub.health, lambda health: "events are missing" in health.reason)
     each_db(CUT)
     eventually(lambda: hub.status().reconnects, lambda count: count > 0)
     second = lose(each_db, "SELECT", "INSERT INTO orders (id) VALUES (2)")
     until_looked()
-    run(*install, dsn=each_dsn)
+    install_orders()
     eventually(hub.health, lambda health: health.ready)
     heard.until_announced(first, second)
     each_db("INSERT INTO orders (id) VALUES (3)")
@@ -340,11 +352,11 @@ SILENT = {
 @pytest.mark.parametrize("silent", SILENT.values(), ids=list(SILENT))
 def test_a_partition_whose_trigger_is_silent(
     hub: Hub,
-    each_dsn: str,
     each_db: Database,
     delivery: Delivery,
     silent: tuple[str, str, bool],
     state: str,
+    start: Callable[..., None],
 ) -> None:
     """One partition's rows that were not heard are in a Gap, and later ones are heard."""
     if delivery == "notify" and "down" in state:
@@ -353,9 +365,8 @@ def test_a_partition_whose_trigger_is_silent(
     each_db(PARTED)
     each_db("CREATE TABLE later PARTITION OF between FOR VALUES IN ('later')")
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     watchers = [watch("orders", "inserted", replicated=replicated)]
-    hub.start(each_dsn, watchers, **options)
+    start(*watchers)
     if "down" in state:
         hub.stop()
     [(trigger, _)] = each_db(OURS, ["part"])
@@ -366,7 +377,7 @@ def test_a_partition_whose_trigger_is_silent(
         write += f"; ALTER TABLE part {enable} TRIGGER {trigger}"
     lost_at = lose(each_db, statement.format(trigger=trigger), write)
     if "down" in state:
-        hub.start(each_dsn, watchers, **options)
+        start(*watchers)
     heard.until_announced(lost_at)
     eventually(
         lambda: {each.status for each in hub.status().watchers}, lambda found: found == {INSTALLED}
@@ -376,13 +387,15 @@ def test_a_partition_whose_trigger_is_silent(
 
 
 def test_a_partition_that_is_made_later_is_no_gap(
-    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery, until_looked: Callable[[], None]
+    hub: Hub,
+    each_db: Database,
+    until_looked: Callable[[], None],
+    start: Callable[..., None],
 ) -> None:
     """Nor is one that is dropped, also where the triggers of others were disabled at some time."""
     each_db(PARTED)
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
-    hub.start(each_dsn, [("orders", "inserted")], **options)
+    start()
     lost_at = lose(
         each_db,
         "ALTER TABLE part DISABLE TRIGGER USER",
@@ -429,18 +442,15 @@ def test_an_ancestor_that_is_attached_below_another_table(
 @pytest.mark.parametrize("install", ["check", "off"])
 def test_a_table_renamed_away_and_back(
     hub: Hub,
-    each_dsn: str,
     each_db: Database,
-    delivery: Delivery,
     install: Install,
     until_looked: Callable[[], None],
+    start: Callable[..., None],
+    install_orders: Callable[[], None],
 ) -> None:
     """Rows of the table that had its name for a while are in a Gap; it itself is heard again."""
-    each_db(f"CREATE TABLE orders {SHAPE}")
-    run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
-    hub.start(each_dsn, [("orders", "inserted")], install=install, **options)
+    start(install=install)
     each_db(f"ALTER TABLE orders RENAME TO away; CREATE TABLE orders {SHAPE}")
     eventually(hub.health, lambda health: "another" in health.reason or "away" in health.reason)
     lost_at = lose(each_db, "SELECT", "INSERT INTO orders (id) VALUES (1)")
@@ -455,19 +465,16 @@ def test_a_table_renamed_away_and_back(
 @pytest.mark.parametrize("install", ["check", "off"])
 def test_a_disabled_trigger_and_a_lost_connection(
     hub: Hub,
-    each_dsn: str,
     each_db: Database,
     connect: Callable[[str], Database],
-    delivery: Delivery,
     install: Install,
     until_looked: Callable[[], None],
+    start: Callable[..., None],
+    install_orders: Callable[[], None],
 ) -> None:
     """Whoever connects again knows still that events are missing, and announces them in the end."""
-    each_db(f"CREATE TABLE orders {SHAPE}")
-    run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
-    hub.start(each_dsn, [("orders", "inserted")], install=install, **options)
+    start(install=install)
     first = lose(
         each_db,
         "ALTER TABLE orders DISABLE TRIGGER USER",
@@ -490,11 +497,11 @@ def test_a_disabled_trigger_and_a_lost_connection(
 @pytest.mark.parametrize("install", ["auto", "check"])
 def test_a_trigger_that_is_disabled_while_a_hub_starts(
     hub: Hub,
-    each_dsn: str,
     each_db: Database,
-    delivery: Delivery,
     monkeypatch: pytest.MonkeyPatch,
     install: Install,
+    start: Callable[..., None],
+    install_orders: Callable[[], None],
 ) -> None:
     """What is disabled after it was found installed is noticed by the first look."""
     begin = TriggerWatch.begin
@@ -504,12 +511,9 @@ def test_a_trigger_that_is_disabled_while_a_hub_starts(
         each_db("ALTER TABLE orders DISABLE TRIGGER USER")
         return begin(self, *args, **options)
 
-    each_db(f"CREATE TABLE orders {SHAPE}")
-    run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
     heard = Heard(hub, "orders")
     monkeypatch.setattr(TriggerWatch, "begin", begin_late)
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
-    hub.start(each_dsn, [("orders", "inserted")], install=install, **options)
+    start(install=install)
     if install == "check":
         eventually(hub.health, lambda health: "disabled" in health.reason)
         lost_at = lose(each_db, "SELECT", "INSERT INTO orders (id) VALUES (1)")
@@ -552,7 +556,7 @@ def test_a_condition_that_looks_like_ours(
         assert [(each.status, each.detail) for each in hub.status().watchers] == [(INSTALLED, "")]
         each_db("DELETE FROM orders; INSERT INTO orders VALUES (1), (2), (3)")
         heard.events["orders"].wait(2 * turn + 2)
-        assert hub._settle(DEADLINE)
+        settle(hub)
         hub.stop()
     assert [event.id for event in heard.events["orders"].items] == 3 * [1, 2]
     assert heard.gaps.items == []
@@ -578,11 +582,10 @@ HARMLESS = (
 @pytest.mark.parametrize("running", [False, True], ids=["down", "running"])
 def test_what_is_no_reason_for_a_gap(
     hub: Hub,
-    each_dsn: str,
     each_db: Database,
-    delivery: Delivery,
     running: bool,
     until_looked: Callable[[], None],
+    start: Callable[..., None],
 ) -> None:
     """Maintenance, statistics, comments and new partitions lose nothing, and are no Gap."""
     each_db(
@@ -591,9 +594,8 @@ def test_what_is_no_reason_for_a_gap(
         "CREATE TABLE part_1 PARTITION OF parted FOR VALUES IN (1)"
     )
     heard = Heard(hub, "orders", "parted")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
     watchers = ["orders", "parted"]
-    hub.start(each_dsn, watchers, **options)
+    start(*watchers)
     if not running:
         hub.stop()
     for texts in HARMLESS:
@@ -602,7 +604,7 @@ def test_what_is_no_reason_for_a_gap(
         if running:
             until_looked()
     if not running:
-        hub.start(each_dsn, watchers, **options)
+        start(*watchers)
         until_looked()
     each_db("INSERT INTO parted VALUES (2); INSERT INTO orders (id) VALUES (1)")
     heard.until("parted", 2)
@@ -616,14 +618,13 @@ def test_a_temporary_child(
     each_dsn: str,
     each_db: Database,
     connect: Callable[[str], Database],
-    delivery: Delivery,
     until_looked: Callable[[], None],
+    start: Callable[..., None],
 ) -> None:
     """Where a session has a child of its own, the table itself is heard, and so is whoever asks."""
     each_db(f"CREATE TABLE orders {SHAPE}")
     heard = Heard(hub, "orders")
-    options: dict[str, Any] = {"delivery": delivery, "name": name_of(delivery), "heartbeat": 0.05}
-    hub.start(each_dsn, [("orders", "inserted")], **options)
+    start()
     other = connect(each_dsn)
     other("CREATE TEMP TABLE mine () INHERITS (orders)")
     until_looked()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -19,11 +19,11 @@ import psycopg2.extras
 import pytest
 import sqlalchemy as sa
 from django.db.transaction import atomic
-from psycopg2.extensions import parse_dsn
 from sqlalchemy import orm
 
 from pgsignals.errors import ConfigurationError, StateError
 from pgsignals.postgres.transaction import context, muted
+from tests.connections import django_connection, driver_url
 
 
 @dataclass
@@ -47,10 +47,6 @@ class Caller:
     @property
     def context(self) -> Any:
         return json.loads(self.setting("context") or "{}")
-
-
-def url(dsn: str, driver: str) -> str:
-    return dsn.replace("postgresql://", f"postgresql+{driver}://")
 
 
 def dbapi_caller(connection: Any) -> Caller:
@@ -109,7 +105,7 @@ def open_caller(kind: str, dsn: str, stack: ExitStack) -> Caller:
         connection.set_autocommit(False)
         return django_caller(connection)
     driver = "psycopg" if kind.endswith("psycopg") else "psycopg2"
-    engine = sa.create_engine(url(dsn, driver))
+    engine = sa.create_engine(driver_url(dsn, driver))
     stack.callback(engine.dispose)
     if kind.startswith("sqlalchemy-connection"):
         return sqlalchemy_caller(stack.enter_context(engine.connect()))
@@ -120,35 +116,6 @@ def open_caller(kind: str, dsn: str, stack: ExitStack) -> Caller:
     caller = sqlalchemy_caller(scoped)
     caller.idle = lambda: not scoped().in_transaction()
     return caller
-
-
-@contextmanager
-def django_connection(dsn: str) -> Iterator[Any]:
-    """Django's default connection, to this database while the block lasts."""
-    if not django.conf.settings.configured:
-        django.conf.settings.configure()
-    django.setup()
-    parts = parse_dsn(dsn)
-    connections: Any = django.db.connections
-    settings, before = connections.settings, connections["default"]
-    connections.settings = connections.configure_settings(
-        {
-            "default": {
-                "ENGINE": "django.db.backends.postgresql",
-                "NAME": parts["dbname"],
-                "USER": parts["user"],
-                "PASSWORD": parts.get("password", ""),
-                "HOST": parts["host"],
-                "PORT": parts["port"],
-            }
-        }
-    )
-    connections["default"] = connections.create_connection("default")
-    try:
-        with closing(connections["default"]) as connection:
-            yield connection
-    finally:
-        connections.settings, connections["default"] = settings, before
 
 
 @pytest.fixture(params=KINDS)
@@ -256,7 +223,7 @@ def test_needs_a_transaction_with_autocommit(connect: Callable[[str], Any], dsn:
 
 def test_needs_a_transaction_with_sqlalchemy(dsn: str) -> None:
     """The isolation level AUTOCOMMIT is refused for connections and sessions."""
-    engine = sa.create_engine(url(dsn, "psycopg2"), isolation_level="AUTOCOMMIT")
+    engine = sa.create_engine(driver_url(dsn, "psycopg2"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection, orm.Session(engine) as session:
         for refused in (connection, session):
             with pytest.raises(StateError, match="AUTOCOMMIT"), muted(refused):
@@ -297,7 +264,7 @@ def test_session_flushes_at_both_ends(dsn: str) -> None:
             sa.Text, server_default=sa.text("current_setting('pgsignals.muted', true)")
         )
 
-    engine = sa.create_engine(url(dsn, "psycopg2"))
+    engine = sa.create_engine(driver_url(dsn, "psycopg2"))
     base.metadata.create_all(engine)
     with orm.Session(engine) as session:
         session.add(Note(id=1))

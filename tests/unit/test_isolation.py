@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from pgsignals.dispatch.in_process import InProcess
 from pgsignals.dispatch.registry import Registry, Subscription
 from tests.broadcasters import TOPIC, message
 from tests.conftest import DEADLINE, Recorder
+from tests.waiting import eventually
 
 WORKERS = 4
 
@@ -62,19 +63,14 @@ class Setup:
 
     def until_aside(self, count: int = 1) -> None:
         """Wait until so many receivers are set aside."""
-        _wait_for(lambda: len({each.key for each in self.dispatcher.isolated}) == count)
+        eventually(
+            lambda: len({each.key for each in self.dispatcher.isolated}),
+            lambda found: found == count,
+        )
 
 
 def _threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("pgsignals-")]
-
-
-def _wait_for(condition: Callable[[], object], seconds: float = DEADLINE) -> None:
-    """Until ``condition()`` holds; fails after the deadline."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.005)
 
 
 @contextmanager
@@ -87,7 +83,7 @@ def running(queue_size: int = 10_000) -> Iterator[Setup]:
         assert made.dispatcher.stop(DEADLINE)
     finally:
         made.dispatcher.stop(0)
-    _wait_for(lambda: not _threads())
+    eventually(_threads, lambda names: not names)
 
 
 @pytest.fixture
@@ -166,13 +162,24 @@ def test_blinker_receivers_are_set_aside(kind: str, setup: Setup, gate: threadin
     assert len(others.items) == 3 * WORKERS
 
 
-def test_who_is_alone_may_take_its_time(setup: Setup, gate: threading.Event) -> None:
+def test_who_is_alone_may_take_its_time(
+    setup: Setup, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A receiver that nobody waits for stays with the workers, whose reader pauses for it."""
+    left, is_alone = Recorder(), Registry.is_alone
+
+    def noted(self: Registry, receiver: object) -> bool:
+        alone = is_alone(self, receiver)
+        left(alone)
+        return alone
+
+    monkeypatch.setattr(Registry, "is_alone", noted)
     entered = Recorder()
     setup.on(lambda event: (entered(event), gate.wait(DEADLINE)))
     setup.emit(RECORDS[0])
     entered.wait(1)
-    threading.Event().wait(4 * isolation.SLOW_SECONDS)  # More than the monitor takes.
+    # The second time that the monitor finds it slow, the first has had its consequences.
+    assert left.wait(2) == [True, True]
     assert setup.dispatcher.aside == ()
     others = Recorder()
     setup.on(others)
@@ -278,24 +285,35 @@ def test_it_goes_back_to_the_workers(
     setup.on(slow)
     setup.on(lambda event: None)
     setup.emit(*RECORDS)
-    _wait_for(lambda: len(_threads()) == 2 * WORKERS + 1)
+    eventually(_threads, lambda names: len(names) == 2 * WORKERS + 1)
     gate.set()
-    _wait_for(lambda: len(_threads()) == WORKERS + 1)
+    eventually(_threads, lambda names: len(names) == WORKERS + 1)
     assert setup.dispatcher.aside == ()
     setup.emit(*RECORDS)
     setup.settle()
     assert len(seen.items) == 2 * WORKERS
 
 
-def test_threads_are_bounded(setup: Setup, gate: threading.Event) -> None:
+def test_threads_are_bounded(
+    setup: Setup, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond eight receivers set aside, a worker waits for the ninth that is slow."""
+    refused, too_many = Recorder(), isolation.Isolation._too_many
+
+    def noted(self: isolation.Isolation, key: Hashable) -> bool:
+        if found := too_many(self, key):
+            refused(key)
+        return found
+
+    monkeypatch.setattr(isolation.Isolation, "_too_many", noted)
     seen = Recorder()
     for _ in range(isolation.MOST_ISOLATED + 3):
         setup.on(lambda event: gate.wait(DEADLINE))
     setup.on(seen)
     setup.emit(*RECORDS)
     setup.until_aside(isolation.MOST_ISOLATED)
-    threading.Event().wait(4 * isolation.SLOW_SECONDS)  # More than the monitor takes.
+    # Twice for each worker: the monitor has found the ninth slow, and gone on.
+    refused.wait(2 * WORKERS)
     assert len(_threads()) <= (isolation.MOST_ISOLATED + 1) * WORKERS + 1
     assert seen.items == []
     gate.set()
@@ -310,8 +328,11 @@ def test_settle_waits_for_those_set_aside(setup: Setup, gate: threading.Event) -
     setup.on(others)
     setup.emit(RECORDS[0])
     setup.dispatcher.settle(settled.set)
-    others.wait(1)
-    assert not settled.wait(4 * isolation.SLOW_SECONDS)
+    # All others have handled that, and more: only the one that is set aside has not.
+    setup.until_aside()
+    setup.emit(RECORDS[0])
+    others.wait(2)
+    assert not settled.is_set()
     gate.set()
     assert settled.wait(DEADLINE)
 
@@ -387,7 +408,7 @@ def test_one_set_aside_stops_everything(first: bool, setup: Setup, gate: threadi
     [(drained, seconds)] = outcome.wait(1)
     assert drained
     assert seconds < DEADLINE / 2
-    _wait_for(lambda: not _threads())
+    eventually(_threads, lambda names: not names)
     assert len(calls) == (1 if first else 2)
 
 
@@ -407,7 +428,7 @@ def test_one_set_aside_blocks_for_ever(moved: bool) -> None:
     assert 0.5 <= time.monotonic() - began < DEADLINE / 2
     assert len(others.items) == WORKERS + 2 * moved
     release.set()
-    _wait_for(lambda: not _threads())
+    eventually(_threads, lambda names: not names)
 
 
 def test_a_record_that_moves_past_one_set_aside(setup: Setup, gate: threading.Event) -> None:

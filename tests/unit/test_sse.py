@@ -20,9 +20,11 @@ from pgsignals.contrib.event_stream import EVERYTHING, View, encode, last_event_
 from pgsignals.contrib.ring import Entry, Ring
 from pgsignals.contrib.sse import Client, Feed
 from pgsignals.contrib.sse import _Position as Position
+from pgsignals.core.process import guard
 from pgsignals.testing import Simulation, simulated
 from pgsignals.testing.conformance import make_event
 from tests.event_source import Browser
+from tests.hub_parts import subscriptions
 
 WATCHERS = [
     pgsignals.watch("orders", "inserted", "updated", extra=["tenant"]),
@@ -149,7 +151,7 @@ def test_wrong_targets(
     hub, _ = source
     with pytest.raises(error, match=message):
         Feed(hub, *targets)
-    assert hub._registry.subscriptions == []
+    assert subscriptions(hub) == []
 
 
 def test_a_browser_goes_on_where_it_was(source: tuple[pgsignals.Hub, Simulation]) -> None:
@@ -401,7 +403,7 @@ def test_it_ends_with_the_hub() -> None:
     late = feed.connect(None, lambda: None)
     assert late.read() == b""
     assert late.ended
-    assert hub._registry.subscriptions == []
+    assert subscriptions(hub) == []
 
 
 def test_a_client_that_leaves_is_forgotten(source: tuple[pgsignals.Hub, Simulation]) -> None:
@@ -423,12 +425,12 @@ def test_in_the_child_of_a_fork_it_is_closed(source: tuple[pgsignals.Hub, Simula
     hub, simulation = source
     feed = Feed(hub, "users")
     client = _connect(feed, Browser())
+    # As when it is started on a database: what a Hub does after a fork is done here, too.
+    guard(hub)
     with feed._lock:
         child = os.fork()
     if child == 0:
         try:
-            # What the Hub's own handler does once it was started on a database.
-            hub._forked()
             feed.close()
             code = 0 if feed.closed and not client.read() and client.ended else 1
         except BaseException:
