@@ -151,15 +151,17 @@ class NotifySource(SessionThread):
         self._asking = False
         self._answered = True
         try:
-            usage, at = payload.removeprefix(_USAGE).split(" ")
-            self._judge(float(usage))
-            # All that was committed before the server answered has arrived. The time is taken even
-            # if it is earlier, since the server's clock may have been set back.
-            self._heard = int(at)
+            text, at = payload.removeprefix(_USAGE).split(" ")
+            usage, answered = float(text), int(at)
         except ValueError:
             self._refuse()
             return
-        self._clock.set(self._heard)
+        # All that was committed before the server answered has arrived. The time is taken even if
+        # it is earlier, since the server's clock may have been set back.
+        self._heard = answered
+        self._clock.set(answered)
+        # After the clock: a Gap must not end before the time at which the usage was read.
+        self._judge(usage)
 
     def _make_room(self) -> None:
         """Pause until each worker has room; after too long, drop the events of slow receivers."""

@@ -56,6 +56,8 @@ class TriggerWatch:
         # The server's time up to which all triggers are known to have been there.
         self.verified_at: datetime | None = None
         self._fresh = True
+        # The server's time at which the catalogue was read for the last time.
+        self._read_at: datetime
         # Why events are missing at this moment; empty if none are.
         self.reason = ""
 
@@ -138,8 +140,9 @@ class TriggerWatch:
                 detail = TOUCHED
         if not detail:
             return found, None
-        # The Gap ends now, after the repair has been seen: until then events may have been missed.
-        return found, Gap(since, max(since, now()), "watcher_broken", detail)
+        # The Gap ends when the repair was seen, since until then events may have been missed. That
+        # is by the server's own clock: ours may be late, and a loss would lie behind the Gap.
+        return found, Gap(since, max(since, self._read_at), "watcher_broken", detail)
 
     def failure(self, broken: Broken, at: datetime) -> Gap:
         """Return the Gap for a change that its trigger could not describe, known since ``at``."""
@@ -162,7 +165,7 @@ class TriggerWatch:
         # In a database of any bytes names may be of any bytes, too.
         for name in ("schemas", "names"):
             asked[name] = [session.given(each) for each in asked[name]]
-        [row] = session.execute(QUERY, asked, timeout=self._timeout)
+        [(*row, self._read_at)] = session.execute(QUERY, asked, timeout=self._timeout)
         return parse(row)
 
 

@@ -204,7 +204,7 @@ SELECT (
   )), '{}')::text
   FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_type AS t ON t.oid = c.reltype
   WHERE c.oid = ANY (%(tables)s::oid[])
-)
+), pg_catalog.clock_timestamp()
 """
 )
 
@@ -233,8 +233,8 @@ class Question:
         }
 
 
-def parse(row: tuple[Any, ...]) -> Fingerprint:
-    """Return the fingerprint of a row of QUERY."""
+def parse(row: Sequence[Any]) -> Fingerprint:
+    """Return the fingerprint of a row of QUERY, but for the time that is last in it."""
     tables, triggers, target, relations = row
     return Fingerprint(
         tables, msgspec.json.decode(triggers), target, msgspec.json.decode(relations)

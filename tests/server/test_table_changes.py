@@ -17,6 +17,7 @@ import pgsignals
 from pgsignals import Hub, watch
 from pgsignals.hub.hub import Delivery
 from pgsignals.hub.setup import DurableSetup, Setup
+from pgsignals.sources.clock import ServerClock
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.testing import Server
 from pgsignals.triggers import names
@@ -53,6 +54,25 @@ def test_changed_while_a_hub_runs(
     each_db(f"INSERT INTO {change.into} (id) VALUES (3)")
     assert heard.wait_until(lambda event: event.id[0] == 3)
     assert hub.health().ready
+
+
+def test_a_loss_while_our_clock_is_late(
+    hub: Hub,
+    each_dsn: str,
+    each_db: Database,
+    delivery: Delivery,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Gap ends after what was lost, though this process hears late what time it is."""
+    now_us = ServerClock.now_us
+    monkeypatch.setattr(ServerClock, "now_us", lambda clock: now_us(clock) - 10_000_000)
+    gaps = Recorder()
+    each_db(f"CREATE TABLE orders {SHAPE}")
+    hub.on_gap(gaps)
+    hub.start(each_dsn, ["orders"], delivery=delivery, name=name_of(delivery), heartbeat=0.05)
+    with timed(each_db) as lost:
+        each_db("ALTER TABLE orders DISABLE TRIGGER ALL; INSERT INTO orders (id) VALUES (1)")
+    eventually(lambda: list(gaps.items), lambda found: covering(found, lost))
 
 
 def test_changed_while_the_consumer_is_down(
