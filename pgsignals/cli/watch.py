@@ -116,19 +116,7 @@ def watch(
     --count events had come.
     """
     asked = _Columns(columns or (), extra or (), all_columns, ids_only)
-    if ids_only and (columns or extra or all_columns):
-        raise click.UsageError("--ids-only does not go with --columns, --extra or --all-columns.")
-    if columns and not any("updated" in each.ops for each in scope.watched):
-        raise click.UsageError("--columns is about updates, and no WATCH argument has 'updated'.")
-    if scope.app is not None and not scope.watched and (when or not asked.by_default):
-        raise click.UsageError("The watchers of --app say themselves what they show and when.")
-    if name is not None and not scope.delivery.durable:
-        raise click.UsageError("--name is a consumer's: add --delivery outbox.")
-    if name is not None and count is not None:
-        raise click.UsageError(
-            "--count does not go with --name: what a consumer has read beyond it would not be "
-            "acknowledged, and come again each time."
-        )
+    _check(scope, asked, when, name, count)
     from_app = given_watchers((), scope.app, required=not scope.watched)
 
     hub = Hub()
@@ -174,6 +162,25 @@ def watch(
         raise printer.failure
     if reason is None and count is not None:
         ctx.exit(_TIMED_OUT)
+
+
+def _check(
+    scope: Scope, asked: _Columns, when: str | None, name: str | None, count: int | None
+) -> None:
+    """Raise UsageError for options that do not go together."""
+    if asked.ids_only and (asked.compared or asked.extra or asked.everything):
+        raise click.UsageError("--ids-only does not go with --columns, --extra or --all-columns.")
+    if asked.compared and not any("updated" in each.ops for each in scope.watched):
+        raise click.UsageError("--columns is about updates, and no WATCH argument has 'updated'.")
+    if scope.app is not None and not scope.watched and (when or not asked.by_default):
+        raise click.UsageError("The watchers of --app say themselves what they show and when.")
+    if name is not None and not scope.delivery.durable:
+        raise click.UsageError("--name is a consumer's: add --delivery outbox.")
+    if name is not None and count is not None:
+        raise click.UsageError(
+            "--count does not go with --name: what a consumer has read beyond it would not be "
+            "acknowledged, and come again each time."
+        )
 
 
 @dataclass

@@ -84,6 +84,10 @@ class Account:
         self.fed = 0
 
 
+# Delivers parked events to a receiver; returns whether there is room for them.
+Deliver = Callable[[Any, list[tuple[Event, Held]]], bool]
+
+
 class Ledger:
     """The accounts of all receivers that are late.
 
@@ -336,12 +340,7 @@ class Ledger:
                 if len(each.held) <= self.most // 2 and not (each.alone and each.held)
             ]
 
-    def feed(
-        self,
-        account: Account,
-        events: Sequence[Event],
-        deliver: Callable[[Any, list[tuple[Event, Held]]], bool],
-    ) -> bool:
+    def feed(self, account: Account, events: Sequence[Event], deliver: Deliver) -> bool:
         """Deliver parked events; return whether ``deliver`` took them."""
         with self._lock:
             found = [(event, self._new(account, event, parked=True)) for event in events]
@@ -355,9 +354,7 @@ class Ledger:
                 account.alone = False
             return done
 
-    def catch_up(
-        self, account: Account, deliver: Callable[[Any, list[tuple[Event, Held]]], bool]
-    ) -> bool:
+    def catch_up(self, account: Account, deliver: Deliver) -> bool:
         """Deliver the events yet to be parked, all parked ones having been fed, and end parking.
 
         Return False, with nothing changed, if there is no room for them.

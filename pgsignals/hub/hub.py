@@ -76,7 +76,6 @@ class Hub:
         self._make: Callable[[], Lifecycle] | None = None
         # The context of each call, which a framework's integration sets before one start().
         self._around: Around | None = None
-        # The options of the latest start.
         self._options = Options()
 
     @property
@@ -231,8 +230,7 @@ class Hub:
         self._lock.release()
         if delivery is None:
             return True
-        drained = delivery.stop(timeout)
-        drained = self._callbacks.end() and drained
+        drained = all([delivery.stop(timeout), self._callbacks.end()])
         self._stopped.set()
         if not drained:
             busy = "receivers" if self._options.workers else "backends"
@@ -473,8 +471,7 @@ class Hub:
 
     def _tail(self) -> Tail | None:
         """Return the tail for browsers; None if delivery is not durable. Raises DatabaseError."""
-        delivery = self._delivery
-        return delivery.tail() if isinstance(delivery, DurableDelivery) else None
+        return delivery.tail() if isinstance(delivery := self._delivery, DurableDelivery) else None
 
     def _settle(self, timeout: float) -> bool:
         """Wait until receivers have handled all that is committed by now; return if they have."""

@@ -90,7 +90,7 @@ class DurableSource(SessionThread):
                 lambda broken: self.triggers.failure(broken, self.now()),
                 self.foreign,
                 self._refuse,
-                self._channels_described,
+                (lambda: None) if parking is None else parking.described,
             )
         )
         self._poller = Poller(
@@ -113,8 +113,7 @@ class DurableSource(SessionThread):
         return self._poller.received
 
     def start(self) -> None:
-        grants = self._provider.missing_grants
-        with explaining_missing_rights(self._dsn, self._listen_dsn, grants):
+        with explaining_missing_rights(self._dsn, self._listen_dsn, self._provider.missing_grants):
             super().start()
 
     def pause(self) -> None:
@@ -334,10 +333,6 @@ class DurableSource(SessionThread):
         self._verify_at = 0.0
         if self._parking is not None:
             self._parking.begun(part)
-
-    def _channels_described(self) -> None:
-        if self._parking is not None:
-            self._parking.described()
 
     def _redeliver(self) -> None:
         self.dead_letters.redeliver(self._decoder.decoders(), self._sink.redeliver)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -419,40 +419,14 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     up in ``search_path``, which is not part of the hash, so that roles with different search paths
     agree on what is installed.
     """
-    select = _select(spec)
-    # A placeholder for the table's OID, which only CREATE FUNCTION knows; it must not occur in the
-    # rest of the text.
-    token, written = common.TABLES, select.as_string(cursor)
-    while token in written:
-        token = f"{token[:-1]}_}}"
-    relation, mine, sure = _relation(spec, token)
-    # A row of the outbox has the table in a column of its own, and so not in its payload.
-    told = sql.SQL("") if spec.transport.durable else sql.SQL("""',"r":', {}, """).format(relation)
-    first = common.BY_VARIABLES if spec.row_level else common.BY_STATEMENT
-    body = (
-        sql.SQL(_qualified(BODIES[spec.transport]))
-        .format(
-            first=sql.SQL(str(first)),
-            select=select,
-            head=sql.SQL(_HEAD).format(version=sql.SQL(str(VERSION)), relation=told),
-            channel=sql.Literal(_CHANNEL),
-            notified=sql.Identifier(_CHANNEL),
-            key=sql.SQL(_KEY),
-            mine=mine,
-            sure=sure,
-            relation=relation,
-        )
-        .as_string(cursor)
-    )
-    level = "ROW" if spec.row_level else "STATEMENT"
-    event = _EVENTS[spec.op]
+    body, token = _body(spec, cursor)
     hashed = names.digest(
         str(FORMAT),
         spec.namespace,
         spec.table.schema,
         spec.table.name,
-        event,
-        level,
+        _EVENTS[spec.op],
+        _level(spec),
         str(spec.replicated),
         spec.label or "",
         body,
@@ -460,7 +434,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     name = names.object_name(hashed)
     body = body.replace(_CHANNEL, name).replace(_KEY, f"({names.channel_key(hashed)})")
     function = sql.Identifier(spec.table.schema, name)
-    trigger = sql.Identifier(name)
+    columns = {c.name for c in (*spec.table.key_columns, *spec.tracked, *spec.columns)}
     comment = json.dumps(
         {
             "pgsignals": FORMAT,
@@ -468,13 +442,71 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
             "op": spec.op,
             "label": spec.label,
             "hash": hashed,
-            "columns": sorted(
-                {c.name for c in (*spec.table.key_columns, *spec.tracked, *spec.columns)}
-            ),
+            "columns": sorted(columns),
         }
     )
+    made = sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}AS {}").format(
+        function,
+        sql.SQL("").join(sql.SQL("{}\n  ").format(each) for each in _settings(spec, search_path)),
+        sql.SQL(dollar_quoted(body)),
+    )
+    table = sql.Identifier(spec.table.schema, spec.table.name)
+    create: list[sql.Composable] = [
+        sql.SQL(_creating(made.as_string(cursor), table.as_string(cursor), token)),
+        # A role that adds a partition needs the right, since the trigger is cloned as that role.
+        sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(function),
+        sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(comment)),
+        *_triggers(spec, name),
+    ]
+    if spec.transport.durable:
+        create += _register(spec, hashed)
+    return Trigger(
+        spec,
+        hashed,
+        body,
+        tuple(statement.as_string(cursor) for statement in create),
+        (drop_statement(cursor, spec.table.schema, name),),
+        comment,
+    )
 
-    # Each SET costs a statement of one row about as much as reading that row does.
+
+def _level(spec: Specification) -> str:
+    return "ROW" if spec.row_level else "STATEMENT"
+
+
+def _body(spec: Specification, cursor: Cursor) -> tuple[str, str]:
+    """Return the function's body, without its own names yet, and the placeholder in it.
+
+    The placeholder is for the table's OID, which only CREATE FUNCTION knows.
+    """
+    select = _select(spec)
+    # It must not occur in the rest of the text.
+    token, written = common.TABLES, select.as_string(cursor)
+    while token in written:
+        token = f"{token[:-1]}_}}"
+    relation, mine, sure = _relation(spec, token)
+    # A row of the outbox has the table in a column of its own, and so not in its payload.
+    told = sql.SQL("") if spec.transport.durable else sql.SQL("""',"r":', {}, """).format(relation)
+    first = common.BY_VARIABLES if spec.row_level else common.BY_STATEMENT
+    body = sql.SQL(_qualified(BODIES[spec.transport])).format(
+        first=sql.SQL(str(first)),
+        select=select,
+        head=sql.SQL(_HEAD).format(version=sql.SQL(str(VERSION)), relation=told),
+        channel=sql.Literal(_CHANNEL),
+        notified=sql.Identifier(_CHANNEL),
+        key=sql.SQL(_KEY),
+        mine=mine,
+        sure=sure,
+        relation=relation,
+    )
+    return body.as_string(cursor), token
+
+
+def _settings(spec: Specification, search_path: str) -> list[sql.Composable]:
+    """Return the function's clauses beside its body.
+
+    Each SET costs a statement of one row about as much as reading that row does.
+    """
     settings: list[sql.Composable] = []
     if spec.transport.durable:
         # Writers have no privileges on the outbox.
@@ -488,46 +520,30 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     rendered = (*spec.table.key_columns, *spec.tracked, *spec.columns)
     if not all(column.settled for column in rendered):
         settings += [
-            sql.SQL("SET {} TO {}").format(sql.SQL(name_), sql.Literal(value))
-            for name_, value in SETTINGS
+            sql.SQL("SET {} TO {}").format(sql.SQL(name), sql.Literal(value))
+            for name, value in SETTINGS
         ]
+    return settings
+
+
+def _triggers(spec: Specification, name: str) -> Iterator[sql.Composable]:
+    """Yield what creates the trigger on each of its tables."""
+    function, trigger = sql.Identifier(spec.table.schema, name), sql.Identifier(name)
     referencing = {
         "inserted": "REFERENCING NEW TABLE AS pgs_new ",
         "updated": "REFERENCING OLD TABLE AS pgs_old NEW TABLE AS pgs_new ",
         "deleted": "REFERENCING OLD TABLE AS pgs_old ",
         "truncated": "",
     }[spec.op]
-    named = [sql.Identifier(each.schema, each.name) for each in spec.relations]
-    made = sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}AS {}").format(
-        function,
-        sql.SQL("").join(sql.SQL("{}\n  ").format(setting) for setting in settings),
-        sql.SQL(dollar_quoted(body)),
-    )
-    create: list[sql.Composable] = [
-        sql.SQL(_creating(made.as_string(cursor), named[0].as_string(cursor), token)),
-        # A role that adds a partition needs the right, since the trigger is cloned as that role.
-        sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(function),
-        sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(comment)),
-    ]
-    for table in named:
-        create.append(
-            sql.SQL(
-                f"CREATE TRIGGER {{}} AFTER {event} ON {{}}\n"
-                f"  {'' if spec.row_level else referencing}FOR EACH {level} EXECUTE FUNCTION {{}}()"
-            ).format(trigger, table, function)
-        )
+    for each in spec.relations:
+        table = sql.Identifier(each.schema, each.name)
+        yield sql.SQL(
+            f"CREATE TRIGGER {{}} AFTER {_EVENTS[spec.op]} ON {{}}\n"
+            f"  {'' if spec.row_level else referencing}FOR EACH {_level(spec)}"
+            " EXECUTE FUNCTION {}()"
+        ).format(trigger, table, function)
         if spec.replicated:
-            create.append(sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger))
-    if spec.transport.durable:
-        create += _register(spec, hashed)
-    return Trigger(
-        spec,
-        hashed,
-        body,
-        tuple(statement.as_string(cursor) for statement in create),
-        (drop_statement(cursor, spec.table.schema, name),),
-        comment,
-    )
+            yield sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger)
 
 
 def _register(spec: Specification, hashed: str) -> list[sql.Composable]:
