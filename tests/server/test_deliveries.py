@@ -291,9 +291,14 @@ def test_partitions_share_the_records(
     durable.start(other, partitions=4)
     eventually(lambda: other.status().active, bool)
     durable.write(*range(1, 101))
-    eventually(lambda: len(recorder.items) + len(received.items), lambda count: count >= 100)
-    found = [event.id for event in [*recorder.items, *received.items]]
-    assert sorted(found) == [*range(1, 101)]
+    everything = set(range(1, 101))
+    eventually(
+        lambda: {event.id for each in (recorder, received) for event in [*each.items]},
+        lambda found: found == everything,
+    )
+    # A partition that changes hands on a slow machine may bring what it had under way once more.
+    new = [each.id for each in [*recorder.items, *received.items] if not each.redelivered]
+    assert len(new) == len(set(new))
 
 
 def test_a_dead_letter(hub: pgsignals.Hub, durable: Writer, recorder: Recorder) -> None:
