@@ -33,10 +33,6 @@ class Writer(ABC):
     def write(self, *numbers: int) -> None:
         """Insert rows of these keys by one statement."""
 
-    @abstractmethod
-    def shed(self) -> None:
-        """Have a writer leave a message out."""
-
     def start(self, hub: pgsignals.Hub, **options: Any) -> None:
         """Start a Hub that hears of them, with a consumer's name where there are some."""
         if self.durable:
@@ -60,14 +56,19 @@ class Notifications(Writer):
     def write(self, *numbers: int) -> None:
         self.db("INSERT INTO items SELECT unnest(%s)", ([*numbers],))
 
-    def shed(self) -> None:
-        pytest.skip("a full queue of notifications is told of by writers: see test_pressure")
 
-
-class Outbox(Writer):
-    """Triggers that write to the outbox."""
+class DurableWriter(Writer):
+    """A delivery whose events wait for their consumer."""
 
     delivery = "outbox"
+
+    @abstractmethod
+    def shed(self) -> None:
+        """Have a writer leave a message out."""
+
+
+class Outbox(DurableWriter):
+    """Triggers that write to the outbox."""
 
     def write(self, *numbers: int) -> None:
         self.db("INSERT INTO items SELECT unnest(%s)", ([*numbers],))
@@ -76,10 +77,8 @@ class Outbox(Writer):
         self.db("SELECT nextval('pgsignals.outbox_shed')")
 
 
-class List(Writer):
+class List(DurableWriter):
     """A list in memory, in place of the outbox."""
-
-    delivery = "outbox"
 
     def __init__(self, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(db, monkeypatch)
@@ -95,20 +94,29 @@ class List(Writer):
         self.entries.shed += 1
 
 
-@pytest.fixture(params=[Notifications, Outbox, List], ids=["notify", "outbox", "list"])
+DURABLE = {"outbox": Outbox, "list": List}
+DELIVERIES = {"notify": Notifications, **DURABLE}
+
+
+def made(kind: type[Writer], db: Database, monkeypatch: pytest.MonkeyPatch) -> Writer:
+    db("CREATE TABLE items (id bigint PRIMARY KEY)")
+    return kind(db, monkeypatch)
+
+
+@pytest.fixture(params=DELIVERIES.values(), ids=list(DELIVERIES))
 def writer(db: Database, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Writer:
     """Each delivery in turn."""
-    db("CREATE TABLE items (id bigint PRIMARY KEY)")
-    made: Writer = request.param(db, monkeypatch)
-    return made
+    return made(request.param, db, monkeypatch)
 
 
-@pytest.fixture
-def durable(writer: Writer) -> Writer:
+@pytest.fixture(params=DURABLE.values(), ids=list(DURABLE))
+def durable(
+    db: Database, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> DurableWriter:
     """Each delivery whose events wait for their consumer."""
-    if not writer.durable:
-        pytest.skip("at most once: nothing waits for a consumer")
-    return writer
+    found = made(request.param, db, monkeypatch)
+    assert isinstance(found, DurableWriter)
+    return found
 
 
 @pytest.fixture
@@ -245,7 +253,10 @@ def test_waiting_for_an_event(hub: pgsignals.Hub, writer: Writer) -> None:
 
 
 def test_it_goes_on_where_it_was(
-    hub: pgsignals.Hub, durable: Writer, recorder: Recorder, another: Callable[[], pgsignals.Hub]
+    hub: pgsignals.Hub,
+    durable: DurableWriter,
+    recorder: Recorder,
+    another: Callable[[], pgsignals.Hub],
 ) -> None:
     """What is written while no process of the name runs comes when one does, once."""
     hub.subscribe(recorder, "items")
@@ -263,7 +274,10 @@ def test_it_goes_on_where_it_was(
 
 
 def test_one_of_two_processes_reads(
-    hub: pgsignals.Hub, durable: Writer, recorder: Recorder, another: Callable[[], pgsignals.Hub]
+    hub: pgsignals.Hub,
+    durable: DurableWriter,
+    recorder: Recorder,
+    another: Callable[[], pgsignals.Hub],
 ) -> None:
     """Of two processes with one name one gets the events, and the other those after its end."""
     standby, received = another(), Recorder()
@@ -281,7 +295,10 @@ def test_one_of_two_processes_reads(
 
 
 def test_partitions_share_the_records(
-    hub: pgsignals.Hub, durable: Writer, recorder: Recorder, another: Callable[[], pgsignals.Hub]
+    hub: pgsignals.Hub,
+    durable: DurableWriter,
+    recorder: Recorder,
+    another: Callable[[], pgsignals.Hub],
 ) -> None:
     """Two processes that share a consumer's partitions get each record once between them."""
     other, received = another(), Recorder()
@@ -301,7 +318,7 @@ def test_partitions_share_the_records(
     assert len(new) == len(set(new))
 
 
-def test_a_dead_letter(hub: pgsignals.Hub, durable: Writer, recorder: Recorder) -> None:
+def test_a_dead_letter(hub: pgsignals.Hub, durable: DurableWriter, recorder: Recorder) -> None:
     """What a receiver cannot take is kept, and comes again when somebody asks for it."""
     broken = threading.Event()
     broken.set()
@@ -325,7 +342,9 @@ def test_a_dead_letter(hub: pgsignals.Hub, durable: Writer, recorder: Recorder) 
     eventually(lambda: durable.db(kept), lambda rows: rows == [])
 
 
-def test_what_writers_left_out(hub: pgsignals.Hub, durable: Writer, recorder: Recorder) -> None:
+def test_what_writers_left_out(
+    hub: pgsignals.Hub, durable: DurableWriter, recorder: Recorder
+) -> None:
     """What could not be written is a Gap, in its place among the events."""
     hub.subscribe(recorder, "items")
     hub.on_gap(recorder)
@@ -342,7 +361,7 @@ def test_what_writers_left_out(hub: pgsignals.Hub, durable: Writer, recorder: Re
 
 
 def test_a_broker_that_is_away(
-    hub: pgsignals.Hub, durable: Writer, another: Callable[[], pgsignals.Hub]
+    hub: pgsignals.Hub, durable: DurableWriter, another: Callable[[], pgsignals.Hub]
 ) -> None:
     """What a backend has not acknowledged waits for it, also over the end of the process."""
     broker = Broker()
@@ -357,7 +376,7 @@ def test_a_broker_that_is_away(
     assert ids(back.acknowledged, 3) == [1, 2, 3]
 
 
-def test_a_backfill(hub: pgsignals.Hub, durable: Writer, recorder: Recorder) -> None:
+def test_a_backfill(hub: pgsignals.Hub, durable: DurableWriter, recorder: Recorder) -> None:
     """The rows that a table has come as snapshots, beside what is written meanwhile."""
     durable.db("INSERT INTO items SELECT generate_series(1, 30)")
     hub.subscribe(recorder, "items", "snapshot")
