@@ -286,7 +286,8 @@ def test_exit_waits_five_seconds_for_all_hubs_together(dsn: str) -> None:
     assert running.out() == "exit"
     before = time.monotonic()
     end = running.end()
-    assert 4.5 < time.monotonic() - before < 10
+    # One after the other they would take 20.
+    assert 4.5 < time.monotonic() - before < 15
     assert end.code == 0
     assert len(end.err) == 4
     assert all("receivers still at work" in line for line in end.err)

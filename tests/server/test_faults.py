@@ -58,8 +58,8 @@ def test_a_black_hole_is_noticed(hub: Hub, dsn: str, db: Database, proxy: Proxy)
     db("INSERT INTO items DEFAULT VALUES")
     [error] = lost.wait(1, timeout=DEADLINE)
     assert "heartbeat" in str(error)
-    # Twice the bound, since the machine may be busy; it is the thread that counts exactly.
-    assert time.monotonic() - began < 2 * sum(HEARTBEAT.values()) + 1
+    # Far more than the bound, since the machine may be busy; without a heartbeat it takes hours.
+    assert time.monotonic() - began < sum(HEARTBEAT.values()) + 10
     proxy.resume()
     assert gaps.wait(1)[0].reason == "reconnected"
 
