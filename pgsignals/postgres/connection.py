@@ -11,6 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import psycopg2
@@ -203,16 +204,35 @@ def _read_uuid(text: Any, cursor: Any) -> uuid.UUID | None:
 _UUID = psycopg2.extensions.new_type((2950,), "UUID", _read_uuid)
 _UUIDS = psycopg2.extensions.new_array_type((2951,), "UUID[]", _UUID)
 
+_INTERVAL_OID = 1186
+# Since PostgreSQL 17 there are infinite intervals, in which psycopg2 finds no number, and so reads
+# them as 0; its documentation has them as these limits, as it has infinite dates.
+_INFINITE = {"infinity": timedelta.max, "-infinity": timedelta.min}
+
+
+def _read_interval(text: Any, cursor: Any) -> Any:
+    infinite = _INFINITE.get(text)
+    if infinite is not None:
+        return infinite
+    # Which may be one of the program's own.
+    caster: Callable[[Any, Any], Any] = psycopg2.extensions.string_types[_INTERVAL_OID]
+    return caster(text, cursor)
+
+
+_INTERVAL = psycopg2.extensions.new_type((_INTERVAL_OID,), "INTERVAL", _read_interval)
+_INTERVALS = psycopg2.extensions.new_array_type((1187,), "INTERVAL[]", _INTERVAL)
+
 
 def make_cast(connection: Connection) -> Cast:
     """Return a function that makes the Python values of ``connection``'s queries from texts.
 
-    It gives ``uuid.UUID`` for uuid. It keeps a cursor, without which psycopg2's casters would crash
-    the interpreter, and stays usable when the connection is closed.
+    It gives ``uuid.UUID`` for uuid, and the limits of timedelta for infinite intervals. It keeps a
+    cursor, without which psycopg2's casters would crash the interpreter, and stays usable when the
+    connection is closed.
     """
     cursor = connection.cursor()
     # Not by register_uuid(), which decides for the whole program how UUIDs become parameters.
-    for kind in (_UUID, _UUIDS):
+    for kind in (_UUID, _UUIDS, _INTERVAL, _INTERVALS):
         psycopg2.extensions.register_type(kind, cursor)
     own: dict[int, Callable[[str, Any], Any]] = cursor.string_types or {}
     everywhere = psycopg2.extensions.string_types

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, get_args
 
@@ -355,6 +355,26 @@ def test_values_that_python_cannot_hold(
     first, second = recorder.wait(2)
     assert first.values == {"d": "0044-03-15 BC", "ts": datetime.max}
     assert second.values == {"d": date.min, "ts": "0044-03-15 00:00:00 BC"}
+
+
+def test_infinite_intervals(hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery) -> None:
+    """An interval without an end is Python's limit, as a date is, and no interval of length 0."""
+    if each_db.connection.info.server_version < 170000:
+        pytest.skip("PostgreSQL 17 brought them")
+    each_db("CREATE TABLE t (id int PRIMARY KEY, i interval, a interval[])")
+    recorder = Recorder()
+    hub.start(each_dsn, [watch("t", extra=["i", "a"])], delivery=delivery)
+    hub.subscribe(recorder, "t")
+    each_db(
+        "INSERT INTO t VALUES (1, 'infinity', '{infinity,1 day,NULL}'), (2, '-infinity', '{}'),"
+        " (3, NULL, NULL), (4, '-2 days 01:00', '{00:00}')"
+    )
+    assert [event.values for event in recorder.wait(4)] == [
+        {"i": timedelta.max, "a": [timedelta.max, timedelta(days=1), None]},
+        {"i": timedelta.min, "a": []},
+        {"i": None, "a": None},
+        {"i": timedelta(days=-2, hours=1), "a": [timedelta(0)]},
+    ]
 
 
 def test_keys_that_python_cannot_hold(
