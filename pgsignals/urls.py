@@ -1,4 +1,4 @@
-"""The URL of a broker, which broadcasters and sources are made from, and its options."""
+"""The URLs of brokers, from which broadcasters and sources are made, and their options."""
 
 # A public path, which stays; the code is in the package.
 from .plugins.urls import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Events to Kafka: in order per record, acknowledged by all replicas, duplicates only by uid."""
+"""Events to Kafka: in order per record, acknowledged by all replicas, repeated with equal uids."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class KafkaBroadcaster(BrokerEnd[SendingOptions]):
         self._errors = Errors()
         self._topics = Topics(options, self._errors)
         self._writer = Writer(options.source or f"/pgsignals/{options.prefix}")
-        # By the largest batch that it may make: a topic that takes less has a producer of its own.
+        # By the largest batch that a producer may make: a topic that takes less has one of its own.
         self._producers: dict[int, Producer] = {}
         # A failure is an error and the topic that it is about.
         self._ledger: SentLedger[tuple[KafkaError, str]] = SentLedger()
@@ -232,10 +232,10 @@ class KafkaBroadcaster(BrokerEnd[SendingOptions]):
         self._ledger.refuse([uid], None if purged else (error, message.topic() or ""))
 
     def _check(self) -> None:
-        """Raise what a record was refused for.
+        """Raise the reason for which a record was refused.
 
-        What is still under way is given up first: were a record's later event to arrive, the
-        earlier one would come behind it when it is sent again.
+        Records that are still under way are given up first: if the record's later event arrived,
+        the earlier one would come behind it when it is sent again.
         """
         failure = self._ledger.take_failure()
         if failure is None:
@@ -284,7 +284,7 @@ def _headers(attributes: Mapping[str, str]) -> list[tuple[str, str | bytes | Non
 def _exceeds(limit: int, key: bytes | None, value: bytes, attributes: Mapping[str, str]) -> bool:
     """Whether the record may take more than its topic allows."""
     size = len(value) + len(key or b"") + _OVERHEAD
-    # Nearly all are so far from it that a look at each attribute would be a waste.
+    # Nearly all are so far from the limit that a look at each attribute would be a waste.
     if size + 4 * sum(map(len, attributes.values())) + _MOST_NAMES <= limit:
         return False
     for name, text in attributes.items():

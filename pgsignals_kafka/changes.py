@@ -58,10 +58,10 @@ class Changes:
         progress.ids.update({name: each.id for name, each in now.items()})
 
     def find_stalled(self, now: Mapping[str, Topic]) -> None:
-        """Check whether librdkafka has missed what the brokers have become. Raises KafkaException.
+        """Check whether librdkafka has missed an older state of the brokers. Raises KafkaException.
 
-        It does not believe in a leader of an older epoch than it was told of, maybe when brokers
-        ended, and waits for a later one without a word.
+        librdkafka does not believe in a leader of an older epoch than it was told of, maybe when
+        brokers ended, and waits for a later one without a word.
         """
         before, self._stalled = self._stalled, {}
         if self._reader.paused:

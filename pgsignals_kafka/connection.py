@@ -15,7 +15,7 @@ from .options import Options
 
 log = logging.getLogger("pgsignals.kafka")
 
-# Attributes of CloudEvents are headers whose names begin so.
+# Attributes of CloudEvents are headers whose names begin with this.
 PREFIX = "ce_"
 # The errors that say why there is no connection; the others say only that there is none.
 _TELLING = (
@@ -28,11 +28,11 @@ _TELLING = (
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 )
-# After so many seconds each it looks whether librdkafka, which tries on and on, knows by now why
-# nobody answers. Then it waits to the end: a look ends the question, and a broker may be slow.
+# After so many seconds each, reach() looks whether librdkafka, which tries on and on, knows by now
+# why nobody answers. Then it waits to the end: a look ends the request, and a broker may be slow.
 _LOOKS = (0.5, 1.0, 1.5)
-# No broker is there when none has taken a connection for so long. Not at once, since by the first
-# of a host's addresses nobody may listen while one does by the second.
+# No broker is there if none has taken a connection for so many seconds. Not at once, since nobody
+# may listen at the first of a host's addresses while a broker does at the second.
 _REFUSED_SECONDS = 3.0
 # A fork does not copy librdkafka's threads: a client of the parent's that is closed in the child,
 # be it by the garbage collector, waits for them for ever.
@@ -48,7 +48,7 @@ class Errors:
 
     @property
     def telling(self) -> bool:
-        """Whether the latest says why there is no connection."""
+        """Whether the latest error says why there is no connection."""
         return self.latest is not None and self.latest.code() in _TELLING
 
     def note(self, error: KafkaError) -> None:
@@ -66,14 +66,14 @@ class Errors:
 
 
 class _Quiet:
-    """librdkafka's own log lines, which repeat each failed try, at the level DEBUG."""
+    """Logs librdkafka's own lines, which repeat each failed try, at the level DEBUG."""
 
     def log(self, level: int, *arguments: object) -> None:
         log.debug(*arguments)
 
 
 def client_config(options: Options, errors: Errors) -> dict[str, Any]:
-    """The configuration of any client; the user's settings of librdkafka come last."""
+    """Return the configuration of any client; the user's settings of librdkafka come last."""
     sasl = options.user is not None
     found: dict[str, Any] = {
         "bootstrap.servers": options.servers,
@@ -97,9 +97,9 @@ def client_config(options: Options, errors: Errors) -> dict[str, Any]:
 def reach(
     client: AdminClient | Consumer, options: Options, errors: Errors, timeout: float
 ) -> ClusterMetadata:
-    """The topics that there are, by the first broker that answers within ``timeout`` seconds.
+    """Return the topics, by the first broker that answers within ``timeout`` seconds.
 
-    Raises BrokerError, without waiting to the end where the cause is known before.
+    Raises BrokerError, without waiting to the end if the cause is known before.
     """
     errors.clear()
     began, failure = time.monotonic(), None
@@ -111,12 +111,12 @@ def reach(
             return client.list_topics(timeout=min(seconds, timeout - waited))
         except KafkaException as error:
             failure = error
-            client.poll(0)  # Brings the cause.
+            client.poll(0)  # Lets librdkafka tell the cause.
     raise broker_error(options, "not connected", errors, failure) from failure
 
 
 def broker_error(options: Options, what: str, errors: Errors, error: object = None) -> BrokerError:
-    """An error that says what could not be done, and the cause where librdkafka has one."""
+    """Return an error that says what could not be done, and librdkafka's cause, if it has one."""
     found = errors.latest
     if found is None and isinstance(error, KafkaException):
         found = error.args[0]
@@ -142,7 +142,7 @@ def _cause(options: Options, error: KafkaError) -> str:
     if code == KafkaError._RESOLVE:
         return f"the host name is not known ({text})"
     if code in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT):
-        # A port without TLS that is spoken to by TLS answers nothing, nor does one with TLS that
+        # A port without TLS that is spoken to by TLS answers nothing, nor does a port with TLS that
         # is spoken to without.
         tls = "it is a port without TLS" if options.tls else "the port wants TLS: tls=true"
         return f"nothing answers there: start the broker, or correct the address, or {tls} ({text})"

@@ -25,7 +25,7 @@ _SETTLE_SECONDS = 5.0
 
 
 class GroupReader(Reader):
-    """Reads the partitions that a group assigns, from where the group is, and commits."""
+    """Reads the partitions that a group assigns, from the group's offsets, and commits."""
 
     finds_partitions = False
 
@@ -57,7 +57,7 @@ class GroupReader(Reader):
         self._subscribe()
 
     def take_new(self, known: Sequence[Partition]) -> None:
-        """The group assigns new partitions."""
+        """Do nothing, since the group assigns new partitions."""
 
     def leave(self) -> None:
         self._leaving = True
@@ -68,10 +68,10 @@ class GroupReader(Reader):
         )
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Try at once to read, since whoever starts waits for it.
+        """Try at once to read, since a start waits for that.
 
-        Nothing may be raised here: poll() makes it a KafkaError, which is no exception and passes
-        by any ``except BaseException``.
+        Nothing may be raised here: poll() makes a KafkaError of it, which is no exception and
+        passes by any ``except BaseException``.
         """
         self.gained = [*self.gained, *partitions]
         try:
@@ -86,10 +86,10 @@ class GroupReader(Reader):
             self._take_over(self.consumer)
 
     def _take_over(self, consumer: Consumer) -> None:
-        """Begin where the group is; where it has never been, now or at the beginning.
+        """Begin at the group's offsets; if it has none, now or at the partition's beginning.
 
-        That is committed at once: whoever gets the partition next must begin there too. Raises
-        KafkaException where the brokers do not answer; then it is to be called again.
+        The offsets are committed at once: the next member that gets the partition must begin there,
+        too. Raises KafkaException if the brokers do not answer; then it must be called again.
         """
         if partitions := self.gained:
             progress = self.progress
@@ -106,7 +106,7 @@ class GroupReader(Reader):
             for name, found in now.items():
                 progress.ids[name] = found.id
                 progress.begun.setdefault(name, round(time.time() * 1000))
-            # Before anything is delivered: should this process die, the offsets are not clean.
+            # Before anything is delivered: if this process dies, the offsets are not marked clean.
             self.commit(asynchronous=False)
             consumer.incremental_assign(begin)
             self.gained = []
@@ -119,9 +119,9 @@ class GroupReader(Reader):
     def _read_marks(
         self, consumer: Consumer, partitions: Sequence[TopicPartition], now: Mapping[str, Topic]
     ) -> dict[Partition, tuple[int, Mark]]:
-        """The offsets and marks that the group has committed, to partitions that are not ours too.
+        """Return what the group has committed, offsets and marks, also to others' partitions.
 
-        Where it has committed to some of a topic, it began to read the topic then.
+        If it has committed to a partition of a topic, note when it began to read the topic.
         """
         wanted = {(each.topic, each.partition) for each in partitions}
         wanted |= {(name, n) for name, topic in now.items() for n in range(topic.partitions)}
@@ -145,7 +145,7 @@ class GroupReader(Reader):
     def _find_begin(
         self, consumer: Consumer, partition: Partition, offset: int, mark: Mark, now: Topic | None
     ) -> int:
-        """The offset to begin at, by what the group, and this process, knows of a partition."""
+        """Return the offset to begin at, by what the group and this process know of a partition."""
         progress, topic = self.progress, partition[0]
         low, high = self.watermarks(consumer, partition)
         progress.redelivered_below[partition] = 0
@@ -166,18 +166,18 @@ class GroupReader(Reader):
             progress.begun.setdefault(topic, 0)
             return low
         if partition in progress.sure:
-            # The group is not known any more, and we know better.
+            # The group's offset is not known any more, and this process knows better.
             return self._offset_since(consumer, partition, progress.sure[partition], low, high)
         if topic in progress.begun:
             begun = datetime.fromtimestamp(progress.begun[topic] / 1000, timezone.utc)
             return self._offset_since(consumer, partition, begun, low, high)
-        # Nobody knows how far a group that was here before had come.
+        # Nobody knows how far a former group of this name had come.
         detail = f"the group {self.group} had no offset in {topic}, and begins now"
         self._missed.append(Gap(EPOCH, EPOCH, "unknown_name", detail))
         return high
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Let receivers finish with what another member gets, as far as that takes no time."""
+        """Let receivers finish with partitions that another member gets, for some seconds."""
         lost = {(each.topic, each.partition) for each in partitions}
         if not self._leaving:
             done = threading.Event()
@@ -203,13 +203,13 @@ class GroupReader(Reader):
             else:
                 self.consumer.commit(offsets=offsets, asynchronous=False)
         except KafkaException as error:
-            # It comes again, to us or to the next member.
+            # The records come again, to us or to the next member.
             log.warning("%s: could not commit: %s", self._options, error)
         else:
             self.progress.committed(due)
 
     def _find_begin_anew(self, consumer: Consumer) -> dict[Partition, int]:
-        return {}  # The group says.
+        return {}  # The group decides.
 
     def _forget_assignment(self) -> None:
         self.gained = []

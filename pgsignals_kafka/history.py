@@ -16,7 +16,7 @@ log = logging.getLogger("pgsignals.kafka")
 class Topic:
     """A topic as it is now: its id, which another of its name does not have, and its partitions.
 
-    Each has its end and the epoch of its leader, as far as the brokers tell; an epoch only grows,
+    A partition has its end and its leader's epoch, as far as brokers tell; an epoch only grows,
     unless the brokers were put back to an older state.
     """
 
@@ -25,7 +25,7 @@ class Topic:
     ends: Mapping[int, tuple[int, int | None]]
 
     def other(self, former: Topic) -> str:
-        """The reason why it is not the former one, as it was; empty when nothing says so."""
+        """Return the reason why it is not the former topic as it was; empty if nothing says so."""
         if self.id != former.id:
             return "was made anew"
         for number, (_, epoch) in self.ends.items():
@@ -36,7 +36,7 @@ class Topic:
 
 
 def look(admin: AdminClient, names: Collection[str], timeout: float) -> dict[str, Topic]:
-    """The topics that are there and may be looked at. Raises KafkaException."""
+    """Return the topics that are there and may be looked at. Raises KafkaException."""
     if not names:
         return {}
     found: dict[str, tuple[str, int]] = {}
@@ -49,7 +49,7 @@ def look(admin: AdminClient, names: Collection[str], timeout: float) -> dict[str
             log.debug("%s: %s", name, error)
         else:
             found[name] = str(topic.topic_id), len(topic.partitions)
-            # The answer to all would wait for one without a leader.
+            # The answer to all would wait for a partition without a leader.
             led = [each.id for each in topic.partitions if each.leader is not None]
             partitions += [TopicPartition(name, number) for number in led]
     ends: dict[str, dict[int, tuple[int, int | None]]] = {name: {} for name in found}
@@ -70,9 +70,9 @@ def look(admin: AdminClient, names: Collection[str], timeout: float) -> dict[str
 class Mark:
     """The metadata that a group commits beside an offset.
 
-    ``topic`` is the id of the topic that the offset is of; ``begun`` when the group began to read
-    it, in milliseconds. ``clean``: by a member that has nothing more under way, so that nothing
-    from there on has been delivered.
+    ``topic`` is the id of the topic that the offset is of, ``begun`` the time when the group began
+    to read it, in milliseconds. ``clean`` says that the member has nothing more under way, so that
+    nothing from the offset on has been delivered.
     """
 
     topic: str = ""
@@ -85,7 +85,7 @@ class Mark:
 
     @classmethod
     def read(cls, text: str | None) -> Mark:
-        """The mark in a text; an empty one where another program has committed."""
+        """Return the mark in a text; an empty one if another program has committed."""
         parts = (text or "").split(",")
         if len(parts) != 3:
             return cls()

@@ -49,7 +49,7 @@ class Options(BrokerOptions):
             )
 
     def topic_of(self, schema: str, table: str) -> str:
-        """The topic of a table. Raises ConfigurationError when its name would be too long."""
+        """Return the topic of a table. Raises ConfigurationError if its name would be too long."""
         name = self.topic.format(prefix=self.prefix, schema=escaped(schema), table=escaped(table))
         if len(name) > 249:
             raise ConfigurationError(
@@ -59,7 +59,7 @@ class Options(BrokerOptions):
         return name
 
     def topic_pattern(self, schema: str | None, table: str | None) -> str:
-        """A regular expression for the topics of tables; None stands for any."""
+        """Return a regular expression for the topics of tables; None stands for any."""
         schema, table = (
             "\0" if part is None else re.escape(escaped(part)) for part in (schema, table)
         )
@@ -88,7 +88,7 @@ class SendingOptions(Options):
 
 
 def escaped(name: str) -> str:
-    """A schema's or table's name as a part of a topic's: what is not allowed there as ``-HH``."""
+    """Return a schema's or table's name for a topic's, with what is not allowed as ``-HH``."""
     return "".join(
         c if _PLAIN.match(c) else "".join(f"-{byte:02X}" for byte in c.encode()) for c in name
     )

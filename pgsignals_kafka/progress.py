@@ -17,19 +17,19 @@ class Progress:
     """The offsets of the partitions that are ours, and what is known of their topics.
 
     Offsets lose their meaning when a partition has others in their place: ``generation`` counts
-    how often, and what was read in a former one is not settled any more. ``began`` is when reading
-    without a group began; a group may have read anything before.
+    how often, and records that were read in a former one are not settled any more. ``began`` is the
+    time when reading without a group began; a group may have read anything before.
     """
 
     def __init__(self) -> None:
         self.began: datetime | None = None
         # The next offset to read; its keys are the partitions that are ours.
         self.read: dict[Partition, int] = {}
-        # A former member of the group may have delivered what is below.
+        # The offsets below which a former member of the group may have delivered records.
         self.redelivered_below: dict[Partition, int] = {}
         # The time of the latest record.
         self.heard: dict[Partition, datetime] = {}
-        # The same, when the topic was last looked at: later ones may be of another in its place.
+        # That time when the topic was last looked at: later records may be of another in its place.
         self.sure: dict[Partition, datetime] = {}
         # The topics and leader epochs that offsets are of; and when the group began to read a
         # topic, in milliseconds.
@@ -39,28 +39,28 @@ class Progress:
         # Partitions that librdkafka does not read any more, since their next offset is not there.
         self.stopped: dict[Partition, str] = {}
         self.generation = 0
-        # Receivers settle in threads of their own.
+        # A lock, since receivers settle in threads of their own.
         self._lock = threading.Lock()
         self._settled: dict[Partition, int] = {}
         self._committed: dict[Partition, int] = {}
 
     def since(self, partition: Partition) -> datetime:
-        """The time from which on records may have been missed."""
+        """Return the time from which on records may have been missed."""
         return self.sure.get(partition, self.began or EPOCH)
 
     def known_since(self, partition: Partition) -> datetime | None:
-        """The time from which on records are to be read, if it is known."""
+        """Return the time from which on records are to be read, if it is known."""
         return self.sure.get(partition, self.began)
 
     def begin(self, partition: Partition, offset: int) -> None:
-        """Read a partition from here; what is before it is settled."""
+        """Read a partition from ``offset`` on; what is before it is settled."""
         self.read[partition] = offset
         self._committed.pop(partition, None)
         with self._lock:
             self._settled[partition] = offset
 
     def begin_anew(self, partition: Partition, offset: int) -> None:
-        """Read a partition from here, whose former offsets have lost their meaning."""
+        """Read a partition, whose former offsets have lost their meaning, from ``offset`` on."""
         with self._lock:
             self.generation += 1
         self.begin(partition, offset)
@@ -91,7 +91,7 @@ class Progress:
         self.stopped.clear()
 
     def due(self, leaving: Set[Partition]) -> dict[Partition, int]:
-        """The offsets to commit, of partitions that are left in any case."""
+        """Return the offsets to commit; those of partitions that are being left, in any case."""
         with self._lock:
             return {
                 partition: offset
@@ -101,11 +101,11 @@ class Progress:
             }
 
     def committed(self, offsets: Mapping[Partition, int]) -> None:
-        """Note what was committed."""
+        """Note the offsets that were committed."""
         self._committed.update(offsets)
 
     def mark(self, partition: Partition, offset: int, leaving: Set[Partition]) -> Mark:
-        """The mark that goes with an offset."""
+        """Return the mark that goes with an offset."""
         topic = partition[0]
         clean = partition in leaving and offset == self.read[partition]
         return Mark(self.ids.get(topic, ""), self.begun.get(topic), clean)

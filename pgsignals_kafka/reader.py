@@ -22,12 +22,12 @@ from .progress import EPOCH, Partition, Progress
 
 log = logging.getLogger("pgsignals.kafka")
 
-# New topics and partitions are found this soon, and a broker that was away.
+# The seconds in which new topics and partitions are found, and a broker that was away.
 LOOK_SECONDS = 5.0
 _CONSUMER: dict[str, Any] = {
     "enable.auto.commit": False,
     "enable.auto.offset.store": False,
-    # Ours to decide, since what is gone has to be announced.
+    # The reader decides, since records that are gone have to be announced.
     "auto.offset.reset": "error",
     "partition.assignment.strategy": "cooperative-sticky",
     "topic.metadata.refresh.interval.ms": round(LOOK_SECONDS * 1000),
@@ -42,7 +42,7 @@ class Reader:
 
     # librdkafka wants a group all the same.
     group = "pgsignals"
-    # New partitions are ours to find; a group assigns them.
+    # Whether the reader has to find new partitions; a group assigns them.
     finds_partitions = True
     # Partitions that are assigned and not read yet.
     gained: Sequence[TopicPartition] = ()
@@ -82,11 +82,11 @@ class Reader:
         return _partitions(reach(self.consumer, self._options, self._errors, self._options.timeout))
 
     def topics(self, timeout: float) -> list[Partition]:
-        """All partitions that the brokers have. Raises KafkaException where none answers."""
+        """Return all partitions that the brokers have. Raises KafkaException if none answers."""
         return _partitions(self.consumer.list_topics(timeout=timeout))
 
     def look_at(self, topics: Collection[str], timeout: float | None = None) -> dict[str, Topic]:
-        """The topics as they are now. Raises KafkaException."""
+        """Return the topics as they are now. Raises KafkaException."""
         found = look(self._admin, topics, timeout or self._options.timeout)
         if any(len(topic.ends) < topic.partitions for topic in found.values()):
             # This client does not believe in a leader of an older epoch either, and would never
@@ -95,7 +95,7 @@ class Reader:
         return found
 
     def take_new(self, known: Sequence[Partition]) -> None:
-        """Read what is new of these partitions from its beginning. Raises KafkaException."""
+        """Read the new ones of these partitions from their beginning. Raises KafkaException."""
         self._take(known, end=False)
 
     def _take(self, known: Sequence[Partition], *, end: bool) -> None:
@@ -117,7 +117,7 @@ class Reader:
         """Read the partitions that a group has assigned. Raises KafkaException."""
 
     def pause(self) -> None:
-        """Read nothing, but go on polling, or a group expels its member."""
+        """Read nothing; polling goes on, or a group would expel its member."""
         self.paused = True
         self.consumer.pause(self.consumer.assignment())
 
@@ -130,7 +130,7 @@ class Reader:
         """Commit, to a group, what receivers are done with."""
 
     def watermarks(self, consumer: Consumer, partition: Partition) -> tuple[int, int]:
-        """The first offset of a partition, and its end. Raises KafkaException."""
+        """Return the first offset of a partition, and its end. Raises KafkaException."""
         timeout = self._options.timeout
         found = consumer.get_watermark_offsets(TopicPartition(*partition), timeout=timeout)
         assert found is not None
@@ -139,7 +139,7 @@ class Reader:
     def _offset_since(
         self, consumer: Consumer, partition: Partition, time: datetime | None, low: int, high: int
     ) -> int:
-        """The first offset whose record is not older; of a time that is not known, the first."""
+        """Return the first offset whose record is not older than ``time``; the first for None."""
         if time is None:
             return low
         milliseconds = round(time.timestamp() * 1000)
@@ -178,7 +178,7 @@ class Reader:
         self.consumer.incremental_unassign([TopicPartition(*partition)])
 
     def begin_anew(self, why: str) -> None:
-        """Read by another consumer, which knows nothing of what was. Raises KafkaException."""
+        """Read by a new consumer, which knows nothing of the past. Raises KafkaException."""
         since = min(map(self.progress.since, self.partitions), default=EPOCH)
         consumer = self._connect()
         try:
@@ -202,7 +202,7 @@ class Reader:
         return begin
 
     def _forget_assignment(self) -> None:
-        """Nothing is assigned to one that is in no group."""
+        """Forget the partitions that a group has assigned; without a group, there are none."""
 
     def _begin_anew_at(self, begin: Mapping[Partition, int]) -> None:
         self.progress.read.update(begin)
@@ -231,7 +231,7 @@ class Reader:
         inherit(self._admin)
 
     def _connect_admin(self) -> AdminClient:
-        # With errors of its own: it does not read.
+        # With Errors of its own, since it does not read.
         return AdminClient(client_config(self._options, Errors()))
 
     def _connect(self) -> Consumer:

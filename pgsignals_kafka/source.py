@@ -95,7 +95,7 @@ class KafkaSource(BrokerEnd[Options]):
             reader.take_over()
 
     def refuse(self, position: str, reason: str) -> None:
-        """Pass the record over: Kafka knows offsets only, and that behind it is committed."""
+        """Pass the record over: Kafka knows offsets only, and the one behind it is committed."""
         log.debug("%s: %s is passed over: %s", self, position, reason)
 
     def stop(self, timeout: float) -> None:
@@ -119,7 +119,7 @@ class KafkaSource(BrokerEnd[Options]):
         while not self._stopping.is_set():
             try:
                 self._turn()
-            # Whatever it is, the thread must go on reading.
+            # Whatever is raised, the thread must go on reading.
             except Exception as error:
                 known = isinstance(error, KafkaException)
                 log.warning("%s: %s", self, error, exc_info=not known)
@@ -136,7 +136,7 @@ class KafkaSource(BrokerEnd[Options]):
             self._looked_at = now
             self._look()
         self._note_loss()
-        # Last, since they raise until the brokers answer.
+        # Last, since these raise until the brokers answer.
         self._changes.resume_stopped()
         self._reader.take_over()
 
@@ -153,7 +153,7 @@ class KafkaSource(BrokerEnd[Options]):
         if first is None:
             return
         read: dict[Partition, int] = {}
-        # Handled before more is asked for, which may take a partition away.
+        # Handled before more is asked for, since that may take a partition away.
         self._handle(first, read)
         if most > 1:
             for message in consumer.consume(most - 1, timeout=0):
@@ -197,10 +197,10 @@ class KafkaSource(BrokerEnd[Options]):
             log.warning("%s: %s", self, error.str())
 
     def _look(self) -> None:
-        """Find new partitions, others in place of those that were read, and a broker come back."""
+        """Find new partitions, other topics in place of those read, and a broker come back."""
         reader, progress = self._reader, self._reader.progress
         try:
-            # It raises where no broker answers, and only then is anything known to be as it is.
+            # This raises if no broker answers; only with an answer is anything known as it is.
             known = reader.topics(2.0) if reader.finds_partitions or self._lost else []
             now = reader.look_at({topic for topic, _ in reader.partitions}, 2.0)
             self._changes.compare(now)

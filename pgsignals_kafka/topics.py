@@ -20,7 +20,7 @@ log = logging.getLogger("pgsignals.kafka")
 
 # Kafka's default for max.message.bytes, taken for that of a topic whose settings cannot be read.
 DEFAULT_LIMIT = 1_048_588
-# Topics are compared with what they were so often while they take records.
+# The seconds between comparisons of topics with what they were, while they take records.
 _LOOK_SECONDS = 30.0
 
 
@@ -35,6 +35,7 @@ class Topics:
         # The longest record that each topic takes, of those that are known to be there.
         self.limits: dict[str, int] = {}
         self._known: dict[str, Topic] = {}
+        # The first look is due at once.
         self._looked_at = -_LOOK_SECONDS
 
     def reach(self, timeout: float) -> None:
@@ -47,7 +48,7 @@ class Topics:
         self._missing(self._admin(), topics)
 
     def prepare(self, topics: Collection[str]) -> None:
-        """Create what is missing of the topics, and learn their limits. Raises BrokerError."""
+        """Create those topics that are missing, and learn their limits. Raises BrokerError."""
         new = set(topics) - self.limits.keys()
         if not new:
             return
@@ -71,7 +72,7 @@ class Topics:
         return time.monotonic() - self._looked_at >= _LOOK_SECONDS
 
     def look_for_others(self) -> str:
-        """The reason why topics are not those that were written to; empty where they are.
+        """Return the reason why topics are not those that were written to; empty if they are.
 
         librdkafka does not believe in leaders of an older epoch, which brokers that were put back
         to an older state have: it would wait for ever.
@@ -94,7 +95,7 @@ class Topics:
         return AdminClient(client_config(self._options, self._errors))
 
     def _missing(self, admin: AdminClient, topics: Collection[str]) -> list[str]:
-        # It says sooner than the question below why nobody answers.
+        # reach() says sooner than the request below why nobody answers.
         reach(admin, self._options, self._errors, self._options.timeout)
         missing = []
         described = admin.describe_topics(
@@ -104,7 +105,7 @@ class Topics:
             try:
                 answer.result()
             except KafkaException as error:
-                admin.poll(0)  # Brings the cause.
+                admin.poll(0)  # Lets librdkafka tell the cause.
                 if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     what = f"the topic {name} cannot be looked at"
                     raise broker_error(self._options, what, self._errors, error) from error
@@ -128,7 +129,7 @@ class Topics:
             try:
                 answer.result()
             except KafkaException as error:
-                # Another process may have created it meanwhile.
+                # Another process may have created the topic meanwhile.
                 if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
                     what = f"the topic {name} cannot be created"
                     raise broker_error(options, what, self._errors, error) from error

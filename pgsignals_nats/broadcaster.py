@@ -29,7 +29,7 @@ from .stream import Stream, check
 
 log = logging.getLogger("pgsignals.nats")
 
-# Messages under way at a time.
+# The most messages that are under way at a time.
 _WINDOW = 2_000
 # A message that is not acknowledged after so many seconds is taken for lost.
 _ACK_SECONDS = 10.0
@@ -264,11 +264,11 @@ class NatsBroadcaster(BrokerEnd[SendingOptions]):
                 self._refused(item, f"{item.subject}: a duplicate is looked for: {error!r}")
             return
         if under_way.pop(token, None) is None:
-            return  # It was given up meanwhile.
+            return  # The message was given up meanwhile.
         if there:
             self._arrived(item)
             return
-        # The same each time, so that it is not there twice, whoever sends it.
+        # The same id each time, so that the message is not there twice, whoever sends it.
         item.headers[ID] = f"{item.uid}/{sequence}"
         self._queue.add_again(item)
         self._start_pump()
@@ -291,7 +291,7 @@ class NatsBroadcaster(BrokerEnd[SendingOptions]):
             self._ledger.refuse([item.uid for item in items], "the connection is lost")
 
     async def _expire(self) -> None:
-        """Give up what should have been acknowledged long ago."""
+        """Give up messages that should have been acknowledged long ago."""
         due = time.monotonic() - _ACK_SECONDS
         under_way = self._queue.under_way
         for token, item in list(under_way.items()):

@@ -25,25 +25,25 @@ log = logging.getLogger("pgsignals.nats")
 
 T = TypeVar("T")
 
-# Attributes of CloudEvents are headers whose names begin so.
+# Attributes of CloudEvents are headers whose names begin with this.
 PREFIX = "ce-"
 _NO_TLS = "the server does not offer TLS"
 _CONNECT_SECONDS = 8
-# The same, with all that is asked of JetStream then.
+# The seconds to connect, with all that is asked of JetStream then.
 _CONNECTED_SECONDS = 20.0
 
 
 async def connect(options: Options, closed: Callable[[], Awaitable[None]]) -> Client:
-    """A new connection to the first server that takes one; ``closed`` is called when it is lost.
+    """Return a connection to the first server that takes one; ``closed`` is called at its loss.
 
-    It ends then: what nats-py would send once more by itself is not known to be in order. Raises
-    BrokerError.
+    The connection ends then: messages that nats-py would send once more by itself are not known to
+    be in order. Raises BrokerError.
     """
     failure: Exception | None = None
     for host in options.hosts:
         client = _Client(options.tls)
         try:
-            # In the loop, since the files may be wrong.
+            # Within the try, since the files may be wrong.
             settings = _settings(options, client, closed)
             await within(_CONNECT_SECONDS, client.connect(f"nats://{host}", **settings))
             if options.tls and not client.looked:
@@ -70,7 +70,7 @@ async def connect(options: Options, closed: Callable[[], Awaitable[None]]) -> Cl
 def _settings(
     options: Options, client: _Client, closed: Callable[[], Awaitable[None]]
 ) -> dict[str, Any]:
-    """The settings of nats-py; the user's own come last."""
+    """Return the settings of nats-py; the user's own come last."""
 
     async def note(error: Exception) -> None:
         log.debug("%r", error)
@@ -85,7 +85,7 @@ def _settings(
     found: dict[str, Any] = {
         "name": "pgsignals",
         "allow_reconnect": False,
-        # It would draw from the program's sequence, and hosts are tried in order.
+        # Otherwise it would draw from the program's random numbers; hosts are tried in order.
         "dont_randomize": True,
         "connect_timeout": 5,
         "ping_interval": 10,
@@ -118,11 +118,11 @@ class _Client(Client):
         self._insists = tls
         # Whether the server has said if it has TLS.
         self.looked = False
-        # Whether it is in use; before, its errors and its end are connect()'s.
+        # Whether the client is in use; before, connect() looks after its errors and its end.
         self.in_use = False
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # The password comes next, in plain text where the server does not say that it has TLS, or
+        # The password comes next, in plain text if the server does not say that it has TLS, or
         # somebody in between has struck that out.
         if self._insists and not (
             info.get("tls_required") or self.options.get("tls_handshake_first")
@@ -156,7 +156,7 @@ def _cause(options: Options, error: Exception) -> str:
 
 
 def stream_error(options: Options, error: Exception) -> BrokerError:
-    """An error that says why JetStream cannot be used."""
+    """Return an error that says why JetStream cannot be used."""
     name = options.stream_name
     if isinstance(error, nats.js.errors.NotFoundError):
         return BrokerError(
@@ -170,7 +170,7 @@ def stream_error(options: Options, error: Exception) -> BrokerError:
 
 
 class Loop:
-    """An event loop in a thread of its own, for a library that has nothing else."""
+    """An event loop in a thread of its own, for a library that works in event loops only."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -196,7 +196,7 @@ class Loop:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread goes on."""
+        """Whether the loop's thread goes on."""
         return self._thread.is_alive()
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float) -> T:
@@ -209,7 +209,7 @@ class Loop:
             raise TimeoutError(f"no answer within {timeout:g} s") from None
 
     def connect(self, work: Coroutine[Any, Any, T], options: Options) -> T:
-        """The result of ``work``, which connects. Raises BrokerError where nobody answers."""
+        """Return the result of ``work``, which connects. Raises BrokerError if nobody answers."""
         try:
             return self.run(work, _CONNECTED_SECONDS)
         except TimeoutError as error:
@@ -217,7 +217,7 @@ class Loop:
 
     def call(self, what: Callable[..., object], *arguments: object) -> None:
         """Call a function in the loop, if it has not ended, without waiting for it."""
-        with contextlib.suppress(RuntimeError):  # It has ended.
+        with contextlib.suppress(RuntimeError):  # The loop has ended.
             self.loop.call_soon_threadsafe(what, *arguments)
 
     def close(self) -> None:

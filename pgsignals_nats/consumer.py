@@ -28,7 +28,7 @@ _FORGOTTEN_SECONDS = 300.0
 
 
 class Consumer:
-    """Finds the consumer or makes it, where reading is to begin."""
+    """Finds the consumer, or makes it, at the place where reading is to begin."""
 
     def __init__(
         self, options: Options, name: str | None, filters: Iterable[str], progress: Progress
@@ -52,7 +52,7 @@ class Consumer:
     async def find(
         self, jetstream: JetStreamContext, stream: StreamInfo
     ) -> tuple[ConsumerInfo, Gap | None]:
-        """The consumer, and the Gap where it does not go on where reading was."""
+        """Return the consumer, and a Gap if it does not go on where reading was."""
         progress = self._progress
         again, last = progress.history.known, stream.state.last_seq
         if (info := await self._find_known(jetstream)) is not None:
@@ -73,10 +73,10 @@ class Consumer:
         )
         gap = None
         if again:
-            # It goes on where the former one was.
+            # The new consumer goes on where the former one was.
             config.opt_start_seq = self._first_unsettled
         elif progress.anew is not None:
-            # A backup has brought back what is older.
+            # A backup has brought back older messages.
             config.deliver_policy = DeliverPolicy.BY_START_TIME
             config.opt_start_time = progress.anew
             progress.floor = stream.state.first_seq - 1
@@ -84,7 +84,7 @@ class Consumer:
             config.opt_start_seq = last + 1
             progress.begin_after(last)
             if self.durable is not None:
-                # Nobody knows how far a name that was here before had come.
+                # Nobody knows how far a former consumer of this name had come.
                 why = f"the consumer {self.durable} was not there, and begins at {last + 1}"
                 gap = Gap(progress.heard, progress.heard, "unknown_name", why)
         return await jetstream.add_consumer(self._options.stream_name, config), gap
@@ -111,16 +111,16 @@ class Consumer:
 
 
 def _beginning(info: ConsumerInfo) -> int:
-    """The first message that a consumer may have been given."""
+    """Return the first message that a consumer may have been given."""
     if info.config.deliver_policy == DeliverPolicy.ALL:
         return 0
     if info.config.deliver_policy == DeliverPolicy.BY_START_SEQUENCE:
         return info.config.opt_start_seq or 0
-    return sys.maxsize  # It does not say.
+    return sys.maxsize  # The configuration does not say.
 
 
 def _consumer_name(name: str) -> str:
-    """The durable's name: characters that it may not have are replaced, and a hash tells apart."""
+    """Return the durable's name: forbidden characters are replaced, and a hash tells apart."""
     if re.fullmatch(r"[A-Za-z0-9_-]+", name):
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -43,7 +43,7 @@ class History:
             self._latest = sequence, headers.get(ID)
 
     def other(self, info: StreamInfo) -> str:
-        """The reason why the stream is not the known one; empty when nothing says so."""
+        """Return the reason why the stream is not the known one; empty if nothing says so."""
         name = info.config.name
         if self._created is None:
             return ""
@@ -54,14 +54,14 @@ class History:
         return ""
 
     async def other_now(self, jetstream: JetStreamContext, info: StreamInfo) -> str:
-        """The same, and whether the latest message is still the one of its number."""
+        """Return the same reason, also if the latest message is no more the one of its number."""
         if (found := self.other(info)) or self._latest is None:
             return found
         sequence, known = self._latest
         try:
             headers = (await jetstream.get_msg(info.config.name or "", sequence)).headers or {}
         except (nats.errors.Error, asyncio.TimeoutError):
-            return ""  # It is gone, or not ours to look at.
+            return ""  # The message is gone, or not ours to look at.
         if headers.get(ID) == known:
             return ""
         return f"{info.config.name}/{sequence} is not the message that it was"

@@ -92,7 +92,7 @@ class Options(BrokerOptions):
         return f"{self.prefix}.{_GAP_TOKEN}"
 
     def subject_of(self, schema: str | None, table: str, op: str) -> str:
-        """The subject of a table's operation; without a schema, with a wildcard for that."""
+        """Return the subject of a table's operation; without a schema, with a wildcard for it."""
         return self.subject.format(
             prefix=self.prefix,
             schema="*" if schema is None else escaped(schema),
@@ -115,7 +115,7 @@ class SendingOptions(Options):
 
 
 def escaped(name: str) -> str:
-    """A schema's or table's name as a token of a subject: what is not allowed there as ``%HH``."""
+    """Return a schema's or table's name as a token of a subject: what is not allowed as ``%HH``."""
     return "".join(
         c if _PLAIN.match(c) else "".join(f"%{byte:02X}" for byte in c.encode()) for c in name
     )

@@ -23,8 +23,9 @@ class Item:
 class RecordQueue:
     """Messages to send, in the order of each record, and those that are under way, by a token.
 
-    No message of a record is given out before the one before it is ``done``: one that fails would
-    be overtaken. Messages without a record wait for nobody. All of it belongs to one thread.
+    No message of a record is given out before the one before it is ``done``: otherwise one that
+    fails would be overtaken. Messages without a record wait for nobody. All of it belongs to one
+    thread.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class RecordQueue:
         self._ready.append(item)
 
     def next(self) -> Item | None:
-        """The next message to send; None when it has to wait for another of its record."""
+        """Return the next message to send; None if it has to wait for another of its record."""
         if self._ready:
             return self._ready.popleft()
         item = self._waiting.popleft()
@@ -61,7 +62,7 @@ class RecordQueue:
         return item
 
     def send(self, item: Item) -> str:
-        """Note that a message is under way; the token to acknowledge it by."""
+        """Note that a message is under way; return the token to acknowledge it by."""
         token = f"{next(self._tokens):x}"
         self.under_way[token] = item
         return token
@@ -76,7 +77,7 @@ class RecordQueue:
                 del self._behind[item.record]
 
     def give_up(self, item: Item) -> list[Item]:
-        """Remove those of the record behind a message; all of them, with the message."""
+        """Remove the messages of the record behind ``item``; return all of them, with ``item``."""
         given_up = [item]
         if item.record is not None:
             given_up += self._behind.pop(item.record, ())
@@ -85,7 +86,7 @@ class RecordQueue:
         return given_up
 
     def give_up_all(self) -> list[Item]:
-        """Remove all messages."""
+        """Remove all messages, and return them."""
         items = [
             *self.under_way.values(),
             *self._ready,

@@ -18,8 +18,8 @@ EPOCH = datetime.fromtimestamp(0, timezone.utc)
 class Progress:
     """The sequence numbers of a stream that were read and settled.
 
-    They mean nothing in a stream that came in its place: ``generation`` counts the streams, and
-    what was read of a former one is not acknowledged any more.
+    The numbers mean nothing in a stream that came in the place of this one: ``generation`` counts
+    the streams, and messages that were read of a former one are not acknowledged any more.
     """
 
     def __init__(self) -> None:
@@ -28,16 +28,16 @@ class Progress:
         # The last message of the stream that has been read, or was none of ours; and where the
         # stream ended when it was last looked at.
         self.floor = self.end = 0
-        # The point up to which all that have the name were done, when that was last looked at.
+        # The point up to which all sources of the name were done, when that was last looked at.
         self.acknowledged = 0
-        # The first that was skipped, when it is not known yet whether it is there and not ours.
+        # The first message that was skipped, while it is not known if it is there and not ours.
         self._skipped: int | None = None
-        # Nothing that was stored before is missing.
+        # The time before which no stored message is missing.
         self.heard = EPOCH
         # The time from which on a stream that came in the place of another one is to be read.
         self.anew: datetime | None = None
         self.unsettled: dict[int, Msg] = {}
-        # Messages that are not to come again though no receiver could take them, and why.
+        # Messages that must not come again though no receiver could take them, and why.
         self.refused: dict[int, str] = {}
 
     def begin_anew(self) -> None:
@@ -52,23 +52,23 @@ class Progress:
         self.refused.clear()
 
     def begin_after(self, last: int) -> None:
-        """Take it that all up to this message is read and acknowledged."""
+        """Take all messages up to ``last`` for read and acknowledged."""
         self.floor = self.end = self.acknowledged = last
 
     def begin_behind(self, info: ConsumerInfo, last: int) -> None:
-        """Take it that what a consumer has behind it is read."""
+        """Take the messages that a consumer has behind it for read."""
         self.acknowledged = info.ack_floor.stream_seq if info.ack_floor is not None else 0
         idle = not info.num_pending and not info.num_ack_pending
         self.floor = last if idle else self.acknowledged
 
     def first_unsettled(self, *, shared: bool) -> int:
-        """The first that may have to come again; where a name is shared, others may have it."""
+        """Return the first message that may come again; if ``shared``, others may have it."""
         if shared:
             return self.acknowledged + 1
         return min((*self.unsettled, self.floor + 1))
 
     def saw(self, message: Msg, headers: Mapping[str, str]) -> int:
-        """Note that a message was read; its sequence number."""
+        """Note that a message was read; return its sequence number."""
         sequence = message.metadata.sequence.stream
         if sequence > self.floor + 1 and self._skipped is None:
             self._skipped = self.floor + 1
@@ -88,7 +88,7 @@ class Progress:
             self.acknowledged = info.ack_floor.stream_seq
 
     def lost(self, stream: str, first: int) -> Gap | None:
-        """The Gap where the stream's first message is behind what was next."""
+        """Return a Gap if the stream's first message is behind the one that was next."""
         expected, self._skipped = self._skipped or self.floor + 1, None
         if first <= expected:
             return None

@@ -14,10 +14,10 @@ from nats.aio.subscription import Subscription
 from pgsignals.plugins.within import within
 
 AT_ONCE = 500
-# A request ends after so long and is made anew, so that a server which has forgotten it, and a
-# consumer that is gone, are noticed.
+# A request ends after so many seconds and is made anew, so that a server which has forgotten it,
+# and a consumer that is gone, are noticed.
 _PULL_SECONDS = 5.0
-# The end of a request may take so long.
+# The seconds that the end of a request may take.
 _DRAIN_SECONDS = 2.0
 
 
@@ -52,7 +52,7 @@ class Pull:
         """Ask for more when the former request is over."""
         now = time.monotonic()
         if now - self._asked_at > _PULL_SECONDS + 1:
-            self._asked = 0  # Its end has got lost.
+            self._asked = 0  # The request's end has got lost.
         if self._asked > 0:
             return
         self._asked, self._asked_at = AT_ONCE, now
@@ -66,7 +66,7 @@ class Pull:
     async def stop(self) -> None:
         """Take what is on its way, and have the server give the request nothing more.
 
-        A message that it gave to one that is gone would come a long time after later ones.
+        A message that it gave to a request that is gone would come a long time after later ones.
         """
         try:
             drained: Awaitable[None] = self._subscription.drain()  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ class Pull:
         self._asked -= 1
         if self._asked <= 0:
             self.over()
-        # One that is not taken is not acknowledged: whoever comes next gets it.
+        # A message that is not taken is not acknowledged: the next reader gets it.
         if not self._deaf:
             self.take(message)
 

@@ -33,7 +33,7 @@ from .pulling import AT_ONCE, Pull
 
 log = logging.getLogger("pgsignals.nats")
 
-# A loss is noticed this soon.
+# The seconds in which a loss is noticed.
 _LOOK_SECONDS = 2.0
 # The longest pause between tries to connect, or to find the stream, is that of Kafka's client.
 _BACKOFF_SECONDS = 5.0
@@ -150,7 +150,7 @@ class NatsSource(BrokerEnd[Options]):
         self._consumer.adopt(info)
         self._jetstream = jetstream
         self._client = client
-        # Behind the consumer, which has what comes from now on.
+        # Only now that there is a consumer, which has what comes from now on.
         progress.anew = None
         missed, self._missed = self._missed, None
         self._announce(missed)
@@ -171,7 +171,7 @@ class NatsSource(BrokerEnd[Options]):
                 await self._pull.stop()
             except (nats.errors.Error, asyncio.TimeoutError, OSError, PgSignalsError) as error:
                 failure: Exception = error
-            # Whatever it is, reading must go on.
+            # Whatever is raised, reading must go on.
             except Exception as error:
                 log.exception("%s", self)
                 failure = error
@@ -256,13 +256,13 @@ class NatsSource(BrokerEnd[Options]):
         try:
             for message in messages:
                 if generation != progress.generation:
-                    return  # It would acknowledge the message that has the same number now.
+                    return  # This would acknowledge the message that has the same number now.
                 sequence = message.metadata.sequence.stream
                 progress.unsettled.pop(sequence, None)
                 reason = progress.refused.pop(sequence, None)
                 client = self._client
                 if client is None or not client.is_connected:
-                    continue  # It comes again.
+                    continue  # The message comes again.
                 answer = b"" if reason is None else b"+TERM " + reason.encode()
                 await client.publish(message.reply, answer)
         except (nats.errors.Error, OSError) as error:
@@ -272,13 +272,13 @@ class NatsSource(BrokerEnd[Options]):
             self._wake()
 
     async def _look(self, client: Client) -> None:
-        """Say that receivers are still at it, and see whether the stream lost what was to come."""
+        """Say that receivers are still at work, and see whether the stream lost unread messages."""
         progress = self._progress
         for message in list(progress.unsettled.values()):
             await client.publish(message.reply, b"+WPI")
         name = self._options.stream_name
         info = await self._jetstream.consumer_info(name, self._consumer.name)
-        # Behind the consumer's, which a purge moves past what it removes.
+        # After the consumer's state, which a purge moves past what it removes.
         stream = await self._jetstream.stream_info(name)
         if self._consumer.is_other(info) or progress.history.other(stream):
             raise nats.errors.Error(f"{name}, or its consumer {info.name}, was made anew")
@@ -303,7 +303,7 @@ class NatsSource(BrokerEnd[Options]):
             # refused ones in any order, and brings in the right one those that it takes for lost.
             await client.flush(2)
             if self._consumer.durable is None and self._consumer.name:
-                with contextlib.suppress(nats.js.errors.APIError):  # It is gone already.
+                with contextlib.suppress(nats.js.errors.APIError):  # The consumer is gone already.
                     await self._jetstream.delete_consumer(
                         self._options.stream_name, self._consumer.name
                     )

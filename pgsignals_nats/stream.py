@@ -45,7 +45,7 @@ class Stream:
         self._again: dict[object, int] = {}
 
     async def find(self, jetstream: JetStreamContext, max_payload: int) -> str:
-        """Find the stream, or make it; the reason why it is not the one that was written to.
+        """Find the stream, or make it; return why it is not the one that was written to, if so.
 
         Raises BrokerError.
         """
@@ -105,7 +105,7 @@ class Stream:
         except nats.js.errors.NotFoundError:
             return False
         headers = found.headers or {}
-        # A database that was put back gives the uids of what is gone to other events.
+        # A database that was restored gives the uids of lost events to other ones.
         return all(headers.get(name) == item.headers[name] for name in (ID, "ce-time"))
 
 
@@ -135,7 +135,7 @@ async def check(options: SendingOptions, tables: Sequence[tuple[str, str]]) -> N
 
 
 async def _ignore() -> None:
-    """The end of a connection that was opened to look."""
+    """Ignore the end of a connection that was opened for a check."""
 
 
 def _covers(pattern: str, subject: str) -> bool:

@@ -113,7 +113,7 @@ def backfill(
 
 @contextmanager
 def _progress(first: BackfillState) -> Iterator[Callable[[BackfillState], None]]:
-    """Tells how far a backfill is: as a bar on a terminal, otherwise as lines; on stderr."""
+    """Yield what tells a backfill's progress on stderr: a bar on a terminal, otherwise lines."""
     began = time.monotonic()
 
     def rate(status: BackfillState) -> int:
@@ -142,7 +142,7 @@ def _progress(first: BackfillState) -> Iterator[Callable[[BackfillState], None]]
     ) as bar:
 
         def advance(status: BackfillState) -> None:
-            # What was estimated is known better by and by.
+            # The estimate of the total gets better by and by.
             bar.length = max(1, status.total)
             done = 1 if status.state == "done" and not status.total else status.done
             bar.update(done - bar.pos, rate(status))

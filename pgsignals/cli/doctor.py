@@ -1,4 +1,4 @@
-"""``pgsignals doctor``: what would keep pgsignals from working here."""
+"""``pgsignals doctor``: checks for what would keep pgsignals from working here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def doctor(ctx: click.Context, scope: Scope, as_json: bool) -> None:
 
 
 def print_findings(findings: Iterable[Finding], as_json: bool) -> int:
-    """Print each check as soon as it is done, or all as one object; the exit code."""
+    """Print each check as soon as it is done, or all as one object; return the exit code."""
     done = []
     for finding in findings:
         done.append(finding)

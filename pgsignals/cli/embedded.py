@@ -1,4 +1,4 @@
-"""Commands of ours in a framework's command line, which knows what they are to work on."""
+"""Our commands in a framework's command line, which gives them the application's options."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import click
 
 from pgsignals.hub.options import Options
 
-# What an application has no use for.
+# Commands that an application has no use for.
 _NOT_OF_AN_APPLICATION = frozenset({"demo", "plugins"})
 
 
-# What the application's options say in place of the command line.
+# Parameters that the application's options give in place of the command line.
 _FROM_APPLICATION: dict[str, Callable[[Options, dict[str, Any]], object]] = {
     "dsn": lambda options, _: options.dsn,
     "namespace": lambda options, _: options.namespace,
@@ -27,7 +27,7 @@ _FROM_APPLICATION: dict[str, Callable[[Options, dict[str, Any]], object]] = {
 def commands_for(
     main: click.Group, application: Callable[[], Options], program: str
 ) -> dict[str, click.Command]:
-    """The commands of ``main`` for an application, by name; ``program`` is how they are called."""
+    """Return ``main``'s commands for an application, by name; users call them by ``program``."""
     with click.Context(main) as ctx:
         found = {name: main.get_command(ctx, name) for name in main.list_commands(ctx)}
     return {
@@ -70,7 +70,7 @@ def _for_application(
 
 
 def _examples(epilog: str | None, program: str) -> str | None:
-    """Those examples that need none of the options that the application stands for."""
+    """Return the examples that have none of the options that the application gives."""
     if epilog is None:
         return None
     lines = [

@@ -1,4 +1,4 @@
-"""What groups of commands have in common: errors as messages, the log on stderr."""
+"""The common part of groups of commands: errors as messages, the log on stderr."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Notices(logging.Handler):
 
 
 def log_to_stderr(ctx: click.Context, verbose: bool) -> None:
-    """Have the library's log on stderr while the command runs, each step when ``verbose``."""
+    """Write the library's log to stderr while the command runs, each step if ``verbose``."""
     log = logging.getLogger("pgsignals")
     handler = _Notices()
     before = log.level, log.propagate

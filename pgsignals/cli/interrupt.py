@@ -1,4 +1,4 @@
-"""Ending at Ctrl-C, SIGTERM, or when a thread says so."""
+"""The end of a command at Ctrl-C, at SIGTERM, or when a thread says so."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..core.termination import take, termination
 
 
 class End:
-    """Where the main thread waits for a reason to end; the first one given counts."""
+    """The main thread's wait for a reason to end; the first one given counts."""
 
     def __init__(self) -> None:
-        # Of all that can wake a thread, this may be used in a signal handler.
+        # A signal handler may use this, unlike most of what can wake a thread.
         self._reasons: SimpleQueue[str] = SimpleQueue()
 
     def give(self, reason: str) -> None:
-        """Say why to end; from any thread."""
+        """Give a reason to end, from any thread."""
         self._reasons.put(reason)
 
     def wait(self, timeout: float | None = None) -> str | None:
-        """The reason, or None when there is none within ``timeout`` seconds."""
+        """Return the reason, or None if there is none within ``timeout`` seconds."""
         try:
             return take(self._reasons, timeout)
         except Empty:
@@ -30,7 +30,7 @@ class End:
 
 @contextmanager
 def interruptible() -> Iterator[End]:
-    """SIGINT and SIGTERM give the reason ``interrupted``, once; the next one acts as ever."""
+    """Yield an End to which SIGINT or SIGTERM gives ``interrupted``; the next one acts as ever."""
     end = End()
     with termination(lambda: end.give("interrupted"), once=True):
         yield end

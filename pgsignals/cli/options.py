@@ -24,7 +24,7 @@ from pgsignals.triggers.resolvers.plain import parse_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# What --app gives, or a framework's commands in its place.
+# The value of --app, or the watchers that a framework's commands give in its place.
 App = str | Sequence[Watcher] | None
 
 # A colon within double quotes belongs to the name.
@@ -70,7 +70,7 @@ def parse_watched(text: str) -> Watched:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Read column names, separated by commas. Raises click.BadParameter when one is empty."""
+    """Read column names, separated by commas. Raises click.BadParameter if one is empty."""
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):
         raise click.BadParameter(f"{text!r}: give column names, separated by commas.")
@@ -108,7 +108,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def database_options(function: F) -> F:
-    """``--dsn`` and ``--namespace``."""
+    """Give a command the options ``--dsn`` and ``--namespace``."""
     return dsn_option(namespace_option(function))
 
 
@@ -123,16 +123,16 @@ class Scope:
     namespace: str
 
     def watchers(self, *, required: bool = True) -> tuple[Watcher, ...]:
-        """The watchers: see ``given_watchers``."""
+        """Return the watchers: see ``given_watchers``."""
         return given_watchers(self.watched, self.app, required=required)
 
     def define(self, cursor: Cursor, watchers: Sequence[Watcher]) -> list[Definition]:
-        """The triggers that watchers need."""
+        """Return the triggers that watchers need."""
         return define(cursor, watchers, all_resolvers(()), self.namespace, self.delivery)
 
 
 def scope_options(function: Callable[..., object]) -> Callable[..., object]:
-    """Give a command a Scope, and the options that say it: ``WATCH …``, ``--app`` and so on."""
+    """Give a command a Scope, and the options that make it: ``WATCH …``, ``--app`` and so on."""
 
     @functools.wraps(function)
     def call(**given: Any) -> object:
@@ -146,9 +146,9 @@ def scope_options(function: Callable[..., object]) -> Callable[..., object]:
 def given_watchers(
     watched: Sequence[Watched], app: App, *, required: bool = True
 ) -> tuple[Watcher, ...]:
-    """The watchers of WATCH arguments and ``--app`` together.
+    """Return the watchers of WATCH arguments and ``--app`` together.
 
-    Raises click.UsageError when there are none though they are ``required``.
+    Raises click.UsageError if there are none though they are ``required``.
     """
     found = [watch(each.table, *each.ops) for each in watched] + load_app(app)
     if required and not found:
@@ -157,16 +157,16 @@ def given_watchers(
 
 
 def load_app(app: App) -> list[Watcher]:
-    """The watchers that ``--app`` names, or that are given themselves; none without it.
+    """Return the watchers that ``--app`` names, or that are given themselves; none without it.
 
-    Raises click.ClickException when they cannot be had.
+    Raises click.ClickException if they cannot be loaded.
     """
     if app is None:
         return []
     if not isinstance(app, str):
         return list(app)
     module_name, _, path = app.partition(":")
-    # As `python -m` does it; the script that runs has its own folder there instead.
+    # As `python -m` does; a script has its own folder there instead.
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -177,7 +177,7 @@ def load_app(app: App) -> list[Watcher]:
             found = found.WATCHERS
         if callable(found) and not isinstance(found, type):
             found = found()
-    # Whatever the user's code raises: it is theirs to mend, and the message says where it was.
+    # Whatever the user's code raises is theirs to mend, and the message says where it was.
     except Exception as error:
         raise click.ClickException(f"--app {app}: {described(error)}") from error
     if isinstance(found, Watcher):

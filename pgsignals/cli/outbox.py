@@ -27,7 +27,7 @@ Command = Callable[..., object]
 
 
 class Answer(NamedTuple):
-    """What a command has to say: for JSON, for people as ``emit`` takes it, and on stderr."""
+    """The answer of a command: for JSON, for people as ``emit`` takes it, and on stderr."""
 
     data: object
     tell: str | Callable[[], object]
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 
 def print_outbox(outbox: OutboxState) -> None:
-    """The outbox and its consumers, for people."""
+    """Print the outbox and its consumers, for people."""
     click.echo(
         f"The outbox has {outbox.bytes / 2**20:.1f} MiB in {amount(outbox.partitions, 'partition')}"
         f" and {amount(len(outbox.consumers), 'consumer')}."
@@ -85,14 +85,14 @@ def print_outbox(outbox: OutboxState) -> None:
 
 
 def progress_text(status: BackfillState) -> str:
-    """``1,200 of about 5,000 rows (24%)``."""
+    """Return a text such as ``1,200 of about 5,000 rows (24%)``."""
     share = status.done / status.total if status.total else 1.0
     return f"{status.done:,} of about {amount(status.total, 'row')} ({share:.0%})"
 
 
 @contextmanager
 def opened_outbox(dsn: str) -> Iterator[Cursor]:
-    """A cursor of a new connection. Raises DatabaseError when the database has no outbox."""
+    """Yield a cursor of a new connection. Raises DatabaseError if the database has no outbox."""
     with opened(dsn) as cursor:
         if not read_version(cursor):
             raise DatabaseError(
@@ -229,7 +229,7 @@ def list_letters(cursor: Cursor) -> Answer:
 def show_letter(cursor: Cursor, id: int) -> Answer:  # noqa: A002
     """Show one, with its record's row, below the header of its message, and the traceback."""
     found = letters.dead_letter(cursor, id)
-    # What a row or an error holds may not move the terminal's cursor.
+    # A row or an error may hold characters that would move the terminal's cursor.
     lines = (
         printable(f"{found.uid} for {found.receiver} of {found.consumer}, {found.at}"),
         printable(found.payload, "\n\t"),
@@ -239,7 +239,7 @@ def show_letter(cursor: Cursor, id: int) -> Answer:  # noqa: A002
 
 
 def _chosen(command: Command) -> Command:
-    """``ID …`` or ``--all``, as the parameter ``keys``."""
+    """Give a command ``ID …`` or ``--all``, as the parameter ``keys``."""
 
     @click.argument("ids", type=int, nargs=-1)
     @click.option("--all", "everything", is_flag=True, help="All that there are.")

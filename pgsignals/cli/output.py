@@ -1,4 +1,4 @@
-"""What commands print: events as lines and as JSON, tables, notices."""
+"""The output of commands: events as lines and as JSON, tables, notices."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class _Standing:
         self._lines: tuple[str, ...] = ()
 
     def show(self, lines: Sequence[str]) -> None:
-        """Have these stand there, in place of the former ones."""
+        """Show these lines, in place of the former ones."""
         with self._lock:
             self._write("", lines)
 
     def print(self, text: str) -> None:
-        """Print a line above them."""
+        """Print a line above the standing ones."""
         with self._lock:
             if self._lines:
                 self._write(f"{text}\n", self._lines)
@@ -44,7 +44,7 @@ class _Standing:
                 click.echo(text, err=True)
 
     def _write(self, text: str, lines: Sequence[str]) -> None:
-        # Up to the first of the lines that stand there, and clear to the end of the screen.
+        # Move up to the first of the standing lines, and clear to the end of the screen.
         up = f"\x1b[{len(self._lines)}F\x1b[J" if self._lines else ""
         self._lines = tuple(lines)
         click.echo(up + text + "".join(f"{line}\n" for line in lines), err=True, nl=False)
@@ -54,17 +54,17 @@ standing = _Standing()
 
 
 def notice(text: str) -> None:
-    """A line on stderr, so that stdout has nothing but results."""
+    """Print a line on stderr, so that stdout has nothing but results."""
     standing.print(printable(text, "\n"))
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help: command lines that work."""
+    """Return the end of a command's help: command lines that work."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def coloured(text: str, colour: str) -> str:
-    """``text`` in a colour for terminals; click takes it away where stdout is none.
+    """Return ``text`` in a colour for terminals; click takes it away if stdout is none.
 
     Users who set NO_COLOR (https://no-color.org) have none.
     """
@@ -72,7 +72,7 @@ def coloured(text: str, colour: str) -> str:
 
 
 def listed(watchers: Sequence[Watcher]) -> str:
-    """``orders (inserted, updated), users (deleted)``."""
+    """Return a text such as ``orders (inserted, updated), users (deleted)``."""
     ops: dict[str, list[str]] = {}
     for watcher in watchers:
         ops.setdefault(str(watcher), []).extend(watcher.ops)
@@ -80,17 +80,17 @@ def listed(watchers: Sequence[Watcher]) -> str:
 
 
 def amount(number: int, noun: str) -> str:
-    """``1 event``, ``2 events``."""
+    """Return a text such as ``1 event`` or ``2 events``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def printable(text: str, keep: str = "") -> str:
-    """``text`` without what could move a terminal's cursor: a row may hold anything."""
+    """Return ``text`` without what could move a terminal's cursor: a row may hold anything."""
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def value_text(value: object) -> str:
-    """A value in a line: texts in quotes, NULL for None, shortened when it is long."""
+    """Return a value's text: texts in quotes, NULL for None, shortened if it is long."""
     if value is None:
         return "NULL"
     text = repr(value) if isinstance(value, str | list | dict | tuple) else str(value)
@@ -98,9 +98,9 @@ def value_text(value: object) -> str:
 
 
 def event_line(event: Event, unchanged: Collection[str] = ()) -> str:
-    """``12:00:00.123  public.orders  updated  id=7  status: 'new' → 'paid'``.
+    """Return ``12:00:00.123  public.orders  updated  id=7  status: 'new' → 'paid'``.
 
-    Of an update it has the values that differ, and those named in ``unchanged`` though they don't.
+    An update's line has the values that differ, and those named in ``unchanged`` though they don't.
     """
     start = [
         event.at.astimezone().strftime("%H:%M:%S.%f")[:-3],
@@ -126,7 +126,7 @@ def event_line(event: Event, unchanged: Collection[str] = ()) -> str:
 
 
 def emit(as_json: bool, answer: object, tell: str | Callable[[], object]) -> None:
-    """Print an answer as one JSON object, or else the text, or what the function prints."""
+    """Print an answer as one JSON object, or else ``tell``: a text, or a function that prints."""
     if as_json:
         click.echo(to_json(answer))
     elif isinstance(tell, str):
@@ -136,9 +136,9 @@ def emit(as_json: bool, answer: object, tell: str | Callable[[], object]) -> Non
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]], empty: str = "") -> None:
-    """A table: rich's on a terminal where it is installed, otherwise columns of plain text.
+    """Print a table: rich's on a terminal if rich is installed, otherwise columns of plain text.
 
-    Without rows it is the line ``empty``, if there is one. A cell of None is empty, too.
+    Without rows, print the line ``empty``, if there is one. A cell of None is empty, too.
     """
     if empty and not rows:
         click.echo(empty)
@@ -165,5 +165,5 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]], empty: 
 
 
 def abandon_stdout() -> None:
-    """Nobody reads stdout any more: what is still in its buffer must not fail at exit."""
+    """Discard what is still in stdout's buffer, which nobody reads: it must not fail at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

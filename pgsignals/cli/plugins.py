@@ -1,4 +1,4 @@
-"""``pgsignals plugins``: what is installed."""
+"""``pgsignals plugins``: the plugins that are installed."""
 
 from __future__ import annotations
 

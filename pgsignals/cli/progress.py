@@ -1,4 +1,4 @@
-"""How far a relay is: lines that are drawn again on a terminal, one now and then elsewhere."""
+"""The progress of a relay: lines drawn again on a terminal, one now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = {"active": "green", "standing by": "cyan", "trying again": "red"}
 
 
 def state_of(backend: BackendStatus, connected: bool) -> str:
-    """How a target stands, in two words."""
+    """Return the state of a target, in two words."""
     if not connected:
         return "no database"
     if backend.error:
@@ -32,15 +32,15 @@ def state_of(backend: BackendStatus, connected: bool) -> str:
 
 
 def _reason(backend: BackendStatus) -> str:
-    """Its error, without its address, which stands in the log already."""
+    """Return a backend's error without its address, which stands in the log already."""
     return backend.error.removeprefix(f"{backend.name}: ")
 
 
 @dataclass
 class Progress:
-    """Tells, each time it is asked to, how far each target is.
+    """Tells, each time it is asked to, the progress of each target.
 
-    On a terminal that is a block of lines in one place, under whatever else is printed. Elsewhere
+    On a terminal this is a block of lines in one place, under whatever else is printed. Elsewhere
     it is a line for each target whose state has changed and, every ``every`` seconds, for each that
     has delivered something or is behind.
     """
@@ -118,6 +118,6 @@ class Progress:
         try:
             click.echo(to_json(found))
         except OSError as error:
-            # Whoever read this has gone; the events still have to get where they go.
+            # The reader of stdout has gone; the events still have to get where they go.
             abandon_stdout()
             notice(f"Cannot print to stdout any more: {error.strerror}.")

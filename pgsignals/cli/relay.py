@@ -40,7 +40,7 @@ _INSTALL = ("auto", "check", "off")
 
 
 class _WrongConfiguration(click.ClickException):
-    """What a restart does not mend."""
+    """The configuration is wrong, which a restart does not mend."""
 
     exit_code = 2
 
@@ -158,11 +158,11 @@ def _configured(
     targets: Sequence[str],
     given: Mapping[str, str | None],
 ) -> RelayConfig:
-    """The configuration; ``given`` are the options that are named as its fields."""
+    """Return the configuration; ``given`` are the options that are named as its fields."""
     if path is None and not targets and _FILE.exists():
         path = _FILE
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    # From the environment, or from a framework's settings: what a file leaves out.
+    # Options from the environment, or from a framework's settings, hold if a file has none.
     found = replace(RelayConfig(), **options)
     if path is not None:
         said = {key: value for key, value in options.items() if _said(ctx, key)}
@@ -231,7 +231,7 @@ def _serve_metrics(place: str) -> Metrics:
     host, _, port = place.rpartition(":")
     if not re.fullmatch(r"\d{1,5}", port):
         raise click.UsageError(f"--metrics-port {place!r}: write PORT or HOST:PORT.")
-    # Before the package itself, since its absence is told there.
+    # Imported before prometheus_client itself, whose absence this tells.
     from pgsignals.contrib.prometheus import PrometheusMetrics  # isort: skip
 
     from prometheus_client import start_http_server

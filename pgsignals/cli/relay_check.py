@@ -1,4 +1,4 @@
-"""``pgsignals relay --check``: what would keep a relay from working, asked once."""
+"""``pgsignals relay --check``: checks, once, for what would keep a relay from working."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pgsignals.triggers.installer import MISSING, OUTDATED
 from .relay_config import RelayConfig
 
 _SECONDS = 10.0
-# The first are those that notify; the others are for who looks after consumers.
+# Checks of triggers that notify, and for those who look after consumers.
 _LEFT_OUT = ("triggers", "consumers", "dead letters")
 
 
 def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) -> Iterator[Finding]:
     """Check the database, the triggers and each target; nothing is created anywhere."""
     resolvers = all_resolvers(())
-    # Rights matter where triggers are missing.
+    # Rights matter if triggers are missing.
     rights, outbox = [], None
     reached = True
     for finding in examine(config.dsn, config.watchers, resolvers, config.namespace):

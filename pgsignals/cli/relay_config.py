@@ -1,4 +1,4 @@
-"""What ``pgsignals relay`` is to do, from a TOML file: validated, with its secrets looked up."""
+"""The configuration of ``pgsignals relay``, from a TOML file: validated, with its secrets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SOURCES = "'env:VARIABLE', 'file:PATH' or 'credential:NAME'"
 
 @dataclass(frozen=True)
 class Target:
-    """Where events go, and the name that its cursor has for it."""
+    """The URL of a broker, and the name that the relay's cursor has for it."""
 
     name: str
     url: str = field(repr=False)
@@ -79,10 +79,10 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_config(path: Path, base: RelayConfig) -> RelayConfig:
-    """Read a file, and look up the secrets that it names; what it leaves out is that of ``base``.
+    """Read a file, and look up the secrets that it names; ``base`` has what the file leaves out.
 
     Raises ConfigurationError that names the file and the key, and shows no value that may be a
-    secret; MissingExtraError where this Python needs a package to read TOML.
+    secret; MissingExtraError if this Python needs a package to read TOML.
     """
     try:
         data = msgspec.toml.decode(path.read_text("utf-8"))
@@ -92,7 +92,7 @@ def read_config(path: Path, base: RelayConfig) -> RelayConfig:
         ) from error
     except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
-    # It names line and column, and no value.
+    # The message names line and column, and no value.
     except (ValueError, msgspec.DecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
     _refuse_unknown(path, data, _File, "")
@@ -125,10 +125,10 @@ def read_config(path: Path, base: RelayConfig) -> RelayConfig:
 
 
 def look_up_secret(text: str, folder: Path | None = None) -> str:
-    """A text, or what it names: ``env:NAME``, ``file:PATH`` or ``credential:NAME``.
+    """Return a text, or what it names: ``env:NAME``, ``file:PATH`` or ``credential:NAME``.
 
     Paths begin at ``folder``; credentials are files that systemd puts into the folder
-    ``$CREDENTIALS_DIRECTORY``. Raises ConfigurationError when there is no such thing.
+    ``$CREDENTIALS_DIRECTORY``. Raises ConfigurationError if there is no such thing.
     """
     kind, separator, name = text.partition(":")
     if not separator or kind not in ("env", "file", "credential"):
@@ -156,7 +156,7 @@ def look_up_secret(text: str, folder: Path | None = None) -> str:
 
 
 def make_target(text: str) -> Target:
-    """``[NAME=]URL``; without a name, what stands before the URL's ``://``.
+    """Return the target of ``[NAME=]URL``; without a name, it is named by the URL's scheme.
 
     Raises ConfigurationError for anything else.
     """
@@ -201,7 +201,7 @@ def _watcher(given: _Watch) -> Watcher:
 
 
 def _within(path: Path, key: str, call: Callable[[], T]) -> T:
-    """What ``call`` returns; the error that it raises with the place where its cause stands."""
+    """Return what ``call`` returns; name the place of the cause in an error that it raises."""
     try:
         return call()
     except PgSignalsError as error:
@@ -209,7 +209,7 @@ def _within(path: Path, key: str, call: Callable[[], T]) -> T:
 
 
 def _refuse_unknown(path: Path, data: object, kind: Any, where: str) -> None:
-    """Raise ConfigurationError for a key that there is not, with the nearest that there is."""
+    """Raise ConfigurationError for an unknown key, with the nearest known one."""
     if get_origin(kind) is tuple and isinstance(data, Sequence):
         for number, each in enumerate(data):
             _refuse_unknown(path, each, get_args(kind)[0], f"{where}[{number}]")

@@ -1,4 +1,4 @@
-"""``pgsignals retention``: how much the outbox keeps for those who are late."""
+"""``pgsignals retention``: how much the outbox keeps for consumers that are late."""
 
 from __future__ import annotations
 

@@ -64,9 +64,9 @@ def sql(scope: Scope, everything: bool, removing: bool) -> None:
 
 
 def script(statements: Iterable[str]) -> str:
-    """A transaction that psql runs as it stands, whatever encoding the terminal has.
+    """Return a transaction that psql runs as it stands, whatever encoding the terminal has.
 
-    A table that is in use is waited for as briefly as install does, since its writers queue.
+    It waits for a table in use as briefly as install does, since the table's writers queue.
     """
     head = (
         "SET client_encoding = 'UTF8'",

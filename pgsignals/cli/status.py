@@ -1,4 +1,4 @@
-"""``pgsignals status``: how the triggers stand, for people and for deploy checks."""
+"""``pgsignals status``: the state of the triggers, for people and for deploy checks."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
 
 
 def parse_time(text: str) -> float:
-    """Seconds: ``90s``, ``30m``, ``12h``, ``7d``, ``2w``. Raises click.BadParameter."""
+    """Return seconds, from ``90s``, ``30m``, ``12h``, ``7d``, ``2w``. Raises click.BadParameter."""
     found = _NUMBER.fullmatch(text.strip())
     if found is None or found[2] not in _SECONDS:
         raise click.BadParameter(f"{text!r}: write a number with s, m, h, d or w, such as 7d.")
@@ -20,7 +20,7 @@ def parse_time(text: str) -> float:
 
 
 def parse_size(text: str) -> int:
-    """Bytes: ``500MiB``, ``20GiB``, or a number alone. Raises click.BadParameter."""
+    """Return bytes, from ``500MiB``, ``20GiB``, or a number alone. Raises click.BadParameter."""
     found = _NUMBER.fullmatch(text.strip())
     if found is None or found[2] not in _BYTES:
         raise click.BadParameter(
@@ -30,7 +30,7 @@ def parse_size(text: str) -> int:
 
 
 def time_text(seconds: float) -> str:
-    """``7d``, ``1.5h``, ``0.2s``: in the greatest unit that there is one of, to four digits."""
+    """Return ``7d``, ``1.5h``, ``0.2s``: in the greatest unit that fits, to four digits."""
     for unit in ("d", "h", "m"):
         if seconds >= _SECONDS[unit]:
             return f"{seconds / _SECONDS[unit]:.4g}{unit}"
@@ -38,7 +38,7 @@ def time_text(seconds: float) -> str:
 
 
 def size_text(size: float) -> str:
-    """``20GiB``, ``1.5MiB``, ``17B``."""
+    """Return ``20GiB``, ``1.5MiB``, ``17B``."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if size >= _BYTES[unit]:
             return f"{size / _BYTES[unit]:.4g}{unit}"

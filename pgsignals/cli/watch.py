@@ -39,7 +39,7 @@ _BLOCKED_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class _Columns:
-    """What the options say about columns."""
+    """The options about columns."""
 
     compared: tuple[str, ...]
     extra: tuple[str, ...]
@@ -48,7 +48,7 @@ class _Columns:
 
     @property
     def by_default(self) -> bool:
-        """Whether no option says anything: updates then show whatever changed."""
+        """Whether there are no such options: updates then show whatever changed."""
         return not (self.compared or self.extra or self.everything or self.ids_only)
 
 
@@ -199,14 +199,14 @@ class _Printer:
 
     @property
     def stuck(self) -> bool:
-        """Whether its receivers do not return, since what they were given could not be printed.
+        """Whether its receivers do not return, since their events could not be printed.
 
-        An event is acknowledged when they do.
+        An event is acknowledged when its receiver returns.
         """
         return self.lossless and self._closed.is_set()
 
     def receiver(self, unchanged: Collection[str]) -> Callable[[Event], None]:
-        """A receiver; ``unchanged`` are columns to show though an update left them alone."""
+        """Return a receiver; ``unchanged`` are columns to show though an update left them alone."""
 
         def receive(event: Event) -> None:
             if not self._closed.is_set():
@@ -225,7 +225,7 @@ class _Printer:
             click.echo(to_json(event.to_dict()) if self.as_json else event_line(event, unchanged))
         except OSError as error:
             abandon_stdout()
-            # That a reader such as head(1) has read enough is no failure.
+            # A reader such as head(1) that has read enough is no failure.
             if not isinstance(error, BrokenPipeError):
                 self.failure = click.ClickException(f"Cannot print to stdout: {error.strerror}.")
             self._finish()
@@ -272,7 +272,7 @@ def _run(command: str, event: Event) -> None:
 def _watchers(
     cursor: Cursor, watched: Sequence[Watched], asked: _Columns, when: str | None
 ) -> list[Watcher]:
-    """Watchers as the options want them: updates apart, since columns belong to them alone."""
+    """Return the watchers that the options want: updates apart, since columns are theirs alone."""
     resolvers = all_resolvers(())
     found = []
     for each in watched:
@@ -299,7 +299,7 @@ def _watchers(
 
 
 class _Listeners:
-    """Who listens to triggers that were not there before us, so that we leave what others use."""
+    """The listeners of triggers that were not there before us: what others use is left."""
 
     def __init__(self, dsn: str, namespace: str, names: Collection[str]) -> None:
         self._dsn = dsn
@@ -308,7 +308,7 @@ class _Listeners:
         self._before: dict[str, int] = {}
 
     def count(self) -> None:
-        """Count them while we are one of them."""
+        """Count the listeners while we are one of them."""
         if not self._names:
             return
         try:
@@ -321,13 +321,13 @@ class _Listeners:
     def uninstall(self) -> None:
         """Remove the triggers to which nobody listens any more.
 
-        Raises PgSignalsError when the database cannot be asked.
+        Raises PgSignalsError if the database cannot be asked.
         """
         if not self._names:
             return
         deadline = time.monotonic() + _RELEASE_SECONDS
         with opened(self._dsn) as cursor:
-            # A backend lives on for a moment when its client has gone, and still has its lock.
+            # A server process lives on for a moment without its client, and still has its lock.
             while self._release_pending(cursor) and time.monotonic() < deadline:
                 time.sleep(0.02)
             removed = len(prune(cursor, self._namespace, only=self._names))

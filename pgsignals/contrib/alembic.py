@@ -1,7 +1,7 @@
 """Alembic: ``op.install_watchers`` and ``op.uninstall_watchers``, and autogenerate for them.
 
-Importing this module, in ``env.py``, registers them. There, too, ``context.configure`` gets the
-watchers, by which autogenerate and ``alembic check`` tell what the database lacks::
+Import this module in ``env.py`` to register them. Give the watchers to ``context.configure`` there;
+by them, autogenerate and ``alembic check`` tell what the database lacks::
 
     context.configure(
         …,
@@ -60,7 +60,7 @@ _UNDEFINED_COLUMN = "42703"
 
 
 class _WatchersOp(MigrateOperation):
-    """What both operations have: watchers, or the statements that autogenerate has foreseen."""
+    """The part of both operations: watchers, or statements that autogenerate has foreseen."""
 
     name = ""
     planning: Planning
@@ -78,21 +78,21 @@ class _WatchersOp(MigrateOperation):
         self.delivery = delivery
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
-        """What ``alembic check`` prints."""
+        """Return what ``alembic check`` prints."""
         lines = (*self.change.lasting, *self.change.summary)
         return (self.name, *(lines or map(str, self.watchers)))
 
     def reverse(self) -> MigrateOperation:
-        """What the downgrade has."""
+        """Return the opposite operation, for the downgrade."""
         installs = isinstance(self, InstallWatchersOp)
         opposite = UninstallWatchersOp if installs else InstallWatchersOp
-        # Without the delivery: what is removed is of either.
+        # Without the delivery, since triggers of either are removed.
         return opposite(self.watchers, self.namespace, self.change.reversed())
 
 
 @Operations.register_operation("install_watchers")
 class InstallWatchersOp(_WatchersOp):
-    """``op.install_watchers``."""
+    """The operation ``op.install_watchers``."""
 
     name = "install_watchers"
     planning = staticmethod(Wanted.installing)
@@ -107,14 +107,14 @@ class InstallWatchersOp(_WatchersOp):
         delivery: str | None = None,
         statements: Sequence[str] = (),
     ) -> None:
-        """Install the triggers of watchers, those that are missing or outdated.
+        """Install those triggers of watchers that are missing or outdated.
 
         ``watchers`` are what :func:`pgsignals.start` takes; tables by their names stay right when
         the models change. ``namespace`` and ``delivery`` are those of ``start``, and by default
         what ``context.configure`` got as ``pgsignals_namespace`` and ``pgsignals_delivery``, or
         else ``"default"`` and ``"notify"``; for ``"outbox"`` the schema ``pgsignals`` is made or
-        upgraded too. ``statements``, as autogenerate writes them, are run as they are instead, and
-        are what ``--sql`` takes.
+        upgraded, too. ``statements``, as autogenerate writes them, are run as they are instead;
+        ``--sql`` takes them alone.
 
         Raises ConfigurationError for watchers with ``--sql``, which cannot read the tables, and for
         an unknown delivery; InstallLockError for a table that somebody else holds locked.
@@ -125,7 +125,7 @@ class InstallWatchersOp(_WatchersOp):
 
 @Operations.register_operation("uninstall_watchers")
 class UninstallWatchersOp(_WatchersOp):
-    """``op.uninstall_watchers``."""
+    """The operation ``op.uninstall_watchers``."""
 
     name = "uninstall_watchers"
     planning = staticmethod(Wanted.removing)
@@ -139,10 +139,10 @@ class UninstallWatchersOp(_WatchersOp):
         namespace: str | None = None,
         statements: Sequence[str] = (),
     ) -> None:
-        """Remove the triggers of watchers, of either delivery, except where somebody needs them.
+        """Remove the triggers of watchers, of either delivery, except those that somebody needs.
 
-        That is who listens to them now, and a consumer of the outbox with a name. The outbox itself
-        stays. The parameters are those of ``op.install_watchers``.
+        Somebody listens to such a trigger now, or a named consumer of the outbox reads its
+        messages. The outbox itself stays. The parameters are those of ``op.install_watchers``.
         """
         operations.invoke(cls(normalize(watchers), namespace, Change(tuple(statements))))
 
@@ -193,8 +193,9 @@ def _cursor(connection: Connection) -> AbstractContextManager[Cursor]:
 def _compare(
     autogen_context: AutogenContext, upgrade_ops: UpgradeOps, schemas: Iterable[str | None]
 ) -> None:
-    """Add what the watchers given to ``context.configure`` lack, and what nobody needs any more.
+    """Add operations that install missing triggers, and remove those that nobody needs any more.
 
+    The watchers are those given to ``context.configure``.
     Triggers are removed before tables change and made after, so that the downgrade, which goes the
     other way round, finds the tables that it needs.
     """
@@ -215,6 +216,7 @@ def _compare(
                 log.info("%s is of %s, and left to the migrations of that", watcher, home.name)
                 continue
             try:
+                # In a savepoint, since an undefined column would abort the whole transaction.
                 with connection.begin_nested():
                     found = define(cursor, [watcher], resolvers, namespace, transport)
             except Exception as error:
@@ -235,7 +237,7 @@ def _compare(
 
 try:
     from alembic.util import DispatchPriority
-except ImportError:  # before Alembic 1.18 they came in the order of their registration
+except ImportError:  # Before Alembic 1.18, comparators ran in the order of their registration.
     comparators.dispatch_for("schema")(_compare)
 else:
     comparators.dispatch_for("schema", priority=DispatchPriority.LAST)(_compare)
@@ -247,7 +249,7 @@ def _of_this_revision(error: BaseException | None) -> bool:
 
 
 def _by_name(watcher: Watcher, resolvers: Sequence[Resolver]) -> Watcher:
-    """The watcher with table and columns by their names, for a migration that outlives models."""
+    """Return the watcher with table and columns by name, for a migration that outlives models."""
     ref, _ = resolve(watcher.model, resolvers)
     if ref.only is not None:
         raise ConfigurationError(
@@ -272,7 +274,7 @@ def _quoted(name: str) -> str:
 @renderers.dispatch_for(UninstallWatchersOp)
 def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
     if not operation.watchers and not operation.change.forward:
-        # The way back from a revision that did no more than make the outbox.
+        # The way back from a revision that does no more than make the outbox.
         return "pass  # the schema pgsignals stays"
     lines = [f"op.{operation.name}("]
     if operation.watchers:
@@ -294,6 +296,6 @@ def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
 
 
 def _literal(text: str) -> str:
-    """A literal for each line: templates and formatters would move lines within one."""
+    """Return a literal for each line: templates and formatters would move the lines within one."""
     lines = [repr(line) for line in text.splitlines(keepends=True)]
     return lines[0] if len(lines) == 1 else "\n            ".join(["(", *lines]) + "\n        )"

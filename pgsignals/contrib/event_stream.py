@@ -14,7 +14,7 @@ from ..core.logging import log
 
 HEADERS: Mapping[str, str] = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    # One browser's view, and nothing on the way may collect it into larger pieces.
+    # A response is for one browser, and nothing on the way may collect it into larger pieces.
     "Cache-Control": "no-store, no-transform",
     "X-Accel-Buffering": "no",
 }
@@ -33,10 +33,10 @@ def encode(
     event: str | None = None,
     retry: int | None = None,
 ) -> bytes:
-    """One message of a ``text/event-stream``. Without ``data`` no listener is called.
+    """Return one message of a ``text/event-stream``. Without ``data``, no listener is called.
 
-    ``id`` is what the browser sends back as Last-Event-ID, ``event`` the type that it is listened
-    for by (``message`` without one), ``retry`` after how many milliseconds it connects again.
+    The browser sends ``id`` back as Last-Event-ID, calls listeners of the type ``event``
+    (``message`` without one), and connects again after ``retry`` milliseconds.
     Raises ConfigurationError for an ``id`` or ``event`` that would not arrive as it is.
     """
     lines = []
@@ -52,15 +52,16 @@ def encode(
         lines.append(f"{field}: {value}")
     if data is not None:
         lines += [f"data: {line}" for line in _LINE_ENDS.split(data)]
-    # What is no Unicode (a lone surrogate) would make the whole message unsendable.
+    # A text that is no Unicode (a lone surrogate) would make the whole message unsendable.
     return ("\n".join(lines or [":"]) + "\n\n").encode(errors="replace")
 
 
 def last_event_id(header: str | None, query: str | None = None) -> str | None:
-    """The id from which a browser goes on: the header ``Last-Event-ID``, or a query parameter.
+    """Return the id from which a browser goes on: that of its header, or of a query parameter.
 
-    The first connection of an EventSource has no such header: a page that was rendered together
-    with a feed's ``position`` gives it as a parameter. None when neither is there or sensible.
+    The first connection of an EventSource has no header ``Last-Event-ID``: a page that was rendered
+    together with a feed's ``position`` gives it as a parameter. None if neither is there or
+    sensible.
     """
     for given in (header, query):
         if given and len(given) <= _LONGEST_ID and given.isprintable():
@@ -69,11 +70,11 @@ def last_event_id(header: str | None, query: str | None = None) -> str | None:
 
 
 def brief(event: Event) -> dict[str, Any]:
-    """The data of an event by default: they name the record, and tell nothing that it holds.
+    """Return an event's data by default: they name the record, and tell nothing that it holds.
 
-    Columns, former values and the context may be more than this user may see; what is fetched by
-    the id passes the application's own checks. An ``id`` that JavaScript's numbers cannot hold
-    exactly is a text.
+    Columns, former values and the context may be more than this user may see; a page that fetches
+    the record by its id passes the application's own checks. An ``id`` that JavaScript's numbers
+    cannot hold exactly is a text.
     """
     found: dict[str, Any] = {
         "op": event.op,
@@ -99,10 +100,10 @@ def _exact(value: Any) -> Any:
 class View:
     """The part of a feed that one client gets, and the form of its messages.
 
-    ``visible`` says whether it may know of an event. ``data`` makes what it is told: a text is sent
-    as it is (HTML, say), all else as JSON. ``name`` gives the type by which the browser listens,
-    ``message`` without one. When one of them raises, the client gets a ``gap`` in place of the
-    event: it neither sees what it may not, nor goes without notice.
+    ``visible`` says whether the client may know of an event. ``data`` makes the data of its
+    message: a text is sent as it is (HTML, say), all else as JSON. ``name`` gives the type by which
+    the browser listens, ``message`` without one. If one of them raises, the client gets a ``gap``
+    in place of the event: it neither sees what it may not, nor misses the event without notice.
     """
 
     visible: Callable[[Event], bool] | None = None
@@ -114,7 +115,7 @@ EVERYTHING = View()
 
 
 def render(item: Event | Gap, view: View, id: str) -> bytes:  # noqa: A002
-    """The message that tells of an event or a gap; empty when it may not be known of."""
+    """Return the message of an event or a gap; empty if the client may not know of the event."""
     if isinstance(item, Gap):
         return gap_message(item.reason, id, {"since": item.since, "until": item.until})
     try:
@@ -139,6 +140,6 @@ def gap_message(
     id: str,  # noqa: A002
     times: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The message that says that something may be missing."""
-    # Without the detail: what PostgreSQL says is not for everybody.
+    """Return the message that says that something may be missing."""
+    # Without the gap's detail, since PostgreSQL's messages are not for everybody.
     return encode(to_json({"reason": reason, **(times or {})}), id=id, event="gap")

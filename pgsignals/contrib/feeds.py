@@ -1,8 +1,8 @@
 """The feeds of a Hub: each is opened once, and shared by all streams of its targets.
 
-In outbox delivery that takes a connection to the database. A thread of its own makes it, and no
-lock is held meanwhile, so that a database which does not answer holds up nobody but those who wait
-for that feed, and them for as long as they like.
+In outbox delivery, opening a feed takes a connection to the database. A thread of its own makes it,
+and no lock is held meanwhile: a database that does not answer holds up only callers that wait for
+that feed, and these for as long as they like.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .resumable import check_targets, open_feed
 from .ring import RingFeed
 from .sse import feed_key
 
-# For how long threads wait for a feed that is being opened, counted from where that has begun.
+# The seconds that threads wait for a feed to be opened, counted from when that has begun.
 PATIENCE_SECONDS = 2.0
 
 
@@ -34,7 +34,7 @@ class Opening:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._future: Future[RingFeed[Any]] = Future()
-        # Nobody who waits may cancel it for the others.
+        # So that no caller who waits may cancel it for the others.
         self._future.set_running_or_notify_cancel()
 
     @property
@@ -50,14 +50,14 @@ class Opening:
 
     @property
     def over(self) -> bool:
-        """Whether it takes another one: it could not be opened, or has ended."""
+        """Whether another one is needed, since this one could not be opened, or has ended."""
         feed = self.feed
         return self._future.done() if feed is None else feed.closed
 
     def wait(self, patience: float | None = None) -> RingFeed[Any]:
-        """The feed, opened within ``patience`` seconds since that has begun; by default, a few.
+        """Return the feed, opened within ``patience`` seconds since that began; by default, a few.
 
-        Raises StateError when it cannot be, or not so soon.
+        Raises StateError if the feed cannot be opened, or not so soon.
         """
         patience = PATIENCE_SECONDS if patience is None else patience
         try:
@@ -66,14 +66,14 @@ class Opening:
             raise StateError("The outbox cannot be read now: the database is slow.") from None
 
     async def awaited(self) -> RingFeed[Any]:
-        """The feed, however long that takes. Raises StateError when it cannot be opened."""
+        """Return the feed, however long that takes. Raises StateError if it cannot be opened."""
         return await asyncio.wrap_future(self._future)
 
     def fill(self, hub: Hub, targets: Sequence[Any], size: int, ordered: bool) -> None:
-        """Open it now."""
+        """Open the feed now."""
         try:
             self._future.set_result(open_feed(hub, *targets, size=size, ordered=ordered))
-        # Whatever it is, it is for those who wait.
+        # Whatever is raised, it is for the callers that wait.
         except BaseException as error:
             self._future.set_exception(error)
 
@@ -88,9 +88,9 @@ class Feeds:
         _all.add(self)
 
     def open(self, targets: Sequence[Any], size: int, ordered: bool) -> Opening:
-        """The feed of these targets; nothing is waited for.
+        """Return the feed of these targets, without waiting until it is open.
 
-        Raises ReceiverError when no watcher delivers a target, and StateError when the Hub is not
+        Raises ReceiverError if no watcher delivers a target, and StateError if the Hub is not
         running.
         """
         hub, key = self._hub, (size, feed_key(targets))
@@ -102,6 +102,7 @@ class Feeds:
                 return opening
             opening = Opening()
             if hub._reads_outbox:
+                # The caller gets the error for a wrong target, which the thread could only keep.
                 check_targets(hub, targets, size)
                 Thread("feed", opening.fill, hub, targets, size, ordered).start()
             else:
@@ -111,12 +112,12 @@ class Feeds:
         return opening
 
     def values(self) -> list[RingFeed[Any]]:
-        """Those that have been opened."""
+        """Return the feeds that have been opened."""
         feeds = (opening.feed for opening in list(self._openings.values()))
         return [feed for feed in feeds if feed is not None]
 
     def forked(self) -> None:
-        """In the child of a fork: they are the parent's, and the lock may be held."""
+        """Forget them in the child of a fork: they are the parent's, and the lock may be held."""
         self._lock = threading.Lock()
         self._openings = {}
 

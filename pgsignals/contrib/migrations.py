@@ -1,4 +1,4 @@
-"""Statements for the migrations of other tools, whose connection and transaction are theirs."""
+"""Statements for the migrations of other tools, on their connections and in their transactions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NO_TRANSACTION = "25P01"
 class Change:
     """Statements that bring a database to what watchers need, and those that bring it back.
 
-    ``summary`` has a line for each trigger: ``+ updated on public.orders``; ``lasting``, one for
+    ``summary`` has a line for each trigger: ``+ updated on public.orders``. ``lasting`` has one for
     what is not brought back: the schema of the outbox, which others may use by then.
     """
 
@@ -46,7 +46,7 @@ class Change:
     lasting: tuple[str, ...] = ()
 
     def reversed(self) -> Change:
-        """What brings the database back."""
+        """Return the change that brings the database back."""
         signs = str.maketrans("+-", "-+")
         summary = tuple(line[:1].translate(signs) + line[1:] for line in self.summary)
         return Change(self.backward, self.forward, summary)
@@ -55,7 +55,7 @@ class Change:
 class BorrowedCursor(Cursor):
     """Runs statements through somebody else's connection, of whatever driver.
 
-    Of its own connection it uses no more than the quoting, which psycopg2 does by a connection.
+    Its own connection is for the quoting alone, which psycopg2 does by a connection.
     """
 
     _run: Callable[[str], Rows]
@@ -81,9 +81,9 @@ def _as_psycopg2(row: tuple[Any, ...]) -> tuple[Any, ...]:
 def borrowed_cursor(
     driver_connection: object, dsn: Callable[[], str], run: Callable[[str], Rows]
 ) -> Iterator[Cursor]:
-    """A cursor whose statements, without parameters, ``run`` runs.
+    """Yield a cursor whose statements, without parameters, ``run`` runs.
 
-    Where the driver is not psycopg2, ``dsn()`` says where a connection for the quoting is had.
+    If the driver is not psycopg2, ``dsn()`` is the address of a connection for the quoting.
     """
     own: Connection | None = None
     if not isinstance(driver_connection, Connection):
@@ -102,8 +102,8 @@ def run(
 ) -> None:
     """Run a change, all of it or nothing, within the caller's transaction.
 
-    Trying again, as a start does, would be wrong here: what the migration has locked before would
-    stay locked, with its writers waiting. So it fails soon, and says who was in the way.
+    It does not try again, as a start does: tables that the migration has locked before would stay
+    locked, with their writers waiting. So it fails soon, and says who was in the way.
     Raises InstallLockError, and ConfigurationError outside of a transaction.
     """
     statement = ""
@@ -132,7 +132,7 @@ def run(
 
 
 def sqlstates(error: BaseException | None) -> set[str]:
-    """The codes of PostgreSQL's that an error of whatever driver or framework came from."""
+    """Return PostgreSQL's codes for an error and its causes, of whatever driver or framework."""
     found = set()
     while error is not None:
         for known in (error, getattr(error, "orig", None)):
@@ -151,7 +151,7 @@ _OURS = re.compile(rf"{names.PREFIX}[0-9a-f]{{16}}")
 
 
 def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
-    """Schema and name of the table that a statement of ours has to lock."""
+    """Return the schema and name of the table that a statement of ours has to lock."""
     condition = None
     if (made := _MAKES_A_TRIGGER.match(statement)) is not None:
         condition = sql.SQL("c.oid = pg_catalog.to_regclass({})").format(sql.Literal(made[1]))
@@ -175,23 +175,23 @@ def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
 def creating(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], transport: Transport
 ) -> Change:
-    """What the triggers that are missing or outdated take, and the outbox if they write to it."""
+    """Return what makes the triggers that are missing or outdated, and the outbox if needed."""
     version = schema.read_version(cursor) if transport.durable else schema.VERSION
-    # Triggers from before a schema that was dropped are unknown to the one that is made now.
+    # Triggers of a former schema, which was dropped, are unknown to the one that is made now.
     installed = read_installed(cursor, namespace) if version else []
     created = plan(wanted, installed).created
     return _change(cursor, created, [], with_schema=version < schema.VERSION)
 
 
 def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:
-    """What removes triggers that no watcher needs and that nobody listens to."""
+    """Return what removes the triggers that no watcher needs and that nobody listens to."""
     found = plan(wanted, read_installed(cursor, namespace))
     return _change(cursor, [], [item for item in found.unwanted if not item.in_use])
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Watchers, and what their triggers are to be."""
+    """Watchers, and the namespace and the transport that their triggers are to have."""
 
     watchers: Sequence[Watcher]
     resolvers: Sequence[Resolver]
@@ -199,13 +199,13 @@ class Wanted:
     transport: Transport
 
     def installing(self, cursor: Cursor) -> Change:
-        """What installing their triggers takes: see ``creating``."""
+        """Return what installs the watchers' triggers: see ``creating``."""
         namespace, transport = self.namespace, self.transport
         found = define(cursor, self.watchers, self.resolvers, namespace, transport)
         return creating(cursor, namespace, [each.trigger for each in found], transport)
 
     def removing(self, cursor: Cursor) -> Change:
-        """What removes them, of either transport, however they were defined at their time."""
+        """Return what removes the watchers' triggers, of either transport and any definition."""
         identities = set()
         for watcher in self.watchers:
             ref, _ = resolve(watcher.model, self.resolvers)
@@ -224,7 +224,7 @@ Planning = Callable[[Wanted, Cursor], Change]
 
 
 def source(watcher: Watcher, model: str) -> str:
-    """The Python that declares a watcher, of a table or model by its name."""
+    """Return the Python that declares a watcher, of a table or model by its name."""
     parts = [repr(model), *map(repr, watcher.ops)]
     default = Watcher(None)
     for name in ("columns", "when", "extra", "label", "replicated"):
@@ -265,9 +265,9 @@ def _named(op: str, table: str, label: str | None) -> str:
 
 
 def _locking(statements: Sequence[str]) -> tuple[str, ...]:
-    """Other installers keep a migration waiting for two seconds; tables, for half a second each.
+    """Return statements that wait two seconds for other installers, and half a second for a table.
 
-    Whoever writes to a table waits behind us as long, and behind what the migration locked before.
+    A table's writers wait behind us as long, and behind what the migration has locked before.
     """
     if not statements:
         return ()
@@ -285,9 +285,10 @@ def _locking(statements: Sequence[str]) -> tuple[str, ...]:
 
 
 def _drop(cursor: Cursor, home: str, hashed: str) -> str:
-    """Remove a trigger unless somebody listens to it, who would be deaf without knowing it.
+    """Return what removes a trigger, unless somebody listens to it, who would be deaf unawares.
 
-    Nor one that a durable consumer reads, which may be down, and whoever may not know leaves it.
+    Nor is a trigger removed that a durable consumer reads, which may be down. A role that cannot
+    read whether there is such a consumer leaves the trigger.
     """
     name, parts = names.object_name(hashed), names.listener_parts(hashed)
     return (
@@ -366,7 +367,7 @@ _REGISTERED = "SELECT definition FROM pgsignals.channels WHERE channel = %s"
 
 
 def _definition(cursor: Cursor, item: Installed) -> list[str]:
-    """Statements that make what is installed again."""
+    """Return statements that make an installed trigger again."""
     cursor.execute(_DEFINITION, (item.function_schema, item.name))
     rows = cursor.fetchall()
     if not rows:

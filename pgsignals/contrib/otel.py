@@ -23,10 +23,10 @@ _w3c = TraceContextTextMapPropagator()
 
 
 class OpenTelemetryTracer:
-    """A consumer span for each call of a receiver, by default of the global tracer provider.
+    """Makes a consumer span for each call of a receiver, by default of the global tracer provider.
 
-    It begins a trace of its own, and links to the one of the writer where ``event.context`` has
-    its ``traceparent``. The error of a receiver is recorded in it.
+    A span begins a trace of its own, and links to that of the writer if ``event.context`` has its
+    ``traceparent``. The error of a receiver is recorded in the span.
     """
 
     def __init__(self, tracer: trace.Tracer | None = None) -> None:
@@ -49,7 +49,7 @@ class OpenTelemetryTracer:
             attributes["messaging.batch.message_count"] = len(events)
         with self._tracer.start_as_current_span(
             f"process {table}",
-            # A worker goes on with nobody's trace.
+            # An empty context, since a worker goes on with nobody's trace.
             context=Context(),
             kind=trace.SpanKind.CONSUMER,
             attributes=attributes,
@@ -61,7 +61,7 @@ class OpenTelemetryTracer:
                 yield
             # OpenTelemetry leaves out SystemExit and its like, which are a receiver's failure too.
             except BaseException as error:
-                # What record_exception() does, but whatever the error's text is.
+                # As record_exception() does, but safe for an error with any text.
                 span.add_event(
                     "exception",
                     {
@@ -76,14 +76,14 @@ class OpenTelemetryTracer:
 
 
 def _links(events: Sequence[Event]) -> list[trace.Link]:
-    """Links to the writers' spans, each once."""
+    """Return links to the writers' spans, each once."""
     writers = filter(None, (_writer(event.context) for event in events))
     by_id = {(writer.trace_id, writer.span_id): writer for writer in writers}
     return [trace.Link(writer) for writer in by_id.values()]
 
 
 def _writer(context: Mapping[str, Any]) -> trace.SpanContext | None:
-    """The span that wrote, if the context tells it; anybody may have set that to anything."""
+    """Return the writer's span, if the context has one; anybody can set the context to anything."""
     carrier = {
         name: value
         for name in ("traceparent", "tracestate")

@@ -22,8 +22,9 @@ except ImportError as error:
 class PrometheusMetrics:
     """The numbers of a Hub in a registry of prometheus_client, by default the global one.
 
-    Their names begin with ``namespace``. The label ``hub`` tells the Hubs of a process apart: give
-    each its own PrometheusMetrics, with its own name; those of one name write to the same series.
+    The metrics' names begin with ``namespace``. The label ``hub`` tells the Hubs of a process
+    apart: give each its own PrometheusMetrics, with its own name; those of one name write to the
+    same series.
     """
 
     def __init__(

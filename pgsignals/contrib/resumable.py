@@ -1,9 +1,9 @@
 """Server-sent events from an outbox: a browser that comes back gets exactly what it has missed.
 
-An id is a resume token, good in every process. A feed keeps the latest events as another does. A
-client that is further behind, or comes from elsewhere, reads the outbox again up to where the feed
-can take over: the end of one of the windows that the feed itself reads, so that nothing is left out
-between the two and nothing comes twice.
+An id is a resume token, good in every process. A feed keeps the latest events, as any other. A
+client that is further behind, or comes from elsewhere, reads the outbox again up to a point at
+which the feed can take over: the end of one of the windows that the feed itself reads, so that
+nothing is left out between the two and nothing comes twice.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from .sse import Feed
 
 
 def open_feed(hub: Hub, *targets: Any, size: int, ordered: bool) -> RingFeed[Any]:
-    """The feed that the delivery of the Hub allows.
+    """Return the feed that the delivery of the Hub allows.
 
-    Raises ReceiverError when no watcher delivers a target, StateError when the outbox cannot be
-    read now.
+    Raises ReceiverError if no watcher delivers a target, StateError if the outbox cannot be read
+    now.
     """
     try:
         tail = hub._tail()
@@ -54,7 +54,7 @@ def open_feed(hub: Hub, *targets: Any, size: int, ordered: bool) -> RingFeed[Any
 
 
 def check_targets(hub: Hub, targets: Sequence[Any], size: int) -> list[Wanted]:
-    """The targets, parsed. Raises what ResumableFeed raises for what cannot be."""
+    """Return the targets, parsed. Raises what ResumableFeed raises for impossible ones."""
     found = wanted_of(targets, size)
     for target, ops in found:
         hub._registry.matcher(target, ops, {})
@@ -64,7 +64,7 @@ def check_targets(hub: Hub, targets: Sequence[Any], size: int) -> list[Wanted]:
 class _Position:
     """A point in the outbox: that of an event in a window, or the given one.
 
-    Its token is worked out when somebody wants it: most events are told to nobody by their ids.
+    Its token is computed when it is asked for, since most events' ids are sent to nobody.
     """
 
     __slots__ = ("_event", "_id", "_point", "codec")
@@ -80,7 +80,7 @@ class _Position:
         """The point."""
         if (event := self._event) is not None:
             self._point = self._point.at(int(event.position or 0), event._number)
-            # Not before: another thread that is here, too, would take the window's point for it.
+            # Not before: another thread here would take the window's point for the event's.
             self._event = None
         return self._point
 
@@ -94,14 +94,14 @@ class _Position:
 
 @dataclass(frozen=True)
 class _Mark:
-    """At a number of the feed: everything from there on, and nothing else, is behind a position."""
+    """A number of the feed from which on it has all that is behind ``position``, and no more."""
 
     number: int
     position: _Position
 
     @property
     def since(self) -> Snapshot:
-        """The snapshot between two windows that the position is at."""
+        """The position's snapshot, which lies between two windows."""
         return self.position.point.since
 
 
@@ -109,8 +109,8 @@ class _Mark:
 class ResumableClient(RingClient):
     """One browser's position in a resumable feed.
 
-    It follows the feed, or, while it is ``_behind``, reads the outbox from the position that it
-    knows. Then ``read`` asks the database, and may take as long as that.
+    The client follows the feed, or, while it is ``_behind``, reads the outbox from the position
+    that it knows. Then ``read`` asks the database, and may take as long as that.
     """
 
     waits = True
@@ -138,12 +138,12 @@ class ResumableClient(RingClient):
         return self._catch_up(frames) if self._behind else super()._advance(frames)
 
     def _join(self, mark: _Mark) -> None:
-        """Follow the feed from here on."""
+        """Follow the feed from ``mark`` on."""
         self._number, self._known = mark.number, mark.position
         self._behind, self._goal = False, None
 
     def _catch_up(self, frames: list[bytes]) -> bool:
-        """Go on in the outbox; returns whether to go on at once."""
+        """Go on in the outbox; return whether to go on at once."""
         if self._page:
             count = min(len(self._page), LONGEST_READ)
             self._tell([self._page.popleft() for _ in range(count)], frames)
@@ -158,7 +158,7 @@ class ResumableClient(RingClient):
         try:
             return self._turn_page()
         except (psycopg2.Error, OSError, ConnectError) as error:
-            # It keeps its position, and comes back with it.
+            # The browser keeps its position, and comes back with it.
             log.warning(
                 "a browser could not catch up, and comes back to try again: %s", error_text(error)
             )
@@ -224,7 +224,7 @@ class ResumableClient(RingClient):
 class ResumableFeed(RingFeed[ResumableClient]):
     """The latest events of some targets, from the outbox, for any number of clients.
 
-    Clients are told of the last ``size`` events from memory. Otherwise it is as :class:`Feed`.
+    Clients are told of the last ``size`` events from memory. Otherwise it is like :class:`Feed`.
     """
 
     _client = ResumableClient
@@ -240,13 +240,13 @@ class ResumableFeed(RingFeed[ResumableClient]):
         tail.attach(self)
         hub._callbacks.streams.add(self)
         if tail.ended:
-            # The Hub was stopped meanwhile, and may not have seen this one.
+            # The Hub was stopped meanwhile, and may not have seen this feed.
             self.close()
 
-    # The tail's reader: it calls these one after the other.
+    # The tail's reader calls these one after the other.
 
     def began(self, point: ResumePoint) -> None:
-        # Clients read again what the tail leaves out.
+        # Clients read in the outbox what the tail leaves out.
         with self._lock:
             self.codec = self.tail.codec
             self._ring.clear()
@@ -293,10 +293,10 @@ class ResumableFeed(RingFeed[ResumableClient]):
         return None if point is None else (_Position(point, self.codec), self._number(point))
 
     def _number(self, point: ResumePoint) -> int:
-        """The number of what follows a point; GONE where the feed does not hold that point."""
+        """Return the number of what follows a point; GONE if the feed does not hold that point."""
         if point == self._mark.position.point and self._mark.number >= self._ring.oldest:
             return self._mark.number
-        # The oldest first: a gap has the position of what comes before it, and must be heard.
+        # The oldest first: a gap has the position of the entry before it, and must be heard.
         for number, entry in self._ring.entries.items():
             if entry.position.point == point:
                 return number + 1
@@ -309,10 +309,10 @@ class ResumableFeed(RingFeed[ResumableClient]):
         impatient, self._impatient = self._impatient, {}
         return [*super()._take_sleeping(), *impatient]
 
-    # The clients' questions.
+    # Clients call these.
 
     def _now(self) -> _Mark:
-        """The end of the feed, where a client begins that has nothing to go on from."""
+        """Return the end of the feed, where a client begins that has no position to go on from."""
         notice_fork()
         with self._lock:
             return _Mark(self._ring.next, self._end())
@@ -327,7 +327,7 @@ class ResumableFeed(RingFeed[ResumableClient]):
             return mark.number >= self._ring.oldest
 
     def _await_mark(self, client: ResumableClient, known: _Mark) -> bool:
-        """Register to be woken at the next mark; False when it is there, or none will be."""
+        """Register a client to be woken at the next mark; False if it is there, or none will be."""
         with self._lock:
             if self._mark is not known or self.closed:
                 return False

@@ -40,10 +40,10 @@ class Position(Protocol):
 
 
 class Entry:
-    """An event or a gap of a feed, encoded once for all who see it by the same View.
+    """An event or a gap of a feed, encoded once for all clients that see everything.
 
-    ``position`` is behind it, and its message has the id of that, or an ``own`` one. An entry
-    without an item has no message, and only moves its readers on.
+    ``position`` is behind the entry, whose message has the id of that position, or an ``own`` one.
+    An entry without an item has no message, and only moves its readers on.
     """
 
     __slots__ = ("_frame", "_own", "item", "position")
@@ -57,11 +57,11 @@ class Entry:
 
     @property
     def id(self) -> str:
-        """The id of its message."""
+        """The id of the entry's message."""
         return self._own or str(self.position.id)
 
     def frame(self, view: View) -> bytes:
-        """The message for one client; empty when it may not know of the event."""
+        """Return the message for one client; empty if the client may not know of the event."""
         if self.item is None:
             return b""
         if view != EVERYTHING:
@@ -85,18 +85,18 @@ class Ring:
         return self.next - len(self.entries)
 
     def put(self, entry: Entry) -> Entry | None:
-        """Append an entry; returns the one that it turns out, if any."""
+        """Append an entry; return the one that it turns out, if any."""
         self.entries[self.next] = entry
         self.next += 1
         return self.entries.pop(self.next - 1 - self._size, None)
 
     def clear(self) -> None:
-        """Forget all entries. A number is left out: whoever stood at the end is behind, too."""
+        """Forget all entries, and skip a number, so that clients at the end are behind, too."""
         self.entries.clear()
         self.next += 1
 
     def page(self, number: int) -> tuple[int, list[Entry]]:
-        """Entries from ``number`` on, or from the oldest, and the number of the first."""
+        """Return entries from ``number`` on, or from the oldest, and the number of the first."""
         start = max(number, self.oldest)
         stop = min(self.next, start + LONGEST_READ)
         return start, [self.entries[each] for each in range(start, stop)]
@@ -105,8 +105,8 @@ class Ring:
 class RingFeed(ABC, Generic[C]):
     """The latest events of some targets of a Hub, for any number of clients.
 
-    It ends with the Hub's run, and in the child of a fork: ``closed`` is true, its clients end, and
-    a new one is needed.
+    The feed ends with the Hub's run, and in the child of a fork: ``closed`` is true, its clients
+    end, and a new feed is needed.
     """
 
     _client: type[C]
@@ -135,11 +135,11 @@ class RingFeed(ABC, Generic[C]):
         return end.id
 
     def connect(self, last_id: str | None, wake: Callable[[], None], view: View = EVERYTHING) -> C:
-        """A client that goes on after ``last_id``, or gets what happens from now on without one.
+        """Return a client that goes on after ``last_id``, or without one gets all from now on.
 
-        Where ``last_id`` is not known here, its first message is a ``gap``. ``wake`` is called,
-        from any thread, once there is something to read after a ``read`` that gave nothing; it
-        must not block.
+        If ``last_id`` is not known here, the client's first message is a ``gap``. ``wake`` is
+        called, from any thread, once there is something to read after a ``read`` that gave nothing;
+        it must not block.
         """
         notice_fork()
         with self._lock:
@@ -153,7 +153,7 @@ class RingFeed(ABC, Generic[C]):
         return client
 
     def close(self) -> None:
-        """End it: clients read what is there, and then are ``ended``. Safe to call twice."""
+        """End the feed: clients read what is there, and are ``ended``. Safe to call twice."""
         notice_fork()
         with self._lock:
             if self.closed:
@@ -164,7 +164,7 @@ class RingFeed(ABC, Generic[C]):
         wake_all(sleeping)
 
     def forked(self) -> None:
-        """In the child of a fork: the clients are the parent's, and the lock may be held."""
+        """End it in the child of a fork: clients are the parent's, and the lock may be held."""
         self._lock = threading.Lock()
         self.closed = True
         self._clients = weakref.WeakSet()
@@ -172,11 +172,11 @@ class RingFeed(ABC, Generic[C]):
 
     @abstractmethod
     def _find(self, last_id: str) -> tuple[Position, int] | None:
-        """The position of an id, and its number in the ring or GONE; None for a foreign id."""
+        """Return an id's position, and its number in the ring or GONE; None for a foreign id."""
 
     @abstractmethod
     def _end(self) -> Position:
-        """The position behind all entries."""
+        """Return the position behind all entries."""
 
     @abstractmethod
     def _detach(self) -> None:
@@ -187,7 +187,7 @@ class RingFeed(ABC, Generic[C]):
         return sleeping
 
     def _read(self, client: C, number: int) -> tuple[int, list[Entry]]:
-        """A page of the ring; where it is empty, the client is woken once there is something."""
+        """Return a page of the ring; if it is empty, the client is woken once there is more."""
         notice_fork()
         with self._lock:
             start, entries = self._ring.page(number)
@@ -222,19 +222,19 @@ class RingClient(ABC):
         self._told = self._known
 
     def opening(self, retry: int | None = None) -> bytes:
-        """The first bytes: they complete the browser's connection, and give it an id.
+        """Return the first bytes, which complete the browser's connection, and give it an id.
 
-        ``retry`` is after how many milliseconds the browser connects again.
+        The browser connects again after ``retry`` milliseconds.
         """
-        # An id before the gap would be resumed from, and the gap not be heard; and the id that the
-        # browser resumed from may be known in other processes too.
+        # A browser that had an id before the gap would resume from it, and not hear of the gap. The
+        # id that it resumed from may be known in other processes, too.
         return encode(retry=retry, id=self._known.id if self._fresh else None)
 
     def read(self) -> bytes:
-        """The bytes to send next.
+        """Return the bytes to send next.
 
-        Empty when the client is up to date, and then it is woken when it no longer is; or when the
-        feed has come to its end, and then ``ended`` is true.
+        They are empty if the client is up to date, and then it is woken when it no longer is; or if
+        the feed has come to its end, and then ``ended`` is true.
         """
         frames: list[bytes] = []
         more = True
@@ -248,7 +248,7 @@ class RingClient(ABC):
         return b"".join(frames)
 
     def keepalive(self) -> bytes:
-        """The bytes to send after a while without any.
+        """Return the bytes to send after a while without any.
 
         They move the browser's id past events that it did not get to see.
         """
@@ -262,7 +262,7 @@ class RingClient(ABC):
         self._feed._remove(self)
 
     def _advance(self, frames: list[bytes]) -> bool:
-        """Go on with what the feed holds; returns whether to go on at once."""
+        """Go on with what the feed holds; return whether to go on at once."""
         start, entries = self._feed._read(self, self._number)
         if start > self._number and not self._overtaken(start, frames):
             return True
@@ -272,7 +272,7 @@ class RingClient(ABC):
 
     @abstractmethod
     def _overtaken(self, start: int, frames: list[bytes]) -> bool:
-        """The feed holds nothing before ``start``; returns whether to go on from there."""
+        """Note that the feed holds nothing before ``start``; return whether to go on from there."""
 
     def _tell(self, entries: Iterable[Entry], frames: list[bytes]) -> None:
         for entry in entries:
@@ -287,20 +287,20 @@ class RingClient(ABC):
 
 
 def wake_all(clients: Iterable[RingClient]) -> None:
-    """Wake each; one that cannot be woken stops nobody."""
+    """Wake each client; one that cannot be woken does not stop the others from being woken."""
     for client in clients:
         try:
             client.wake()
-        # An event loop that has ended, say: the others are woken all the same.
+        # A client's event loop may have ended, say: the others are woken all the same.
         except Exception:
             log.debug("a client could not be woken", exc_info=True)
 
 
 def wanted_of(targets: Iterable[Any], size: int = 1) -> list[Wanted]:
-    """The targets, each with the operations wanted of it; none stands for all that are delivered.
+    """Return the targets, each with the wanted operations; none stand for all that are delivered.
 
-    Raises ConfigurationError without targets, where an operation stands for one, and for a feed of
-    a ``size`` that cannot be.
+    Raises ConfigurationError without targets, for an operation in place of one, and for a ``size``
+    that a feed cannot have.
     """
     if size < 1:
         raise ConfigurationError(f"size={size!r}: a feed holds at least one event.")

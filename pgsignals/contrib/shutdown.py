@@ -1,4 +1,4 @@
-"""Streams keep a server from ending: they have to end when the server is told to."""
+"""The end of streams at the end of their server, which would otherwise wait for them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def before_handlers(call: Callable[[], object], *numbers: int) -> bool:
-    """Chain ``call`` ahead of the server's handlers of these signals; returns whether any is.
+    """Chain ``call`` ahead of the server's handlers of these signals; return whether any is.
 
     A signal without a handler ends the process at once, and is left alone. Only the main thread can
-    handle signals. ``call`` interrupts it wherever it is: it may take no lock.
+    handle signals. ``call`` interrupts that thread wherever it is: it must take no lock.
     """
     handled = False
     if threading.current_thread() is threading.main_thread():
@@ -34,7 +34,7 @@ def _chained(call: Callable[[], object], server: Callable[..., Any]) -> Callable
 
 
 class Shutdown:
-    """Has ``call`` made, in a thread of its own, once the process gets SIGTERM."""
+    """Makes ``call``, in a thread of its own, once the process gets SIGTERM."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._call = call
@@ -42,7 +42,7 @@ class Shutdown:
         self._watching = False
 
     def watch(self) -> None:
-        """From now on, if this is the main thread and the server handles SIGTERM itself."""
+        """Watch from now on, if this is the main thread and the server handles SIGTERM itself."""
         if not self._watching and before_handlers(lambda: self._told.put(None), signal.SIGTERM):
             self._watching = True
             threading.Thread(target=self._wait, name="pgsignals-shutdown", daemon=True).start()

@@ -45,8 +45,8 @@ class Feed(RingFeed[Client]):
     ``ordered`` says that the Hub has one worker, so that all processes see the same order: then an
     id given by one process can be resumed in another. Otherwise an id is good in its own process.
 
-    It ends with the Hub's run, and in the child of a fork: ``closed`` is true, its clients end, and
-    a new one is needed. Raises ReceiverError when no watcher delivers a target.
+    The feed ends with the Hub's run, and in the child of a fork: ``closed`` is true, its clients
+    end, and a new feed is needed. Raises ReceiverError if no watcher delivers a target.
     """
 
     _client = Client
@@ -72,7 +72,7 @@ class Feed(RingFeed[Client]):
         hub._callbacks.streams.add(self)
 
     def put(self, item: Event | Gap) -> None:
-        """Append to the feed; called by workers."""
+        """Append an event or a gap; called by workers."""
         with self._lock:
             if self.closed:
                 return
@@ -82,8 +82,8 @@ class Feed(RingFeed[Client]):
                 self._after_gap = number
             if key is not None and (known := self._numbers.get(key)) is not None:
                 if known >= self._after_gap:
-                    return  # Two targets gave it, or an outbox did so again.
-                # A database that was put back gives the uids of what is gone to other events.
+                    return  # Two targets gave the event, or an outbox gave it again.
+                # A database that was restored gives the uids of lost events to other ones.
                 key = None
             turned_out = self._ring.put(Entry(item, self._at(number + 1), key or ""))
             if turned_out is not None:
@@ -118,12 +118,15 @@ class Feed(RingFeed[Client]):
         if token != self._token or not re.fullmatch("[0-9]{1,18}", digits):
             return None
         number = int(digits)
-        # The ring itself deals with no number that is yet to come.
+        # The ring itself knows of no number that is yet to come.
         if not self._ring.oldest <= number <= self._ring.next:
             return None
         return self._at(number), number
 
 
 def feed_key(targets: Iterable[Any]) -> Hashable:
-    """The same for two feeds of the same events, which share one. Raises what Feed raises."""
+    """Return a key that feeds of the same events, which share one, have in common.
+
+    Raises what Feed raises.
+    """
     return tuple((model_identity(target), *ops) for target, ops in wanted_of(targets))

@@ -33,7 +33,7 @@ except ImportError as error:
         "pip install 'pgsignals[starlette]'"
     ) from error
 
-# For how long position() may hold up the event loop while a feed is opened, all calls together.
+# The seconds that position() may hold up the event loop while a feed opens, all calls together.
 _LOOP_SECONDS = 0.25
 # Reading has threads of its own: those that wait for the database are none of the application's.
 _READING_THREADS = 40
@@ -52,29 +52,29 @@ def sse(
     send_timeout: float = 60.0,
     size: int = 1000,
 ) -> Response:
-    """A response that tells the browser of changes, for ``new EventSource(url)``.
+    """Return a response that tells the browser of changes, for ``new EventSource(url)``.
 
     Each of ``targets`` is a model, a table's name, a label or a watcher, or a tuple of one and
     operations, of ``hub``, by default the default one. Every event is a message with JSON that
-    names the record; every possible loss is one of the type ``gap``. The browser goes on where it
-    was when it connects again, by Last-Event-ID or by the parameter ``last-event-id``; where that
+    names the record; every possible loss is one of the type ``gap``. A browser that connects again
+    goes on where it was, by Last-Event-ID or by the parameter ``last-event-id``; if that position
     is not known here, or more than ``size`` events ago, it gets a ``gap``.
 
-    ``visible`` says whether this browser may know of an event. ``data`` makes what it is told, a
-    text or what becomes JSON, and ``name`` the type of the message. They are plain functions, and
-    called in a thread, so that they may wait. When one of them raises, the browser gets a ``gap``
+    ``visible`` says whether this browser may know of an event. ``data`` makes the message's data, a
+    text or a value that becomes JSON, and ``name`` the message's type. They are plain functions,
+    and called in a thread, so that they may wait. If one of them raises, the browser gets a ``gap``
     in place of the event.
 
-    ``retry`` is after how many milliseconds the browser connects again. After ``keepalive`` seconds
-    without an event something is sent all the same, after ``lifetime`` seconds the stream ends, so
-    that the browser connects again and is authorised again. A browser that takes nothing for
-    ``send_timeout`` seconds is given up. When the server is told to end, by SIGTERM or Ctrl-C, so
-    do the streams.
+    The browser connects again after ``retry`` milliseconds. After ``keepalive``
+    seconds without an event something is sent all the same. After ``lifetime`` seconds the stream
+    ends, so that the browser connects again and is authorised again. A browser that takes nothing
+    for ``send_timeout`` seconds is given up. The streams end, too, when the server is told to end,
+    by SIGTERM or Ctrl-C.
 
-    It waits for nothing: in outbox delivery a thread connects to the database, and until that has
-    succeeded the browser is told to come back later.
+    The function waits for nothing: in outbox delivery a thread connects to the database, and until
+    that has succeeded the browser is told to come back later.
 
-    Raises ReceiverError when no watcher delivers a target.
+    Raises ReceiverError if no watcher delivers a target.
     """
     options = StreamOptions(View(visible, data, name), retry, keepalive, lifetime, send_timeout)
 
@@ -83,7 +83,7 @@ def sse(
 
     try:
         opening = _open(hub, targets, size)
-        # From here on, if it is open, so that nothing is missed before the server gets to sending.
+        # If the feed is open, from here on: nothing is missed before the server gets to sending.
         client = connect(opening.wait()) if opening.done else None
     except StateError as error:
         return _come_back(error, retry)
@@ -95,10 +95,10 @@ def _come_back(error: StateError, retry: int) -> Response:
 
 
 def position(*targets: Any, hub: Hub | None = None, size: int = 1000) -> str:
-    """The position of the stream of these targets now, to render into a page.
+    """Return the position of the stream of these targets now, to render into a page.
 
     With ``new EventSource("/events?last-event-id=…")`` the browser hears of all that happened
-    since. Raises StateError when the Hub is not running, or the outbox cannot be read now.
+    since. Raises StateError if the Hub is not running, or the outbox cannot be read now.
 
     In outbox delivery the first call, and each after the Hub has started anew, waits for a
     connection to the database: for two seconds, and in the thread of an event loop for a quarter of
@@ -114,7 +114,7 @@ def position(*targets: Any, hub: Hub | None = None, size: int = 1000) -> str:
 
 
 async def aposition(*targets: Any, hub: Hub | None = None, size: int = 1000) -> str:
-    """Like :func:`position`, while the event loop goes on, for as long as connecting takes."""
+    """Like :func:`position`, but wait for the feed while the event loop goes on, however long."""
     return (await _open(hub, targets, size).awaited()).position
 
 
@@ -122,14 +122,14 @@ _feeds: weakref.WeakKeyDictionary[Hub, Feeds] = weakref.WeakKeyDictionary()
 
 
 def _open(hub: Hub | None, targets: tuple[Any, ...], size: int) -> Opening:
-    """The feed that all streams of these targets share."""
+    """Return the feed that all streams of these targets share, open or being opened."""
     hub = hub or pgsignals.default_hub
     feeds = _feeds.get(hub) or _feeds.setdefault(hub, Feeds(hub))
     return feeds.open(targets, size, ordered=hub._options.workers == 1)
 
 
 class _Stream(Response):
-    """One browser's messages, as they come, until it goes."""
+    """One browser's messages, as they come, until the browser goes."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _nothing() -> None:
-    """Wakes nobody: the client has not begun to read."""
+    """Wake nobody, since the client has not begun to read."""
 
 
 _limiters: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, CapacityLimiter] = (
@@ -246,7 +246,7 @@ _watched: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
 def _end_with_the_server(loop: asyncio.AbstractEventLoop) -> None:
-    """End the streams once the server is told to end, which would wait for them, for ever maybe.
+    """End the streams once the server is told to end, which might wait for them for ever.
 
     The server's handlers are called as before.
     """

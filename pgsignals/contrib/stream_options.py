@@ -12,7 +12,7 @@ from ..core.logging import log
 from .event_stream import View, encode, last_event_id
 from .ring import RingClient, RingFeed
 
-# When browsers for which there was no stream try again, in milliseconds.
+# The milliseconds after which browsers that got no stream try again.
 LATER = 15_000
 _PARAMETER = "last-event-id"
 
@@ -38,20 +38,20 @@ class StreamOptions:
     def connect(
         self, feed: RingFeed[RingClient], wake: Callable[[], None], headers: Any, query: Any
     ) -> RingClient:
-        """The client of a request, which goes on where the browser says that it was."""
+        """Return the client of a request, which goes on where the browser says that it was."""
         last_id = last_event_id(headers.get("Last-Event-ID"), query.get(_PARAMETER))
         return feed.connect(last_id, wake, self.view)
 
     def patience(self, client: RingClient, began: float) -> float:
-        """For how many seconds to wait for the next event; 0 when the stream is over.
+        """Return the seconds to wait for the next event; 0 if the stream is over.
 
-        ``began`` is when the stream did, by ``time.monotonic``.
+        ``began`` is the time when the stream began, by ``time.monotonic``.
         """
         left = began + self.lifetime - time.monotonic()
         return 0.0 if client.ended else max(0.0, min(self.keepalive, left))
 
 
 def come_back(reason: object, milliseconds: int) -> bytes:
-    """A stream that ends at once: after any other status than 200 an EventSource gives up."""
+    """Return a stream that ends at once: after a status other than 200, an EventSource gives up."""
     log.warning("a browser was told to come back in %d ms: %s", milliseconds, reason)
     return encode(retry=milliseconds)

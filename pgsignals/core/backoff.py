@@ -14,7 +14,7 @@ class Backoff:
         self._tries = 0
 
     def next(self) -> float:
-        """Seconds to wait before the next try."""
+        """Return the seconds to wait before the next try."""
         bound = min(self._most, self._first * 2**self._tries)
         self._tries = min(self._tries + 1, 32)
         return chance.uniform(0, bound)

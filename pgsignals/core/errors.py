@@ -34,7 +34,7 @@ class PgSignalsError(Exception):
 
 
 class ConfigurationError(PgSignalsError, ValueError):
-    """What the caller asked for cannot be."""
+    """The caller asked for something that cannot be."""
 
 
 class WatcherError(ConfigurationError):
@@ -98,6 +98,6 @@ class MissingExtraError(PgSignalsError, ImportError):
 
 
 def near(given: str, known: Iterable[str]) -> str:
-    """`` (did you mean …?).`` for the end of a message, or a full stop when nothing is near."""
+    """Return `` (did you mean …?).`` for a message's end, or a full stop if nothing is near."""
     close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, close))}?)." if close else "."

@@ -1,4 +1,4 @@
-"""What receivers get: Event, Batch and Gap."""
+"""The arguments of receivers: Event, Batch and Gap."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ T = TypeVar("T")
 
 
 def moment(at_us: int) -> datetime:
-    """The datetime of so many microseconds since 1970."""
+    """Return the datetime of so many microseconds since 1970."""
     return _EPOCH + timedelta(microseconds=at_us)
 
 
 def microseconds(at: datetime) -> int:
-    """The microseconds since 1970 of an aware datetime."""
+    """Return the microseconds since 1970 of an aware datetime."""
     return (at - _EPOCH) // timedelta(microseconds=1)
 
 
 def read_time(text: str) -> datetime:
-    """The time in ISO 8601, in UTC unless it says otherwise. Raises ValueError."""
-    # Python 3.10 does not know the Z.
+    """Return the time of a text in ISO 8601, in UTC unless it has an offset. Raises ValueError."""
+    # Python 3.10 cannot read the Z.
     found = datetime.fromisoformat(re.sub(r"[Zz]\Z", "+00:00", text))
     return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
 
 
 class _Columns(dict[str, Any]):
-    """Values by their columns; for one that did not travel, the error says how to have it."""
+    """Values by column; the error for a column that did not travel says how to have it."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise KeyError(
@@ -48,7 +48,7 @@ class _Columns(dict[str, Any]):
 
 
 class _Cut(_Columns):
-    """What is left of a row that is too long for a notification."""
+    """The columns that are left of a row too long for a notification."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise KeyError(
@@ -62,11 +62,11 @@ class Loader(Protocol):
     def __call__(
         self, session: Any, ids: Sequence[tuple[Any, ...]], /, **options: Any
     ) -> list[Any]:
-        """``options`` are the user's, for the framework that the model is of."""
+        """Return the records of ``ids``; ``options`` are the user's, for the model's framework."""
 
 
 def model_name(model: object) -> str:
-    """How messages call a model: the class's name, or the text that the user wrote."""
+    """Return a model's name in messages: that of the class, or the text that the user wrote."""
     if isinstance(model, str):
         return model
     name = getattr(model, "__name__", None)
@@ -74,26 +74,26 @@ def model_name(model: object) -> str:
 
 
 def model_identity(model: object) -> int | str:
-    """What makes two mentions of a model the same: the object itself, or the text."""
+    """Return a value that all mentions of one model share: its ``id()``, or the text."""
     return model if isinstance(model, str) else id(model)
 
 
 def hashable(key: tuple[Any, ...]) -> Any:
-    """``key``, or a text in its place when one of its values does not hash (an array, say)."""
+    """Return ``key``, or a text in its place if one of its values (an array, say) does not hash."""
     try:
         hash(key)
-    # What a typecaster of the user's has made may raise anything.
+    # A value that a typecaster of the user's has made may raise anything.
     except Exception:
         try:
             return repr(key)
         except Exception:
-            return "?"  # The same for all such: their order is kept.
+            return "?"  # The same for all such keys: the order of their events is kept.
     return key
 
 
 @dataclass(frozen=True, eq=False)
 class Topic:
-    """What all events of one operation of one watcher have in common.
+    """The attributes that all events of one operation of one watcher have in common.
 
     ``key`` and ``values`` are attribute names; ``compared`` says that each value comes twice, new
     and old. ``loader`` fetches records by their keys through a session of the user's.
@@ -117,21 +117,21 @@ class Topic:
 
     @cached_property
     def fields(self) -> dict[str, str]:
-        """What log records and metrics say of an event: ``table``, with its schema, and ``op``."""
+        """An event's fields in log records and metrics: ``table``, with its schema, and ``op``."""
         return {"table": f"{self.schema}.{self.table}", "op": self.op}
 
 
 def event_uid(name: str, txid: int, sequence: int, number: int) -> str:
-    """An event's uid: ``name`` is its topic's, ``number`` counts the rows of its message."""
+    """Return an event's uid: ``name`` is its topic's, ``number`` counts its message's rows."""
     return f"{name}-{txid:x}-{sequence:x}-{number:x}"
 
 
 class Message(msgspec.Struct, eq=False):
     """A decoded message: rows of one statement that belong to one topic.
 
-    Each row is a tuple: the key; where ``moved``, the key before the update; unless ``truncated``,
-    the values; where the topic compares, the old values and a text of one ``0`` or ``1`` a value.
-    ``page`` belongs to the source: what the message is acknowledged with.
+    Each row is a tuple: the key; if ``moved``, the key before the update; unless ``truncated``, the
+    values; if the topic compares, the old values, and a text with a ``1`` for each value that
+    differs and a ``0`` for each other. The source acknowledges the message with its ``page``.
     """
 
     topic: Topic
@@ -148,29 +148,29 @@ class Message(msgspec.Struct, eq=False):
 
     @property
     def values_start(self) -> int:
-        """Where in a row the values begin."""
+        """The index in a row at which the values begin."""
         width = len(self.topic.key)
         return 2 * width if self.moved else width
 
     @property
     def at(self) -> datetime:
-        """When the statement ran, by the server's clock."""
+        """The time when the statement ran, by the server's clock."""
         return moment(self.at_us)
 
     def uid(self, number: int) -> str:
-        """What names the event of one row, here and wherever it travels."""
+        """Return the uid of a row's event, the same here and wherever the event travels."""
         return event_uid(self.topic.name, self.txid, self.sequence, number)
 
     def row_payload(self, number: int) -> str | None:
-        """The payload of a message of this row alone, with the same uid, to be kept for a receiver.
+        """Return the payload of a message of this row alone, with the same uid, to park.
 
-        None where the source itself holds the message, by its ``sequence``.
+        None if the source itself holds the message, by its ``sequence``.
         """
         return None
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):
-    """One change of one record. Attributes are worked out when they are asked for."""
+    """One change of one record. Its attributes are computed when they are read."""
 
     _message: Message
     _number: int
@@ -216,7 +216,7 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def values(self) -> dict[str, Any]:
-        """The columns that the watcher asked for: new values; of a deleted record, the last."""
+        """The new values of the watcher's columns; of a deleted record, the last values."""
         message = self._message
         if message.truncated:
             return _Cut()
@@ -224,7 +224,7 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def old(self) -> dict[str, Any]:
-        """Of an update: the former values of ``values``, and of the key where it changed."""
+        """The former values that an update has replaced: of ``values``, and of a changed key."""
         message = self._message
         topic = message.topic
         found: dict[str, Any] = _Cut() if message.truncated else _Columns()
@@ -237,7 +237,7 @@ class Event(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def changed(self) -> frozenset[str]:
-        """Of an update: which of ``values``, and of a changed key, differ."""
+        """The names that an update has changed, of those in ``values`` and in the key."""
         message = self._message
         topic = message.topic
         found: set[str] = set()
@@ -265,31 +265,31 @@ class Event(msgspec.Struct, frozen=True, eq=False):
     def txid(self) -> int:
         """The writing transaction's id (``pg_current_xact_id``).
 
-        Of a snapshot: the first one whose changes it cannot hold.
+        For a snapshot, the id of the first transaction whose changes it cannot hold.
         """
         return self._message.txid
 
     @property
     def at(self) -> datetime:
-        """When the statement ran: an aware datetime, by the server's clock.
+        """The time when the statement ran, by the server's clock, as an aware datetime.
 
-        Of a snapshot: when the row was read.
+        For a snapshot, the time when the row was read.
         """
         return self._message.at
 
     @property
     def context(self) -> Mapping[str, Any]:
-        """What the writer said with :func:`pgsignals.context`."""
+        """The context that the writer has given by :func:`pgsignals.context`."""
         return self._message.context
 
     @property
     def uid(self) -> str:
-        """Names this event, the same on every redelivery."""
+        """The name of this event, the same on every redelivery."""
         return self._message.uid(self._number)
 
     @property
     def position(self) -> str | None:
-        """Where a durable source stands after this event; None in ``notify`` delivery."""
+        """The position of a durable source after this event; None in ``notify`` delivery."""
         return self._message.position
 
     @property
@@ -298,14 +298,14 @@ class Event(msgspec.Struct, frozen=True, eq=False):
         return self._message.redelivered
 
     def load(self, session: Any = None, **options: Any) -> Any:
-        """The record as it is now, through the user's session; None when it is gone.
+        """Return the record as it is now, through the user's session; None if it is gone.
 
         ``session`` is what the model's framework uses: an SQLAlchemy Session or Connection, None
         or a database alias for Django, a psycopg2 connection for a plain table name. ``options``
         say what to load with it: ``options=[selectinload(…)]`` for SQLAlchemy's models,
         ``select_related=`` and ``prefetch_related=`` for Django's.
-        Raises ConfigurationError for a session or an option that does not fit the model, or
-        without a key.
+        Raises ConfigurationError for a session or an option that does not fit the model, and for an
+        event without a key.
         """
         topic = self._message.topic
         found = topic.loader(session, [self._row[: len(topic.key)]], **options)
@@ -314,13 +314,13 @@ class Event(msgspec.Struct, frozen=True, eq=False):
     async def aload(self, session: Any = None, **options: Any) -> Any:
         """Like :meth:`load`, for a coroutine.
 
-        ``session`` is an AsyncSession, AsyncConnection or AsyncEngine of SQLAlchemy, or what
-        ``load`` takes for a Django model or a plain table name, which a thread then uses.
+        ``session`` is an AsyncSession, AsyncConnection or AsyncEngine of SQLAlchemy; for a Django
+        model or a plain table name it is what ``load`` takes, and a thread uses it.
         """
         return await _in_background(functools.partial(self.load, **options), session)
 
     def to_dict(self) -> dict[str, Any]:
-        """The event as plain data, as ``pgsignals watch --json`` prints it."""
+        """Return the event as plain data, as ``pgsignals watch --json`` prints it."""
         common = ("at", "op", "schema", "table", "id", "key", "values")
         found: dict[str, Any] = {name: getattr(self, name) for name in common}
         if self.op == "updated":
@@ -361,9 +361,9 @@ class Batch:
         return [event.id for event in self.events]
 
     def load(self, session: Any = None, **options: Any) -> list[Any]:
-        """The records as they are now, by one query for each model; those that are gone left out.
+        """Return the records as they are now, without those gone, by one query for each model.
 
-        See :meth:`Event.load` for what ``session`` and ``options`` may be.
+        For ``session`` and ``options``, see :meth:`Event.load`.
         """
         by_model: dict[int | str, tuple[Loader, list[tuple[Any, ...]]]] = {}
         for event in self.events:
@@ -388,7 +388,7 @@ class Batch:
 
 
 async def _in_background(load: Callable[[Any], T], session: Any) -> T:
-    """``load`` with ``session``, without holding up the event loop."""
+    """Return what ``load`` returns for ``session``, without holding up the event loop."""
     if hasattr(session, "run_sync"):
         found: T = await session.run_sync(load)
         return found
@@ -397,23 +397,22 @@ async def _in_background(load: Callable[[Any], T], session: Any) -> T:
             return await _in_background(load, connection)
     asgiref = sys.modules.get("asgiref.sync")
     if asgiref is not None:
-        # Django's connections belong to threads: this takes the one that its other async code has.
+        # Django's connections belong to threads: this takes that of the program's other async code.
         return await asgiref.sync_to_async(load)(session)  # type: ignore[no-any-return]
     return await asyncio.to_thread(load, session)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A period, by the server's clock, whose events may be missing: those committed in it.
+    """A period, by the server's clock: events that were committed in it may be missing.
 
-    ``at`` of an event is when its statement ran, which in a long transaction is before the commit.
+    An event's ``at`` is when its statement ran, which in a long transaction is before the commit.
 
     ``reason``: ``reconnected`` (the connection was lost), ``overflow`` (receivers were too slow),
     ``watcher_broken`` (the table no longer fits the trigger; ``detail`` has PostgreSQL's message),
-    ``retention`` (they were deleted where they waited, the outbox or a broker, before they were
-    read), ``restored`` (the outbox's database, or the broker, has another history than the consumer
-    knows), ``unknown_name`` (the broker does not know the ``name``: it is new, or its place is
-    gone).
+    ``retention`` (the outbox or a broker deleted events before they were read), ``restored`` (the
+    outbox's database, or the broker, has another history than the consumer knows),
+    ``unknown_name`` (the broker does not know the ``name``: it is new, or its position is gone).
     """
 
     since: datetime
@@ -422,7 +421,7 @@ class Gap:
     detail: str = field(default="")
 
     def __post_init__(self) -> None:
-        # Where a clock was set back in between.
+        # A clock may have been set back in between.
         if self.until < self.since:
             since, until = self.until, self.since
             object.__setattr__(self, "since", since)

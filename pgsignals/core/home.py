@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 class Home:
     """The database that a framework's settings give a model.
 
-    ``name`` is what errors call it, ``dsn`` leads there, or is None for a database of another kind
-    than PostgreSQL; ``fix`` says how a Hub is started for it.
+    ``name`` is its name in errors. ``dsn`` leads there; it is None for a database of another kind
+    than PostgreSQL. ``fix`` says how to start a Hub for it.
     """
 
     model: str

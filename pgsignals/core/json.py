@@ -12,19 +12,19 @@ _TIMES = (datetime, time)
 
 
 def to_json(data: Any) -> str:
-    """``data`` as one line of JSON; values that JSON lacks become their texts."""
+    """Return ``data`` as one line of JSON; values that JSON lacks become their texts."""
     plain = _legible(msgspec.to_builtins(data, builtin_types=_TIMES, enc_hook=str))
     try:
         return msgspec.json.encode(plain).decode()
-    # Integers of more than 64 bits and lone surrogates, which a json column can hold.
+    # For integers of more than 64 bits and lone surrogates, which a json column can hold.
     except (OverflowError, UnicodeEncodeError):
         return json.dumps(msgspec.to_builtins(plain))
 
 
 def _legible(plain: Any) -> Any:
-    """``plain`` with a text for each time whose offset has seconds, as a ``timetz`` can have.
+    """Return ``plain`` with a text for each time whose offset has seconds, as a ``timetz``'s can.
 
-    msgspec would cut them off, which makes another time of it.
+    msgspec would cut the seconds off, which makes another time of it.
     """
     if isinstance(plain, dict):
         return {key: _legible(value) for key, value in plain.items()}

@@ -15,20 +15,20 @@ ErrorInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 
 def error_info(error: BaseException) -> ErrorInfo:
-    """An error as the ``exc_info`` of a record: given as it is, logging asks whether it is true."""
+    """Return an error as a record's ``exc_info``; logging would ask it whether it is true."""
     try:
         return type(error), error, error.__traceback__
-    # A class may have its own idea of where it comes from.
+    # An error's class may have a __traceback__ of its own, which may raise.
     except BaseException:
         return type(error), error, None
 
 
 class _Log(logging.Logger):
-    """Hands records to the logger of its name, and survives what becomes of them there.
+    """Hands records to the logger of its name, and survives the errors of handlers there.
 
-    Their messages and tracebacks are legible and have no credentials in them. The error itself,
-    which has all of that, stays in records about a receiver alone, for those who report it whole to
-    the receiver's author; what a broadcaster or a driver raises does not.
+    The records' messages and tracebacks are legible and have no credentials in them. The error
+    itself, which may have some, stays only in records about a receiver, for handlers that report it
+    whole to the receiver's author; errors of broadcasters and drivers do not stay.
     """
 
     def __init__(self, target: logging.Logger) -> None:
@@ -45,10 +45,10 @@ class _Log(logging.Logger):
         try:
             _make_safe(record)
             self._target.handle(record)
-        # A handler of the user's: whoever logs is a thread that has to go on.
+        # A handler of the user's may raise, and the thread that logs has to go on.
         except Exception as error:
             if logging.raiseExceptions:
-                # A program without a terminal may have none, or one that is closed.
+                # A program without a terminal may have no stderr, or one that is closed.
                 with suppress(Exception):
                     sys.stderr.write(f"pgsignals: logging failed: {described(error)}\n")
 
@@ -63,7 +63,7 @@ def _make_safe(record: logging.LogRecord) -> None:
     if (shown := legible(text, _MOST_MESSAGE)) != text:
         record.msg, record.args = shown, None
     if record.exc_info and record.exc_info[1] is not None:
-        # Formatters take this for what they have made of it before.
+        # Formatters take exc_text for the traceback that they have formatted before.
         record.exc_text = trace_text(record.exc_info[1])
         if "receiver" not in record.__dict__:
             record.exc_info = None

@@ -12,35 +12,35 @@ from .process import notice_fork
 
 
 class Metrics(Protocol):
-    """Keeps the numbers of one Hub; ``COUNTERS`` and ``GAUGES`` are all that it is told of.
+    """Keeps the numbers of one Hub; ``COUNTERS`` and ``GAUGES`` name all of them.
 
-    Its methods are called from several threads, the one that listens included: they must return at
-    once. What they raise is logged and hurts no event.
+    Its methods are called from several threads, among them the one that listens: they must return
+    at once. Their errors are logged and hurt no event.
     """
 
     def count(self, name: str, amount: int, /, **labels: str) -> None:
         """Add ``amount`` to a counter; 0 makes it known before anything has happened."""
 
     def gauge(self, name: str, read: Callable[[], float], /, **labels: str) -> None:
-        """Take the value from ``read``, now and then; it takes the place of an earlier one."""
+        """Take a gauge's value from ``read``, now and then; ``read`` replaces an earlier one."""
 
 
 class Tracer(Protocol):
-    """Has a span for each call of a receiver."""
+    """Makes a span for each call of a receiver."""
 
     def receiving(
         self, events: Sequence[Event], receiver: str, /
     ) -> AbstractContextManager[object]:
-        """The span of a call of a receiver, with an event or with a Batch of them.
+        """Return the span of a receiver's call with an event, or with a Batch of events.
 
-        The error of a receiver passes through it, and goes on whatever it says. Where it cannot
-        begin or end, that is logged, and the call counts as it would without it.
+        The receiver's error passes through the span, and goes on whatever the span returns. If the
+        span cannot begin or end, that is logged, and the call counts as it would without a span.
         """
 
 
 @contextmanager
 def span(tracer: Tracer | None, events: Sequence[Event], receiver: str) -> Iterator[None]:
-    """The span that ``tracer`` has for the call of a receiver, or nothing."""
+    """Run the block in the span that ``tracer``, if there is one, makes for a receiver's call."""
     if tracer is None:
         yield
         return
@@ -68,7 +68,7 @@ def _end(within: ExitStack, tracer: Tracer, receiver: str, error: BaseException 
 
 
 class Measure(NamedTuple):
-    """A counter or a gauge: what it says, and the names of its labels."""
+    """A counter or a gauge: its meaning, and the names of its labels."""
 
     help: str
     labels: tuple[str, ...] = ()

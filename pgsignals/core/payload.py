@@ -1,7 +1,7 @@
-"""The text that triggers send, turned into messages; everything in it is untrusted until here.
+"""The payloads of triggers, turned into messages; everything in them is untrusted until here.
 
-A payload is a line of JSON, the header, then a line of JSON for each row: an array of the key, a
-tab, then the values, or the bare key where it is all there is and a number or a boolean. The tab,
+A payload is a header, which is a line of JSON, then a line of JSON for each row: an array of the
+key, a tab, then the values; or the bare key, if that is all and a number or a boolean. The tab,
 which is white space to JSON and cannot occur inside its strings, is where the trigger cuts a row
 that is too long for a notification. A key that is itself too long comes in fragments, in base64.
 """
@@ -28,14 +28,14 @@ Cast = Callable[[int, str], Any]
 
 
 class Field(msgspec.Struct, frozen=True):
-    """How one column travels: its type's oid and its name if that is one of ``pg_catalog``."""
+    """The type of a column that travels: its oid, and its name if that is one of ``pg_catalog``."""
 
     oid: int
     builtin: str | None
 
     @property
     def raw(self) -> bool:
-        """Whether it is a JSON number or boolean, not a string."""
+        """Whether the value is a JSON number or boolean, not a string."""
         return self.builtin in RAW_TYPES
 
     @property
@@ -45,10 +45,10 @@ class Field(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """What the messages of one channel are, written down for whoever reads them later.
+    """The description of one channel's messages, written down for those who read them later.
 
-    ``name`` is what their events' uids begin with, ``model`` that of a model with which others
-    share the table; the others are as in Topic.
+    ``name`` begins the uids of their events. ``model`` is the name of a model that shares the table
+    with others. The other attributes are as in Topic.
     """
 
     namespace: str
@@ -65,12 +65,12 @@ class Layout(msgspec.Struct, frozen=True):
     model: str = ""
 
     def encode(self) -> str:
-        """As a line of JSON."""
+        """Return the layout as a line of JSON."""
         return msgspec.json.encode(self).decode()
 
     @classmethod
     def decode(cls, text: str) -> Layout:
-        """What ``encode`` wrote. Raises PayloadError for anything else."""
+        """Return the layout that ``encode`` wrote. Raises PayloadError for anything else."""
         try:
             return _layouts.decode(text)
         except (msgspec.MsgspecError, RecursionError) as error:
@@ -78,14 +78,14 @@ class Layout(msgspec.Struct, frozen=True):
 
     @property
     def identity(self) -> tuple[str, str, str, str, str, str | None]:
-        """What stays the same over the definitions of a watcher in time."""
+        """The fields that stay the same over the definitions of a watcher in time."""
         return (self.namespace, self.schema, self.table, self.model, self.op, self.label)
 
 
 _layouts = msgspec.json.Decoder(Layout)
 
 
-# What receivers read as numbers and datetimes is refused here when it is out of their range.
+# The ranges of the numbers and datetimes that receivers read; others are refused here.
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Time = Annotated[int, msgspec.Meta(ge=0, lt=253_402_300_800_000_000)]
 
@@ -110,7 +110,7 @@ class Header(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Broken:
-    """A trigger's word that it could not describe a change any more; ``at_us`` None if just now."""
+    """A trigger's word that it can no longer describe a change; ``at_us`` is None for just now."""
 
     at_us: int | None
     error: str
@@ -137,7 +137,7 @@ class Decoder:
 
     ``key`` and ``values`` say how the topic's columns travel; ``cast`` makes a Python value of a
     type's oid and a text, as a query's result would have it. ``relations`` are the OIDs of the
-    tables whose rows it takes, None where somebody else has seen to that.
+    tables whose rows it takes, None if the rows are checked elsewhere.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Decoder:
         self._fragments: list[str] = []
 
     def decode(self, payload: str) -> Message | Broken | Foreign | None:
-        """What the payload says; None for a fragment that others must follow.
+        """Return the content of a payload; None for a fragment that others must follow.
 
         Raises PayloadError for anything that the topic's own trigger does not write.
         """

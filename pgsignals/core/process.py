@@ -1,7 +1,7 @@
 """Looks after the end of the process, and its forks, for all Hubs that run in it.
 
 Python calls hooks in the child of a fork that it has made itself. A fork in C, as uWSGI makes them,
-calls none, so that whoever is asked for anything first looks which process this is.
+calls none: code that a fork concerns therefore calls :func:`notice_fork` first.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _EXIT_SECONDS = 5.0
 
 
 class Running(Protocol):
-    """What has threads and connections while the process lives."""
+    """An object that has threads and connections while the process lives."""
 
     def stop(self, timeout: float) -> object:
-        """End, and let receivers handle for ``timeout`` seconds what has arrived."""
+        """End, and give receivers ``timeout`` seconds to handle what has arrived."""
 
     def _forked(self, restarting: bool = True) -> None:
-        """In the child of a fork: forget the parent's threads, and leave its connections alone.
+        """Forget the parent's threads, in the child of a fork, and leave its connections alone.
 
-        Not ``restarting``, since the child is about to end, nothing may start by itself.
+        If not ``restarting``, since the child is about to end, nothing may start by itself.
         """
 
 
@@ -46,23 +46,23 @@ _locks: dict[int, threading.RLock] = {}
 
 
 def guard(running: Running) -> None:
-    """Stop it when the process ends, with five seconds for all of them, and tell it of forks."""
+    """Stop ``running`` at the process's end, within five seconds for all, and tell it of forks."""
     notice_fork()
     _running.add(running)
     _guard_process()
 
 
 def after_fork(call: Callable[[], object]) -> None:
-    """Have ``call`` made in the child of each fork, before Hubs are told."""
+    """Make ``call`` in the child of each fork, before Hubs are told."""
     _calls.append(call)
     _hook_forks()
 
 
 def notice_fork() -> None:
-    """Make up for the hooks, in the child of a fork that has called none.
+    """Do what the hooks do, in the child of a fork that has called none.
 
-    To be called first by whatever may be asked for something that a fork has changed. It returns
-    once that is put right, whichever thread does it.
+    Code that may be asked for something that a fork has changed calls this first. It returns once
+    that is put right, whichever thread does it.
     """
     if os.getpid() != _process:
         _inherit()
@@ -71,7 +71,7 @@ def notice_fork() -> None:
 def _inherit(restarting: bool = True) -> None:
     global _process, _heir
     process = os.getpid()
-    # One for each process, since that of the parent may be held here for ever.
+    # One lock for each process, since that of the parent may be held here for ever.
     with _locks.setdefault(process, threading.RLock()):
         if _heir == process:
             return
@@ -97,8 +97,8 @@ def _hook_forks() -> None:
 
 
 def _hook_uwsgi() -> None:
-    """In uWSGI's master, have each worker take over at once, and not when it is asked first."""
-    # Not by importing it: outside of uWSGI that may be anything.
+    """Make each worker of a uWSGI master take over at once, and not only when it is first asked."""
+    # Not by an import: outside of uWSGI, a module of that name may be anything.
     uwsgi: Any = sys.modules.get("uwsgi")
     if not callable(getattr(uwsgi, "masterpid", None)):
         return
@@ -110,9 +110,9 @@ def _hook_uwsgi() -> None:
     if not uwsgi.masterpid():
         return
     former = getattr(uwsgi, "post_fork_hook", None)
-    # Some distributions have it in a package of its own.
+    # Some distributions have uwsgidecorators in a package of its own.
     with contextlib.suppress(ImportError):
-        # Its import puts its own hook in the place of any other.
+        # The import puts its own hook in the place of any other.
         decorators: Any = importlib.import_module("uwsgidecorators")
         decorators.postfork(notice_fork)
         if former is not None and former is not decorators.postfork_chain_hook:

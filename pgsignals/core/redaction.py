@@ -1,7 +1,7 @@
 """Errors as texts that are safe to keep and to show: legible, short, and without credentials.
 
 An error may be anybody's: its text may be missing, endless, no Unicode or a secret, and asking for
-it may raise. Nothing here does.
+it may raise. Nothing in this module raises.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import traceback
 
 MOST_TEXT = 4_000
 MOST_TRACE = 50_000
-# So much of a text is looked at: what is shown of it ends so long before that no secret is cut.
+# So many characters are searched for secrets. Far fewer are shown, so that no secret is cut.
 _READ = 16_000
 _MOST_FRAMES = 100
 _MOST_CAUSES = 50
 
 # Up to the last @, because a password may hold an @ that should have been written as %40.
 _URL_SECRET = re.compile(r"(://[^/?#@:\s]*):\S*@")
-# A user alone is a token there.
+# In a URL of NATS, a user without a password is a token.
 _URL_TOKEN = re.compile(r"(\bnats://)[^/?#@:\s]+@", re.IGNORECASE)
 _URL_PARAMETER = re.compile(r"([?&](?:ssl)?password=)[^&#\s]*", re.IGNORECASE)
-# In a connection string, and in the repr of a mapping.
+# Settings in a connection string, and in the repr of a mapping.
 _SECRETS = re.compile(
     r"(password|passwd|passphrase|secret(?:[_-]?access)?(?:[_-]?key)?|api[_-]?key)"
     r"['\"]?\s*[=:]\s*('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+)",
@@ -33,8 +33,8 @@ _HEADERS = re.compile(
 
 
 def redact(text: str) -> str:
-    """``text`` without the passwords of any connection string in it, and without other secrets."""
-    # Without an @ the search for the last one would begin anew at each "://".
+    """Return ``text`` without the passwords of connection strings in it, and other secrets."""
+    # Behind the last @, the search for an @ would begin anew at each "://".
     head, at, tail = text.rpartition("@")
     text = _URL_SECRET.sub(r"\1:***@", head + at) + tail
     text = _URL_TOKEN.sub(r"\1***@", text)
@@ -44,7 +44,7 @@ def redact(text: str) -> str:
 
 
 def legible(text: str, most: int = MOST_TEXT) -> str:
-    """``text`` as UTF-8 and PostgreSQL can hold it, redacted, of ``most`` characters or so."""
+    """Return ``text`` redacted, as UTF-8 and PostgreSQL can hold it, cut to ``most`` or so."""
     # A subclass of str may do anything in its methods.
     text = str.__str__(text)
     shown = redact(text[:_READ]).replace("\0", "\N{REPLACEMENT CHARACTER}")
@@ -55,7 +55,7 @@ def legible(text: str, most: int = MOST_TEXT) -> str:
 
 
 def type_name(error: BaseException) -> str:
-    """The name of an error's type."""
+    """Return the name of an error's type."""
     try:
         name = type(error).__name__
         return legible(name, 200) if isinstance(name, str) else "an error"
@@ -65,23 +65,23 @@ def type_name(error: BaseException) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An error's text, or the name of its type where it has none."""
+    """Return an error's text, or the name of its type if it has none."""
     try:
         text = str(error)
-    # Whatever it raises: who reports an error has to go on.
+    # Whatever the error raises, the code that reports it has to go on.
     except BaseException as problem:
         return f"{type_name(error)}, whose text cannot be had: {type_name(problem)}"
     return legible(text).strip() or type_name(error)
 
 
 def described(error: BaseException) -> str:
-    """An error's type and text: ``ValueError: no such thing``."""
+    """Return an error's type and text: ``ValueError: no such thing``."""
     name, text = type_name(error), error_text(error)
     return text if text.startswith(name) else f"{name}: {text}"
 
 
 def trace_text(error: BaseException) -> str:
-    """An error with its traceback, and those that led to it unless they are very many."""
+    """Return an error with its traceback, and the errors that led to it, unless very many."""
     try:
         if _has_few_causes(error):
             found = traceback.TracebackException(
@@ -96,7 +96,7 @@ def trace_text(error: BaseException) -> str:
                 f"(More than {_MOST_CAUSES} errors led to it.)",
             ]
         text = "\n".join(legible(piece).rstrip("\n") for piece in pieces)
-    # Formatting asks errors for more than their texts.
+    # Formatting asks errors for more than their texts, which may raise.
     except BaseException:
         text = described(error)
     if len(text) <= MOST_TRACE:

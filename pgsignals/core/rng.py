@@ -1,4 +1,4 @@
-"""Chance of our own: a program that seeds ``random`` gets its own numbers, and all of them."""
+"""A random generator of our own, which takes no numbers from a program that seeds ``random``."""
 
 from random import SystemRandom
 

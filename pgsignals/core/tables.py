@@ -1,4 +1,4 @@
-"""Tables as values: what a model says about its own, and what PostgreSQL does."""
+"""Tables as values: as a model describes its own, and as PostgreSQL does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .home import Home
 
 @dataclass(frozen=True)
 class TableRef:
-    """What a model says about its table, before the catalogue is asked.
+    """A table as its model describes it, before the catalogue is asked.
 
     ``schema`` None means that the name is looked up through ``search_path``. ``attributes`` maps
     attribute names to column names (a column that is not in it goes by its own name; of two
@@ -21,7 +21,7 @@ class TableRef:
     model declares them, for tables that have no primary key in the database. ``only`` restricts
     the model to the rows whose column holds one of the values (single-table inheritance).
     ``elsewhere`` names attributes that live in another table, for a clear error. ``home`` is the
-    database that the model is of, where its framework knows that.
+    model's database, if its framework knows it.
     """
 
     name: str
@@ -37,9 +37,9 @@ class TableRef:
 class Column:
     """A column, with what is needed to render and compare its values.
 
-    ``base_oid`` is the type beneath any domain, which is the
-    one that a query's result announces. ``output`` is the type's output function. ``virtual``: a
-    generated column that is not stored, which triggers do not see.
+    ``base_oid`` is the type beneath any domain, which is the one that a query's result announces.
+    ``output`` is the type's output function. ``virtual`` marks a generated column that is not
+    stored, which triggers do not see.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Relation:
-    """A table by its name, and by what stays when that changes."""
+    """A table by its name, and by its OID, which stays when the name changes."""
 
     schema: str
     name: str
@@ -66,8 +66,8 @@ class Relation:
 class Table:
     """A table as the catalogue describes it. ``key`` holds column names, in the key's order.
 
-    ``inherits``: it is a partition, or another's child. ``children`` inherit from it, near and
-    far; partitions are not among them.
+    ``inherits`` says that it is a partition, or another's child. ``children`` inherit from it, near
+    and far; partitions are not among them.
     """
 
     schema: str
@@ -101,9 +101,9 @@ class Table:
         return found
 
     def column(self, attribute: str) -> Column:
-        """The column that the model calls ``attribute``.
+        """Return the column that the model calls ``attribute``.
 
-        Raises TableError, with near names, when there is none.
+        Raises TableError, with near names, if there is none, and for a virtual column.
         """
         column = self._by_attribute.get(attribute)
         if column is not None and column.virtual:
@@ -131,7 +131,7 @@ class Resolver(Protocol):
     name: str
 
     def resolve(self, model: object) -> TableRef | None:
-        """What the model says of its table; None when the model is not of this kind.
+        """Return the table as the model describes it; None if the model is not of this kind.
 
         Raises ModelError for a model of this kind that has no table of its own.
         """
@@ -139,9 +139,9 @@ class Resolver(Protocol):
     def load(
         self, model: object, table: Table, session: object, ids: Sequence[tuple[object, ...]]
     ) -> list[Any] | None:
-        """The records with these keys, by one query, in the order of ``ids``.
+        """Return the records with these keys, by one query, in the order of ``ids``.
 
         Each id is a tuple of key values in the order of ``table.key``. Records that are gone are
-        left out. None when the session is not of a kind that this resolver can use. Parameters
+        left out. Return None if this resolver cannot use a session of that kind. Parameters
         of the resolver's own, with defaults, are options of the user's ``load``.
         """

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, for whoever waits for the program's end."""
+"""SIGTERM and SIGINT, for code that waits for the program's end."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _former: dict[int, Any] = {}
 
 @contextmanager
 def termination(call: Callable[[], object], *, once: bool = False) -> Iterator[None]:
-    """Have ``call`` made, in the main thread, for each SIGTERM and SIGINT during the block.
+    """Make ``call``, in the main thread, at each SIGTERM and SIGINT during the block.
 
-    Where ``once``, for the first of them, and the next one acts as ever.
+    With ``once``, make it at the first of them; the next one acts as it did before the block.
 
-    It interrupts whatever the main thread does, so that it must take no lock. A signal that the
-    process ignores (nohup, a shell's background job) stays ignored. Only for the main thread.
+    ``call`` interrupts whatever the main thread does, so that it must take no lock. A signal that
+    the process ignores (nohup, a shell's background job) stays ignored. Only for the main thread.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -37,7 +37,7 @@ def termination(call: Callable[[], object], *, once: bool = False) -> Iterator[N
             _restore()
         call()
 
-    # A fork that is noticed later would take the handlers back.
+    # A fork that is noticed only after this would take the handlers back.
     notice_fork()
     _guard_forks()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -52,10 +52,10 @@ def termination(call: Callable[[], object], *, once: bool = False) -> Iterator[N
 
 
 def take(queue: SimpleQueue[T], timeout: float | None = None) -> T:
-    """What a signal's handler, or a thread, puts next, for the main thread. Raises Empty.
+    """Return what a signal's handler, or a thread, puts next, to the main thread. Raises Empty.
 
-    A signal that another thread takes, as one may that comes while the process is stopped, does
-    not wake the main thread; its handler runs once that looks up.
+    Another thread may take a signal, such as one that comes while the process is stopped. That does
+    not wake the main thread, which must look up each second for the handler to run.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
@@ -74,16 +74,16 @@ class SignalledStop:
         self._ends: SimpleQueue[bool | None] | None = None
 
     def wait(self, stopped: threading.Event, stop: Callable[[], object]) -> bool:
-        """Wait for a ``stop``, or have it made at a signal; whether all was handled by then.
+        """Wait for a ``stop``, or make it at a signal; return whether all was handled by then.
 
-        A second signal ends that at once. Raises StateError outside the main thread.
+        A second signal ends the wait at once. Raises StateError outside the main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             raise StateError(
                 "run() handles signals, which Python allows in the main thread only. Elsewhere "
                 "call wait(), and stop() when the program ends."
             )
-        # What a signal handler puts may interrupt take(); setting an Event could block for ever.
+        # A signal handler that interrupts take() may put; setting an Event could block for ever.
         ends: SimpleQueue[bool | None] = SimpleQueue()
         self._ends = ends
         try:
@@ -99,13 +99,13 @@ class SignalledStop:
             self._ends = None
 
     def tell(self, drained: bool) -> None:
-        """Called by the stop, from whatever thread, when it has ended."""
+        """Tell the wait that the stop, which calls this from whatever thread, has ended."""
         if (ends := self._ends) is not None:
             ends.put(drained)
 
 
 def _restore() -> None:
-    # A signal that comes meanwhile may do the same.
+    # A copy, since a signal that comes meanwhile may restore them, too.
     for number, handler in list(_former.items()):
         # None stands for a handler that Python did not set and cannot set again.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -114,5 +114,5 @@ def _restore() -> None:
 
 @functools.cache
 def _guard_forks() -> None:
-    """A child that a receiver forks must end at SIGTERM: nobody waits there to be told of it."""
+    """Restore the handlers in a receiver's forks, where nobody waits: SIGTERM must end them."""
     after_fork(_restore)

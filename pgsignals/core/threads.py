@@ -1,4 +1,4 @@
-"""The threads of the library: one that ends by an error leaves word."""
+"""The threads of the library, which note the error that has ended them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BEGINNING = 1.0
 
 
 class Thread(threading.Thread):
-    """A daemon thread. ``failure`` says what has ended it, if an error did."""
+    """A daemon thread. ``failure`` describes the error that has ended it, if one has."""
 
     def __init__(self, name: str, work: Callable[..., object], *arguments: object) -> None:
         super().__init__(name=f"pgsignals-{name}", daemon=True)
@@ -24,7 +24,7 @@ class Thread(threading.Thread):
         self._begun = threading.Event()
 
     def start(self) -> None:
-        """Raise RuntimeError at the interpreter's exit, as threading.Thread does."""
+        """Start it, or raise RuntimeError at the interpreter's exit, as threading.Thread does."""
         self._asked = True
         try:
             super().start()
@@ -34,11 +34,11 @@ class Thread(threading.Thread):
 
     @property
     def began(self) -> bool:
-        """Whether it was started, even where an interrupt has ended ``start`` before it knew."""
+        """Whether the thread was started, even if an interrupt ended ``start`` before it knew."""
         return self._asked and self._begun.wait(_BEGINNING)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for its end, if it has begun: whoever cleans up after a start gets no error."""
+        """Wait for the thread's end, if it has begun: a clean-up after a start gets no error."""
         if self.began:
             super().join(timeout)
 
@@ -51,18 +51,18 @@ class Thread(threading.Thread):
             self.failure = f"the thread {self.name} has ended by {type_name(error)}: see the log"
             log.critical("%s", self.failure, exc_info=error_info(error))
         finally:
-            # As in the standard library: a thread that has ended keeps nobody alive.
+            # As in the standard library: a thread that has ended keeps no objects alive.
             del self._work, self._arguments
 
 
 class Threads:
-    """Threads that come and go; ``failure`` says what has ended the first that an error did."""
+    """Threads that come and go; ``failure`` is that of the first that an error has ended."""
 
     def __init__(self) -> None:
         self._started: list[Thread] = []
 
     def start(self, name: str, work: Callable[..., object], *arguments: object) -> None:
-        """Start one more. Raises RuntimeError at the interpreter's exit."""
+        """Start one more thread. Raises RuntimeError at the interpreter's exit."""
         self._started = [each for each in self._started if each.is_alive() or each.failure]
         thread = Thread(name, work, *arguments)
         thread.start()
@@ -70,10 +70,10 @@ class Threads:
 
     @property
     def alive(self) -> list[Thread]:
-        """Those that have not ended."""
+        """The threads that have not ended."""
         return [each for each in self._started if each.is_alive()]
 
     @property
     def failure(self) -> str:
-        """What has ended one of them; empty when nothing has."""
+        """The failure of the first thread that an error has ended; empty if none has."""
         return next((each.failure for each in self._started if each.failure), "")

@@ -11,7 +11,7 @@ Delivery = Literal["notify", "outbox"]
 
 
 class Transport(Enum):
-    """What a trigger writes to; its value is what ``start(delivery=…)`` is given.
+    """The way of events from a trigger to the process; its value is that of ``start(delivery=…)``.
 
     ``Transport(delivery)`` raises ConfigurationError for any other value.
     """

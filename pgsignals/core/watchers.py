@@ -1,4 +1,4 @@
-"""What to watch: the declaration that users write, validated before any SQL."""
+"""The declaration of what to watch, which users write, validated before any SQL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .events import model_identity, model_name
 
 DEFAULT_OPERATIONS = ("inserted", "updated", "deleted")
 OPERATIONS = (*DEFAULT_OPERATIONS, "truncated")
-# What an event may be: a snapshot is of a row as a backfill finds it, and is watched by nobody.
+# A snapshot is the event of a row as a backfill finds it; no watcher has this operation.
 EVENT_OPERATIONS = (*OPERATIONS, "snapshot")
 
 
@@ -91,7 +91,7 @@ def watch(
 
 
 def normalize(watchers: Iterable[Any]) -> tuple[Watcher, ...]:
-    """Watchers from what users write: watchers, bare models, ``(model, op, …)`` tuples.
+    """Return the watchers for what users write: watchers, bare models, ``(model, op, …)`` tuples.
 
     Raises WatcherError for duplicates: of a label, or of an unlabelled model and operation.
     """

@@ -1,1 +1,1 @@
-"""What a plugin's author imports: hooks, broadcasters, sources, CloudEvents and URLs."""
+"""The modules that a plugin's author imports: hooks, brokers' protocols, CloudEvents and URLs."""

@@ -1,4 +1,4 @@
-"""Where events go: the protocol of broadcasters, and the one that is always there."""
+"""The protocols of broadcasters, which take events somewhere."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from ..core.events import Event, Gap
 
 
 class Broadcaster(Protocol):
-    """Takes events somewhere. Each call comes from one thread at a time for any one record.
+    """Takes events somewhere. For any one record, one thread calls it at a time.
 
-    What leaves the process is driven by one thread: it publishes, then flushes, and counts the
-    events as delivered when ``flush`` has returned True. After False or an error it publishes the
-    same events again, each with the ``uid`` that it had; a record's events must then still arrive
-    in their order, so that whoever reads them sees the latest last.
+    If events leave the process, one thread drives the broadcaster: it publishes, then flushes, and
+    counts the events as delivered when ``flush`` has returned True. After False or an error it
+    publishes the same events again, each with the ``uid`` that it had; a record's events must then
+    still arrive in their order, so that readers see the latest last.
     """
 
     def publish(self, events: Sequence[Event]) -> None:
         """Take events, in order, without waiting until they have arrived.
 
-        Those for the receivers of this process are of one topic each time; others may be of
-        several, and many. Connects where there is no connection yet. Raises what went wrong.
+        Events for the receivers of this process are of one topic each time; others may be many, of
+        several topics. Connects if there is no connection yet. Raises what went wrong.
         """
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all that was published has arrived; whether it has, within the seconds.
+        """Wait at most ``timeout`` s until all that was published arrives; return whether it did.
 
         Connects too, so that a broker which cannot be reached shows before there are events.
         Raises BrokerError with what was refused, and why.
@@ -43,7 +43,7 @@ class Checkable(Protocol):
     """A broadcaster that can tell, before there are events, whether it would take them."""
 
     def check(self, tables: Sequence[tuple[str, str]]) -> None:
-        """Look for what events of these tables, each ``(schema, name)``, need; create nothing.
+        """Check that events of these tables, each ``(schema, name)``, can be sent; create nothing.
 
-        What would be created by ``publish`` is not missed. Raises BrokerError.
+        What ``publish`` would create may be missing. Raises BrokerError.
         """

@@ -1,8 +1,8 @@
-"""Events on the wire to and from brokers: CloudEvents 1.0 in binary mode; pure.
+"""Events on the wire to and from brokers: CloudEvents 1.0 in binary mode, without any I/O.
 
-An event is attributes, which become headers, and data, which is JSON. JSON has no type for most of
-what PostgreSQL has: such a value travels as PostgreSQL would read it, and ``types`` names its type,
-so that whoever reads it without a database has the same Python value again.
+An event has attributes, which become headers, and data, which is JSON. JSON lacks most types that
+PostgreSQL has: a value of such a type travels as PostgreSQL would read it, and ``types`` names the
+type, so that a reader without a database has the same Python value again.
 ``docs/wire-format.md`` is the contract.
 """
 
@@ -31,20 +31,20 @@ TYPE_PREFIX = "pgsignals."
 GAP_TYPE = "pgsignals.gap"
 CONTENT_TYPE = "application/json"
 
-# What a trace is continued by; see https://github.com/cloudevents/spec, distributed tracing.
+# The attributes of a trace; see https://github.com/cloudevents/spec, distributed tracing.
 _TRACE = ("traceparent", "tracestate")
 _TRACE_VALUE = re.compile(r"[\x21-\x7e]{1,512}")
 
 
 class Writer:
-    """Makes CloudEvents of events. ``source`` is a URI reference that says where they come from."""
+    """Makes CloudEvents of events. ``source`` is a URI reference that names their origin."""
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._latest: tuple[Message | None, dict[str, str]] = None, {}
 
     def attributes(self, event: Event) -> dict[str, str]:
-        """The attributes, without the prefix that a protocol puts before their names."""
+        """Return the attributes, without the prefix that a protocol puts before their names."""
         message, common = self._latest
         if message is not event._message:
             # All but the id are the same for the events of a message, which come together.
@@ -65,7 +65,7 @@ class Writer:
         return found
 
     def data(self, event: Event, *, key_only: bool = False) -> bytes:
-        """The data; with ``key_only`` without values and context, flagged as truncated."""
+        """Return the data; with ``key_only``, without values and context, marked as truncated."""
         truncated = key_only or event.truncated
         op = event.op
         old = event.old if op == "updated" else {}
@@ -79,7 +79,7 @@ class Writer:
         if (label := event.label) is not None:
             found["label"] = label
         if truncated:
-            # Of a key that changed, the former one belongs to the key.
+            # The former values of a changed key stay, since they belong to the key.
             old = {name: value for name, value in old.items() if name in key}
             found["truncated"] = True
         else:
@@ -99,7 +99,7 @@ class Writer:
         return _encode(found)
 
     def gap(self, gap: Gap) -> tuple[dict[str, str], bytes]:
-        """The attributes and the data of a Gap, for the subscribers behind a broker."""
+        """Return the attributes and the data of a Gap, for the subscribers behind a broker."""
         data = _encode(
             {
                 "since": _time_text(gap.since),
@@ -108,7 +108,7 @@ class Writer:
                 "detail": gap.detail,
             }
         )
-        # The same whenever it is sent again, as that of an event is.
+        # The id is the same whenever the Gap is sent again, as that of an event is.
         identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._source} {data!r}")
         return self._attributes(GAP_TYPE, gap.until, identity.hex), data
 
@@ -127,12 +127,12 @@ class Writer:
 
 @functools.cache
 def header_name(attribute: str, prefix: str) -> str:
-    """The name of an attribute in the headers of a protocol, whose attributes have a prefix."""
+    """Return the name of an attribute's header in a protocol whose attributes have a prefix."""
     return "content-type" if attribute == "datacontenttype" else prefix + attribute
 
 
 def attributes_of(headers: Iterable[tuple[str, str]], prefix: str) -> dict[str, str]:
-    """The attributes in the headers of a protocol, the inverse of :func:`header_name`."""
+    """Return the attributes in the headers of a protocol, the inverse of :func:`header_name`."""
     found = {}
     for name, text in headers:
         if name == "content-type":
@@ -143,15 +143,15 @@ def attributes_of(headers: Iterable[tuple[str, str]], prefix: str) -> dict[str, 
 
 
 def record_key(event: Event) -> bytes | None:
-    """The record's key as JSON: a value, or an array of the values of a key of several columns.
+    """Return the record's key as JSON: a value, or an array for a key of several columns.
 
-    None without a key. It is the same for all events of a record, by whichever watcher.
+    Return None without a key. The text is the same for all events of a record, by any watcher.
     """
     return _key_text(tuple(event.key.values()))
 
 
 def former_record_key(event: Event) -> bytes | None:
-    """Of an update that changed the key, the key that no record has any more."""
+    """Return the former key of an update that changed it, which no record has any more, or None."""
     old, key = event.old, event.key
     former = tuple(old.get(name, value) for name, value in key.items())
     return _key_text(former) if former != tuple(key.values()) else None
@@ -167,7 +167,7 @@ def _key_text(key: tuple[Any, ...]) -> bytes | None:
 
 
 class _Data(msgspec.Struct):
-    """What readers know of the data; fields of a later version are ignored."""
+    """The fields of the data that readers know; those of a later version are ignored."""
 
     op: str
     schema: str
@@ -192,7 +192,7 @@ class _GapData(msgspec.Struct):
 
 
 class _ReceivedMessage(Message):
-    """A message of one event that has come from a broker, by the name that it had at its origin."""
+    """A message of one event from a broker, which keeps the uid that it had at its origin."""
 
     origin: str = ""
 
@@ -201,18 +201,18 @@ class _ReceivedMessage(Message):
 
 
 class Received(_Data, kw_only=True):
-    """An event as it came, before somebody here has said what its model is."""
+    """An event as it came from a broker, before it is given a model here."""
 
     uid: str
     at_us: int
 
     @property
     def compared(self) -> bool:
-        """Whether it tells old values, as updates of watchers with columns do."""
+        """Whether the event has old values, as updates of watchers with columns do."""
         return self.op == "updated" and bool(self.values)
 
     def message(self, topic: Topic, position: str | None, redelivered: bool) -> Message:
-        """The message for a topic that has its key and values, by whatever names."""
+        """Return the event's message for a topic that has its key and values, by whatever names."""
         key = tuple(self.key.values())
         former = tuple(self.old.get(name, value) for name, value in self.key.items())
         # A column that is in the key and among the values is in ``old`` though it did not change.
@@ -239,7 +239,7 @@ class Received(_Data, kw_only=True):
 
 
 def read(attributes: Mapping[str, str], data: bytes | None) -> Received | Gap:
-    """What a CloudEvent of ours says; the attributes come without their protocol's prefix.
+    """Return the event or Gap of a CloudEvent of ours; attributes come without a prefix.
 
     Raises PayloadError for what pgsignals did not write, or wrote in a later, other format.
     """
@@ -274,13 +274,13 @@ def read(attributes: Mapping[str, str], data: bytes | None) -> Received | Gap:
 
 
 def to_cloudevent(event: Event, source: str) -> tuple[dict[str, str], bytes]:
-    """The attributes and the data of an event."""
+    """Return the attributes and the data of an event."""
     writer = Writer(source)
     return writer.attributes(event), writer.data(event)
 
 
 def from_cloudevent(attributes: Mapping[str, str], data: bytes) -> Event:
-    """The event that a CloudEvent of ours carries, its model being the table's name.
+    """Return the event that a CloudEvent of ours carries, with the table's name as its model.
 
     Raises PayloadError for anything else.
     """
@@ -303,7 +303,7 @@ def from_cloudevent(attributes: Mapping[str, str], data: bytes) -> Event:
 
 
 def _portable(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values as JSON has them, and the types of those that JSON has no type for."""
+    """Return values as JSON has them, and the types of those for which JSON has no type."""
     found: dict[str, Any] = {}
     types: dict[str, str] = {}
     for name, value in values.items():
@@ -320,7 +320,7 @@ _PLAIN = frozenset((str, int, bool, type(None)))
 
 
 def _convert(value: Any) -> tuple[Any, str | None]:
-    """One value as JSON has it, and its type where JSON has none."""
+    """Return one value as JSON has it, and its type if JSON has none for it."""
     kind = type(value)
     if kind in _PLAIN:
         return value, None
@@ -332,12 +332,12 @@ def _convert(value: Any) -> tuple[Any, str | None]:
         return _convert_list(value)
     if kind is dict:
         return (value, None) if _is_json(value) else (json.dumps(value, default=str), "json")
-    # What a caster of the program's own has made; the reader gets its text.
+    # A caster of the program's own has made the value; the reader gets its text.
     return str(value), None
 
 
 def _convert_list(value: list[Any]) -> tuple[Any, str | None]:
-    """An array, or a list in a json column."""
+    """Convert an array, or a list in a json column."""
     leaves = list(_leaves(value))
     kinds = {type(leaf) for leaf in leaves} - {type(None)}
     if kinds <= _PLAIN:
@@ -345,7 +345,7 @@ def _convert_list(value: list[Any]) -> tuple[Any, str | None]:
     if len(kinds) == 1 and (kinds <= _TEXTS.keys() or kinds == {float}):
         tags = {tag for leaf in leaves if leaf is not None and (tag := _convert(leaf)[1])}
         if "numrange" in tags:
-            tags.discard("int8range")  # What a range without bounds is taken for.
+            tags.discard("int8range")  # The tag that a range without bounds is given.
         if not tags:
             return value, None
         if len(tags) == 1:
@@ -366,7 +366,7 @@ def _leaves(value: list[Any]) -> Iterator[Any]:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON has it as it is: a number that is none can come even from a json column."""
+    """Whether JSON can hold ``value`` as it is; even a json column can give infinite numbers."""
     left = [value]
     while left:
         item = left.pop()
@@ -444,7 +444,7 @@ def _restore_all(values: Mapping[str, Any], types: Mapping[str, str]) -> dict[st
 
 
 def _restore(value: Any, tag: str | None) -> Any:
-    """The Python value again; what it cannot be made of stays as it came."""
+    """Return the Python value again; a value that cannot be made one stays as it came."""
     if tag is None or value is None:
         return value
     try:
@@ -515,7 +515,7 @@ def _time_text(at: datetime) -> str:
 def _encode(data: Any) -> bytes:
     try:
         return msgspec.json.encode(data, enc_hook=str)
-    # Surrogates without their other half, which a json column can hold.
+    # Lone surrogates and integers of more than 64 bits, which a json column can hold.
     except (UnicodeEncodeError, OverflowError):
         return json.dumps(data, default=str, separators=(",", ":")).encode()
 
@@ -526,4 +526,5 @@ def _decode(data: bytes | None) -> Any:
     try:
         return msgspec.json.decode(data)
     except msgspec.MsgspecError:
+        # msgspec refuses lone surrogates, which _encode() passes on.
         return json.loads(data)

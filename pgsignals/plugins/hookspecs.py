@@ -21,9 +21,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def pgsignals_resolver() -> Resolver:  # type: ignore[empty-body]
-    """A resolver for one more kind of model.
+    """Return a resolver for one more kind of model.
 
-    It is asked before the built-in ones. Example::
+    The resolver is asked before the built-in ones. Example::
 
         @pgsignals.hookimpl
         def pgsignals_resolver():
@@ -33,9 +33,9 @@ def pgsignals_resolver() -> Resolver:  # type: ignore[empty-body]
 
 @hookspec
 def pgsignals_broadcaster(url: str) -> Broadcaster | None:
-    """A broadcaster for a URL of ``start(backends=[…])``; None for another plugin's URL.
+    """Return a broadcaster for a URL of ``start(backends=[…])``; None for another plugin's URL.
 
-    It connects later, when it is first used: a process may fork in between. Raises
+    The broadcaster connects when it is first used, since a process may fork before that. Raises
     ConfigurationError for a URL of its own that is wrong. Example::
 
         @pgsignals.hookimpl
@@ -46,9 +46,9 @@ def pgsignals_broadcaster(url: str) -> Broadcaster | None:
 
 @hookspec
 def pgsignals_source(url: str) -> RemoteSource | None:
-    """A source for the URL that ``start`` is given in place of a database's; None for another's.
+    """Return a source for the URL that ``start`` gets instead of a database's; None for others.
 
-    It connects when it is started. Raises ConfigurationError for a URL of its own that is wrong.
+    The source connects when it is started. Raises ConfigurationError for a wrong URL of its own.
     Example::
 
         @pgsignals.hookimpl

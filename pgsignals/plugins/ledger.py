@@ -1,4 +1,4 @@
-"""A ledger of what a broadcaster has sent, for plugins: under way, acknowledged, or refused."""
+"""A ledger of the events that a broadcaster of a plugin has sent, and of their fate."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Failure = TypeVar("Failure")
 class SentLedger(Generic[Failure]):
     """The uids that were sent since the last flush that succeeded, and why sending failed.
 
-    A uid in the ledger is not sent again when its event is published again: it would come behind
-    what was sent after it. A refused one leaves the ledger, and its event is sent again. The
+    A uid in the ledger is not sent again when its event is published again: it would arrive behind
+    what was sent after it. A refused uid leaves the ledger, and its event is sent again. The
     first failure is kept until it is taken. Any thread may use the ledger.
     """
 
     def __init__(self) -> None:
-        # Each event takes the lock; that of a condition by itself costs several times more.
+        # Each event takes this lock; that of a Condition by itself costs several times more.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._under_way: set[str] = set()
@@ -35,11 +35,11 @@ class SentLedger(Generic[Failure]):
         return len(self._under_way)
 
     def send(self, uid: str) -> None:
-        """Note that it is under way."""
+        """Note that a uid is under way."""
         self._under_way.add(uid)
 
     def acknowledge(self, uid: str) -> None:
-        """Note that the broker has it; one that was given up meanwhile is not noted."""
+        """Note that the broker has a uid's event, unless the uid was given up meanwhile."""
         with self._lock:
             if uid in self._under_way:
                 self._acknowledged.add(uid)
@@ -48,7 +48,7 @@ class SentLedger(Generic[Failure]):
                     self._changed.notify_all()
 
     def refuse(self, uids: Iterable[str], failure: Failure | None = None) -> None:
-        """Note that the broker does not have these, and why."""
+        """Note that the broker does not have the events of these uids, and why."""
         with self._lock:
             self._under_way.difference_update(uids)
             self._note(failure)
@@ -59,9 +59,9 @@ class SentLedger(Generic[Failure]):
             self._note(failure)
 
     def forget_acknowledged(self, failure: Failure) -> None:
-        """Forget the acknowledged ones, which the broker has lost: a failure if there are any.
+        """Forget the acknowledged uids, which the broker has lost; any of them is a failure.
 
-        Events that nobody has flushed yet are published again only after an error.
+        Otherwise events that nobody has flushed yet would not be published again.
         """
         with self._lock:
             if self._acknowledged:
@@ -69,25 +69,25 @@ class SentLedger(Generic[Failure]):
                 self._note(failure)
 
     def give_up(self) -> None:
-        """Forget those that are under way, and what failed."""
+        """Forget the uids that are under way, and the failure."""
         with self._lock:
             self._under_way.clear()
             self._failure = None
 
     def clear(self) -> None:
-        """Begin anew: all has arrived and is flushed, or all is to be sent again."""
+        """Begin anew, since all has arrived and is flushed, or all is to be sent again."""
         with self._lock:
             self._under_way.clear()
             self._acknowledged.clear()
 
     def take_failure(self) -> Failure | None:
-        """The first failure since the last call."""
+        """Return the first failure since the last call."""
         with self._lock:
             failure, self._failure = self._failure, None
             return failure
 
     def wait(self, timeout: float) -> bool:
-        """Wait until nothing is under way, or something failed; whether all is acknowledged."""
+        """Wait until nothing is under way or sending failed; return whether all is acknowledged."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._failure is not None or not self._under_way, timeout

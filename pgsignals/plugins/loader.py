@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 Backends = Iterable[str | Broadcaster] | Mapping[str, str | Broadcaster]
 
-# Where to get what a URL asks for, when no plugin that is installed knows it.
+# The packages to name for a URL's scheme if no installed plugin knows the URL.
 _PACKAGES = {"kafka": "pgsignals-kafka", "nats": "pgsignals-nats"}
 
 
 @dataclass(frozen=True)
 class PluginState:
-    """One installed plugin: its entry point, whose it is, its hooks, and what is wrong with it."""
+    """One installed plugin: its entry point, its distribution, its hooks, and its error, if any."""
 
     name: str
     distribution: str
@@ -65,7 +65,7 @@ class Plugins:
         self._manager.register(plugin, name=name)
 
     def states(self) -> list[PluginState]:
-        """All installed plugins, in the order of their names."""
+        """Return all installed plugins, in the order of their names."""
         found = []
         for name, point in sorted(self._points.items()):
             plugin = self._manager.get_plugin(name)
@@ -83,28 +83,28 @@ class Plugins:
         return found
 
     def resolvers(self) -> list[Resolver]:
-        """The resolvers of all plugins; each hook is called apart, since pluggy stops at errors."""
+        """Return all plugins' resolvers; each hook is called apart, as pluggy stops at errors."""
         return list(self._call("pgsignals_resolver"))
 
     def broadcaster(self, url: str, option: str = "backends=") -> Broadcaster:
-        """What takes events to a URL, which errors say that ``option`` has.
+        """Return the broadcaster for a URL; errors say that ``option`` has the URL.
 
-        Raises ConfigurationError when the URL is wrong or nobody knows it, PluginError when the
+        Raises ConfigurationError if the URL is wrong or no plugin knows it, PluginError if the
         plugin that might is broken, and MissingExtraError that names the package to install.
         """
         return cast(Broadcaster, self._by_url("pgsignals_broadcaster", url, option))
 
     def source(self, url: str) -> RemoteSource:
-        """What reads events from a URL. Raises what :meth:`broadcaster` does."""
+        """Return the source for a URL. Raises what :meth:`broadcaster` does."""
         return cast(RemoteSource, self._by_url("pgsignals_source", url, "start()"))
 
     def add_commands(self, group: click.Group) -> None:
-        """Have all plugins add their commands."""
+        """Let all plugins add their commands."""
         for _ in self._call("pgsignals_commands", group):
             pass
 
     def _by_url(self, hook: str, url: str, option: str) -> object:
-        # An error of ours is about the URL, and for who wrote it.
+        # An error of ours is about the URL, and so for the caller.
         for found in self._call(hook, url, passing=(PgSignalsError,)):
             if found is not None:
                 return cast(object, found)
@@ -129,8 +129,8 @@ class Plugins:
     def _call(
         self, hook: str, *arguments: object, passing: tuple[type[Exception], ...] = ()
     ) -> Iterator[Any]:
-        """What the hook of each plugin returns; an error is noted, or raised where ``passing``."""
-        # The latest registered first, as pluggy calls them.
+        """Yield what each plugin's hook returns; note its error, or raise a ``passing`` one."""
+        # The implementation that was registered last comes first, as pluggy calls them.
         for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
             try:
                 found = implementation.function(*arguments)
@@ -145,7 +145,7 @@ class Plugins:
         point = self._points.get(name)
         origin = name if point is None else _origin(point)
         where = f" in {hook}" if hook else ""
-        # A plugin's error may tell the URL that it was given.
+        # A plugin's error may quote the URL that it got, whose password error_text() leaves out.
         self.failed[name] = f"{origin}: {type_name(error)}{where}: {error_text(error)}"
         log.error("the plugin %s of %s cannot be used", name, self.failed[name])
 
@@ -156,7 +156,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def load_plugins() -> Plugins:
-    """The plugins that are installed now."""
+    """Return the plugins that are installed now."""
     plugins = Plugins()
     plugins.load()
     return plugins
@@ -165,7 +165,7 @@ def load_plugins() -> Plugins:
 def broadcaster_makers(
     backends: Backends,
 ) -> tuple[list[Callable[[], Broadcaster]], tuple[str, ...]]:
-    """What makes the broadcasters, in the child of a fork once more, and their names if any.
+    """Return what makes each broadcaster, anew in the child of a fork, and their names, if any.
 
     Raises ConfigurationError.
     """

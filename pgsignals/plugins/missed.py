@@ -1,4 +1,4 @@
-"""The announcement of what a broker has lost before it was read, for plugins."""
+"""The announcement of events that a broker has lost before they were read, for plugins."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .source import RemoteSink
 def announce_missed(
     gaps: Sequence[Gap], sink: RemoteSink, log: logging.Logger, source: object
 ) -> None:
-    """Log Gaps that end now and tell them to the sink, those of a reason as one."""
+    """Log Gaps that end now and tell them to the sink, all of one reason as one Gap."""
     now = datetime.now(timezone.utc)
     for reason in sorted({gap.reason for gap in gaps}):
         alike = [gap for gap in gaps if gap.reason == reason]
         detail = "; ".join(sorted({gap.detail for gap in alike}))
         since = min(gap.since for gap in alike)
-        # A name that is new is no error.
+        # A new name is no error.
         level = logging.WARNING if reason == "unknown_name" else logging.ERROR
         log.log(level, "%s: events may have been missed: %s", source, detail)
         sink.gap(replace(alike[0], since=since, until=max(since, now), detail=detail))

@@ -1,4 +1,4 @@
-"""Where messages come from: the protocols between a source and what it feeds."""
+"""The protocols between a source and the sink that it gives its messages to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..core.events import Gap, Message
 
 
 class Sink(Protocol):
-    """What a source feeds. None of its methods runs code of the user's."""
+    """Takes the messages of a source. None of its methods runs the user's code."""
 
     @property
     def full(self) -> bool:
@@ -24,10 +24,10 @@ class Sink(Protocol):
         """Take a message."""
 
     def wait_for_room(self, timeout: float) -> bool:
-        """Wait for at most ``timeout`` seconds until the source may read on; whether it may."""
+        """Wait at most ``timeout`` seconds until the source may read on; return whether it may."""
 
     def give_up(self) -> None:
-        """Be full no more: lose, and announce, what is for receivers that are too slow."""
+        """Stop being full: drop, and announce, the events for receivers that are too slow."""
 
     def reached(self, marker: str) -> None:
         """Take note that all that was committed before the marker has been submitted."""
@@ -44,7 +44,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What somebody listens to; without ``schema``, the table of that name in any."""
+    """A table and operations that somebody listens to; without ``schema``, in any schema."""
 
     table: str
     schema: str | None
@@ -52,14 +52,14 @@ class Wanted:
 
 
 class RemoteSink(Protocol):
-    """What a source that reads from a broker feeds. None of its methods runs the user's code."""
+    """Takes the events of a source that reads from a broker. No method runs the user's code."""
 
     @property
     def full(self) -> bool:
         """Whether the source should stop reading for now; what is not read waits at the broker."""
 
     def wait_for_room(self, timeout: float) -> bool:
-        """Wait for at most ``timeout`` seconds until the source may read on; whether it may."""
+        """Wait at most ``timeout`` seconds until the source may read on; return whether it may."""
 
     def receive(
         self,
@@ -69,16 +69,16 @@ class RemoteSink(Protocol):
         position: str | None = None,
         redelivered: bool = False,
     ) -> None:
-        """Take a CloudEvent, its attributes without the protocol's prefix; whatever it is.
+        """Take a CloudEvent of any content, its attributes without the protocol's prefix.
 
-        ``position`` says where it is at the broker.
+        ``position`` is the event's at the broker.
         """
 
     def settle(self, call: Callable[[], None]) -> None:
-        """Have ``call`` made once the receivers have returned from all that came before.
+        """Make ``call`` once the receivers have returned from all that came before.
 
-        Those that raise are called again first, where there is a name. It is made in another
-        thread and must return at once: that is where to note what can be acknowledged now.
+        With a name, receivers that raise are called again first. ``call`` is made in another thread
+        and must return at once: it is the place to note what can be acknowledged now.
         """
 
     def gap(self, gap: Gap) -> None:
@@ -94,7 +94,7 @@ class RemoteSink(Protocol):
 class RemoteSource(Protocol):
     """Reads events from a broker in a thread of its own (a plugin of ``pgsignals_source``).
 
-    Its text, ``str(source)``, is where it reads, without a password.
+    Its text, ``str(source)``, names the place that it reads from, without a password.
     """
 
     @property
@@ -108,16 +108,16 @@ class RemoteSource(Protocol):
     def start(self, wanted: Sequence[Wanted], name: str | None, sink: RemoteSink) -> None:
         """Connect, raising BrokerError for what is wrong, and read in the background from then on.
 
-        With a ``name``, all that have it share the events, which are acknowledged once receivers
-        have returned, so that who comes next goes on there. Without one, it gets all events from
-        now on. More than is wanted may be fed.
+        With a ``name``, all sources of that name share the events, which are acknowledged once
+        receivers have returned, so that the next source goes on there. Without one, the source gets
+        all events from now on. It may feed more events than are wanted.
         """
 
     def refuse(self, position: str, reason: str) -> None:
         """Tell the broker, as far as it wants to know, that a receiver could not take an event.
 
-        Called from any thread, before the event is settled like all others: it is not to come
-        again. ``position`` is what ``receive`` was given.
+        Called from any thread, before the event is settled like all others: the event must not come
+        again. ``position`` is the one that ``receive`` was given.
         """
 
     def stop(self, timeout: float) -> None:
@@ -127,4 +127,4 @@ class RemoteSource(Protocol):
         """Acknowledge what has been settled, then give everything back; called after ``stop``."""
 
     def abandon(self) -> None:
-        """In the child of a fork: give up what is inherited, and leave the parent's be."""
+        """Give up what is inherited, in the child of a fork, and leave the parent's be."""

@@ -1,4 +1,4 @@
-"""The URL of a broker, which broadcasters and sources are made from, and its options."""
+"""The URLs of brokers, from which broadcasters and sources are made, and their options."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Address:
 
 
 def scheme_of(url: str) -> str | None:
-    """The scheme of a URL in lower case, or None when the text is not a URL."""
+    """Return the scheme of a URL in lower case, or None if the text is not a URL."""
     scheme, separator, _ = url.partition("://")
     return scheme.lower() if separator and scheme.replace("+", "").isalnum() else None
 
@@ -52,9 +52,9 @@ def parse_url(
 ) -> Address:
     """Take a broker's URL apart.
 
-    ``options`` maps the names that its query may have to what reads each text; ``bool`` reads
-    ``true`` and ``false``. Names that begin with ``passing`` go, without it, into ``passed``, for
-    the broker's client. Raises ConfigurationError that names what is wrong and carries no password.
+    ``options`` maps the names that the query may have to functions that read their texts; ``bool``
+    reads ``true`` and ``false``. Names that begin with ``passing`` go, without it, into ``passed``,
+    for the broker's client. Raises ConfigurationError that names what is wrong and no password.
     """
     try:
         parts = urlsplit(url)
@@ -108,7 +108,7 @@ def _hosts(parts: SplitResult, default_port: int | None) -> list[str]:
 
 
 def option(default: T, doc: str) -> T:
-    """A field of :class:`BrokerOptions` that a URL's query may give; ``doc`` explains it."""
+    """Make a field of :class:`BrokerOptions` that a URL's query may give; ``doc`` explains it."""
     made: T = field(default=default, metadata={"doc": doc})
     return made
 
@@ -124,7 +124,7 @@ class BrokerOptions:
 
     scheme: ClassVar[str]
     default_port: ClassVar[int]
-    # Options that begin so are settings of the broker's client.
+    # Options whose names begin with this are settings of the broker's client.
     passing: ClassVar[str]
 
     servers: str = field(kw_only=False)
@@ -143,7 +143,7 @@ class BrokerOptions:
 
     @classmethod
     def documented(cls) -> dict[str, tuple[object, str]]:
-        """The default and the explanation of each option of the URL."""
+        """Return the default and the explanation of each option of the URL."""
         return {
             each.name: (each.default, each.metadata["doc"])
             for each in fields(cls)
@@ -152,7 +152,7 @@ class BrokerOptions:
 
     @classmethod
     def read(cls, url: str, sending: type[BrokerOptions] | None = None) -> dict[str, Any]:
-        """The keywords that a URL gives; ``sending`` has those of the side that sends as well.
+        """Return the keywords that a URL gives; ``sending`` also has those of the side that sends.
 
         Raises ConfigurationError, also for an option that only the side that sends has.
         """
@@ -188,7 +188,7 @@ class BrokerEnd(Generic[Given]):
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
-    """The function that reads the text of an option of this type, which may be None by default."""
+    """Return the function that reads the text of an option of this type, which may be optional."""
     [found] = set(get_args(hint) or (hint,)) - {NoneType}
     reader: Callable[[str], Any] = found
     return reader

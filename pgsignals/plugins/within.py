@@ -1,4 +1,4 @@
-"""A time limit for what a coroutine waits for."""
+"""A time limit for the awaitables that a coroutine waits for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 async def within(seconds: float, work: Awaitable[T]) -> T:
-    """What ``work`` returns; it is cancelled after so many seconds, which raises TimeoutError.
+    """Return what ``work`` returns, or cancel it after so many seconds and raise TimeoutError.
 
     Before Python 3.12, asyncio.wait_for() swallows a cancellation that comes when the work has just
-    ended: who was told to end goes on for ever.
+    ended: a task that was told to end goes on for ever.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -24,7 +24,7 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
             task.cancel()
             await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # It counts as seen, also where a cancellation leads away from here.
+            task.exception()  # Its error counts as seen, also if a cancellation ends this function.
     if timed_out and task.cancelled():
         raise asyncio.TimeoutError
     return task.result()

@@ -1,4 +1,4 @@
-"""What tests of pgsignals, and of applications that use it, are made with."""
+"""Helpers for tests of pgsignals, and of applications that use it."""
 
 from __future__ import annotations
 

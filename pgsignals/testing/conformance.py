@@ -1,4 +1,4 @@
-"""What every broadcaster and every source has to keep, as tests to inherit.
+"""Tests to inherit of what every broadcaster and every source has to keep.
 
 ::
 
@@ -65,7 +65,7 @@ def make_event(
     table: str = TABLE,
     values: Mapping[str, Any] | None = None,
 ) -> Event:
-    """An event of the record ``record``; ``number`` tells it from all others, by its uid too."""
+    """Return an event of the record ``record``; ``number``, and its uid, tell it from others."""
     given = {"number": number} if values is None else dict(values)
     compared = op == "updated"
     topic = Topic(
@@ -101,8 +101,8 @@ class BroadcasterConformance:
 
     Inherit, and give the fixtures ``broadcaster``, for one test each, and ``written``: a function
     that waits for so many messages and returns them all, in the order of each record, as
-    attributes and data; and ``too_long``, the length of a text that it does not take in one
-    message, or None.
+    attributes and data; and ``too_long``, the length of a text that the broadcaster does not take
+    in one message, or None.
     """
 
     @pytest.fixture
@@ -112,7 +112,7 @@ class BroadcasterConformance:
 
     @pytest.fixture
     def written(self) -> ReadBack:
-        """What to read back with what has been written."""
+        """A function that reads back what has been written."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -134,7 +134,7 @@ class BroadcasterConformance:
         assert self._broadcaster.flush(DEADLINE) is True
 
     def test_its_text_says_where(self) -> None:
-        """Log lines name it by something better than an address in memory."""
+        """Log lines name the broadcaster by something better than an address in memory."""
         assert str(self._broadcaster)
         assert " at 0x" not in str(self._broadcaster)
 
@@ -149,7 +149,7 @@ class BroadcasterConformance:
         assert [from_cloudevent(*each) for each in written(3)] == events
 
     def test_events_of_a_record_stay_in_order(self, written: ReadBack) -> None:
-        """In a large batch and over several batches, each record's events come in their order."""
+        """Each record's events come in their order, in a large batch and over several batches."""
         events = [make_event(number, record=number % 20) for number in range(1000)]
         self._send(events[:700], events[700:])
         found = [from_cloudevent(*each) for each in written(1000)]
@@ -190,7 +190,7 @@ class BroadcasterConformance:
         ]
 
     def test_a_gap_is_told(self, written: ReadBack) -> None:
-        """A Gap reaches those who read, behind what came before it."""
+        """A Gap reaches the readers, behind what came before it."""
         self._send([make_event(1)])
         now = datetime.now(timezone.utc)
         gap = Gap(now - timedelta(seconds=3), now, "reconnected", "because")
@@ -205,7 +205,7 @@ class BroadcasterConformance:
 
 
 class _Sink:
-    """What a source feeds in these tests; ``settles`` says whether receivers return."""
+    """The sink of these tests; ``settles`` says whether receivers return."""
 
     def __init__(self, *, settles: bool = True) -> None:
         self.events: list[Event] = []
@@ -237,7 +237,7 @@ class _Sink:
             self.settle_all()
 
     def settle_all(self) -> None:
-        """Have receivers return from all that has come."""
+        """Let receivers return from all that has come."""
         with self._changed:
             calls, self._unsettled = self._unsettled, []
         for call in calls:
@@ -251,13 +251,13 @@ class _Sink:
         self.gaps.append(gap)
 
     def connected(self) -> None:
-        """Nobody asks."""
+        """Do nothing: no test asks."""
 
     def disconnected(self, error: BaseException) -> None:
-        """Nobody asks."""
+        """Do nothing: no test asks."""
 
     def wait(self, *numbers: int) -> None:
-        """Wait until these events are here, and fail when there are others."""
+        """Wait until these events are here, and fail if there are others."""
         with self._changed:
             self._changed.wait_for(lambda: set(numbers) <= set(self.numbers), DEADLINE)
         assert sorted(set(self.numbers)) == sorted(numbers)
@@ -271,7 +271,7 @@ class SourceConformance:
     """Tests of a source, with the broadcaster that it belongs to.
 
     Inherit, and give the fixtures ``broadcaster``, for one test each, and ``make_source``, which
-    makes any number of sources of what that writes.
+    makes any number of sources of what the broadcaster writes.
     """
 
     @pytest.fixture
@@ -281,7 +281,7 @@ class SourceConformance:
 
     @pytest.fixture
     def make_source(self) -> MakeSource:
-        """Makes sources of what the broadcaster writes."""
+        """A function that makes sources of what the broadcaster writes."""
         raise NotImplementedError
 
     @pytest.fixture(autouse=True)
@@ -326,7 +326,7 @@ class SourceConformance:
             sink.wait(1, 2)
 
     def test_a_name_goes_on_where_it_was(self) -> None:
-        """What comes while nobody of the name reads is read by the next one, and nothing twice."""
+        """Events that come while nobody of the name reads go to the next reader, and none twice."""
         first, second = _Sink(), _Sink()
         self._end(self._start("one", first))
         self._send(1)
@@ -372,7 +372,7 @@ class SourceConformance:
             sink.wait(1)
 
     def test_it_says_how_it_is(self) -> None:
-        """It is alive and connected from its start to its end, which takes no long time."""
+        """A source is alive and connected from its start to its end, which takes no long time."""
         source = self._start(None, _Sink())
         assert source.is_alive
         assert source.is_connected

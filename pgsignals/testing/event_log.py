@@ -1,4 +1,4 @@
-"""What happened on a Hub, for assertions that wait instead of sleeping."""
+"""The events and Gaps of a Hub, for assertions that wait instead of sleeping."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class EventLog:
         self._hub.gap.disconnect(self._see_gap)
 
     def wait_for(self, target: Any, *ops: str, timeout: float = 5.0, **filters: Any) -> Event:
-        """The first such event that was not returned before, waiting up to ``timeout`` seconds.
+        """Return the first such event that was not returned before, within ``timeout`` seconds.
 
         Target, operations and filters are those of :func:`pgsignals.on`.
-        Raises AssertionError, which lists what came instead, when none comes.
+        Raises AssertionError, which lists what came instead, if none comes.
         """
         matches = self._hub._registry.matcher(target, ops, filters)
         deadline = time.monotonic() + timeout
@@ -61,7 +61,7 @@ class EventLog:
     def none(self, target: Any, *ops: str, timeout: float = 5.0, **filters: Any) -> None:
         """Assert that nothing committed so far was such an event, other than those returned.
 
-        Raises AssertionError, also when a Gap says that events may be missing.
+        Raises AssertionError, also if a Gap says that events may be missing.
         """
         matches = self._hub._registry.matcher(target, ops, filters)
         self.settle(timeout)
@@ -78,7 +78,7 @@ class EventLog:
                 )
 
     def all(self, target: Any, *ops: str, timeout: float = 5.0, **filters: Any) -> list[Event]:
-        """All such events among what is committed by now, the returned ones too, in order."""
+        """Return all such events committed by now, those returned before, too, in order."""
         matches = self._hub._registry.matcher(target, ops, filters)
         self.settle(timeout)
         with self._condition:
@@ -87,8 +87,8 @@ class EventLog:
     def settle(self, timeout: float = 5.0) -> None:
         """Wait until receivers have handled everything that is committed by now.
 
-        Raises AssertionError when that takes more than ``timeout`` seconds, StateError when the
-        Hub is not running.
+        Raises AssertionError if that takes more than ``timeout`` seconds, StateError if the Hub is
+        not running.
         """
         if not self._hub._settle(timeout):
             raise AssertionError(
@@ -106,7 +106,7 @@ class EventLog:
             self.gaps.append(gap)
 
     def _first(self, matches: Callable[[Event], bool], start: int = 0) -> int | None:
-        """Where, from ``start`` on, the first event is that was not returned yet."""
+        """Return the number, from ``start`` on, of the first match that was not returned yet."""
         for number in range(start, len(self._events)):
             if number not in self._taken and matches(self._events[number]):
                 return number

@@ -57,7 +57,7 @@ _CERTIFY = (
     " -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout server.key -out server.crt"
 )
 
-# Its input is a pipe that only this process holds open, so it outwaits even a SIGKILL.
+# The sentry reads a pipe that only this process holds open, and so notices even its SIGKILL.
 _SENTRY = 'read -r _; kill -QUIT "$1"; sleep 1; rm -rf "$2"'
 
 
@@ -78,11 +78,11 @@ class Installation:
     version: int
     """The major version."""
     origin: str
-    """What led to it: ``PGSIGNALS_POSTGRES_BIN``, ``PATH``, ``system``, or ``extra``."""
+    """The place that led to it: ``PGSIGNALS_POSTGRES_BIN``, ``PATH``, ``system``, or ``extra``."""
 
 
 def find_installations() -> list[Installation]:
-    """All PostgreSQL servers on this machine, the preferred one first.
+    """Return all PostgreSQL servers on this machine, the preferred one first.
 
     That is the one in the folder named by ``PGSIGNALS_POSTGRES_BIN``, then the one on ``PATH``,
     then those in the usual places of the system, then those of the ``demo`` extra; the newest
@@ -154,8 +154,8 @@ class Server:
     :param version: The major version; by default that of the preferred installation.
     :param settings: Lines for ``postgresql.conf``, as in ``{"wal_level": "logical"}``.
     :param fsync: Whether commits wait for the disk. Off is faster, and enough for tests.
-    :param folder: Where its data lies, by default the system's folder for temporary files. One
-        in memory, like ``/dev/shm``, makes a server faster that is given many databases. The user
+    :param folder: The folder of its data, by default the system's for temporary files. One in
+        memory, like ``/dev/shm``, makes a server faster that is given many databases. The user
         that the server runs as must be allowed to enter it.
     :param password: The superuser's; without one, everybody on this machine is trusted.
     :param tls: Whether to offer TLS, with a self-signed certificate for ``localhost``. Needs
@@ -279,7 +279,7 @@ class Server:
     def dsn(
         self, dbname: str = "postgres", user: str | None = None, password: str | None = None
     ) -> str:
-        """A URL to connect with, as the superuser unless a user is given."""
+        """Return a URL to connect with, as the superuser unless a user is given."""
         if user is None:
             user, password = "postgres", password or self._password
         login = quote(user, safe="")
@@ -299,13 +299,13 @@ class Server:
         return self.dsn(name)
 
     def log_text(self) -> str:
-        """What the server has logged since it was created; nothing after `close`."""
+        """Return what the server has logged since it was created; nothing after `close`."""
         if self._home is None:
             return ""
         return (self._home / "log").read_text(encoding="utf-8", errors="replace")
 
     def log_lines_since(self, mark: int) -> list[str]:
-        """The lines logged after a mark, which is the length that `log_text` had then."""
+        """Return the lines logged after a mark, which is the length that `log_text` had then."""
         return self.log_text()[mark:].splitlines()
 
     def _create(self) -> Path:
@@ -356,7 +356,7 @@ class Server:
                 conf.write(f"{name} = '{escaped}'\n")
 
     def _launch_when_free(self, home: Path, port: int) -> str | None:
-        """Start the postmaster; what it has logged, if it does not come to accept connections."""
+        """Start the postmaster; return its log, if it does not come to accept connections."""
         deadline = time.monotonic() + _START_TIMEOUT
         while True:
             mark = len(self.log_text())
@@ -369,7 +369,7 @@ class Server:
             time.sleep(_READY_POLL)
 
     def _launch(self, home: Path, port: int) -> bool:
-        """Start the postmaster, and tell whether it came to accept connections."""
+        """Start the postmaster; return whether it came to accept connections."""
         with (home / "log").open("ab") as log:
             command = (self._bindir / "postgres", "-D", home / "data", "-p", str(port))
             process = self._account.spawn(*command, cwd=home, stdout=log, stderr=log)
@@ -451,13 +451,13 @@ class _Account:
         return True
 
     def own(self, path: Path) -> None:
-        """Hand over a file, or a folder with all that is in it."""
+        """Hand a file, or a folder with all that is in it, over to this user."""
         if self._ids is not None:
             for each in (path, *path.rglob("*")):
                 os.chown(each, *self._ids, follow_symlinks=False)
 
     def temporary_folder(self) -> str:
-        """A folder for temporary files that this user can enter."""
+        """Return a folder for temporary files that this user can enter."""
         usual = tempfile.gettempdir()
         folders = [Path(usual).resolve(), *Path(usual).resolve().parents]
         if self._ids is None or all(each.stat().st_mode & stat.S_IXOTH for each in folders):

@@ -61,8 +61,8 @@ def simulated(
 class Simulation:
     """Makes up events; made by :func:`simulated`.
 
-    Receivers are called in the caller's thread, before ``emit`` returns. When one raises, the
-    others are called all the same, as ever, and then its error is raised here.
+    Receivers are called in the caller's thread, before ``emit`` returns. If one raises, the others
+    are called all the same, as ever, and then its error is raised here.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Simulation:
         """Deliver one event of a model or label, and return it when receivers have handled it.
 
         ``id`` is the key: a value, a tuple for a key of several columns, or a mapping of names to
-        values. ``values`` and ``old`` are what the watcher's columns hold and held; where ``old``
-        lacks a column it did not change, and with a column of the key in it, the key changed.
-        ``record`` is what ``event.load`` gives, None for a record that is gone.
+        values. ``values`` and ``old`` are the new and the former values of the watcher's columns: a
+        column that ``old`` lacks did not change, and with a column of the key in it, the key
+        changed. ``record`` is what ``event.load`` gives, None for a record that is gone.
 
         Raises ConfigurationError for what no watcher delivers, and what a receiver raised.
         """
@@ -155,7 +155,7 @@ class Simulation:
         self._raise_first()
 
     def start(self) -> None:
-        """Called by the Hub: check the receivers."""
+        """Check the receivers; the Hub calls this."""
         self._hub._coroutines.begin(None, simulated=True)
         if self._topics is not None:
             self._hub._registry.bind(self._topics)
@@ -163,24 +163,24 @@ class Simulation:
         self._hub._callbacks.tell_connected()
 
     def stop(self, timeout: float) -> bool:
-        """Called by the Hub: end."""
+        """End the simulation; the Hub calls this."""
         self._hub.receiver_failed.disconnect(self._note_error)
         self._in_process.close()
         return True
 
     def abandon(self) -> None:
-        """Called by the Hub in the child of a fork: there is nothing to give up."""
+        """Give up nothing; the Hub calls this in the child of a fork."""
 
     def settle(self, call: Callable[[], None]) -> None:
-        """Called by the Hub: everything emitted has been handled."""
+        """Make ``call``, since everything emitted has been handled; the Hub calls this."""
         call()
 
     def status(self) -> Status:
-        """Called by the Hub: how many events were emitted."""
+        """Return the number of events that were emitted; the Hub calls this."""
         return Status((), "default", 0.0, running=True, connected=True, received=self._count)
 
     def health(self) -> Health:
-        """Called by the Hub: always well."""
+        """Return that all is well, as always; the Hub calls this."""
         return Health(alive=True, ready=True, connected=True, reason="")
 
     def _topic(self, watcher: Watcher, op: str) -> Topic:
@@ -205,7 +205,7 @@ class Simulation:
         )
 
     def _snapshots(self, watchers: Sequence[Watcher]) -> list[Topic]:
-        """As of a backfill: all that the watchers of a model, or of a label, ask for."""
+        """Return topics as a backfill has: all that the watchers of a model or label ask for."""
         found: dict[Any, Topic] = {}
         for watcher in watchers:
             if watcher.ops != ("truncated",):
@@ -232,7 +232,7 @@ class Simulation:
         )
 
     def _with_key(self, topic: Topic, given: Any) -> Topic:
-        """A mapping names the key of a table that is known by its name only."""
+        """Return the topic with a mapping's key, if its table is known by its name only."""
         if not isinstance(given, Mapping) or not isinstance(topic.model, str):
             return topic
         values = tuple(name for name in topic.values if name not in given)

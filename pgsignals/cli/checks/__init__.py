@@ -1,4 +1,4 @@
-"""Looks over a database for what would keep pgsignals from working, and says how to mend it."""
+"""The checks for what would keep pgsignals from working with a database, and how to mend it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def examine(
     namespace: str,
     transport: Transport = Transport.NOTIFY,
 ) -> Iterator[Finding]:
-    """Run every check, one after the other; the first failing connection is the last finding."""
+    """Run every check, one after the other; without a connection, that is the only finding."""
     try:
         connection = connect(dsn)
     except ConnectError as error:
@@ -107,7 +107,7 @@ def _round_trip(connection: Connection, cursor: Cursor, dsn: str) -> Outcome:
     channel = f"pgsignals_doctor_{secrets.token_hex(8)}"
     cursor.execute(f"LISTEN {channel}")
     began = time.monotonic()
-    # From a connection of its own: a pooler may well hand us what we say to ourselves.
+    # Sent by another connection, since a pooler may well hand us what we send to ourselves.
     with opened(dsn) as sender, closing(Waiter()) as waiter:
         sender.execute(f"NOTIFY {channel}")
         while not any(each.channel == channel for each in connection.notifies):
@@ -198,7 +198,7 @@ def _privileges(
     resolvers: Sequence[Resolver],
     states: Sequence[State],
 ) -> Iterator[Finding]:
-    """Whether this role could install; where all is installed, it need not."""
+    """Check whether this role could install triggers; if all are installed, it need not."""
     seen: set[tuple[int, bool]] = set()
     for watcher in watchers:
         try:

@@ -17,20 +17,20 @@ class Finding:
     fix: str = ""
 
 
-# Of a finding: the level, the message and the fix.
+# The level, the message and the fix of a finding.
 Outcome = tuple[str, str, str]
 
 
 def ok(message: str) -> Outcome:
-    """Nothing is to be done."""
+    """Return the outcome that nothing is to be done."""
     return OK, message, ""
 
 
 def warn(message: str, fix: str) -> Outcome:
-    """What works, but not well."""
+    """Return the outcome of something that works, but not well."""
     return WARN, message, fix
 
 
 def fail(message: str, fix: str) -> Outcome:
-    """What does not work."""
+    """Return the outcome of something that does not work."""
     return FAIL, message, fix

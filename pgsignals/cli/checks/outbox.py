@@ -17,16 +17,16 @@ from .findings import FAIL, OK, WARN, Finding, Outcome, fail, ok, warn
 
 # A consumer at work that is further behind does not keep up.
 LAG_SECONDS = 60.0
-# Of the retention, in time or size: from here on events are about to be lost.
+# The shares of the retention, in time or size, from which on events are about to be lost.
 SHARE_WARNING, SHARE_FAILURE = 0.5, 0.9
-# For so long a transaction may hold a partition before it is worth a word.
+# The seconds that a transaction may hold a partition before it is worth a word.
 HELD_SECONDS = 60.0
 
 _RETENTION = "or keep more with `pgsignals retention`"
 
 
 def examine_outbox(cursor: Cursor, held_seconds: float = HELD_SECONDS) -> Iterator[Finding]:
-    """Run every check of the outbox; none where there is no outbox."""
+    """Run every check of the outbox; none if there is no outbox."""
     try:
         version = schema.read_version(cursor)
     except DatabaseError as error:
@@ -78,7 +78,7 @@ def examine_outbox(cursor: Cursor, held_seconds: float = HELD_SECONDS) -> Iterat
 
 
 def _rights(cursor: Cursor) -> Outcome:
-    """Whether trigger functions lend a superuser's rights to the owner of a table."""
+    """Check whether trigger functions lend a superuser's rights to the owner of a table."""
     cursor.execute(
         "SELECT DISTINCT n.nspname || '.' || c.relname, pg_catalog.pg_get_userbyid(c.relowner),"
         " r.rolname"
@@ -141,8 +141,8 @@ def _consumers(outbox: OutboxState, kept: Retention) -> Outcome:
 def _lateness(
     name: str, parts: Sequence[ConsumerState], outbox: OutboxState, kept: Retention
 ) -> tuple[str, str]:
-    """How bad it is, and what; nothing to say of a consumer that is not late."""
-    # Each part counts the events of all.
+    """Return the level and the problem of a consumer; no problem if it is not late."""
+    # The lag of each part counts the events of all.
     lag = max(part.lag for part in parts)
     dropped = (part.lost_until for part in parts if part.lost_until is not None)
     lost = max((each.astimezone(timezone.utc) for each in dropped), default=None)

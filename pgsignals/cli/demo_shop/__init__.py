@@ -1,4 +1,4 @@
-"""A shop that runs on a PostgreSQL of its own for a while, and what is heard of it."""
+"""A shop that runs on a PostgreSQL of its own for a while, and the events that come of it."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ WATCHERS = [
 
 
 class Display(Protocol):
-    """Where the demonstration shows what happens."""
+    """Shows the events of the demonstration."""
 
     def ready(self, server: Server, dsn: str) -> None:
-        """The shop is about to open."""
+        """Tell that the shop is about to open."""
 
     def event(self, event: pgsignals.Event, seen: Seen) -> None:
-        """An event has come; ``seen`` counts it already."""
+        """Show an event, which ``seen`` counts already."""
 
 
 @dataclass
 class Seen:
-    """What has been seen so far. Latencies: seconds from the statement to the receiver."""
+    """The counts of events so far. Latencies: seconds from the statement to the receiver."""
 
     events: Counter[tuple[str, str]] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Seen:
 
     @property
     def total(self) -> int:
-        """How many events."""
+        """The number of events."""
         return sum(self.events.values())
 
     @property

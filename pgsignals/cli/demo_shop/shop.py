@@ -45,7 +45,7 @@ _PAUSE = (0.02, 0.25)
 
 
 class _NoSale(Exception):
-    """What was begun is to be undone."""
+    """The transaction that was begun is to be undone."""
 
 
 class Shop:
@@ -57,7 +57,7 @@ class Shop:
         self.rolled_back = 0
 
     def create_tables(self) -> None:
-        """Furnish an empty database."""
+        """Create the shop's tables in an empty database."""
         connection = psycopg2.connect(self._dsn)
         with closing(connection), connection, connection.cursor() as cursor:
             cursor.execute(TABLES)

@@ -9,7 +9,7 @@ The setting ``PGSIGNALS``, a dict, is optional, and so is each of its keys:
 ``DATABASE``
     The alias in ``DATABASES`` of the database to watch; ``"default"``.
 ``DATABASES``
-    Further databases, by alias: what differs for each, with its own ``WATCHERS``, and as ``HUB``
+    Further databases, by alias: the keys that differ for each, its own ``WATCHERS``, and as ``HUB``
     the Hub, or its dotted path, whose receivers are called.
 ``DSN``
     A connection string to use instead of that database's settings.

@@ -1,4 +1,4 @@
-"""What Django runs when it is ready: it imports receivers, and starts nothing."""
+"""The application's configuration, which imports receivers when Django is ready, and no more."""
 
 from __future__ import annotations
 

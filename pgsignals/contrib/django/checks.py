@@ -1,4 +1,4 @@
-"""A system check: are the triggers in the database those that the watchers need?"""
+"""A system check that the triggers in the database are those that the watchers need."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _HINT = (
 def check_triggers(
     app_configs: Any, databases: Sequence[str] | None = None, **_: Any
 ) -> list[checks.CheckMessage]:
-    """Compare, where the check of the database was asked for.
+    """Compare the triggers of those databases whose check was asked for.
 
-    A table that is missing is left to the migrations. Where the Hub installs by itself, what is
-    missing is no more than an information.
+    A table that is missing is left to the migrations. If the Hub installs triggers by itself, a
+    missing one is no more than an information.
     """
     asked = [alias for alias in watched() if alias in (databases or ())]
     return [message for alias in asked for message in _check(alias)]
@@ -72,7 +72,7 @@ def _differences(chosen: Options) -> list[str]:
             try:
                 found = define(cursor, [watcher], resolvers, namespace, transport)
             except TableError:
-                # What is missing, migrations may have yet to make; but not for no field.
+                # Migrations may have yet to make what is missing, but no column without a field.
                 _check_fields(watcher, resolvers)
                 continue
             triggers += [definition.trigger for definition in found]
@@ -85,7 +85,7 @@ def _differences(chosen: Options) -> list[str]:
 
 
 def _check_fields(watcher: Watcher, resolvers: Sequence[Resolver]) -> None:
-    """Raise ConfigurationError for a column that the model, too, does not have."""
+    """Raise ConfigurationError for a column that the model does not have either."""
     ref, _ = resolve(watcher.model, resolvers)
     known = {*ref.attributes, *ref.attributes.values()}
     for name in (*watcher.columns, *watcher.extra):

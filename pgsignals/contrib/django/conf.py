@@ -1,4 +1,4 @@
-"""What the setting PGSIGNALS says, and what it leaves to Django's own settings."""
+"""The options that the setting PGSIGNALS gives, or leaves to Django's own settings."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from ...hub.options import Options
 from ...plugins.loader import load_plugins
 from ...triggers.resolvers.django import DjangoResolver, connection_dsn
 
-# What leads to the database of PGSIGNALS, or belongs to it.
+# Keys that lead to the database of PGSIGNALS, or belong to it.
 _OF_ONE_DATABASE = ("DSN", "LISTEN_DSN", "WATCHERS")
 
 
 def options(alias: str | None = None) -> Options:
-    """The options of ``Hub.start``, those for DSN and watchers included.
+    """Return the options of ``Hub.start``, with the DSN and the watchers.
 
-    ``alias`` is of another database than that of PGSIGNALS, which may say in DATABASES what differs
-    for it.
-    Raises ConfigurationError for a key of PGSIGNALS that there is not.
+    ``alias`` is of another database than that of PGSIGNALS; its options that differ are in
+    DATABASES. Raises ConfigurationError for an unknown key of PGSIGNALS.
     """
     known = [each.name.upper() for each in fields(Options)]
     _check_keys("PGSIGNALS", _setting(), ["DATABASE", "DATABASES", *known])
@@ -41,7 +40,7 @@ def options(alias: str | None = None) -> Options:
     alias = alias or database()
     found.setdefault("dsn", dsn_of(alias))
     found["watchers"] = watchers(alias)
-    # What a receiver loads without saying from where is of the database that is watched.
+    # A record that a receiver loads without a session comes from the database that is watched.
     found["resolvers"] = (
         *found.get("resolvers", ()),
         *load_plugins().resolvers(),
@@ -65,7 +64,7 @@ def _setting() -> Mapping[str, Any]:
 
 
 def _of(alias: str | None) -> dict[str, Any]:
-    """What PGSIGNALS says for a database: for another one than its own, what differs goes first."""
+    """Return a database's keys of PGSIGNALS; for another database, those of DATABASES go first."""
     given = dict(_setting())
     if alias in (None, database()):
         return given
@@ -74,41 +73,41 @@ def _of(alias: str | None) -> dict[str, Any]:
 
 
 def database() -> str:
-    """The alias of the watched database."""
+    """Return the alias of the watched database."""
     return str(_setting().get("DATABASE", "default"))
 
 
 def databases() -> list[str]:
-    """The aliases of all that are watched."""
+    """Return the aliases of all databases that are watched."""
     return [database(), *_setting().get("DATABASES", {})]
 
 
 def hub(alias: str | None = None) -> Hub:
-    """The Hub of a database: the default one, unless DATABASES says which."""
+    """Return the Hub of a database: the default one, unless DATABASES names another."""
     given = _of(alias).get("HUB", pgsignals.default_hub)
     found: Hub = import_string(given) if isinstance(given, str) else given
     return found
 
 
 def default_delivery(alias: str | None = None) -> str:
-    """The delivery of the project's listeners."""
+    """Return the delivery of the project's listeners."""
     return str(_of(alias).get("DELIVERY", Options.delivery))
 
 
 def default_namespace(alias: str | None = None) -> str:
-    """Whose triggers the project's are."""
+    """Return the namespace of the project's triggers."""
     return str(_of(alias).get("NAMESPACE", Options.namespace))
 
 
 def dsn_of(alias: str) -> str:
-    """The connection string of one of Django's databases."""
+    """Return the connection string of one of Django's databases."""
     return connection_dsn(connections[alias])
 
 
 def watchers(alias: str | None = None) -> tuple[Watcher, ...]:
-    """What PGSIGNALS['WATCHERS'] says, or else the ``WATCHERS`` of all ``signals`` modules.
+    """Return PGSIGNALS['WATCHERS'], or else the ``WATCHERS`` of all ``signals`` modules.
 
-    Those of another database are what DATABASES says for its ``alias``.
+    Those of another database are given in DATABASES, by its ``alias``.
     Raises WatcherError for what cannot be watched.
     """
     given = _of(alias).get("WATCHERS")

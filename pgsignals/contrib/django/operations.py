@@ -1,4 +1,4 @@
-"""An operation for migrations."""
+"""The operation ``InstallWatchers`` for migrations."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class InstallWatchers(Operation):
     ``watchers`` are what :func:`pgsignals.start` takes, with models as ``"app_label.Model"``, whose
     columns go by their fields' names as they are at this point of the migrations, or tables by
     their names; a model that the routers do not let migrate into a database is left out there, as
-    its table is. ``namespace`` and ``delivery`` are by default what PGSIGNALS says when
-    the migration runs; for ``"outbox"`` the schema ``pgsignals`` is made or upgraded too.
+    its table is. ``namespace`` and ``delivery`` are by default those of PGSIGNALS when the
+    migration runs; for ``"outbox"`` the schema ``pgsignals`` is made or upgraded, too.
 
     A trigger that is as it should be is left alone. Backwards, one that somebody listens to or that
     a consumer of the outbox reads is left, with a warning of PostgreSQL's, and the schema stays. A
     table that is locked by somebody else for more than half a second makes the migration fail with
-    InstallLockError, and changes nothing: run it again.
+    InstallLockError, and nothing is changed: run the migration again.
     """
 
     reduces_to_sql = True
@@ -53,33 +53,33 @@ class InstallWatchers(Operation):
         self.delivery = delivery
 
     def state_forwards(self, app_label: str, state: Any) -> None:
-        """Models are left as they are."""
+        """Leave the models as they are."""
 
     def database_forwards(
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
-        """Create what is missing."""
+        """Create the triggers that are missing."""
         self._run(app_label, schema_editor, to_state.apps, Wanted.installing)
 
     def database_backwards(
         self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
     ) -> None:
-        """Remove them."""
+        """Remove the triggers."""
         self._run(app_label, schema_editor, from_state.apps, Wanted.removing)
 
     def describe(self) -> str:
-        """What ``migrate`` and ``sqlmigrate`` print."""
+        """Return what ``migrate`` and ``sqlmigrate`` print."""
         return f"Install watchers of {', '.join(map(str, self.watchers))}"
 
     @property
     def migration_name_fragment(self) -> str:
-        """For a migration that is named by its operations."""
+        """The operation's part of the name of a migration that is named by its operations."""
         return "install_watchers"
 
     def _watchers(self, app_label: str, schema_editor: Any, models: Any) -> list[Watcher]:
-        """Those of tables that the routers want in that database.
+        """Return the watchers of tables that the routers want in that database.
 
-        A table by its name is taken for one of the application whose migration this is.
+        A table given by its name is taken for one of the application whose migration this is.
         """
         alias, historical = schema_editor.connection.alias, _HistoricalResolver(models).historical
         if schema_editor.connection.vendor != "postgresql":
@@ -105,7 +105,7 @@ class InstallWatchers(Operation):
         wanted = Wanted(watchers, resolvers, namespace, transport)
         if not schema_editor.collect_sql:
             with _cursor(connection) as cursor:
-                # Where the migration is not atomic, this is its whole transaction.
+                # If the migration is not atomic, this is its whole transaction.
                 savepoint = partial(transaction.atomic, connection.alias)
                 with savepoint():
                     statements = planning(wanted, cursor).forward
@@ -122,10 +122,10 @@ class InstallWatchers(Operation):
     def _foreseen(
         self, connection: Any, models: Any, wanted: Wanted, planning: Planning
     ) -> tuple[str, ...]:
-        """What would be run, with tables that earlier migrations have yet to create.
+        """Return the statements to run, with tables that earlier migrations have yet to create.
 
-        Those are created for a moment, in a transaction that is rolled back, since only PostgreSQL
-        knows the types of their columns.
+        Such tables are created for a moment, in a transaction that is rolled back, since only
+        PostgreSQL knows the types of their columns.
         """
         with transaction.atomic(connection.alias), _cursor(connection) as cursor:
             try:
@@ -139,7 +139,7 @@ class InstallWatchers(Operation):
                         table = DjangoResolver(routed=False).resolve(model)
                         if table is not None and table.name in names - present:
                             editor.create_model(model)
-                    # Constraints to other tables, which may be missing too.
+                    # Without constraints to other tables, which may be missing, too.
                     editor.deferred_sql.clear()
                 found = planning(wanted, cursor)
             transaction.set_rollback(True, connection.alias)
@@ -147,10 +147,10 @@ class InstallWatchers(Operation):
 
 
 class _HistoricalResolver(DjangoResolver):
-    """Models by their names, as a migration knows them."""
+    """Resolves models by their names, as a migration knows them."""
 
     def __init__(self, models: Any) -> None:
-        # Where tables come, and so their triggers, is what routers say by allow_migrate.
+        # Routers say by allow_migrate in which database tables, and so their triggers, are made.
         super().__init__(routed=False)
         self._models = models
 
@@ -158,7 +158,7 @@ class _HistoricalResolver(DjangoResolver):
         return super().resolve(self.historical(model))
 
     def historical(self, model: Any) -> Any:
-        """The model of a name, where it is one."""
+        """Return the model that a text names; anything else as it is."""
         if isinstance(model, str) and model.count(".") == 1:
             try:
                 return self._models.get_model(model)

@@ -21,9 +21,9 @@ def start(hub: Hub | None = None, database: str | None = None, **overrides: Any)
     """Start a Hub, by default the default one, as the setting PGSIGNALS says.
 
     ``database`` is the alias of another database than that of PGSIGNALS, for a Hub of its own with
-    watchers of its own: DATABASES there says which, or give ``hub`` and ``watchers``.
+    watchers of its own: DATABASES in PGSIGNALS names them, or give ``hub`` and ``watchers``.
 
-    ``overrides`` are parameters of :func:`pgsignals.start` that take precedence. Call it where a
+    ``overrides`` are parameters of :func:`pgsignals.start` that take precedence. Call this where a
     process begins to serve, as in ``wsgi.py``, and not at import of an application: ``migrate``
     and the reloader's parent import those too.
 
@@ -38,7 +38,7 @@ def start(hub: Hub | None = None, database: str | None = None, **overrides: Any)
             "PGSIGNALS['DATABASES'] or start(watchers=[…])."
         )
     hub._around = _Hygiene
-    # Ahead of the others: a Gap often comes because the database was away.
+    # Ahead of the other receivers, since a Gap often comes because the database was away.
     callbacks = hub._callbacks
     callbacks.gap_receivers = {_before_gap: _before_gap, **callbacks.gap_receivers}
     return hub.start(**chosen)
@@ -50,7 +50,7 @@ class _Connections(threading.local):
     opened: list[Any] | None = None
 
     def look(self) -> list[Any]:
-        """Those that are open, found out once: from then on Django tells of each."""
+        """Return the open connections; Django tells of further ones once anybody has looked."""
         known: Sequence[Any] = self.opened or ()
         if self.opened is None:
             known = connections.all(initialized_only=True)
@@ -62,7 +62,7 @@ _here = _Connections()
 
 
 def _note(connection: Any, **_: object) -> None:
-    """Called by Django in the thread that has connected."""
+    """Note a new connection; Django calls this in the thread that has connected."""
     if _here.opened is not None and connection not in _here.opened:
         _here.opened.append(connection)
 
@@ -73,7 +73,7 @@ connection_created.connect(_note)
 class _Hygiene:
     """Does around each call what Django does around each request.
 
-    A thread without open connections, as of receivers that use no ORM, pays next to nothing.
+    A thread without open connections, as one whose receivers use no ORM, pays next to nothing.
     """
 
     def __enter__(self) -> None:
@@ -88,9 +88,10 @@ class _Hygiene:
 
 
 def _close_unusable() -> None:
-    """Close, too, what the server has cut: Django alone would find that out by a query's failure.
+    """Close unusable connections, also those that the server has cut.
 
-    An idle connection has nothing to read until then, so that it costs no round trip to know.
+    Django alone would find those out by a query's failure. An idle connection has nothing to read
+    until it is cut, so that knowing costs no round trip.
     """
     for connection in _here.look():
         connection.close_if_unusable_or_obsolete()

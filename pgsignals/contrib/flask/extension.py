@@ -1,4 +1,4 @@
-"""The extension: settings, and when a process of a Flask application starts its Hub."""
+"""The extension: settings, and the start of a Hub in each process of a Flask application."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ B = TypeVar("B", bound=Callable[[Batch], object])
 G = TypeVar("G", bound=Callable[[Gap], object])
 
 _PREFIX = "PGSIGNALS_"
-# For how long a stream waits for the Hub that another request is starting.
+# The seconds that a stream waits for the Hub that another request is starting.
 _START_SECONDS = 5.0
 _OPTIONS = frozenset(each.name for each in fields(Options))
 # Settings of the extension itself; the others are passed to Hub.start.
 _OWN_SETTINGS = frozenset({"autostart", "sse_size", "sse_clients", "binds"})
-# What leads to the first database, or belongs to it.
+# Settings that lead to the first database, or belong to it.
 _OF_ONE_DATABASE = frozenset({"dsn", "listen_dsn", "watchers"})
 _PROCESSES = "pgsignals.processes"
 
@@ -80,8 +80,8 @@ class PgSignals:
     ``PGSIGNALS_DSN``
         The database; by default that of Flask-SQLAlchemy, or else of libpq's variables.
     ``PGSIGNALS_WATCHERS``
-        What to watch, in place of ``watchers``: a list, a function that gives one, or where either
-        is, as ``"shop.signals:WATCHERS"``. It is read when the Hub starts.
+        What to watch, in place of ``watchers``: a list, a function that returns one, or the path of
+        either, such as ``"shop.signals:WATCHERS"``. It is read when the Hub starts.
     ``PGSIGNALS_AUTOSTART``
         Whether the first request starts the Hub; by default unless ``TESTING``.
     ``PGSIGNALS_INSTALL``, ``PGSIGNALS_WORKERS``, ``PGSIGNALS_QUEUE_SIZE``, …
@@ -93,17 +93,17 @@ class PgSignals:
         ``PGSIGNALS_HEARTBEAT``, ``PGSIGNALS_HEARTBEAT_TIMEOUT``, ``PGSIGNALS_RESTART_AFTER_FORK``,
         ``PGSIGNALS_RESOLVERS``, ``PGSIGNALS_METRICS`` and ``PGSIGNALS_TRACER``.
     ``PGSIGNALS_SSE_SIZE``
-        How many events each feed of :func:`sse` keeps: 1000.
+        The number of events that each feed of :func:`sse` keeps: 1000.
     ``PGSIGNALS_SSE_CLIENTS``
-        How many streams this process has at most; further ones are told to come back. By default
+        The most streams that this process has; further browsers are told to come back. By default
         there is no limit.
 
     ``PGSIGNALS_BINDS``
-        What differs for databases of ``SQLALCHEMY_BINDS``: by bind key, settings without the
+        The settings that differ for databases of ``SQLALCHEMY_BINDS``, by bind key, without the
         prefix, such as ``{"reports": {"DELIVERY": "outbox", "NAME": "reports"}}``.
 
-    ``hub`` is what runs, by default ``pgsignals.default_hub``, so that receivers registered with
-    ``@pgsignals.on`` are called too. A Hub runs for one application at a time; where a process
+    ``hub`` is the Hub to run, by default ``pgsignals.default_hub``, so that receivers registered
+    with ``@pgsignals.on`` are called, too. A Hub runs for one application at a time; if a process
     serves several, ``hub=pgsignals.Hub`` (the class) gives each its own.
 
     ``bind_key`` is that of another of Flask-SQLAlchemy's databases, whose models have it as
@@ -138,7 +138,7 @@ class PgSignals:
     def init_app(self, app: Flask) -> None:
         """Serve ``app``.
 
-        Raises ConfigurationError when it has an extension for this database already.
+        Raises ConfigurationError if ``app`` has an extension for this database already.
         """
         if self.bind_key in _processes_of(app):
             which = "" if self.bind_key is None else f" with bind_key={self.bind_key!r}"
@@ -163,9 +163,9 @@ class PgSignals:
 
     @property
     def hub(self) -> Hub:
-        """The Hub: the current application's, where each has its own.
+        """The Hub; if each application has its own, that of the current one.
 
-        Raises StateError when that needs an application context and there is none.
+        Raises StateError if that needs an application context and there is none.
         """
         if self._single is not None:
             return self._single
@@ -175,19 +175,19 @@ class PgSignals:
         """Start the Hub of ``app``, or of the current application, before the first request.
 
         For a hook that runs in each process that serves, such as gunicorn's ``post_worker_init``.
-        In the main thread it also has the streams of :func:`sse` end at SIGTERM, for which a
-        server would wait otherwise. Raises what :meth:`pgsignals.Hub.start` raises.
+        In the main thread, it also makes the streams of :func:`sse` end at SIGTERM; otherwise a
+        server would wait for them. Raises what :meth:`pgsignals.Hub.start` raises.
         """
         return self._process(app).start()
 
     def stop(self, app: Flask | None = None, timeout: float = 10.0) -> bool:
-        """Stop it; requests do not start it again. See :meth:`pgsignals.Hub.stop`."""
+        """Stop the Hub; requests do not start it again. See :meth:`pgsignals.Hub.stop`."""
         return self._process(app).stop(timeout)
 
     def health(self, app: Flask | None = None) -> Health:
-        """The Hub's health, as :meth:`pgsignals.Hub.health` tells.
+        """Return the Hub's health, as :meth:`pgsignals.Hub.health` does.
 
-        One that is yet to start, or could not and tries again, is alive and not ready.
+        A Hub that is yet to start, or that could not and is tried again, is alive and not ready.
         """
         return self._process(app).health()
 
@@ -217,7 +217,7 @@ class PgSignals:
         return self.hub.subscribe(fn, target, *ops, **filters)
 
     def _declaring(self, declare: Callable[[Hub, Any], object]) -> Callable[[F], F]:
-        """A decorator that declares a receiver so."""
+        """Return a decorator that declares a receiver by ``declare``."""
 
         def register(fn: F) -> F:
             self._declare(lambda hub: declare(hub, fn))
@@ -233,7 +233,7 @@ class PgSignals:
 
 
 class Process:
-    """An application's Hub in this process: when it starts, and what streams it feeds."""
+    """An application's Hub in this process: its start, and the feeds of its streams."""
 
     def __init__(self, app: Flask, hub: Hub, watchers: Watchers, bind_key: str | None) -> None:
         self._app = weakref.ref(app)
@@ -256,7 +256,7 @@ class Process:
         return app
 
     def serve(self) -> None:
-        """Called before each request: start with the first."""
+        """Start the Hub with the first request; called before each."""
         notice_fork()
         if self._tried:
             if self._error is not None and self.app.debug:
@@ -276,13 +276,13 @@ class Process:
 
     def _start_or_retry(self) -> None:
         if self.hub.running and _owner(self.hub) in (None, self):
-            self._tried = True  # The program has started it by itself.
+            self._tried = True  # The program has started the Hub by itself.
             return
         try:
             self._begin()
         except PgSignalsError as error:
             if isinstance(error, StateError) and self.hub.running and _owner(self.hub) is self:
-                return  # It has restarted by itself after a fork.
+                return  # The Hub has restarted by itself after a fork.
             self._error = error
             log.error("the Hub of %r could not start: %s", self.app.name, error)
             if not isinstance(error, StateError):
@@ -296,13 +296,13 @@ class Process:
         backoff = Backoff()
         while self._error is not None:
             time.sleep(backoff.next())
-            # Whoever stops or starts it in the meantime has the last word.
+            # A call of start or stop in the meantime has the last word.
             with self._lock:
                 if self._error is None:
                     return
                 try:
                     self._begin()
-                # A plugin's error, too, is no reason to stay without.
+                # A plugin's error, too, is no reason to stay without a Hub.
                 except Exception as error:
                     log.error("the Hub could not start, trying again: %s", error_text(error))
                     self._error = error
@@ -310,7 +310,7 @@ class Process:
                     log.warning("the Hub has started after all")
 
     def start(self) -> Hub:
-        """Start now. Raises what ``Hub.start`` raises."""
+        """Start the Hub now. Raises what ``Hub.start`` raises."""
         notice_fork()
         with self._lock:
             self._begin()
@@ -326,18 +326,18 @@ class Process:
             )
         app, options = self.app, self.settings()
         self.hub._around = app.app_context
-        # In it, models tell of which bind they are.
+        # In the application's context, models tell of which bind they are.
         with app.app_context():
             self.hub.start(**options.given)
         _owners[self.hub] = self
         self._error = None
 
     def settings(self) -> Options:
-        """The options that ``app.config`` has now. Raises ConfigurationError for what cannot be."""
+        """Return the options of ``app.config``. Raises ConfigurationError for what cannot be."""
         return read_settings(self.app, self._watchers, self._bind_key)
 
     def stop(self, timeout: float) -> bool:
-        """Stop, and stay stopped."""
+        """Stop the Hub, and keep requests from starting it again."""
         notice_fork()
         with self._lock:
             self._tried = True
@@ -345,11 +345,11 @@ class Process:
         return self.hub.stop(timeout)
 
     def health(self) -> Health:
-        """The Hub's health, or why it has not started."""
+        """Return the Hub's health, or the reason why it has not started."""
         notice_fork()
         error = self._error
         if error is not None:
-            # The message names host and user, which is nothing for whoever may ask.
+            # Without the message, whose host and user are not for everybody who may ask.
             reason = f"it could not start, and tries again: {type(error).__name__}"
         elif not self._tried and not self.hub.running:
             reason = "it starts with the first request"
@@ -358,13 +358,13 @@ class Process:
         return Health(alive=True, ready=False, connected=False, reason=reason)
 
     def feed(self, targets: Sequence[Any]) -> RingFeed[Any]:
-        """The feed of these targets, which all their streams share.
+        """Return the feed of these targets, which all their streams share.
 
-        Raises StateError when the Hub is not running, or the outbox cannot be read now.
+        Raises StateError if the Hub is not running, or the outbox cannot be read now.
         """
         notice_fork()
-        # Another request, which came first, may be starting it at this moment. A start that failed
-        # is tried again for as long as it takes.
+        # An earlier request may be starting the Hub at this moment: that is waited for. A start
+        # that failed is not waited for: it is tried again for as long as it takes.
         starting = not self.hub.running and self._error is None
         if starting and self._lock.acquire(timeout=_START_SECONDS):
             self._lock.release()
@@ -389,7 +389,7 @@ class Process:
             feed.close()
 
     def forked(self) -> None:
-        """In the child of a fork: its first request starts the Hub anew."""
+        """Begin anew in the child of a fork, whose first request starts the Hub."""
         self._lock = threading.Lock()
         self._tried = False
         self._error = None
@@ -398,7 +398,7 @@ class Process:
 
 
 def read_settings(app: Flask, watchers: Watchers, bind_key: str | None) -> Options:
-    """Read ``app.config``.
+    """Return the options in ``app.config``.
 
     Raises ConfigurationError for a setting that does not exist, and for watchers that are none.
     """
@@ -439,7 +439,7 @@ def _given_watchers(given: Watchers) -> tuple[Watcher, ...]:
 
 
 def _dsn(app: Flask, bind_key: str | None) -> str:
-    """The engine of Flask-SQLAlchemy, or else libpq's variables."""
+    """Return the URL of Flask-SQLAlchemy's engine, or the empty DSN, for libpq's variables."""
     sqlalchemy: Any = app.extensions.get("sqlalchemy")
     if sqlalchemy is None and bind_key is None:
         return ""
@@ -468,9 +468,9 @@ def _processes_of(app: Flask) -> dict[str | None, Process]:
 
 
 def processes_of(app: Flask | None) -> dict[str | None, Process]:
-    """Those of ``app`` or of the current application, by bind key.
+    """Return the processes of ``app``, or of the current application, by bind key.
 
-    Raises StateError when there is none.
+    Raises StateError if there are none.
     """
     if app is None:
         if not has_app_context():
@@ -486,10 +486,10 @@ def processes_of(app: Flask | None) -> dict[str | None, Process]:
 
 
 def process_of(app: Flask | None, bind_key: str | None = None) -> Process:
-    """The state of ``app`` or of the current application, for the database of a bind key.
+    """Return the process of ``app``, or of the current application, for a bind key's database.
 
-    Without a key, that of the only PgSignals, whichever it is of.
-    Raises StateError when there is none, or it has no such PgSignals.
+    Without a key, it is that of the only PgSignals, whatever its key.
+    Raises StateError without an application, and for one that has no such PgSignals.
     """
     found = processes_of(app)
     if bind_key is None and len(found) == 1:
@@ -508,7 +508,7 @@ def _listed(keys: Iterable[str | None]) -> str:
 
 
 def _in_context(hub: Hub, fn: Callable[[Gap], object]) -> Callable[[Gap], object]:
-    """``fn`` in a context of the application that the Hub runs for; the tracer sees no gaps."""
+    """Return ``fn``, to call in a context of the Hub's application; the tracer sees no gaps."""
 
     @functools.wraps(fn)
     def call(gap: Gap) -> object:
@@ -520,7 +520,7 @@ def _in_context(hub: Hub, fn: Callable[[Gap], object]) -> Callable[[Gap], object
 
 
 def _owner(hub: Hub) -> Process | None:
-    """For whom a Hub runs, if it does for an application."""
+    """Return the process that a Hub runs for, if it runs for an application."""
     return _owners.get(hub) if hub.running else None
 
 

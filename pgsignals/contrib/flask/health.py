@@ -14,7 +14,7 @@ health = Blueprint("pgsignals_health", __name__, url_prefix="/health")
 
 
 def _answer(well: str, *more: str) -> tuple[dict[str, Any], int]:
-    """What the first of the application's databases says that is not ``well``, or the first."""
+    """Answer for the first of the application's databases that is not ``well``, or the first."""
     found = [process.health() for process in processes_of(None).values()]
     now = min(found, key=attrgetter(well))
     answer = {name: getattr(now, name) for name in (well, *more)}
@@ -29,5 +29,5 @@ def live() -> tuple[dict[str, Any], int]:
 
 @health.get("/ready")
 def ready() -> tuple[dict[str, Any], int]:
-    """Whether it hears of changes, and receivers keep up."""
+    """Whether the process hears of changes, and its receivers keep up."""
     return _answer("ready", "connected", "reason", "depth", "oldest", "lag")

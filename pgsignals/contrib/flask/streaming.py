@@ -31,29 +31,29 @@ def sse(
     send_timeout: float = 60.0,
     bind_key: str | None = None,
 ) -> Response:
-    """A response that tells the browser of changes, for ``new EventSource(url)``.
+    """Return a response that tells the browser of changes, for ``new EventSource(url)``.
 
     Each of ``targets`` is a model, a table's name, a label or a watcher, or a tuple of one and
     operations. Every event is a message with JSON that names the record; every possible loss is one
-    of the type ``gap``. The browser goes on where it was when it connects again, by Last-Event-ID
-    or by the parameter ``last-event-id``; where that is not known here, it gets a ``gap``.
+    of the type ``gap``. A browser that connects again goes on where it was, by Last-Event-ID or by
+    the parameter ``last-event-id``; if that position is not known here, it gets a ``gap``.
 
-    ``visible`` says whether this browser may know of an event. ``data`` makes what it is told, a
-    text or what becomes JSON, and ``name`` the type of the message. They are called in an
+    ``visible`` says whether this browser may know of an event. ``data`` makes the message's data, a
+    text or a value that becomes JSON, and ``name`` the message's type. They are called in an
     application context, after the request: what they need of the user has to be taken before.
-    When one of them raises, the browser gets a ``gap`` in place of the event.
+    If one of them raises, the browser gets a ``gap`` in place of the event.
 
-    ``retry`` is after how many milliseconds the browser connects again. After ``keepalive`` seconds
-    without an event something is sent all the same, after ``lifetime`` seconds the stream ends, so
-    that the browser connects again and is authorised again. A browser that takes nothing for
-    ``send_timeout`` seconds is dropped, where the server and the system allow that.
+    The browser connects again after ``retry`` milliseconds. After ``keepalive``
+    seconds without an event something is sent all the same. After ``lifetime`` seconds the stream
+    ends, so that the browser connects again and is authorised again. A browser that takes nothing
+    for ``send_timeout`` seconds is dropped, if the server and the system allow that.
 
-    A stream takes a thread of the server. A server without threads ends it after what is there, so
-    that browsers poll.
+    A stream takes a thread of the server. A server without threads ends the stream after the events
+    that are there, so that browsers poll.
 
     ``bind_key`` is that of the PgSignals whose watchers deliver the targets.
 
-    Raises ReceiverError when no watcher delivers a target.
+    Raises ReceiverError if no watcher delivers a target.
     """
     options = StreamOptions(View(visible, data, name), retry, keepalive, lifetime, send_timeout)
     process = process_of(None, bind_key)
@@ -67,7 +67,7 @@ def sse(
     _limit_sending(send_timeout)
     woken = threading.Event()
     client = options.connect(feed, woken.set, request.headers, request.args)
-    # A server without threads would serve nobody else meanwhile.
+    # A server without threads could serve nobody else meanwhile.
     polled = not request.environ.get("wsgi.multithread", True)
     app = current_app._get_current_object()  # type: ignore[attr-defined]
     return _response(_Stream(app, client, woken, options, polled))
@@ -78,10 +78,10 @@ def _response(content: bytes | Iterator[bytes]) -> Response:
 
 
 def position(*targets: Any, bind_key: str | None = None) -> str:
-    """The position of the stream of these targets now, to render into a page.
+    """Return the position of the stream of these targets now, to render into a page.
 
     With ``new EventSource("/events?last-event-id={{ position }}")`` the browser hears of all that
-    happened since. Raises StateError when the Hub is not running.
+    happened since. Raises StateError if the Hub is not running.
     """
     return process_of(None, bind_key).feed(targets).position
 
@@ -90,7 +90,8 @@ def position(*targets: Any, bind_key: str | None = None) -> str:
 class _Stream:
     """One browser's messages, as they come, for the server to iterate over.
 
-    Not a generator, since a server may close a response that it has not begun to send.
+    Not a generator, since a server may close a response that it has not begun to send: a generator
+    that has not begun would not close its client.
     """
 
     app: Flask
@@ -112,7 +113,7 @@ class _Stream:
             return opening
         while True:
             self.woken.clear()
-            # A context for each time: one that lasts would hold a connection to the database.
+            # A context for each read: one that lasts would hold a connection to the database.
             with self.app.app_context():
                 chunk = self.client.read()
             if chunk:
@@ -124,17 +125,17 @@ class _Stream:
                 return self.client.keepalive()
 
     def close(self) -> None:
-        """Called by the server, whatever the reason."""
+        """Close the client; the server calls this, whatever has ended the response."""
         self.client.close()
 
 
 def _limit_sending(seconds: float) -> None:
-    """Limit for how long the system keeps the connection of a browser that takes nothing.
+    """Limit the time that the system keeps the connection of a browser that takes nothing.
 
     Otherwise a browser that is gone without a word, or does not read, would keep its thread.
     """
     line = request.environ.get("gunicorn.socket") or request.environ.get("werkzeug.socket")
     if isinstance(line, socket.socket) and hasattr(socket, "TCP_USER_TIMEOUT"):
-        # A socket of the file system has no such option.
+        # A socket of the file system does not have this option.
         with suppress(OSError):
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))

@@ -37,7 +37,7 @@ class Command(BaseCommand):
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """The command, and what goes on to it."""
+        """Add the subcommand, and the arguments that are passed on to it."""
         parser.add_argument(
             "--database",
             metavar="ALIAS",
@@ -54,7 +54,7 @@ class Command(BaseCommand):
     def handle(
         self, *, subcommand: str, arguments: list[str], database: str | None = None, **_: Any
     ) -> None:
-        """Run it."""
+        """Run the subcommand."""
         try:
             if subcommand != "listen":
                 self._run(subcommand, arguments, database)
