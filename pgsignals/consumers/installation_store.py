@@ -48,11 +48,11 @@ class InstallationStore:
         )
 
     def doubt(self, since: datetime | None) -> datetime | None:
-        """Have a Gap announced from the time on when the triggers were known to be right.
+        """Mark a loss, to be announced as a Gap, since the triggers were last known to be right.
 
-        That is ``since`` at the latest. Until a fingerprint is kept again, each process that starts
-        announces one, too. Return where the Gap begins, unless unacknowledged events go back
-        further.
+        The Gap begins at ``since`` at the latest. Until a fingerprint is kept again, each process
+        that starts announces one, too. Return where the Gap begins, unless unacknowledged events go
+        back further.
         """
         found = self._execute(
             "UPDATE pgsignals.consumers SET installation = '', acknowledged_at ="

@@ -141,7 +141,7 @@ class Log(Protocol):
         """Take note that there is something, or may be."""
 
     def stir(self) -> None:
-        """Have the next ``pause`` tell consumers of other processes that there may be something."""
+        """Note that there may be something for other processes, which the next ``pause`` wakes."""
 
     def writers(self) -> Writers:
         """Return the transactions that may be writing by now."""

@@ -68,7 +68,7 @@ class DelayQueue(Generic[T]):
         self._thread = None
 
     def schedule(self, item: T, delay: float) -> None:
-        """Have ``item`` worked on in ``delay`` seconds."""
+        """Add ``item``, which is worked on in ``delay`` seconds."""
         with self._condition:
             if not self._closed:
                 heapq.heappush(self._due, (time.monotonic() + delay, next(self._order), item))

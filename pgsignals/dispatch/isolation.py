@@ -62,7 +62,7 @@ class Isolation:
             self._monitor.join()
 
     def wake(self) -> None:
-        """Have the monitor watch, since there are calls to come; with the lock held."""
+        """Wake the monitor, since there are calls to come; with the lock held."""
         if not self._busy.is_set():
             self._busy.set()
 

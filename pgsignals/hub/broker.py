@@ -222,7 +222,7 @@ class BrokerDelivery(Delivery):
 
 
 def _share_snapshots(tables: Sequence[_BrokerWatcher]) -> None:
-    """Have the first watcher of each model or label get snapshots, with all columns asked for.
+    """Add snapshots to the first watcher of each model or label, with all columns asked for.
 
     A row of a backfill comes once, however many watchers a model has.
     """

@@ -143,7 +143,7 @@ class Delivery(Lifecycle):
 
     @abstractmethod
     def _stop_reading(self, timeout: float) -> None:
-        """Have the sources read no further; events in flight can still be acknowledged."""
+        """Stop the sources from reading on; events in flight can still be acknowledged."""
 
     @abstractmethod
     def _close(self, timeout: float) -> None:

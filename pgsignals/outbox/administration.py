@@ -52,7 +52,7 @@ SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.clock_timestamp(),
 
 
 def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetime | None:
-    """Have a consumer go on from ``"now"``, from the ``"earliest"`` event kept, or from a time.
+    """Move a consumer's cursor to ``"now"``, to the ``"earliest"`` event kept, or to a time.
 
     Given a time, every event whose ``at`` is that or later is delivered, and perhaps a few earlier
     ones. When the outbox does not go back that far, the consumer gets a Gap, and this returns until

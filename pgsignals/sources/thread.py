@@ -158,7 +158,7 @@ class SessionThread(ABC):
         self._thread.start()
 
     def wake(self) -> None:
-        """Have the thread begin its next turn at once."""
+        """Wake the thread, which begins its next turn at once."""
         self._waiter.wake()
 
     def stop(self, timeout: float) -> None:
@@ -180,7 +180,7 @@ class SessionThread(ABC):
 
     @abstractmethod
     def _listen(self, session: Session, cursor: Cursor, definitions: Sequence[Definition]) -> None:
-        """Have the new session listen, before anything is installed."""
+        """Begin to listen in the new session, before anything is installed."""
 
     @abstractmethod
     def _begin(

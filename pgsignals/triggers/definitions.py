@@ -163,7 +163,7 @@ class RecordLoader:
 
 
 def _check_condition(cursor: Cursor, watcher: Watcher, spec: Specification) -> None:
-    """Have PostgreSQL plan the condition as the trigger will.
+    """Check the condition: PostgreSQL plans it as the trigger will.
 
     Raises WatcherError with PostgreSQL's message and the position in the user's text.
     """

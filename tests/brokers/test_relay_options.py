@@ -57,7 +57,7 @@ def test_a_wrong_file(
 
 
 def test_without_a_parser_of_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing is named, with the extra to install."""
+    """An error names the package that is missing, and the extra to install."""
     monkeypatch.setitem(sys.modules, "tomllib", None)
     monkeypatch.setitem(sys.modules, "tomli", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'pgsignals\[cli\]'"):

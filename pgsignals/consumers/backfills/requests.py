@@ -145,7 +145,7 @@ def request(
     condition: str | None = None,
     chunk: int = 1000,
 ) -> int:
-    """Have the consumer deliver the rows of a table; return the backfill's id.
+    """Ask the consumer to deliver the rows of a table; return the backfill's id.
 
     ``model`` is a model's name, where watchers without a label have several for the table.
     Raises ConfigurationError for a condition that PostgreSQL rejects, TableError without a primary
