@@ -319,7 +319,8 @@ SELECT pg_catalog.concat_ws(', ',
   (SELECT pg_catalog.string_agg('the value of ' || c.relname, ', ' ORDER BY c.relname)
    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
    WHERE n.nspname = 'pgsignals' AND c.relname = ANY (%s)
-     AND pg_catalog.pg_sequence_last_value(c.oid) IS NULL))
+     -- PostgreSQL may ask this first, and it is an error for a table.
+     AND CASE c.relkind WHEN 'S' THEN pg_catalog.pg_sequence_last_value(c.oid) IS NULL END))
 """
 
 # The sequence goes on above all ids in use: from 1 it would give out those of restored rows again.
