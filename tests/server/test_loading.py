@@ -64,11 +64,12 @@ def queries(engine: sa.Engine) -> list[str]:
 def test_ten_thousand_updates_of_a_hundred_records(
     hub: Hub, dsn: str, db: Database, engine: sa.Engine, queries: list[str]
 ) -> None:
-    """10,000 updates of 100 records, with what belongs to them, are loaded by a few queries."""
+    """10,000 updates of 100 records, with what belongs to them, are loaded by two queries."""
     state: dict[int, tuple[str, int]] = {}
     single, loaded = Recorder(), Recorder()
 
-    @hub.on_batch(Order, "updated", every=1)
+    # One period, which stop() ends: how many seconds 100 statements take is the machine's affair.
+    @hub.on_batch(Order, "updated", every=3600)
     def refresh(batch: Batch) -> None:
         with orm.Session(engine) as session:
             for order in batch.load(session, options=[orm.selectinload(Order.lines)]):
@@ -82,9 +83,9 @@ def test_ten_thousand_updates_of_a_hundred_records(
     single.wait(10_000)
     hub.stop()
     assert state == dict.fromkeys(range(1, 101), ("customer 99", 2))
-    assert all(count == 100 for count in loaded.items)
-    # Two for each period: the orders and their lines.
-    assert len(queries) == 2 * len(loaded.items) <= 20
+    assert loaded.items == [100]
+    # The orders and their lines.
+    assert len(queries) == 2
 
 
 def events_of(hub: Hub, start: Callable[[], Hub], db: Database) -> Batch:
