@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from tests.commands import Program, Result
 from tests.conftest import Database
 from tests.paths import ROOT
 from tests.served import Served
+from tests.waiting import eventually
 
 RUN = "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])"
 
@@ -46,10 +49,22 @@ def start(dsn: str, db: Database) -> Iterator[Start]:
 
 def end(served: Served) -> Result:
     """End it at SIGTERM; no process waits for what is not there."""
+    # uWSGI's master ignores SIGTERM until it has forked all workers, and a worker loses what the
+    # master has sent it before it serves: the master would wait for it for a minute.
+    eventually(lambda: catches(served.program.process.pid, signal.SIGTERM), bool)
+    serving: set[str] = set()
+    while len(serving) < 2:
+        serving.add(served.request())
     served.program.process.send_signal(signal.SIGTERM)
     found = served.program.end()
     assert not [line for line in found.err if "Traceback" in line or "still at work" in line]
     return found
+
+
+def catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    [mask] = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.M)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def workers(served: Served, count: int) -> set[int]:
