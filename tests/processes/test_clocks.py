@@ -22,14 +22,19 @@ HOLDERS = "SELECT count(DISTINCT holder) FROM pgsignals.consumers WHERE holder <
 
 def set_clock(db: Database, step: str) -> None:
     """Have the database's clock go wrong by that much from now on."""
+    statements = [
+        f"CREATE OR REPLACE FUNCTION pg_catalog.{name}() RETURNS timestamptz LANGUAGE sql"
+        f" AS $$ SELECT pg_catalog.right_{name}() + '{step}'::interval $$"
+        for name in ("now", "clock_timestamp")
+    ]
     if db("SELECT to_regproc('pg_catalog.right_now')") == [(None,)]:
-        db("ALTER FUNCTION pg_catalog.now() RENAME TO right_now")
-        db("ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO right_clock_timestamp")
-    for name in ("now", "clock_timestamp"):
-        db(
-            f"CREATE OR REPLACE FUNCTION pg_catalog.{name}() RETURNS timestamptz LANGUAGE sql"
-            f" AS $$ SELECT pg_catalog.right_{name}() + '{step}'::interval $$"
-        )
+        statements = [
+            "ALTER FUNCTION pg_catalog.now() RENAME TO right_now",
+            "ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO right_clock_timestamp",
+            *statements,
+        ]
+    # In one transaction: a database without a clock would end the sessions of consumers.
+    db(";".join(statements))
 
 
 @pytest.fixture
