@@ -19,6 +19,7 @@ from tests.scene import Scene
 from tests.scene import items as items
 from tests.scene import orders as orders
 from tests.scene import scene as scene
+from tests.waiting import eventually
 
 # --- kinds of tables ------------------------------------------------------------------------------
 
@@ -190,9 +191,15 @@ def test_watched_column_goes_away(items: Scene, change: str) -> None:
     items.db("UPDATE items SET id = 2")
     items.db("DELETE FROM items")
     assert items.brief() == []
-    gaps: list[Gap] = items.gaps.wait(3)
-    assert {gap.reason for gap in gaps} == {"watcher_broken"}
-    assert all("name" in gap.detail for gap in gaps)
+
+    def broken() -> list[Gap]:
+        return [gap for gap in list(items.gaps.items) if gap.reason == "watcher_broken"]
+
+    eventually(broken, lambda found: len(found) >= 3)
+    assert all("name" in gap.detail for gap in broken())
+    # A look at the triggers may come in between, and marks a loss for a consumer of the outbox.
+    others = {gap.reason for gap in items.gaps.items} - {"watcher_broken"}
+    assert others <= ({"retention"} if items.delivery == "outbox" else set())
     assert items.db("SELECT count(*) FROM items") == [(0,)]
     states = [s for s in items.hub.status().watchers if s.table == "items"]
     assert {(s.op, s.status) for s in states} == {
