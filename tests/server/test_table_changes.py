@@ -304,8 +304,9 @@ def test_a_commit_after_the_gap(
     each_db(f"REVOKE ALL ON {right} FROM {role}")
     with closing(psycopg2.connect(as_role)) as late, late.cursor() as cursor:
         cursor.execute("INSERT INTO orders (id) VALUES (1)")
-        each_db(f"GRANT ALL ON {right} TO {role}")
+        # Before the look that notices it, whose Gap is the last one until the commit.
         granted_at = now(each_db)
+        each_db(f"GRANT ALL ON {right} TO {role}")
         eventually(lambda: list(gaps.items), lambda found: covering(found, granted_at))
         with timed(each_db) as lost:
             late.commit()
