@@ -180,16 +180,20 @@ def test_a_poison_receiver(hub: pgsignals.Hub, db: Database, recorder: Recorder)
     The one is a dead letter after its tries, and `retry` delivers it once the receiver can take it.
     """
     db("CREATE TABLE items (id bigint PRIMARY KEY, name text, n int NOT NULL DEFAULT 0)")
-    poison = threading.Event()
+    poison, passed = threading.Event(), threading.Event()
     poison.set()
 
-    @hub.on("items", "inserted", retries=1, backoff=5.0)
+    @hub.on("items", "inserted", retries=1, backoff=0.01)
     def receive(event: pgsignals.Event) -> None:
         if event.id == 500 and poison.is_set():
             recorder("a try")
+            if "a try" in recorder.items:
+                assert passed.wait(DEADLINE)
             raise ValueError("poison")
         recorder(event.id)
 
+        if event.id == 1000:
+            passed.set()
     start(hub, db)
     db("INSERT INTO items SELECT generate_series(1, 1000)")
     assert recorder.wait(1001) == [
