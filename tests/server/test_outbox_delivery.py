@@ -237,14 +237,18 @@ def test_later_events_of_the_record(
     hub: pgsignals.Hub, shop: Database, recorder: Recorder, later: Any
 ) -> None:
     """Behind an event that fails, others of its record wait, or follow, as its receiver says."""
-    fails = 2
+    fails, written = 2, threading.Event()
 
-    @hub.on("items", retries=3, backoff=0.05, later=later)
+    @hub.on("items", retries=3, backoff=0.01, later=later)
     def receive(event: pgsignals.Event) -> None:
         nonlocal fails
-        if event.op == "inserted" and fails:
-            fails -= 1
-            raise ValueError
+        if event.op == "inserted":
+            if not fails:
+                # Taken once all that may follow has come.
+                assert written.wait(DEADLINE)
+            else:
+                fails -= 1
+                raise ValueError
         recorder(event)
 
     start(hub, shop)
@@ -252,6 +256,12 @@ def test_later_events_of_the_record(
     shop("UPDATE items SET n = 1")
     shop("UPDATE items SET n = 2")
     expected = [0, 1, 2] if later == "wait" else [1, 2, 0]
+    if later == "follow":
+        recorder.wait(2)
+    else:
+        # The event that fails, and those that wait behind it.
+        eventually(hub.status, lambda status: status.retrying == 3)
+    written.set()
     assert [event.values["n"] for event in recorder.wait(3)] == expected
 
 
