@@ -132,7 +132,7 @@ def test_a_row_that_left_is_not_loaded(
     each_db("INSERT INTO people VALUES (1, 'manager', 'ann'), (2, 'manager', 'bob')")
     batches = Recorder()
     hub.on(Manager)(recorder)
-    hub.on_batch(Manager, every=0.01, max_size=2)(batches)
+    hub.on_batch(Manager, every=3600, max_size=2)(batches)
     hub.start(each_dsn, [Manager])
     engine = sa.create_engine(each_dsn.replace("postgresql:", "postgresql+psycopg2:"))
     with orm.Session(engine) as session:
