@@ -10,9 +10,10 @@ import psycopg2
 import pytest
 
 import pgsignals
-from pgsignals.outbox import housekeeping
+from pgsignals.outbox import awake_lock, housekeeping
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.outbox.inspection import read_outbox
+from pgsignals.sources import durable
 from pgsignals.triggers import names
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import prune
@@ -186,14 +187,14 @@ def test_a_poison_receiver(hub: pgsignals.Hub, db: Database, recorder: Recorder)
     @hub.on("items", "inserted", retries=1, backoff=0.01)
     def receive(event: pgsignals.Event) -> None:
         if event.id == 500 and poison.is_set():
-            recorder("a try")
             if "a try" in recorder.items:
                 assert passed.wait(DEADLINE)
+            recorder("a try")
             raise ValueError("poison")
         recorder(event.id)
-
         if event.id == 1000:
             passed.set()
+
     start(hub, db)
     db("INSERT INTO items SELECT generate_series(1, 1000)")
     assert recorder.wait(1001) == [
@@ -255,13 +256,13 @@ def test_later_events_of_the_record(
     shop("INSERT INTO items VALUES (1)")
     shop("UPDATE items SET n = 1")
     shop("UPDATE items SET n = 2")
-    expected = [0, 1, 2] if later == "wait" else [1, 2, 0]
     if later == "follow":
         recorder.wait(2)
     else:
         # The event that fails, and those that wait behind it.
         eventually(hub.status, lambda status: status.retrying == 3)
     written.set()
+    expected = [0, 1, 2] if later == "wait" else [1, 2, 0]
     assert [event.values["n"] for event in recorder.wait(3)] == expected
 
 
@@ -427,13 +428,22 @@ def test_partitions(shop: Database) -> None:
             each.stop()
 
 
-def test_it_sleeps_and_wakes(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
+def test_it_sleeps_and_wakes(
+    hub: pgsignals.Hub, shop: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without events the consumer sleeps, though transactions elsewhere last, and one wakes it."""
+    # Nothing but an event wakes it.
+    for each in (
+        (awake_lock, "SLEEP_SECONDS"),
+        (durable, "SHARE_SECONDS"),
+        (durable, "TURN_SECONDS"),
+    ):
+        monkeypatch.setattr(*each, 3600.0)
     elsewhere = psycopg2.connect(shop.dsn)
     hub.on("items")(recorder)
     try:
         elsewhere.cursor().execute("SELECT pg_current_xact_id()")
-        start(hub, shop)
+        start(hub, shop, lease=3600.0, heartbeat=3600.0)
         awake = (
             "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND classid = %s"
             " AND objid = %s AND database = (SELECT oid FROM pg_database"
@@ -443,7 +453,7 @@ def test_it_sleeps_and_wakes(hub: pgsignals.Hub, shop: Database, recorder: Recor
         for round_ in (1, 2):
             eventually(lambda: shop(awake, lock), lambda rows: not rows)
             shop("INSERT INTO items VALUES (%s)", (round_,))
-            recorder.wait(round_, timeout=2.0)
+            recorder.wait(round_)
     finally:
         elsewhere.close()
 
