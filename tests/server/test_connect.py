@@ -158,7 +158,7 @@ def test_a_silent_server(server: Server, dsn: str, items: None, listening: bool)
     with Proxy("127.0.0.1", server.port) as proxy:
         proxy.stall()
         silent = dsn.replace(str(server.port), str(proxy.port))
-        message = refused(dsn if listening else silent, listen_dsn=silent, heartbeat_timeout=0.3)
+        message = refused(dsn if listening else silent, listen_dsn=silent, heartbeat_timeout=1.0)
     assert f"port={proxy.port}" in message
     assert "the server does not answer" in message
 
@@ -597,7 +597,7 @@ def test_listening_through_a_pool_of_transactions(
         assert next_one(f"SHOW {setting}") == db(f"SHOW {setting}")
     assert "PgBouncer with pool_mode=transaction" in message
     assert "listen_dsn=" in message
-    assert "pool_mode=transaction" in refused(dsn, listen_dsn=pooled, heartbeat_timeout=0.5)
+    assert "pool_mode=transaction" in refused(dsn, listen_dsn=pooled, heartbeat_timeout=1.0)
 
 
 def test_a_direct_connection_beside_the_pool(
@@ -664,7 +664,7 @@ def test_a_pool_of_sessions(
 
 def test_two_dsns_that_lead_to_different_databases(server: Server, dsn: str, items: None) -> None:
     """Listening where nobody notifies is noticed, since no notification comes round."""
-    message = refused(dsn, listen_dsn=server.create_database(), heartbeat_timeout=0.3)
+    message = refused(dsn, listen_dsn=server.create_database(), heartbeat_timeout=1.0)
     assert "Both must lead to the same database of the same server" in message
 
 

@@ -36,6 +36,7 @@ from pgsignals.testing import Server
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.paths import ROOT
 from tests.proxy import Proxy
+from tests.waiting import eventually
 
 KILL = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -539,7 +540,7 @@ def test_health_of_a_thread_that_hangs(
     """A thread that listens and does not turn for heartbeat + timeout is not alive."""
     entered, gate = threading.Event(), threading.Event()
     hub.subscribe(recorder, "items")
-    hub.start(dsn, ["items"], heartbeat=0.05, heartbeat_timeout=0.1)
+    hub.start(dsn, ["items"], heartbeat=0.05, heartbeat_timeout=2.0)
     submit = NotifyDelivery.submit
 
     def hang(self: NotifyDelivery, message: Message) -> None:
@@ -551,8 +552,7 @@ def test_health_of_a_thread_that_hangs(
     db("INSERT INTO items DEFAULT VALUES")
     try:
         assert entered.wait(DEADLINE)
-        db("SELECT pg_sleep(0.2)")
-        health = hub.health()
+        health = eventually(hub.health, lambda found: not found.alive)
         assert (health.alive, health.ready) == (False, False)
         assert health.reason == "the thread that listens has ended or hangs"
     finally:
