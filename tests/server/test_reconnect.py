@@ -44,17 +44,17 @@ def test_a_terminated_session_is_replaced(hub: Hub, each_dsn: str, each_db: Data
     order.wait(1)
     for _ in range(3):
         order.items.clear()
-        db(KILL)
-        # The session may still be alive for a moment, and deliver this one before it ends.
+        # The session may still be alive for a moment, and deliver this one before it ends. Where
+        # the server takes its time, the next session delivers it.
         [(missed, missed_at)] = db(
-            "INSERT INTO items (name) VALUES ('missed') RETURNING id, clock_timestamp()"
+            f"{KILL}; INSERT INTO items (name) VALUES ('missed') RETURNING id, clock_timestamp()"
         )
         gap = order.wait_until(lambda item: isinstance(item, Gap))[-1]
         [(after,)] = db("INSERT INTO items (name) VALUES ('after') RETURNING id")
         items = order.wait_until(lambda item, after=after: getattr(item, "id", None) == after)
         seen = [getattr(item, "id", item) for item in items]
-        assert seen[-3:] == ["disconnected", gap, after]
-        assert seen[:-3] in ([], [missed])
+        assert [item for item in seen if item != missed] == ["disconnected", gap, after]
+        assert seen.count(missed) <= 1
         assert gap.reason == "reconnected"
         if missed not in seen:
             assert gap.since <= missed_at <= gap.until + timedelta(seconds=1)
