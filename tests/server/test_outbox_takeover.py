@@ -11,7 +11,7 @@ import psycopg2
 import pytest
 
 from pgsignals.testing import Server
-from tests.conftest import Database
+from tests.conftest import DEADLINE, Database
 from tests.consumers import LEASE, consumers, insert
 from tests.proxy import Proxy
 
@@ -23,15 +23,14 @@ def items(db: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "most"),
-    [(signal.SIGKILL, 3.0), (signal.SIGTERM, 3.0), (signal.SIGSTOP, LEASE + 3.0)],
+    ("number", "lease"),
+    [(signal.SIGKILL, 3600.0), (signal.SIGTERM, 3600.0), (signal.SIGSTOP, LEASE)],
 )
-def test_a_standby_takes_over(dsn: str, db: Database, number: signal.Signals, most: float) -> None:
-    """At once when the active process has gone, and after the lease when it hangs."""
-    with consumers(dsn, dsn) as (active, standby):
+def test_a_standby_takes_over(dsn: str, db: Database, number: signal.Signals, lease: float) -> None:
+    """When the active process has gone, however long its lease, and after that when it hangs."""
+    with consumers(dsn, dsn, lease=lease) as (active, standby):
         assert insert(db) == active.out()
         active.process.send_signal(number)
-        began = time.monotonic()
         fresh, former = insert(db), ["1"]
         # Told to end, it may take that one too, and then acknowledges it.
         if number == signal.SIGTERM and fresh in active.end().out:
@@ -40,8 +39,6 @@ def test_a_standby_takes_over(dsn: str, db: Database, number: signal.Signals, mo
         # What the former one may not have acknowledged comes again.
         while (line := standby.out()) != fresh:
             assert line in former
-        took = time.monotonic() - began
-        assert took < most
 
 
 def test_a_stopped_process_goes_on_as_a_standby(dsn: str, db: Database) -> None:
@@ -123,7 +120,7 @@ def renewed_after(db: Database) -> float:
 
 def insert_once_it_is_back(connect: Callable[[str], Database], dsn: str) -> str:
     """As soon as a server takes it, which may send away who comes before it knows of the crash."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + DEADLINE
     while True:
         try:
             return insert(connect(dsn))
@@ -139,7 +136,7 @@ def test_processes_share_the_records(dsn: str, db: Database, count: int) -> None
         shares = (
             "SELECT count(DISTINCT holder), count(*) FROM pgsignals.consumers WHERE holder <> ''"
         )
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + DEADLINE
         while db(shares) != [(count, 4)]:
             assert time.monotonic() < deadline, db("SELECT part, holder FROM pgsignals.consumers")
             found[0].process.poll()
