@@ -126,13 +126,15 @@ def relay(
 ) -> None:
     """Pass the events of tables on to brokers, from the outbox, until SIGTERM or Ctrl-C.
 
+    With delivery = "wal" in the file they come from PostgreSQL's write-ahead log.
+
     Each target has a cursor of its own, which moves when the broker has acknowledged. A broker that
     is away is tried again for as long as it takes, and holds up no other. A second relay of the
     same name stands by, and takes over when the first one ends, however it does.
 
     Options go before the file's keys; what they watch, and their targets, are added to its own.
 
-    Exit codes: 0 ended by a signal; what a broker had not acknowledged waits in the outbox. 1 an
+    Exit codes: 0 ended by a signal; what a broker had not acknowledged waits for the next one. 1 an
     error: the database cannot be used, or a check failed. 2 a wrong command line or file.
     """
     try:
@@ -193,7 +195,7 @@ def _configured(
         if names.count(each) > 1:
             raise ConfigurationError(
                 f"Two targets are called {each!r}: give one another name, with NAME=URL or name in "
-                "[[target]], and keep it, since its place in the outbox is kept by it."
+                "[[target]], and keep it, since its place in the log is kept by it."
             )
     return found
 
@@ -224,7 +226,7 @@ def _relay(
         finally:
             drained = hub.stop(timeout)
     if not drained:
-        notice("What was not acknowledged waits in the outbox for the next relay.")
+        notice("What was not acknowledged waits for the next relay.")
 
 
 def _serve_metrics(place: str) -> Metrics:

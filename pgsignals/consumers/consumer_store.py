@@ -354,6 +354,17 @@ class ConsumerStore:
             self.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key))
         return (found[0][1], found[0][0]) if found else None
 
+    def mark_lost(self) -> datetime:
+        """Note that events have been dropped before they were read; return until when."""
+        [(until,)] = self.execute(
+            "WITH now AS (SELECT pg_catalog.clock_timestamp() AS at)"
+            " UPDATE pgsignals.consumers SET lost_until = at FROM now WHERE name = %s"
+            " RETURNING lost_until",
+            (self.name,),
+        )[:1]
+        assert isinstance(until, datetime)
+        return until
+
     def forget(self) -> None:
         """Remove the consumer."""
         self.execute("DELETE FROM pgsignals.consumers WHERE name = %s", (self.name,))

@@ -31,10 +31,15 @@ Writers: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Poll:
-    """The log at one moment, and the count, read later, of what writers could not write to it."""
+    """The log at one moment, and the count, read later, of what writers could not write to it.
+
+    Whatever had been committed at ``as_of`` (``time.monotonic()``) lies before the watermark; None
+    while that is not known of any time.
+    """
 
     watermark: Watermark
     shed: int
+    as_of: float | None
 
 
 class Position(Protocol):
@@ -67,6 +72,10 @@ class Reader(Protocol):
     @property
     def ahead(self) -> bool:
         """Whether the log has yet to reach the position, since the log has gone back in time."""
+
+    @property
+    def lost(self) -> str:
+        """Why the log does not hold everything behind the position any more; empty if it does."""
 
     @property
     def replayed_after(self) -> int | None:
@@ -134,6 +143,12 @@ class Log(Protocol):
     def poll(self) -> Poll:
         """Return the log's present watermark and shed count."""
 
+    def latest(self) -> Watermark:
+        """Return a watermark behind everything that is committed by now."""
+
+    def acknowledged(self, position: Position) -> None:
+        """Take note that a position has been saved for the consumer."""
+
     def pause(self, worked: float) -> float:
         """Seconds until the next poll unless a notification comes; reading took ``worked``."""
 
@@ -157,6 +172,15 @@ class Log(Protocol):
 
     def reader(self, position: Position, clean: bool) -> Reader:
         """Return a reader from a position on; ``clean``: nobody has delivered what is behind it."""
+
+    def left(self) -> None:
+        """Take note that this process reads no partition any more."""
+
+    def close(self) -> None:
+        """End what the log has beside the session, which is ended by its owner."""
+
+    def abandon(self) -> None:
+        """In the child of a fork, give up the same, without touching the parent's."""
 
     def shed_detail(self, count: int) -> str:
         """Explain, for people, that ``count`` messages could not be written to the log, and why."""

@@ -15,15 +15,15 @@ from typing import Any
 
 import psycopg2
 
+from ..consumers.decoding import Row
 from ..core.errors import ConnectError, DatabaseError, StateError
 from ..core.events import Event, Gap, Topic, model_identity
 from ..core.logging import log
 from ..core.process import notice_fork
 from ..core.redaction import error_text
 from ..hub.hub import Hub
-from ..outbox.cursors import Snapshot
-from ..outbox.reader import Row
 from ..outbox.resume_tokens import ALL, ResumePoint, TokenCodec
+from ..postgres.snapshot import Snapshot
 from ..sources.tail import Tail
 from .ring import (
     GONE,

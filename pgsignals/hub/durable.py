@@ -1,4 +1,4 @@
-"""Durable delivery, at least once: reads the outbox for each consumer from its cursor on."""
+"""Durable delivery, at least once: reads a log for each consumer from its cursor on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..core.errors import ConfigurationError, ReceiverError, StateError, near
 from ..core.events import Event, Gap, Topic, model_name
 from ..core.metrics import Meter
 from ..core.redaction import described, trace_text
+from ..core.transport import Transport
 from ..dispatch.durable_in_process import DurableInProcess, Failed
 from ..dispatch.held_events import Held, Ledger
 from ..dispatch.in_flight import Page
@@ -29,16 +30,17 @@ from .callbacks import Callbacks
 from .delivery import DatabaseDelivery, Reading, Working
 from .durable_forwarder import DurableForwarder, backend_consumers
 from .options import Options
-from .setup import DurableSetup
+from .setup import OutboxSetup, WalSetup
+from .slot_gauges import SlotGauges
 
 
 class DurableDelivery(DatabaseDelivery):
-    """Delivers events from the outbox: has its sources, and is the sink of the receivers' source.
+    """Delivers events from a log: has its sources, and is the sink of the receivers' source.
 
     Without workers it has no consumer for receivers: events only go on to ``backends``.
     """
 
-    _hangs = "a thread that reads the outbox has ended or hangs"
+    _hangs = "a thread that reads events has ended or hangs"
 
     def __init__(
         self,
@@ -57,7 +59,8 @@ class DurableDelivery(DatabaseDelivery):
         consumers = backend_consumers(consumer, broadcasters, backend_names)
         reading = [consumer, *consumers] if options.workers else consumers
         names = [each.name for each in reading if each.name is not None]
-        self._setup = DurableSetup(options, registry, meter, names)
+        setup = WalSetup if options.transport is Transport.WAL else OutboxSetup
+        self._setup = setup(options, registry, meter, names)
         self._forwarders = [
             DurableForwarder(broadcaster, options, self._setup, own, meter)
             for broadcaster, own in zip(broadcasters, consumers, strict=True)
@@ -89,7 +92,9 @@ class DurableDelivery(DatabaseDelivery):
             Parking(self._ledger, self._feed, lambda: self.dispatcher.moving, self._tell_of_loss),
         )
         self._was_active = False
-        self._housekeeper = Housekeeper(options.dsn, options.timing.timeout, self._tidy_triggers)
+        logged = options.transport is Transport.WAL
+        self._slots = SlotGauges(meter, names) if logged and names else None
+        self._housekeeper = Housekeeper(options.dsn, options.timing.timeout, self._look_after)
         self._tail: Tail | None = None
         self._tail_lock = threading.Lock()
         self._stopping = False
@@ -224,11 +229,19 @@ class DurableDelivery(DatabaseDelivery):
             )
         return Backfill(self._options.dsn, number)
 
+    def _look_after(self, cursor: Cursor) -> None:
+        if self._slots is not None:
+            self._slots.look(cursor)
+        self._tidy_triggers(cursor)
+
     def _tidy_triggers(self, cursor: Cursor) -> None:
         was_active = self._was_active
         self._was_active = self._active
         if self._was_active and not was_active:
             self._setup.remove_former_triggers(cursor)
+        if self._setup.protect_writes(cursor):
+            for source in self._sources:
+                source.look_again()
 
     def submit_page(self, events: Sequence[Event], page: Page) -> None:
         """See DurableSink."""

@@ -6,20 +6,15 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
+from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from ..consumers.backfills.chunks import SnapshotTopic, snapshot_topics
-from ..core.errors import ConfigurationError, DriftError, TableError, near
-from ..core.events import Gap, model_identity, model_name
-from ..core.logging import log
-from ..core.metrics import Meter
-from ..core.payload import Cast, Decoder
-from ..core.watchers import Watcher
-from ..dispatch.registry import Registry
-from ..outbox import schema
-from ..outbox.channels import (
+from ..consumers.channels import (
+    Described,
     OrphanedDefinition,
     define_for,
     former_topic,
@@ -29,8 +24,17 @@ from ..outbox.channels import (
     understood,
     wanted,
 )
-from ..outbox.decoding import ChannelDecoder
-from ..outbox.log import Described
+from ..consumers.decoding import ChannelDecoder
+from ..core.errors import ConfigurationError, DatabaseError, DriftError, TableError, near
+from ..core.events import Gap, model_identity, model_name
+from ..core.logging import log
+from ..core.metrics import Meter
+from ..core.payload import Cast
+from ..core.rows import decoder_of
+from ..core.watchers import Watcher
+from ..dispatch.registry import Registry
+from ..outbox import schema
+from ..outbox.privileges import missing_grants as consumer_grants
 from ..outbox.provider import OutboxProvider
 from ..triggers import names
 from ..triggers.definitions import Compiled, Definition, define
@@ -38,11 +42,16 @@ from ..triggers.installer import (
     Drift,
     check,
     find_drift,
+    in_install_lock,
     install,
     install_what_can_be,
     prune,
 )
+from ..triggers.publications import breaking
 from ..triggers.sql import Trigger
+from ..wal.provider import WalProvider
+from ..wal.publication import check_publications, ensure_publications
+from ..wal.server import refuse_unfit
 from .options import Options
 
 NO_LONGER_FIT = "the watchers no longer fit the database"
@@ -103,6 +112,7 @@ class Setup:
             options.namespace,
             options.transport,
             self._compiled,
+            options.capture,
         )
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
@@ -165,7 +175,7 @@ class Setup:
         return self._define(cursor, self._options.watchers)
 
 
-class DurableSetup(Setup, OutboxProvider):
+class DurableSetup(Setup):
     """The setup of all consumers of a delivery, with the schema and their decoders.
 
     ``consumers`` are their names; a process without a name has none, since its consumers end with
@@ -187,7 +197,16 @@ class DurableSetup(Setup, OutboxProvider):
             return super()._resolve(cursor)
         resolvers, namespace = options.resolvers, options.namespace
         consumers, watchers = self._consumers, options.watchers
-        return define_for(cursor, consumers, watchers, resolvers, namespace, self._compiled)
+        return define_for(
+            cursor,
+            consumers,
+            watchers,
+            resolvers,
+            namespace,
+            options.transport,
+            self._compiled,
+            options.capture,
+        )
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
         # A process without a name gets no snapshots: its consumers end with it.
@@ -200,7 +219,7 @@ class DurableSetup(Setup, OutboxProvider):
         if self._options.install == "auto":
             schema.install_schema(cursor, self._options.limits)
         elif self._options.install == "check":
-            schema.check_schema(cursor)
+            schema.check_schema(cursor, self._options.delivery)
         super().install(cursor, definitions)
 
     def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
@@ -265,7 +284,7 @@ class DurableSetup(Setup, OutboxProvider):
                 else:
                     former = known[key].layout
                     topic = former_topic(definition.topic, former)
-                    decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
+                    decoder = decoder_of(topic, former, cast)
                 found[key] = ChannelDecoder(decoder, ids, relations[key])
         for each in self._snapshots:
             found[each.channel] = ChannelDecoder(each.decoder(cast))
@@ -300,6 +319,13 @@ class DurableSetup(Setup, OutboxProvider):
             f"{near(model_name(target), known)} Watched are {', '.join(known)}."
         )
 
+    def protect_writes(self, cursor: Cursor) -> bool:
+        """Undo what would break somebody's writes; return whether there was anything.
+
+        Triggers break none.
+        """
+        return False
+
     def remove_former_triggers(self, cursor: Cursor) -> None:
         """Remove triggers that only former definitions of our consumers needed.
 
@@ -309,6 +335,72 @@ class DurableSetup(Setup, OutboxProvider):
         options, triggers = self._options, _triggers(self.definitions)
         if options.install == "auto" and options.prune:
             prune(cursor, options.namespace, triggers, limits=options.limits)
+
+
+class OutboxSetup(DurableSetup, OutboxProvider):
+    """The setup of consumers of the outbox."""
+
+
+class WalSetup(DurableSetup, WalProvider):
+    """The setup of consumers of the write-ahead log, with its publications."""
+
+    @property
+    def session_dsn(self) -> str:
+        return self._options.session_dsn
+
+    @property
+    def ephemeral(self) -> bool:
+        return self._options.name is None
+
+    @property
+    def lease(self) -> float:
+        return float(self._options.lease)
+
+    def define(self, cursor: Cursor) -> list[Definition]:
+        if not self.definitions:
+            # A slot that is temporary goes with its session.
+            unbounded = self.ephemeral or self._options.allow_unbounded_wal
+            refuse_unfit(cursor, unbounded=unbounded)
+        return super().define(cursor)
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        if self._options.install == "auto":
+            ensure_publications(cursor)
+        elif self._options.install == "check" and not self._running:
+            check_publications(cursor)
+        super().install(cursor, definitions)
+
+    def protect_writes(self, cursor: Cursor) -> bool:
+        """Take tables without a replica identity out of our publication; return whether any was.
+
+        Their watchers are served by messages from then on.
+        """
+        options, taken = self._options, False
+        for schema_name, table in breaking(cursor):
+            name = sql.Identifier(schema_name, table)
+            statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE ONLY {}").format(
+                sql.Identifier(names.PUBLICATION), name
+            )
+            text = statement.as_string(cursor)
+            log.error(
+                "the table %s.%s has lost its replica identity, and PostgreSQL refuses its UPDATEs "
+                "and DELETEs while it is published: %s",
+                schema_name,
+                table,
+                "taking it out" if options.install == "auto" else f"run {text}",
+            )
+            if options.install == "auto":
+                try:
+                    in_install_lock(
+                        cursor, options.limits, schema_name, table, partial(cursor.execute, text)
+                    )
+                    taken = True
+                except DatabaseError as error:
+                    log.error("could not take it out; run %s: %s", text, error)
+        return taken
+
+    def missing_grants(self, cursor: Cursor) -> list[str]:
+        return [*consumer_grants(cursor), *super().missing_grants(cursor)]
 
 
 def _present(definitions: Sequence[Definition]) -> list[Definition]:

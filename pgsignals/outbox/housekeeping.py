@@ -25,8 +25,8 @@ from ..core.redaction import error_text
 from ..core.rng import chance
 from ..core.threads import Thread
 from ..postgres.connection import opened, transaction
+from ..postgres.snapshot import Snapshot
 from ..triggers import names
-from .cursors import Snapshot
 from .inspection import held_claims
 from .schema import SEGMENTS
 
@@ -283,7 +283,9 @@ def _segments(cursor: Cursor, current: int) -> list[_Segment]:
 
 
 def _readers(cursor: Cursor) -> list[_Reader]:
-    cursor.execute("SELECT name, part, snapshot, floor FROM pgsignals.consumers")
+    cursor.execute(
+        "SELECT name, part, snapshot, floor FROM pgsignals.consumers WHERE snapshot IS NOT NULL"
+    )
     return [
         _Reader(name, part, Snapshot.parse(text), floor)
         for name, part, text, floor in cursor.fetchall()

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from .cursors import Snapshot
+from ..postgres.snapshot import Snapshot
 
 # In place of an event's number: all events of the message are known.
 ALL = (1 << 31) - 1

@@ -74,7 +74,8 @@ class DurableSource(SessionThread):
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.name = consumer.name or f"process {self._holder}"
         self._paused = False
-        self._log: Log
+        # The log that the session reads, once it has begun to.
+        self._log: Log | None = None
         self._parking = parking
         if parking is not None:
             parking.ledger.wake = self._waiter.wake
@@ -128,7 +129,14 @@ class DurableSource(SessionThread):
 
     def abandon(self) -> None:
         self._claims.drop()
+        if self._log is not None:
+            self._log.abandon()
         super().abandon()
+
+    def look_again(self) -> None:
+        """Look at the triggers soon, since they have changed."""
+        self._verify_at = 0.0
+        self._waiter.wake()
 
     def settle(self, call: Callable[[], None]) -> None:
         """Call ``call`` once everything committed by now has been submitted."""
@@ -158,6 +166,15 @@ class DurableSource(SessionThread):
         keep_triggers(session, definitions, self._timing.timeout)
 
     def _begin(
+        self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
+    ) -> None:
+        try:
+            self._begin_reading(session, definitions, asked_at, cast)
+        except BaseException:
+            self._close_log()
+            raise
+
+    def _begin_reading(
         self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
     ) -> None:
         self._log = store = self._provider.log(
@@ -208,12 +225,18 @@ class DurableSource(SessionThread):
 
     def _close(self) -> None:
         self._claims.drop()
+        self._close_log()
         super()._close()
+
+    def _close_log(self) -> None:
+        former, self._log = self._log, None
+        if former is not None:
+            former.close()
 
     def _read_on(self, session: Session) -> None:
         """Read, acknowledge and keep the claims until paused and stopped."""
-        store = self._log
-        parts = self._claims.parts
+        store, parts = self._log, self._claims.parts
+        assert store is not None
         self._sink.connected()
         acknowledge_at = claim_at = renew_at = time.monotonic()
         while not self._stopping:
@@ -259,7 +282,9 @@ class DurableSource(SessionThread):
             pause = store.pause(time.monotonic() - now) if parts else CLAIM_SECONDS
             wake_at = min(claim_at, now + TURN_SECONDS)
             if parts:
-                wake_at = min(wake_at, renew_at, self._verify_at)
+                # A renewal is made with an acknowledgement: woken before that is due, the thread
+                # would spin until then.
+                wake_at = min(wake_at, max(renew_at, acknowledge_at), self._verify_at)
                 if self._installation.doubted or any(part.busy for part in parts.values()):
                     wake_at = min(wake_at, acknowledge_at)
             session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
@@ -340,6 +365,7 @@ class DurableSource(SessionThread):
     def _leave(self) -> None:
         """Acknowledge for the last time, and give up the claims, so that others read at once."""
         store = self._log
+        assert store is not None
         self.dead_letters.save()
         if self._parking is not None and self._claims.parts:
             self._parking.leave()

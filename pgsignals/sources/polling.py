@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -94,12 +93,12 @@ class Poller:
 
     def poll(self, source: Log) -> Poll:
         """Poll the log once."""
-        # Counted before the poll: a later ``settle`` may mean commits that this poll misses.
-        asked = self._asked.qsize()
-        now = time.monotonic()
+        # Counted before the look: a later ``settle`` may mean commits that it misses.
+        if asked := self._asked.qsize():
+            latest = source.latest()
+            self._awaited += [(latest, self._asked.get()) for _ in range(asked)]
         poll = source.poll()
-        self._awaited += [(poll.watermark, self._asked.get()) for _ in range(asked)]
-        self._claims.polled_at = now
+        self._claims.polled_as_of = poll.as_of
         return poll
 
     def read(self, source: Log, poll: Poll, held_up: Callable[[], bool]) -> tuple[bool, bool]:

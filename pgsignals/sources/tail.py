@@ -17,8 +17,10 @@ from psycopg2 import errors as pg
 from psycopg2.extensions import cursor as Cursor
 
 from ..consumers.acks import Partition
+from ..consumers.channels import Described
 from ..consumers.claims import Consumer
 from ..consumers.dead_letters import DeadLetter
+from ..consumers.decoding import ChannelDecoder, Row
 from ..core.errors import PayloadError, StateError
 from ..core.events import Event, Gap, Message, Topic, moment
 from ..core.logging import log
@@ -26,13 +28,11 @@ from ..core.metrics import Meter
 from ..core.payload import Broken, Cast
 from ..dispatch.in_flight import Lease, Page
 from ..outbox.archive import Archive, Found
-from ..outbox.cursors import Snapshot
-from ..outbox.decoding import ChannelDecoder
-from ..outbox.log import Described
 from ..outbox.provider import OutboxProvider
-from ..outbox.reader import Row, WindowReader
+from ..outbox.reader import WindowReader
 from ..outbox.resume_tokens import ResumePoint, TokenCodec
 from ..postgres.connection import connect
+from ..postgres.snapshot import Snapshot
 from ..triggers import names
 from ..triggers.definitions import Definition
 from ..triggers.installer import Drift

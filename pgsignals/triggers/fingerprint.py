@@ -187,6 +187,18 @@ SELECT (
     WHERE t.tgrelid = ANY (%(tables)s::oid[]) AND t.tgname = ANY (%(triggers)s::name[])
       AND t.tgparentid = 0
     GROUP BY 1
+    UNION ALL
+    -- Tables whose rows are read from the log: a publication serves them as a row trigger would.
+    SELECT asked.name, pg_catalog.string_agg(
+      pg_catalog.concat_ws(' ', r.prrelid, 1, r.oid, r.xmin, p.oid, p.xmin), ','
+      ORDER BY r.prrelid)
+    FROM (SELECT DISTINCT name FROM pg_catalog.unnest(%(triggers)s::text[]) AS each (name))
+      AS asked
+    JOIN pg_catalog.pg_publication p ON p.pubname = pg_catalog.split_part(asked.name, ' ', 2)
+    JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = ANY (
+      pg_catalog.string_to_array(pg_catalog.split_part(asked.name, ' ', 3), ',')::oid[])
+    WHERE asked.name LIKE 'rows %%'
+    GROUP BY 1
   ) AS entries
 ), ("""
     + TARGET
@@ -224,7 +236,7 @@ class Question:
             for definition in self.definitions
             for relation in definition.trigger.spec.relations
         }
-        own = [definition.trigger.name for definition in self.definitions]
+        own = [definition.trigger.witness for definition in self.definitions]
         return {
             "schemas": [schema for schema, _, _ in tables],
             "names": [name for _, name, _ in tables],

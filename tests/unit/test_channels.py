@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pgsignals.consumers.channels import Channel, wanted
 from pgsignals.core.payload import Layout
-from pgsignals.outbox.channels import Channel, wanted
 
 ROWS = range(1, 100)
 

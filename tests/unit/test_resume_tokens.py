@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.msgpack import encode
 
-from pgsignals.outbox.cursors import Snapshot
 from pgsignals.outbox.resume_tokens import (
     ALL,
     LONGEST,
@@ -18,6 +17,7 @@ from pgsignals.outbox.resume_tokens import (
     ResumePoint,
     TokenCodec,
 )
+from pgsignals.postgres.snapshot import Snapshot
 
 json = st.recursive(st.integers(-(1 << 63), 1 << 63) | st.floats() | st.text(), st.lists)
 
