@@ -187,7 +187,7 @@ class Database:
         """Run a statement; its rows, if it gives any."""
         with self.connection.cursor() as cursor:
             cursor.execute(statement, parameters)
-            return cursor.fetchall() if cursor.description else []
+            return [] if cursor.description is None else cursor.fetchall()
 
 
 @pytest.fixture
