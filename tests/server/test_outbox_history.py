@@ -137,6 +137,8 @@ def test_a_restore_over_the_database_is_noticed(
         return [event.id for event in recorder.items if event.id in written]
 
     first = eventually(heard, bool)[0]
+    if meanwhile == "it is down":
+        assert first == 3
     recorder.wait_until(lambda event: event.id == max(written))
     lost = {at for id_, at in written.items() if id_ < first}
     assert not [at for at in lost if not any(gap.since <= at <= gap.until for gap in gaps.items)]

@@ -1,4 +1,4 @@
-"""What a dump leaves out of the schema of durable delivery."""
+"""The schema of durable delivery notices what a dump has left out of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conftest import Database
 def test_only_sequences_are_asked_for_their_values(
     each_db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many there are, and in whatever order PostgreSQL asks: of a table it is an error."""
+    """PostgreSQL is asked for the values of sequences alone, in whatever order it goes."""
     later = [f"sequence_{number}" for number in range(4)]
     monkeypatch.setattr(schema, "_SEQUENCES", (*schema._SEQUENCES, *later))
     with each_db.connection.cursor() as cursor:
