@@ -19,6 +19,7 @@ from .harness import (
     execute,
     interleave,
     ratios,
+    reading,
     watching,
 )
 
@@ -59,6 +60,42 @@ class Side:
         self._connection.close()
 
 
+PARTITIONED = """
+    DROP TABLE orders;
+    CREATE TABLE orders (
+        id bigserial PRIMARY KEY,
+        customer_id bigint NOT NULL,
+        status text NOT NULL DEFAULT 'new',
+        total numeric(10, 2) NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now()
+    ) PARTITION BY HASH (id);
+""" + "".join(
+    f"CREATE TABLE orders_{n} PARTITION OF orders FOR VALUES WITH (MODULUS 8, REMAINDER {n});"
+    for n in range(8)
+)
+
+
+def partitioned(bench: Bench) -> list[Figure]:
+    """What the statement costs where the table has eight partitions."""
+    rows = bench.scaled(100_000)
+    with ExitStack() as stack:
+        sides = {"unwatched": Side(bench.shop(PARTITIONED), rows)}
+        for name, listen in (("notify", watching), ("outbox", consuming), ("wal", reading)):
+            dsn, counter = bench.shop(PARTITIONED), Counter()
+            stack.enter_context(listen(dsn, counter))
+            sides[name] = Side(dsn, rows, counter)
+        for side in sides.values():
+            stack.callback(side.close)
+        took = interleave(bench.rounds, {name: partial(side.run) for name, side in sides.items()})
+    what = f"INSERT of {rows:,} rows into 8 partitions, watched ÷ unwatched"
+    return [
+        Figure(what, ratios(took["notify"], took["unwatched"]), ""),
+        Figure("  the same in outbox delivery", ratios(took["outbox"], took["unwatched"]), ""),
+        Figure("  the same in WAL delivery", ratios(took["wal"], took["unwatched"]), "", 1.1),
+        Figure("  unwatched", [1000 * seconds for seconds in took["unwatched"]], "ms"),
+    ]
+
+
 def measure(bench: Bench) -> list[Figure]:
     """What the statement costs, and the events per second up to the last receiver's call."""
     rows = bench.scaled(100_000)
@@ -69,6 +106,7 @@ def measure(bench: Bench) -> list[Figure]:
         for name, listen, size, *statements in (
             ("notify", watching, rows),
             ("outbox", consuming, rows),
+            ("wal", reading, rows),
             ("row trigger", select_loop, rows, ROW_TRIGGER),
             ("pubsub", pubsub.listening, fewer),
         ):
@@ -90,6 +128,7 @@ def measure(bench: Bench) -> list[Figure]:
             1.25,
         ),
         Figure("  the same in outbox delivery", ratios(took["outbox"], took["unwatched"]), ""),
+        Figure("  the same in WAL delivery", ratios(took["wal"], took["unwatched"]), ""),
         Figure("  the same with a row trigger", ratios(took["row trigger"], took["unwatched"]), ""),
         Figure("  unwatched", [1000 * seconds for seconds in took["unwatched"]], "ms"),
         Figure(
@@ -100,6 +139,7 @@ def measure(bench: Bench) -> list[Figure]:
             at_most=False,
         ),
         Figure("  in outbox delivery", sides["outbox"].rates, "events/s"),
+        Figure("  in WAL delivery", sides["wal"].rates, "events/s"),
         Figure("  row trigger and select() loop", theirs.rates, "events/s"),
         Figure(f"  django-pgpubsub, {fewer:,} rows", sides["pubsub"].rates, "events/s"),
         Figure(

@@ -1,4 +1,4 @@
-"""A consumer that was away: 1,000,000 events wait in the outbox for its receivers."""
+"""A consumer that was away: 1,000,000 events wait for its receivers, in outbox or log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from .harness import (
     Figure,
     connect,
     consuming,
+    drop_slots,
     execute,
+    ratios,
 )
 from .processes import Child, megabytes, say
 
@@ -32,6 +34,7 @@ def leave_backlog(
     rows: int,
     single: bool,
     backends: Mapping[str, str] | None = None,
+    delivery: str = "outbox",
 ) -> None:
     """Write orders while no process of the named consumers runs.
 
@@ -42,10 +45,11 @@ def leave_backlog(
             hub.start(
                 dsn,
                 [pgsignals.watch("orders", "inserted")],
-                delivery="outbox",
+                delivery=delivery,
                 name=name,
                 backends=[backends[name]] if backends else [],
                 workers=0 if backends else 1,
+                allow_unbounded_wal=delivery == "wal",
             )
     if not single:
         connection = connect(dsn)
@@ -75,49 +79,60 @@ def _write_singly(dsn: str, rows: int) -> None:
 
 
 def measure(bench: Bench) -> list[Figure]:
-    """Each round is a consumer of its own, in a process of its own; all read the same backlog."""
+    """Each round has a consumer of each delivery, in a process of its own; all read the same.
+
+    A database holds the backlog of one delivery, which the other one's triggers would burden.
+    """
     rows = bench.scaled(1_000_000)
-    names = [f"round-{number}" for number in range(bench.rounds)]
+    names = [f"round{number}" for number in range(bench.rounds)]
     figures = []
-    for what, single in (("of one statement", False), ("of single rows", True)):
-        dsn = bench.shop()
-        leave_backlog(dsn, names, rows, single)
-        rates, growth = [], []
-        for name in names:
-            seconds, grown = _catch_up(dsn, name, rows)
-            rates.append(rows / seconds)
-            growth.append(grown)
+    for what, single, least in (("of one statement", False, 0.45), ("of single rows", True, 0.55)):
+        dsns = {delivery: bench.shop() for delivery in ("outbox", "wal")}
+        for delivery, dsn in dsns.items():
+            leave_backlog(dsn, names, rows, single, delivery=delivery)
+        rates: dict[str, list[float]] = {"outbox": [], "wal": []}
+        growth: dict[str, list[float]] = {"outbox": [], "wal": []}
+        for number, name in enumerate(names):
+            for delivery in [*dsns][:: -1 if number % 2 else 1]:
+                seconds, grown = _catch_up(dsns[delivery], name, rows, delivery)
+                rates[delivery].append(rows / seconds)
+                growth[delivery].append(grown)
+        for dsn in dsns.values():
+            drop_slots(dsn)
         figures += [
             Figure(
                 f"outbox catch-up, {rows:,} events {what}",
-                rates,
+                rates["outbox"],
                 "events/s",
                 75_000,
                 at_most=False,
             ),
-            Figure("  memory growth meanwhile", growth, "MB"),
+            Figure("  memory growth meanwhile", growth["outbox"], "MB"),
+            Figure("  in WAL delivery", rates["wal"], "events/s"),
+            Figure("  ÷ outbox", ratios(rates["wal"], rates["outbox"]), "", least, at_most=False),
+            Figure("  memory growth in WAL delivery", growth["wal"], "MB", 10.0),
         ]
     return figures
 
 
-def _catch_up(dsn: str, name: str, rows: int) -> tuple[float, float]:
+def _catch_up(dsn: str, name: str, rows: int, delivery: str) -> tuple[float, float]:
     """Seconds from ``start`` to the last receiver's call, and megabytes."""
-    with Child(__name__, dsn, name, rows) as consumer:
+    with Child(__name__, dsn, name, rows, delivery) as consumer:
         seconds, grown = consumer.hear()
     return seconds, grown
 
 
-def consume(dsn: str, name: str, rows: int) -> tuple[float, float]:
+def consume(dsn: str, name: str, rows: int, delivery: str) -> tuple[float, float]:
     """The same in this process."""
     counter = Counter()
     counter.expect(rows)
     before = megabytes("VmRSS")
     began = time.perf_counter()
-    with consuming(dsn, counter, name):
+    with consuming(dsn, counter, name, delivery):
         ended = counter.wait()
     counter.check()
     return ended - began, megabytes("VmHWM") - before
 
 
 if __name__ == "__main__":
-    say(consume(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    say(consume(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]))

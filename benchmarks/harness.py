@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import psycopg2
@@ -22,11 +23,14 @@ DEADLINE = 120.0
 
 # fsync is on and the rest as PostgreSQL has it, but for what would come when it likes and hit one
 # side only: neither checkpoints nor vacuum come while we measure.
-_SETTINGS = {
+SETTINGS = {
     "autovacuum": "off",
     "checkpoint_timeout": "1h",
     "max_wal_size": "8GB",
     "max_connections": "200",
+    # Updates and deletes write some more of it, on all sides; these benchmarks insert.
+    "wal_level": "logical",
+    "max_replication_slots": "40",
 }
 
 ORDERS = """
@@ -70,7 +74,7 @@ class Bench:
     @cached_property
     def server(self) -> Server:
         """A server of our own, set so that nothing but us is at work in it."""
-        return self._stack.enter_context(Server(settings=_SETTINGS, fsync=True))
+        return self._stack.enter_context(Server(settings=SETTINGS, fsync=True))
 
     def shop(self, *statements: str) -> str:
         """A database with the empty table ``orders``, and its URL.
@@ -91,6 +95,7 @@ class Bench:
         """Drop the databases that were made so far."""
         connection = connect(self.server.dsn())
         for dsn in self._databases:
+            drop_slots(dsn)
             name = sql.Identifier(dsn.rpartition("/")[2])
             execute(connection, sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
         self._databases.clear()
@@ -200,10 +205,44 @@ def watching(dsn: str, receiver: Callable[[Any], object], **options: Any) -> Ite
 
 
 @contextmanager
-def consuming(dsn: str, receiver: Callable[[Any], object], name: str = "bench") -> Iterator[None]:
-    """The same in outbox delivery."""
-    with watching(dsn, receiver, delivery="outbox", name=name):
+def consuming(
+    dsn: str,
+    receiver: Callable[[Any], object],
+    name: str = "bench",
+    delivery: str = "outbox",
+    **options: Any,
+) -> Iterator[None]:
+    """The same in a durable delivery."""
+    if delivery == "wal":
+        options["allow_unbounded_wal"] = True
+    with watching(dsn, receiver, delivery=delivery, name=name, **options):
         yield
+
+
+_numbers = count(1)
+
+
+@contextmanager
+def reading(dsn: str, receiver: Callable[[Any], object], **options: Any) -> Iterator[None]:
+    """The same in WAL delivery, by a consumer of its own.
+
+    A consumer that was there before would read what all sides have written since, and its slot
+    would have the server keep it.
+    """
+    with consuming(dsn, receiver, f"bench{next(_numbers)}", "wal", **options):
+        yield
+    drop_slots(dsn)
+
+
+def drop_slots(dsn: str) -> None:
+    """Drop the slots of a database, which no consumer reads any more."""
+    connection = connect(dsn)
+    execute(
+        connection,
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
+        " WHERE database = current_database()",
+    )
+    connection.close()
 
 
 class Miscounted(Exception):

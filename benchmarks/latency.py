@@ -76,14 +76,15 @@ class Side:
 
 @contextmanager
 def writer(
-    dsn: str, table: str, inserts: int, pause: float
+    dsn: str, table: str, inserts: int, pause: float, *, synchronous: bool = False
 ) -> Iterator[Callable[[], list[tuple[float, float]]]]:
     """Another process, which inserts rows once it is called.
 
     The call returns when each INSERT was sent, and when it had returned. ``pause`` milliseconds,
-    half as many or half more, are between two.
+    half as many or half more, are between two. ``synchronous``: each waits for the disk.
     """
-    with Child(__name__, dsn, table, inserts, pause) as child:
+    commit = "on" if synchronous else "off"
+    with Child(__name__, dsn, table, inserts, pause, commit) as child:
         child.hear()
 
         def insert() -> list[tuple[float, float]]:
@@ -135,10 +136,10 @@ def measure(bench: Bench) -> list[Figure]:
     return figures
 
 
-def _write(dsn: str, table: str, inserts: int, pause: float) -> None:
+def _write(dsn: str, table: str, inserts: int, pause: float, commit: str) -> None:
     connection = connect(dsn)
     # Notifications are sent when the commit is on disk, or here at once: what follows is the same.
-    execute(connection, "SET synchronous_commit = off")
+    execute(connection, f"SET synchronous_commit = {commit}")
     times = []
     say()
     hear()
@@ -154,4 +155,4 @@ def _write(dsn: str, table: str, inserts: int, pause: float) -> None:
 
 
 if __name__ == "__main__":
-    _write(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    _write(*sys.argv[1:3], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])

@@ -35,7 +35,7 @@ class Broker(Protocol):
 
 
 @contextmanager
-def _started(kind: str) -> Iterator[Broker]:
+def started(kind: str) -> Iterator[Broker]:
     """The tests' own server, whose outcomes are pytest's. Raises Unavailable."""
     import pytest
 
@@ -56,13 +56,13 @@ def _started(kind: str) -> Iterator[Broker]:
 
 def kafka(bench: Bench) -> list[Figure]:
     """Ours, and a loop of confluent-kafka over the same rows, which no relay can be faster than."""
-    with _started("kafka") as broker:
+    with started("kafka") as broker:
         return _measure(bench, broker, "Kafka", "confluent-kafka", kafka_records, 40_000)
 
 
 def nats(bench: Bench) -> list[Figure]:
     """The same with NATS JetStream and nats-py."""
-    with _started("nats") as broker:
+    with started("nats") as broker:
         return _measure(bench, broker, "NATS", "nats-py", nats_records, None)
 
 

@@ -17,6 +17,7 @@ from .harness import (
     execute,
     interleave,
     ratios,
+    reading,
     watching,
 )
 
@@ -55,6 +56,7 @@ def measure(bench: Bench) -> list[Figure]:
             "unwatched": bench.shop(),
             "notify": bench.shop(),
             "outbox": bench.shop(),
+            "wal": bench.shop(),
             "row trigger": bench.shop(ROW_TRIGGER),
         }
         sides = {name: _Side(dsn, bench.scaled(3_000)) for name, dsn in dsns.items()}
@@ -63,6 +65,7 @@ def measure(bench: Bench) -> list[Figure]:
         for name, listen in (
             ("notify", watching),
             ("outbox", consuming),
+            ("wal", reading),
             ("row trigger", select_loop),
         ):
             counter = sides[name].counter = Counter()
@@ -75,6 +78,7 @@ def measure(bench: Bench) -> list[Figure]:
             "",
         ),
         Figure("  the same in outbox delivery", ratios(took["outbox"], took["unwatched"]), ""),
+        Figure("  the same in WAL delivery", ratios(took["wal"], took["unwatched"]), ""),
         Figure("  the same with a row trigger", ratios(took["row trigger"], took["unwatched"]), ""),
         Figure("  unwatched", took["unwatched"], "µs"),
         Figure("  watched", took["notify"], "µs"),

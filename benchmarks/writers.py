@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from psycopg2.extensions import connection as Connection
@@ -26,7 +27,9 @@ from .harness import (
     connect,
     consuming,
     execute,
+    interleave,
     ratios,
+    reading,
     watching,
 )
 from .processes import processor_seconds
@@ -35,9 +38,17 @@ CLIENTS = 32
 # In turn: what is compared most closely, notify and a row trigger, comes twice, back and forth, so
 # that a machine which becomes slower or faster meanwhile favours neither.
 _ORDERS = (
-    ("unwatched", "notify", "row trigger", "row trigger", "notify", "outbox", "polled"),
-    ("polled", "outbox", "row trigger", "notify", "notify", "row trigger", "unwatched"),
+    (
+        *("unwatched", "notify", "row trigger", "row trigger", "notify"),
+        *("outbox", "wal", "messages", "polled"),
+    ),
+    (
+        *("polled", "messages", "wal", "outbox"),
+        *("notify", "row trigger", "row trigger", "notify", "unwatched"),
+    ),
 )
+
+_FEW = ("unwatched", "outbox", "wal")
 
 # How long what an outbox polled by id has missed is waited for, in vain.
 _LOSSY_PATIENCE = 2.0
@@ -177,8 +188,26 @@ def sides(bench: Bench) -> dict[str, Side]:
         "notify": Side(bench, bench.shop(), watching),
         "row trigger": Side(bench, bench.shop(ROW_TRIGGER), select_loop),
         "outbox": Side(bench, bench.shop(), consuming),
+        "wal": Side(bench, bench.shop(), reading),
+        "messages": Side(bench, bench.shop(), partial(reading, capture="messages")),
         "polled": Side(bench, bench.shop(OUTBOX), polled_outbox, lossy=True),
     }
+
+
+def few(bench: Bench) -> list[Figure]:
+    """The same with eight clients, in the durable deliveries."""
+    clients, seconds = 8, 1.0 if bench.quick else 4.0
+    each = {name: side for name, side in sides(bench).items() if name in _FEW}
+    found = interleave(
+        bench.rounds, {name: partial(side.run, clients, seconds) for name, side in each.items()}
+    )
+    shares = {name: ratios(rates, found["unwatched"]) for name, rates in found.items()}
+    what = f"{clients} single-row writers, share kept by"
+    return [
+        Figure(f"{what} WAL delivery", shares["wal"], "", 0.78, at_most=False),
+        Figure("  by outbox", shares["outbox"], ""),
+        Figure("  unwatched", found["unwatched"], "tps"),
+    ]
 
 
 def measure(bench: Bench) -> list[Figure]:
@@ -212,6 +241,21 @@ def measure(bench: Bench) -> list[Figure]:
             "",
             0.6,
             at_most=False,
+        ),
+        Figure(
+            f"{CLIENTS} single-row writers, share kept by WAL delivery",
+            shares["wal"],
+            "",
+            0.78,
+            at_most=False,
+        ),
+        Figure("  ÷ outbox", ratios(found["wal"], found["outbox"]), "", 1.7, at_most=False),
+        Figure("  share kept with messages", shares["messages"], "", 0.55, at_most=False),
+        Figure(
+            "  processor time of the server, WAL delivery ÷ unwatched",
+            ratios(each["wal"].used[1:], each["unwatched"].used[1:]),
+            "",
+            1.25,
         ),
         Figure("  share kept by an outbox polled by id", shares["polled"], ""),
         Figure("  of which its reader misses", each["polled"].lost, "‰"),

@@ -115,19 +115,24 @@ class Process:
 
 
 @functools.cache
-def kafka_classpath() -> str:
-    """The jars of Apache Kafka, in Maven's local repository."""
+def classpath(pom: Path, what: str) -> str:
+    """The jars that a POM names, in Maven's local repository; ``what`` they make up."""
     program("java", package="openjdk-17-jre-headless")
-    return kept_classpath(_POM, _find_classpath)
+    return kept_classpath(pom, functools.partial(_find_classpath, pom, what))
 
 
-def _find_classpath() -> str:
+def kafka_classpath() -> str:
+    """The jars of Apache Kafka."""
+    return classpath(_POM, "Apache Kafka")
+
+
+def _find_classpath(pom: Path, what: str) -> str:
     program("mvn", package="maven")
     with tempfile.NamedTemporaryFile("r") as found:
         for offline in (["--offline"], []):
             done = subprocess.run(
                 [
-                    *("mvn", *offline, "-B", "-q", "-f", str(_POM)),
+                    *("mvn", *offline, "-B", "-q", "-f", str(pom)),
                     "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:build-classpath",
                     *(f"-Dmdep.outputFile={found.name}", "-Dmdep.includeScope=runtime"),
                 ],
@@ -139,7 +144,7 @@ def _find_classpath() -> str:
                 return Path(found.name).read_text()
     errors = [line.partition("[ERROR] ")[2] for line in done.stdout.splitlines()]
     cause = next(filter(None, errors), "it does not say why")
-    return missing(f"Maven could not bring Apache Kafka: {cause}")
+    return missing(f"Maven could not bring {what}: {cause}")
 
 
 class Kafka(Process):

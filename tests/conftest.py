@@ -26,6 +26,7 @@ from pgsignals.hub.hub import Delivery
 from pgsignals.outbox.log import OutboxLog
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.testing import Server, find_installations
+from pgsignals.triggers import definitions
 from tests.brokers import ODD_PASSWORD, PASSWORD, Kafka, Nats, tls_files
 from tests.missing import Missing, missing
 from tests.waiting import DEADLINE as DEADLINE
@@ -97,10 +98,18 @@ def _in_memory() -> Path | None:
         return None
 
 
+_SETTINGS = {
+    "max_connections": "200",
+    "wal_level": "logical",
+    "max_replication_slots": "50",
+    "max_wal_senders": "50",
+    "max_slot_wal_keep_size": "1GB",
+}
+
+
 @contextmanager
 def _started(version: int | None) -> Iterator[Server]:
-    settings = {"max_connections": "200"}
-    with Server(version=version, settings=settings, folder=_in_memory()) as server:
+    with Server(version=version, settings=_SETTINGS, folder=_in_memory()) as server:
         yield server
 
 
@@ -121,11 +130,19 @@ class Databases:
         return self._last
 
     def _drop(self, dsn: str) -> None:
-        name = Identifier(parse_dsn(dsn)["dbname"])
+        name = parse_dsn(dsn)["dbname"]
         with closing(psycopg2.connect(self._server.dsn())) as connection:
             connection.autocommit = True
             with connection.cursor() as cursor:
-                cursor.execute(SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(name))
+                # Even FORCE fails while somebody holds a replication slot of the database; one that
+                # nobody holds is dropped with it.
+                cursor.execute(
+                    "SELECT pg_terminate_backend(active_pid, %s) FROM pg_replication_slots"
+                    " WHERE database = %s AND active",
+                    [int(DEADLINE * 1000), name],
+                )
+                statement = SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)")
+                cursor.execute(statement.format(Identifier(name)))
 
 
 @pytest.fixture(scope="session")
@@ -214,6 +231,13 @@ def db(dsn: str, connect: Callable[[str], Database]) -> Database:
 def each_db(each_dsn: str, connect: Callable[[str], Database]) -> Database:
     """The fresh database on each tested version, ready to run SQL."""
     return connect(each_dsn)
+
+
+@pytest.fixture
+def by_triggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In WAL delivery, has triggers serve all watchers, also those that rows could serve."""
+    reason = "the test is about triggers"
+    monkeypatch.setattr(definitions, "why_not_rows", lambda *asked: reason)
 
 
 @pytest.fixture(params=get_args(Delivery))

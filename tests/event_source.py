@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pgsignals.contrib.event_stream import EVERYTHING, View
-from pgsignals.contrib.resumable import ResumableClient, ResumableFeed
+from pgsignals.contrib.ring import RingClient, RingFeed
 from tests.conftest import DEADLINE
 from tests.waiting import eventually
 
@@ -50,19 +52,23 @@ class Browser:
 class Tab:
     """A browser that reads a feed from a thread of its own server."""
 
-    def __init__(self, feed: ResumableFeed, browser: Browser, view: View = EVERYTHING) -> None:
+    def __init__(self, feed: RingFeed[Any], browser: Browser, view: View = EVERYTHING) -> None:
         self._woken = threading.Event()
         self.browser = browser
-        self.client: ResumableClient = feed.connect(browser.last_id or None, self._woken.set, view)
+        self.client: RingClient = feed.connect(browser.last_id or None, self._woken.set, view)
         browser.receive(self.client.opening())
 
-    def more(self) -> bytes:
-        """The next piece, as soon as there is one; empty at the end."""
+    def more(self, enough: Callable[[], bool] = lambda: False) -> bytes:
+        """The next piece, as soon as there is one; empty at the end, or when it is ``enough``."""
+        deadline = time.monotonic() + DEADLINE
         while True:
             self._woken.clear()
             if (piece := self.client.read()) or self.client.ended:
                 return piece
-            assert self._woken.wait(DEADLINE), f"only {self.browser.messages}"
+            while not self._woken.wait(0.1):
+                if enough():
+                    return b""
+                assert time.monotonic() < deadline, f"only {self.browser.messages}"
 
     def wait(self, count: int) -> list[Any]:
         """The ids, or reasons of gaps, of all messages so far, which are so many at least."""

@@ -12,7 +12,7 @@ import msgspec
 
 from pgsignals.consumers.backfills.chunks import snapshot_topics
 from pgsignals.consumers.consumer_store import Channels, ConsumerStore
-from pgsignals.consumers.log import DecoderHooks, Log, Poll
+from pgsignals.consumers.log import DecoderHooks, Log, Poll, Position
 from pgsignals.core.events import Event, Gap, Message
 from pgsignals.core.payload import Cast, Decoder
 from pgsignals.postgres.session import Session
@@ -96,6 +96,10 @@ class IndexReader:
         return self._next < self._doubtful
 
     @property
+    def lost(self) -> str:
+        return ""
+
+    @property
     def replayed_after(self) -> int | None:
         return None
 
@@ -133,6 +137,7 @@ class MemoryLog:
         "shed": "0",
     }
     missed = "false"
+    own = "true"
     messages = "(SELECT NULL::bigint AS id, NULL::text AS payload WHERE false)"
 
     def __init__(
@@ -152,7 +157,12 @@ class MemoryLog:
         return "list/1", datetime.now(timezone.utc)
 
     def poll(self) -> Poll:
-        return Poll(len(self._entries.payloads), self._entries.shed)
+        return Poll(len(self._entries.payloads), self._entries.shed, time.monotonic())
+
+    def latest(self) -> int:
+        return len(self._entries.payloads)
+
+    def acknowledged(self, position: Position) -> None: ...
 
     def pause(self, worked: float) -> float:
         return 0.01
@@ -175,6 +185,12 @@ class MemoryLog:
 
     def reader(self, position: Index, clean: bool) -> IndexReader:
         return IndexReader(self._entries, position, clean)
+
+    def left(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abandon(self) -> None: ...
 
     def shed_detail(self, count: int) -> str:
         return f"{count} entries were left out"

@@ -32,7 +32,7 @@ class Scene:
     @property
     def whole(self) -> bool:
         """Whether values of any length travel."""
-        return self.delivery == "outbox"
+        return self.delivery != "notify"
 
     def start(self, *watchers: Any, dsn: str | None = None, **options: Any) -> None:
         """Start the Hub."""

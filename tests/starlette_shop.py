@@ -1,10 +1,11 @@
-"""An application on Starlette in outbox delivery, as uvicorn runs it in a process of its own."""
+"""An application on Starlette in durable delivery, as uvicorn runs it in a process of its own."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -17,7 +18,8 @@ ITEMS = pgsignals.watch("items", "inserted", extra=["owner"])
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Listen while the server runs."""
-    async with pgsignals.start(os.environ["PGSIGNALS_DSN"], [ITEMS], delivery="outbox"):
+    delivery: Any = os.environ["SHOP_DELIVERY"]
+    async with pgsignals.start(os.environ["PGSIGNALS_DSN"], [ITEMS], delivery=delivery):
         yield
 
 

@@ -27,6 +27,11 @@ class Change:
         self.into = into
         self.newest = newest
 
+    @property
+    def of_trigger(self) -> bool:
+        """Whether it is done to a trigger, rather than to the table."""
+        return "{trigger}" in self.statements
+
     def make(self, db: Database) -> None:
         """Do it; ``{trigger}`` is each trigger of the table in turn."""
         if "{trigger}" not in self.statements:
@@ -62,7 +67,7 @@ CHANGES = {
 
 def name_of(delivery: Delivery) -> str | None:
     """A consumer's name, where there are some."""
-    return "mailer" if delivery == "outbox" else None
+    return None if delivery == "notify" else "mailer"
 
 
 def now(db: Database) -> datetime:

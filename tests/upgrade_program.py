@@ -16,7 +16,7 @@ import msgspec
 import pgsignals
 from pgsignals.core.payload import Layout
 from pgsignals.outbox import schema
-from pgsignals.triggers import sql
+from pgsignals.triggers import rows, sql
 from pgsignals.triggers.bodies import BODIES
 
 Tell = Callable[[tuple[Any, ...]], None]
@@ -74,6 +74,7 @@ def become_next(strange: bool) -> None:
     schema.UPGRADES = (*schema.UPGRADES, NEXT)
     schema.VERSION = NEXT.version
     sql.FORMAT += 1
+    rows.FORMAT = sql.FORMAT
     for transport, body in BODIES.items():
         sql.BODIES[transport] = body.replace("BEGIN", "-- of the next version\nBEGIN", 1)  # type: ignore[index]
     if strange:

@@ -11,17 +11,24 @@ import click
 
 from pgsignals.cli.demo_shop import Display, Seen, run
 from pgsignals.core.events import Event
+from pgsignals.core.transport import Transport
 from pgsignals.testing import Server
 
 from .interrupt import interruptible
+from .options import delivery_option
 from .output import amount, event_line, examples, notice, print_table
 
 _TRY = "UPDATE products SET stock = stock + 1 WHERE name = 'teapot'"
 
 
-@click.command(epilog=examples("pgsignals demo", "pgsignals demo --seconds 10"))
+@click.command(
+    epilog=examples(
+        "pgsignals demo", "pgsignals demo --seconds 10", "pgsignals demo --delivery wal"
+    )
+)
 @click.option("--seconds", type=click.FloatRange(min=0), help="How long; until Ctrl-C otherwise.")
-def demo(seconds: float | None) -> None:
+@delivery_option
+def demo(seconds: float | None, delivery: Transport) -> None:
     """Show live signals from a small shop on a throwaway PostgreSQL.
 
     It uses the PostgreSQL of this machine if there is one, otherwise that of the extra
@@ -31,7 +38,7 @@ def demo(seconds: float | None) -> None:
     """
     notice("Starting a throwaway PostgreSQL …")
     with interruptible() as end, _display() as display:
-        seen = run(display, lambda: end.wait(seconds))
+        seen = run(display, lambda: end.wait(seconds), delivery=delivery.value)
     click.echo()
     print_table(
         ("TABLE OR LABEL", "OPERATION", "EVENTS"),

@@ -27,12 +27,14 @@ def doctor(ctx: click.Context, scope: Scope, as_json: bool) -> None:
 
     Each check is one line, with the fix where one is due. With watchers it also checks their
     triggers, those of --delivery, and whether this role may install them. Where there is an outbox,
-    that and its consumers are checked too.
+    that and its consumers are checked too; where the write-ahead log is read, or with --delivery
+    wal, the server's settings for that, the replication slots and the publications.
 
     Exit codes: 0 when nothing failed (warnings may be there), otherwise 1; 2 a wrong command line.
     """
     watchers = scope.watchers(required=False)
-    found = examine(scope.dsn, watchers, all_resolvers(()), scope.namespace, scope.delivery)
+    resolvers = all_resolvers(())
+    found = examine(scope.dsn, watchers, resolvers, scope.namespace, scope.delivery, scope.capture)
     ctx.exit(print_findings(found, as_json))
 
 

@@ -18,6 +18,8 @@ _FROM_APPLICATION: dict[str, Callable[[Options, dict[str, Any]], object]] = {
     "dsn": lambda options, _: options.dsn,
     "namespace": lambda options, _: options.namespace,
     "delivery": lambda options, _: options.transport,
+    "capture": lambda options, _: options.capture,
+    "allow_unbounded_wal": lambda options, _: options.allow_unbounded_wal,
     "install": lambda options, _: options.install,
     # Without WATCH arguments, all that the application watches.
     "app": lambda options, given: () if given.get("watched") else options.watchers,
@@ -76,6 +78,6 @@ def _examples(epilog: str | None, program: str) -> str | None:
     lines = [
         line.replace("pgsignals ", f"{program} ", 1) if line.startswith("  pgsignals ") else line
         for line in epilog.splitlines()
-        if not any(f"--{name}" in line for name in _FROM_APPLICATION)
+        if not any(f"--{name.replace('_', '-')}" in line for name in _FROM_APPLICATION)
     ]
     return "\n".join(lines) if any(line.startswith(f"  {program} ") for line in lines) else None

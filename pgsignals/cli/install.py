@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import click
 
+from pgsignals.core.transport import Transport
 from pgsignals.outbox import removal
 from pgsignals.outbox.schema import install_schema
 from pgsignals.postgres.connection import opened
 from pgsignals.triggers import installer
 from pgsignals.triggers.catalogue import Installed
+from pgsignals.wal.publication import ensure_publications
 
 from .options import Scope, database_options, json_option, scope_options
 from .output import amount, emit, examples, notice
@@ -21,6 +23,7 @@ from .output import amount, emit, examples, notice
         "pgsignals install orders users:updated",
         "pgsignals install --app shop.signals:WATCHERS --dsn postgresql://owner@localhost/shop",
         "pgsignals install orders --delivery outbox",
+        "pgsignals install orders --delivery wal",
     )
 )
 @scope_options
@@ -33,7 +36,10 @@ from .output import amount, emit, examples, notice
 )
 @json_option
 def install(scope: Scope, pruning: bool, as_json: bool) -> None:
-    """Install the triggers that watchers need, and for outbox delivery its schema.
+    """Install the triggers that watchers need, and for durable delivery its schema.
+
+    In WAL delivery the tables that are served by rows get no trigger: they are put into the
+    publications pgsignals and pgsignals_inserts, and a function that nothing calls marks them.
 
     It runs no DDL when nothing is missing or outdated. Run it as the owner of the tables; the
     application can then start with install="check" and needs no right to create anything.
@@ -44,6 +50,8 @@ def install(scope: Scope, pruning: bool, as_json: bool) -> None:
     with opened(scope.dsn) as cursor:
         if scope.delivery.durable:
             install_schema(cursor)
+        if scope.delivery is Transport.WAL:
+            ensure_publications(cursor)
         triggers = [each.trigger for each in scope.define(cursor, watchers)]
         created = installer.install(cursor, scope.namespace, triggers)
         removed = installer.prune(cursor, scope.namespace, triggers) if pruning else []
@@ -77,8 +85,9 @@ def install(scope: Scope, pruning: bool, as_json: bool) -> None:
     "--schema",
     "whole_schema",
     is_flag=True,
-    help="Remove the outbox in place of the namespace: the schema pgsignals with all consumers and "
-    "dead letters, and the triggers of every namespace that write to it.",
+    help="Remove durable delivery in place of the namespace: the schema pgsignals with the outbox, "
+    "all consumers, their dead letters and slots, and the triggers of every namespace that are for "
+    "it.",
 )
 @click.option("--yes", is_flag=True, help="With --schema: do not ask.")
 @database_options
@@ -86,10 +95,12 @@ def install(scope: Scope, pruning: bool, as_json: bool) -> None:
 def uninstall(
     force: bool, whole_schema: bool, yes: bool, dsn: str, namespace: str, as_json: bool
 ) -> None:
-    """Remove all triggers of the namespace, or the outbox.
+    """Remove all triggers of the namespace, or durable delivery.
 
-    Nothing else is touched: not other namespaces, nor triggers that pgsignals did not create.
-    --schema asks first, and refuses while a process reads the outbox.
+    Nothing else is touched: not other namespaces, nor triggers that pgsignals did not create. In
+    WAL delivery tables leave the publications that nobody needs there any more, and the last one
+    takes the publications along, unless a slot is there to read through them.
+    --schema asks first, and refuses while a process reads for a consumer.
 
     Exit codes: 0 well, also when there were none; 1 an error, somebody listens, or the answer was
     no; 2 a wrong command line.

@@ -9,14 +9,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from psycopg2.extensions import cursor as Cursor
 
 from pgsignals.core.errors import ModelError, near
 from pgsignals.core.redaction import described
-from pgsignals.core.transport import Transport
+from pgsignals.core.transport import Capture, Transport
 from pgsignals.core.watchers import DEFAULT_OPERATIONS, OPERATIONS, Watcher, normalize, watch
 from pgsignals.hub.options import all_resolvers
 from pgsignals.triggers.definitions import Definition, define
@@ -96,7 +96,13 @@ delivery_option = click.option(
     callback=lambda ctx, option, value: Transport(value),
     default="notify",
     show_default=True,
-    help="As start(delivery=…): triggers that notify, or that write to the outbox.",
+    help="As start(delivery=…): triggers that notify, that write to the outbox, or the write-ahead "
+    "log.",
+)
+capture_option = click.option(
+    "--capture",
+    type=click.Choice(get_args(Capture)),
+    help="With --delivery wal, as start(capture=…): rows alone, or messages of triggers alone.",
 )
 app_option = click.option(
     "--app",
@@ -119,6 +125,7 @@ class Scope:
     watched: tuple[Watched, ...]
     app: App
     delivery: Transport
+    capture: Capture | None
     dsn: str
     namespace: str
 
@@ -128,7 +135,14 @@ class Scope:
 
     def define(self, cursor: Cursor, watchers: Sequence[Watcher]) -> list[Definition]:
         """Return the triggers that watchers need."""
-        return define(cursor, watchers, all_resolvers(()), self.namespace, self.delivery)
+        return define(
+            cursor,
+            watchers,
+            all_resolvers(()),
+            self.namespace,
+            self.delivery,
+            capture=self.capture,
+        )
 
 
 def scope_options(function: Callable[..., object]) -> Callable[..., object]:
@@ -137,10 +151,12 @@ def scope_options(function: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(function)
     def call(**given: Any) -> object:
         scope = Scope(**{each.name: given.pop(each.name) for each in fields(Scope)})
+        if scope.capture is not None and scope.delivery is not Transport.WAL:
+            raise click.UsageError("--capture is of WAL delivery: add --delivery wal.")
         return function(scope, **given)
 
     argument = click.argument("watched", metavar="[WATCH]...", nargs=-1, type=parse_watched)
-    return app_option(argument(delivery_option(database_options(call))))
+    return app_option(argument(delivery_option(capture_option(database_options(call)))))
 
 
 def given_watchers(

@@ -1,4 +1,4 @@
-"""``pgsignals consumers`` and ``dead-letters``: what an operator does about outbox delivery."""
+"""``pgsignals consumers`` and ``dead-letters``: what an operator does about durable delivery."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from pgsignals.consumers import dead_letters as letters
 from pgsignals.consumers.backfills.requests import BackfillState
+from pgsignals.consumers.slot_states import SlotState, dropping
 from pgsignals.core.errors import DatabaseError
 from pgsignals.core.events import read_time
 from pgsignals.outbox import administration
@@ -22,6 +23,7 @@ from pgsignals.postgres.connection import opened
 
 from .options import dsn_option, json_option
 from .output import amount, emit, examples, notice, print_table, printable
+from .units import size_text, time_text
 
 Command = Callable[..., object]
 
@@ -58,7 +60,7 @@ def print_outbox(outbox: OutboxState) -> None:
                     each.name,
                     f"{each.part + 1}/{each.parts}",
                     "active" if each.active else "nobody reads",
-                    each.lag,
+                    each.lag if each.unread_bytes is None else size_text(each.unread_bytes),
                     f"{each.lag_seconds:.1f}",
                     each.oldest_at and f"{each.oldest_at:%Y-%m-%d %H:%M:%S%z}",
                     each.oldest,
@@ -69,6 +71,8 @@ def print_outbox(outbox: OutboxState) -> None:
             ],
         )
     for each in outbox.consumers:
+        if each.unread_bytes is not None and not each.ephemeral:
+            click.echo(f"{each.name} reads the write-ahead log{slot_text(each.slot)}.")
         if each.lost_until is not None:
             click.echo(f"{each.name} will get a Gap: events of before {each.lost_until} are lost.")
     for parked in outbox.parked:
@@ -84,6 +88,24 @@ def print_outbox(outbox: OutboxState) -> None:
         )
 
 
+def slot_text(slot: SlotState | None) -> str:
+    """Return a text such as ``by the slot …, for which the server keeps 16 MiB …``."""
+    if slot is None:
+        return ", and its replication slot is gone, so that it will get a Gap"
+    text = f" by the replication slot {slot.name}"
+    if slot.invalidation:
+        return f"{text}, which the server has given up ({slot.invalidation}): it will get a Gap"
+    if slot.begins is None:
+        return f"{text}, which is being made, and waits for transactions that are writing"
+    text += f", for which the server keeps {size_text(slot.retained_bytes)}"
+    bounds = []
+    if slot.safe_bytes is not None:
+        bounds.append(f"after {size_text(max(0, slot.safe_bytes))} more")
+    if slot.safe_seconds is not None:
+        bounds.append(f"in {time_text(max(0.0, slot.safe_seconds))} if nobody reads from it")
+    return f"{text} and gives it up {' or '.join(bounds)}" if bounds else f"{text}, without a bound"
+
+
 def progress_text(status: BackfillState) -> str:
     """Return a text such as ``1,200 of about 5,000 rows (24%)``."""
     share = status.done / status.total if status.total else 1.0
@@ -97,7 +119,7 @@ def opened_outbox(dsn: str) -> Iterator[Cursor]:
         if not read_version(cursor):
             raise DatabaseError(
                 "There is no outbox in this database: no schema 'pgsignals'. Give the database "
-                "with --dsn, or run `pgsignals install --delivery outbox` first."
+                "with --dsn, or run `pgsignals install --delivery outbox` (or wal) first."
             )
         yield cursor
 
@@ -122,7 +144,7 @@ def asking_outbox(function: Callable[..., Answer]) -> Command:
     epilog=examples("pgsignals consumers list", "pgsignals consumers reset mailer --to now")
 )
 def consumers() -> None:
-    """The consumers of the outbox: who reads, how far, from where.
+    """The consumers of durable delivery: who reads, how far, from where.
 
     Exit codes: 0 well; 1 an error; 2 a wrong command line.
     """
@@ -131,17 +153,29 @@ def consumers() -> None:
 @consumers.command("list", epilog=examples("pgsignals consumers list --json"))
 @asking_outbox
 def list_consumers(cursor: Cursor) -> Answer:
-    """List the consumers, and how far each is behind."""
+    """List the consumers, and how far each is behind.
+
+    The lag is in events of the outbox; in WAL delivery it is how much of the log is unread, most of
+    which may be of no concern to the consumer.
+    """
     outbox = read_outbox(cursor)
-    answer = {"consumers": outbox.consumers, "parked": outbox.parked}
-    return Answer(answer, partial(print_outbox, outbox))
+    answer = {"consumers": outbox.consumers, "parked": outbox.parked, "streams": outbox.streams}
+    streams = outbox.streams
+    if streams is None:
+        return Answer(answer, partial(print_outbox, outbox))
+    note = (
+        f"For streams to browsers the server keeps {size_text(streams.retained_bytes)} of its log, "
+        f"by the slot {streams.name}; where there are no streams any more: "
+        f"{dropping(streams.name)};"
+    )
+    return Answer(answer, partial(print_outbox, outbox), [note])
 
 
 @consumers.command("drop", epilog=examples("pgsignals consumers drop mailer"))
 @click.argument("name")
 @asking_outbox
 def drop_consumer(cursor: Cursor, name: str) -> Answer:
-    """Forget a consumer, so that the outbox keeps nothing for it any more.
+    """Forget a consumer, so that nothing is kept for it any more; its replication slot goes, too.
 
     One that a process reads for is left alone: stop that first.
     """
@@ -184,7 +218,7 @@ def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> Answer:
     """Have a consumer go on from somewhere else.
 
     One that a process reads for is left alone: stop that first. Where the outbox does not go back
-    to TIME, the consumer gets a Gap.
+    to TIME, the consumer gets a Gap. A consumer of the write-ahead log can only go on from now.
     """
     lost_until = administration.reset_consumer(cursor, name, target)
     answer = {"reset": name, "to": str(target), "lost_until": lost_until}

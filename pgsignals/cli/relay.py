@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from pgsignals.core.errors import ConfigurationError, MissingExtraError, PluginError
 from pgsignals.core.metrics import Metrics
 from pgsignals.core.redaction import redact
+from pgsignals.core.transport import Transport
 from pgsignals.core.watchers import normalize
 from pgsignals.hub.hub import Hub
 from pgsignals.plugins.loader import load_plugins
@@ -25,6 +26,7 @@ from .options import (
     App,
     Watched,
     app_option,
+    capture_option,
     database_options,
     given_watchers,
     load_app,
@@ -37,6 +39,7 @@ from .relay_config import RelayConfig, make_target, read_config
 
 _FILE = Path("pgsignals.toml")
 _INSTALL = ("auto", "check", "off")
+_DELIVERIES = [each.value for each in Transport if each.durable]
 
 
 class _WrongConfiguration(click.ClickException):
@@ -45,9 +48,14 @@ class _WrongConfiguration(click.ClickException):
     exit_code = 2
 
 
+def _durable(ctx: click.Context, option: click.Parameter, value: str | None) -> Transport | None:
+    return None if value is None else Transport(value)
+
+
 @click.command(
     epilog=examples(
         "pgsignals relay --watch orders --to 'kafka://localhost:9092/?prefix=shop' --name shop",
+        "pgsignals relay --delivery wal --watch orders --to nats://localhost/ --name s",
         "pgsignals relay --config pgsignals.toml --check",
         "pgsignals relay --config pgsignals.toml",
     )
@@ -77,6 +85,18 @@ class _WrongConfiguration(click.ClickException):
 @click.option(
     "--name",
     help="Its cursors are NAME/kafka and so on; relays of one name stand by for each other.",
+)
+@click.option(
+    "--delivery",
+    type=click.Choice(_DELIVERIES),
+    callback=_durable,
+    help="From the outbox (unless the file says otherwise), or from the write-ahead log.",
+)
+@capture_option
+@click.option(
+    "--allow-unbounded-wal",
+    is_flag=True,
+    help="With --delivery wal: also where the server keeps its log without a bound.",
 )
 @click.option(
     "--install",
@@ -122,9 +142,12 @@ def relay(
     timeout: float,
     every: float,
     as_json: bool,
-    **given: str | None,
+    delivery: Transport | None,
+    **given: Any,
 ) -> None:
     """Pass the events of tables on to brokers, from the outbox, until SIGTERM or Ctrl-C.
+
+    With --delivery wal they come from PostgreSQL's write-ahead log.
 
     Each target has a cursor of its own, which moves when the broker has acknowledged. A broker that
     is away is tried again for as long as it takes, and holds up no other. A second relay of the
@@ -132,9 +155,11 @@ def relay(
 
     Options go before the file's keys; what they watch, and their targets, are added to its own.
 
-    Exit codes: 0 ended by a signal; what a broker had not acknowledged waits in the outbox. 1 an
+    Exit codes: 0 ended by a signal; what a broker had not acknowledged waits for the next one. 1 an
     error: the database cannot be used, or a check failed. 2 a wrong command line or file.
     """
+    # An application that only notifies has its relay read the outbox.
+    given["delivery"] = delivery.value if delivery is not None and delivery.durable else None
     try:
         config = _configured(ctx, path, watched, app, targets, given)
         plugins = load_plugins()
@@ -156,7 +181,7 @@ def _configured(
     watched: Sequence[Watched],
     app: App,
     targets: Sequence[str],
-    given: Mapping[str, str | None],
+    given: Mapping[str, Any],
 ) -> RelayConfig:
     """Return the configuration; ``given`` are the options that are named as its fields."""
     if path is None and not targets and _FILE.exists():
@@ -177,6 +202,11 @@ def _configured(
         watchers=normalize(watchers),
         targets=(*found.targets, *map(make_target, targets)),
     )
+    if found.delivery != "wal" and (found.capture is not None or found.allow_unbounded_wal):
+        raise click.UsageError(
+            "capture and allow_unbounded_wal are of WAL delivery: add --delivery wal, or "
+            'delivery = "wal" in the file.'
+        )
     if not found.watchers:
         raise click.UsageError("Give what to watch: --watch orders, --app, or [[watch]] in a file.")
     if not found.targets:
@@ -193,7 +223,7 @@ def _configured(
         if names.count(each) > 1:
             raise ConfigurationError(
                 f"Two targets are called {each!r}: give one another name, with NAME=URL or name in "
-                "[[target]], and keep it, since its place in the outbox is kept by it."
+                "[[target]], and keep it, since its place in the log is kept by it."
             )
     return found
 
@@ -224,7 +254,7 @@ def _relay(
         finally:
             drained = hub.stop(timeout)
     if not drained:
-        notice("What was not acknowledged waits in the outbox for the next relay.")
+        notice("What was not acknowledged waits for the next relay.")
 
 
 def _serve_metrics(place: str) -> Metrics:

@@ -11,7 +11,6 @@ from pgsignals.cli.checks import FAIL, OK, WARN, Finding, examine
 from pgsignals.cli.checks.findings import Outcome, fail, ok, warn
 from pgsignals.core.errors import DriftError, PgSignalsError, WatcherError
 from pgsignals.core.redaction import described, error_text
-from pgsignals.core.transport import Transport
 from pgsignals.hub.options import all_resolvers
 from pgsignals.outbox.schema import check_schema
 from pgsignals.plugins.broadcaster import Broadcaster, Checkable
@@ -25,6 +24,8 @@ from .relay_config import RelayConfig
 _SECONDS = 10.0
 # Checks of triggers that notify, and for those who look after consumers.
 _LEFT_OUT = ("triggers", "consumers", "dead letters")
+# What is a hint for others keeps a relay, which has a name, from its start.
+_NEEDED = ("outbox privileges", "replication", "slot limit")
 
 
 def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) -> Iterator[Finding]:
@@ -33,12 +34,21 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
     # Rights matter if triggers are missing.
     rights, outbox = [], None
     reached = True
-    for finding in examine(config.dsn, config.watchers, resolvers, config.namespace):
+    for finding in examine(
+        config.dsn,
+        config.watchers,
+        resolvers,
+        config.namespace,
+        config.transport,
+        config.capture,
+    ):
         if finding.check == "privileges":
             rights.append(finding)
         elif finding.check == "outbox":
             outbox = finding
-        elif finding.check == "outbox privileges" and finding.level != OK:
+        elif finding.check == "slot limit" and config.allow_unbounded_wal:
+            yield Finding(finding.check, OK, finding.message)
+        elif finding.check in _NEEDED and finding.level != OK:
             yield replace(finding, level=FAIL)
         elif finding.check not in _LEFT_OUT:
             yield finding
@@ -48,7 +58,12 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
         with opened(config.dsn) as cursor:
             try:
                 definitions = define(
-                    cursor, config.watchers, resolvers, config.namespace, Transport.OUTBOX
+                    cursor,
+                    config.watchers,
+                    resolvers,
+                    config.namespace,
+                    config.transport,
+                    capture=config.capture,
                 )
             except WatcherError as error:
                 yield Finding("watchers", FAIL, str(error), "Mend the watcher or the table.")
@@ -65,7 +80,7 @@ def check_relay(config: RelayConfig, broadcasters: Mapping[str, Broadcaster]) ->
 
 def _schema(cursor: Cursor, config: RelayConfig) -> Finding | None:
     try:
-        check_schema(cursor)
+        check_schema(cursor, config.delivery)
     except DriftError as error:
         if config.install == "auto":
             return Finding(
@@ -77,7 +92,12 @@ def _schema(cursor: Cursor, config: RelayConfig) -> Finding | None:
 
 def _triggers(cursor: Cursor, config: RelayConfig) -> Outcome:
     states = read_states(
-        cursor, config.watchers, all_resolvers(()), config.namespace, Transport.OUTBOX
+        cursor,
+        config.watchers,
+        all_resolvers(()),
+        config.namespace,
+        config.transport,
+        config.capture,
     )
     wrong = [
         f"{state.op} on {state.schema}.{state.table} is {state.status}"
@@ -90,7 +110,8 @@ def _triggers(cursor: Cursor, config: RelayConfig) -> Outcome:
         return warn("; ".join(wrong), "The relay installs them at its start.")
     return fail(
         "; ".join(wrong),
-        "Run `pgsignals install --delivery outbox` with these watchers, as the tables' owner.",
+        f"Run `pgsignals install --delivery {config.delivery}` with these watchers, as the tables' "
+        "owner.",
     )
 
 

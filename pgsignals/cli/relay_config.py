@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
 import msgspec.toml
 
 from pgsignals.core.errors import ConfigurationError, MissingExtraError, PgSignalsError, near
-from pgsignals.core.transport import Delivery
+from pgsignals.core.transport import Capture, Delivery
 from pgsignals.core.watchers import DEFAULT_OPERATIONS, Watcher, watch
 from pgsignals.hub.options import Install, Options
 from pgsignals.plugins.urls import scheme_of
@@ -69,6 +69,9 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     listen_dsn: str | None = None
     namespace: str | None = None
     install: Install | None = None
+    delivery: Literal["outbox", "wal"] = "outbox"
+    capture: Capture | None = None
+    allow_unbounded_wal: bool = False
     prune: bool = False
     lease: float = 5.0
     queue_size: int = 10_000

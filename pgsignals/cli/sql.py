@@ -6,11 +6,15 @@ from collections.abc import Iterable
 
 import click
 
+from pgsignals.core.transport import Transport
 from pgsignals.outbox.schema import read_version, upgrade_statements
 from pgsignals.postgres.connection import opened
 from pgsignals.triggers.catalogue import read_installed
 from pgsignals.triggers.installer import plan
+from pgsignals.triggers.names import INSTALL_LOCKING
+from pgsignals.triggers.publications import tidying
 from pgsignals.triggers.sql import drop_statement
+from pgsignals.wal.publication import missing_publications
 
 from .options import Scope, scope_options
 from .output import examples
@@ -22,6 +26,7 @@ from .output import examples
         "pgsignals sql --app shop.signals:WATCHERS --all",
         "pgsignals sql --uninstall orders",
         "pgsignals sql orders --delivery outbox",
+        "pgsignals sql orders --delivery wal",
     )
 )
 @scope_options
@@ -46,17 +51,26 @@ def sql(scope: Scope, everything: bool, removing: bool) -> None:
         triggers = [each.trigger for each in scope.define(cursor, watchers)]
         installed = read_installed(cursor, scope.namespace)
         statements: list[str] = []
-        if removing and triggers:
-            for trigger in triggers:
-                statements += trigger.drop
-        elif removing:
-            for item in installed:
-                statements.append(drop_statement(cursor, item.function_schema, item.name))
+        if removing:
+            if triggers:
+                statements += [each for trigger in triggers for each in trigger.drop]
+                logged = scope.delivery is Transport.WAL
+            else:
+                for item in installed:
+                    statements.append(drop_statement(cursor, item.function_schema, item.name))
+                logged = any(item.transport is Transport.WAL for item in installed)
+            if logged:
+                statements += [INSTALL_LOCKING, tidying(whole=True)]
         else:
+            if scope.delivery is Transport.WAL:
+                statements += missing_publications(cursor, everything=everything)
             if scope.delivery.durable:
                 version = 0 if everything else read_version(cursor)
                 statements += upgrade_statements(version)
-            statements += plan(triggers, [] if everything else installed).statements
+            needed = plan(triggers, [] if everything else installed).statements
+            if scope.delivery is Transport.WAL and needed:
+                statements.append(INSTALL_LOCKING)
+            statements += needed
     if statements:
         click.echo(script(statements))
     else:

@@ -36,13 +36,19 @@ def status(ctx: click.Context, scope: Scope, as_json: bool) -> None:
     a watcher needs it. STALE: no watcher given needs it, and nobody listens. Without watchers it
     judges by the database alone.
 
-    Where there is an outbox, it tells of that too: its size, its consumers and how far they are.
+    In WAL delivery it tells whether rows of the log serve a watcher, or messages of a trigger and
+    why.
+
+    Where there is durable delivery, it tells of that too: the outbox's size, the consumers and how
+    far they are.
 
     Exit codes: 0 when nothing is MISSING or OUTDATED, otherwise 1; 2 a wrong command line.
     """
     watchers = scope.watchers(required=False)
     with opened(scope.dsn) as cursor:
-        states = read_states(cursor, watchers, all_resolvers(()), scope.namespace, scope.delivery)
+        states = read_states(
+            cursor, watchers, all_resolvers(()), scope.namespace, scope.delivery, scope.capture
+        )
         usage = read_queue_usage(cursor)
         outbox = read_outbox(cursor) if read_version(cursor) else None
     ready = not any(state.status in (MISSING, OUTDATED) for state in states)
@@ -65,8 +71,13 @@ def status(ctx: click.Context, scope: Scope, as_json: bool) -> None:
 
 
 def _print_states(states: Sequence[State], namespace: str) -> None:
+    logged = any(state.served for state in states)
     print_table(
-        ("STATUS", "TABLE", "OPERATION", "LABEL", "LISTENERS", "DETAIL"),
+        (
+            *("STATUS", "TABLE", "OPERATION", "LABEL", "LISTENERS"),
+            *(["SERVED BY"] if logged else []),
+            "DETAIL",
+        ),
         [
             (
                 state.status,
@@ -74,7 +85,8 @@ def _print_states(states: Sequence[State], namespace: str) -> None:
                 state.op,
                 state.label,
                 state.listeners,
-                state.detail,
+                *([state.served] if logged else []),
+                "; ".join(filter(None, (state.detail, state.lacking))),
             )
             for state in states
         ],

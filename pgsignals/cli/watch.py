@@ -18,6 +18,7 @@ from pgsignals.core.events import Event
 from pgsignals.core.json import to_json
 from pgsignals.core.logging import log
 from pgsignals.core.redaction import error_text
+from pgsignals.core.transport import Transport
 from pgsignals.core.watchers import Watcher, normalize
 from pgsignals.core.watchers import watch as make_watcher
 from pgsignals.hub.hub import Hub
@@ -65,8 +66,13 @@ class _Columns:
 @click.option(
     "--name",
     metavar="NAME",
-    help="With --delivery outbox: the consumer that goes on where it was, from one run to the "
-    "next. Without, events are those from now on.",
+    help="With --delivery outbox or wal: the consumer that goes on where it was, from one run to "
+    "the next. Without, events are those from now on.",
+)
+@click.option(
+    "--allow-unbounded-wal",
+    is_flag=True,
+    help="With --delivery wal and --name: also where the server keeps its log without a bound.",
 )
 @click.option(
     "--columns", metavar="A,B", type=parse_names, help="Only updates that change one of these."
@@ -92,6 +98,7 @@ def watch(
     ctx: click.Context,
     scope: Scope,
     name: str | None,
+    allow_unbounded_wal: bool,
     columns: tuple[str, ...] | None,
     extra: tuple[str, ...] | None,
     all_columns: bool,
@@ -116,7 +123,7 @@ def watch(
     --count events had come.
     """
     asked = _Columns(columns or (), extra or (), all_columns, ids_only)
-    _check(scope, asked, when, name, count)
+    _check(scope, asked, when, name, allow_unbounded_wal, count)
     from_app = given_watchers((), scope.app, required=not scope.watched)
 
     hub = Hub()
@@ -137,7 +144,9 @@ def watch(
                 scope.dsn,
                 watchers,
                 delivery=scope.delivery.value,
+                capture=scope.capture,
                 name=name,
+                allow_unbounded_wal=allow_unbounded_wal,
                 namespace=scope.namespace,
                 prune=False,
             )
@@ -165,7 +174,12 @@ def watch(
 
 
 def _check(
-    scope: Scope, asked: _Columns, when: str | None, name: str | None, count: int | None
+    scope: Scope,
+    asked: _Columns,
+    when: str | None,
+    name: str | None,
+    allow_unbounded_wal: bool,
+    count: int | None,
 ) -> None:
     """Raise UsageError for options that do not go together."""
     if asked.ids_only and (asked.compared or asked.extra or asked.everything):
@@ -175,7 +189,9 @@ def _check(
     if scope.app is not None and not scope.watched and (when or not asked.by_default):
         raise click.UsageError("The watchers of --app say themselves what they show and when.")
     if name is not None and not scope.delivery.durable:
-        raise click.UsageError("--name is a consumer's: add --delivery outbox.")
+        raise click.UsageError("--name is a consumer's: add --delivery outbox or --delivery wal.")
+    if allow_unbounded_wal and scope.delivery is not Transport.WAL:
+        raise click.UsageError("--allow-unbounded-wal is of WAL delivery: add --delivery wal.")
     if name is not None and count is not None:
         raise click.UsageError(
             "--count does not go with --name: what a consumer has read beyond it would not be "

@@ -63,8 +63,8 @@ class Claims:
         # The server's time before which everything is known to have been acknowledged.
         self._settled_at: datetime | None = None
         self._enrolled_at = 0.0
-        # When the last poll began. A later commit, or a later loss at a writer, may not be in it.
-        self.polled_at = time.monotonic()
+        # What was committed by then, or lost at a writer, is in the last poll: see Poll.
+        self.polled_as_of: float | None = None
         self._holders: Stillness[int] = Stillness()
         self._members: Stillness[str] = Stillness()
 
@@ -109,7 +109,7 @@ class Claims:
             )
         if new or self._settled_at is None:
             self._settled_at = now
-        self._enrolled_at = self.polled_at = time.monotonic()
+        self._enrolled_at, self.polled_as_of = time.monotonic(), None
 
     def drop(self) -> None:
         """End all leases, since the session is lost: nothing that was read is delivered now."""
@@ -195,13 +195,13 @@ class Claims:
 
     def _save(self, number: int, part: Partition, release: bool, late: Sequence[Late] = ()) -> None:
         asked_at = time.monotonic()
-        age = asked_at - self.polled_at
         lease = self._consumer.lease
+        as_of = self.polled_as_of if part.current else None
         kept = self._log.consumer.acknowledge(
             part.claim,
             part.acknowledged,
             part.unsaved,
-            age=age if part.current else None,
+            age=None if as_of is None else asked_at - as_of,
             release=release,
             clean=not part.pages and not part.reader.unsure,
             progress=list(part.progress.values()),
@@ -213,14 +213,17 @@ class Claims:
         if kept is None or release:
             part.lease.end()
             del self.parts[number]
+            if not self.parts:
+                self._log.left()
             return
         acknowledged_at, lost_until = kept
         if lost_until is not None:
             # The process that noted the loss also kept the time since when; the Gap begins there.
             since = min(part.claim.acknowledged_at, acknowledged_at)
             part.claim = replace(part.claim, acknowledged_at=since)
-        if part.current and lost_until is None:
-            since = self._now() - timedelta(seconds=time.monotonic() - self.polled_at)
+        self._log.acknowledged(part.acknowledged)
+        if as_of is not None and lost_until is None:
+            since = self._now() - timedelta(seconds=time.monotonic() - as_of)
             part.claim = replace(part.claim, acknowledged_at=since)
             if all(each.current for each in self.parts.values()):
                 self._settled_at = part.claim.acknowledged_at
@@ -239,7 +242,10 @@ class Claims:
 
     def _begin(self, part: Partition, lost_until: datetime | None) -> None:
         self._note_history(part)
-        self._note_loss(part, lost_until)
+        if part.reader.lost:
+            log.error("events of %s are lost: %s", self._name, part.reader.lost)
+            lost_until = self._log.consumer.mark_lost()
+        self._note_loss(part, lost_until, part.reader.lost)
         self._begun(part)
 
     def _note_history(self, part: Partition) -> None:
@@ -252,7 +258,10 @@ class Claims:
         our_cluster, _, our_timeline = self.epoch.partition("/")
         detail = ""
         if cluster != our_cluster:
-            detail = f"cluster, database or log are others: {our_cluster}, and were {cluster}"
+            detail = (
+                "cluster, database, log or its secret are others: "
+                f"{our_cluster}, and were {cluster}"
+            )
         elif part.reader.ahead:
             detail = "the database has gone back in time"
         if detail:
@@ -267,11 +276,11 @@ class Claims:
             gap = Gap(part.claim.acknowledged_at, self._now(), "restored", detail)
             self._tell(part, gap, epoch=self.epoch)
 
-    def _note_loss(self, part: Partition, lost_until: datetime | None) -> None:
+    def _note_loss(self, part: Partition, lost_until: datetime | None, why: str = "") -> None:
         """Announce rows that were dropped before they were read."""
         known = part.announcing.lost_until
         if lost_until is not None and (known is None or lost_until > known):
-            detail = (
+            detail = why or (
                 "events were dropped before they were read, or never noted: the consumer was late, "
                 "or had been removed, or a trigger was missing"
             )

@@ -118,7 +118,7 @@ _SERVER = """pg_catalog.concat(
 _CLAIM = f"""
 WITH free AS MATERIALIZED (
   SELECT name, part FROM pgsignals.consumers
-  WHERE name = %(name)s AND part = %(part)s
+  WHERE name = %(name)s AND part = %(part)s AND {{own}}
     AND (holder IS NULL OR holder = %(holder)s
          OR (token = %(still_token)s AND beat = %(still_beat)s)
          OR (epoch = %(epoch)s AND server = {_SERVER}
@@ -210,7 +210,7 @@ class ConsumerStore:
         self._joined = False
         columns = log.columns
         self._claim = _CLAIM.format(
-            missed=log.missed, columns=", ".join(f"c.{each}" for each in columns)
+            own=log.own, missed=log.missed, columns=", ".join(f"c.{each}" for each in columns)
         )
         self._register = _REGISTER.format(
             columns=", ".join(log.start), values=", ".join(log.start.values())
@@ -353,6 +353,67 @@ class ConsumerStore:
             key = claim_key(self.name, claim.part, claim.token)
             self.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", (names.CURSOR_CLASS, key))
         return (found[0][1], found[0][0]) if found else None
+
+    def hand_over(
+        self,
+        claim: Claim,
+        target: Log,
+        position: Position,
+        epoch: str,
+        channels: Sequence[int],
+        installation: str,
+    ) -> bool:
+        """Have the consumer, claimed and all acknowledged, go on in another log, for anybody.
+
+        Its ``channels`` there have the triggers of the fingerprint ``installation``. Returns False
+        if the claim is lost, or a loss has to be announced first.
+        """
+        # Unlike an acknowledgement, it must outlive a crash of the server: by then the triggers of
+        # this log may be gone.
+        former = [each for each in self.log.columns if each not in target.columns]
+        found = self.execute(
+            "UPDATE pgsignals.consumers SET"
+            f" {', '.join(f'{each} = DEFAULT' for each in former)},"
+            f" {', '.join(f'{each} = %({each})s' for each in target.columns)},"
+            " epoch = %(epoch)s, channels = %(channels)s, installation = %(installation)s,"
+            " verified_at = pg_catalog.clock_timestamp(), clean = true,"
+            " holder = NULL, token = token + 1, beat = beat + 1"
+            " WHERE name = %(name)s AND part = %(part)s AND holder = %(holder)s"
+            " AND token = %(token)s AND lost_until IS NULL AND installation IS DISTINCT FROM ''"
+            " RETURNING pg_catalog.set_config('synchronous_commit', 'on', true)",
+            dict(position.columns)
+            | {
+                "epoch": epoch,
+                "channels": list(channels),
+                "installation": installation,
+                "name": self.name,
+                "part": claim.part,
+                "holder": self._holder,
+                "token": claim.token,
+            },
+        )
+        return bool(found)
+
+    def elsewhere(self) -> bool:
+        """Whether the consumer has its position in another log."""
+        return bool(
+            self.execute(
+                "SELECT 1 FROM pgsignals.consumers WHERE name = %s AND part = 0"
+                f" AND NOT ({self.log.own})",
+                (self.name,),
+            )
+        )
+
+    def mark_lost(self) -> datetime:
+        """Note that events have been dropped before they were read; return until when."""
+        [(until,)] = self.execute(
+            "WITH now AS (SELECT pg_catalog.clock_timestamp() AS at)"
+            " UPDATE pgsignals.consumers SET lost_until = at FROM now WHERE name = %s"
+            " RETURNING lost_until",
+            (self.name,),
+        )[:1]
+        assert isinstance(until, datetime)
+        return until
 
     def forget(self) -> None:
         """Remove the consumer."""

@@ -18,6 +18,7 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.events import Event, Gap, Message
 from ..core.payload import Broken, Cast, Decoder
 from ..postgres.session import Session
+from ..postgres.snapshot import Snapshot
 from ..triggers.definitions import Definition
 
 if TYPE_CHECKING:
@@ -31,10 +32,15 @@ Writers: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Poll:
-    """The log at one moment, and the count, read later, of what writers could not write to it."""
+    """The log at one moment, and the count, read later, of what writers could not write to it.
+
+    Whatever had been committed at ``as_of`` (``time.monotonic()``) lies before the watermark; None
+    while that is not known of any time.
+    """
 
     watermark: Watermark
     shed: int
+    as_of: float | None
 
 
 class Position(Protocol):
@@ -67,6 +73,10 @@ class Reader(Protocol):
     @property
     def ahead(self) -> bool:
         """Whether the log has yet to reach the position, since the log has gone back in time."""
+
+    @property
+    def lost(self) -> str:
+        """Why the log does not hold everything behind the position any more; empty if it does."""
 
     @property
     def replayed_after(self) -> int | None:
@@ -108,7 +118,8 @@ class Log(Protocol):
     them, and ``shed``, to the SQL of their values for a consumer that begins now. ``missed`` is the
     condition on a row ``c`` that it has not read all that triggers wrote before ``%(made)s``.
     ``messages`` is the relation of the log's messages, with their ``id`` and ``payload``.
-    ``marking`` is the SQL of the watermark at which a transaction sees its database.
+    ``marking`` is the SQL of the watermark at which a transaction sees its database. ``own`` is the
+    condition that the consumer has its position in this log, and not in another.
     """
 
     columns: tuple[str, ...]
@@ -116,6 +127,7 @@ class Log(Protocol):
     missed: str
     messages: str
     marking: str
+    own: str
 
     @property
     def consumer(self) -> ConsumerStore:
@@ -133,6 +145,12 @@ class Log(Protocol):
 
     def poll(self) -> Poll:
         """Return the log's present watermark and shed count."""
+
+    def latest(self) -> Watermark:
+        """Return a watermark behind everything that is committed by now."""
+
+    def acknowledged(self, position: Position) -> None:
+        """Take note that a position has been saved for the consumer."""
 
     def pause(self, worked: float) -> float:
         """Seconds until the next poll unless a notification comes; reading took ``worked``."""
@@ -158,8 +176,42 @@ class Log(Protocol):
     def reader(self, position: Position, clean: bool) -> Reader:
         """Return a reader from a position on; ``clean``: nobody has delivered what is behind it."""
 
+    def left(self) -> None:
+        """Take note that this process reads no partition any more."""
+
+    def close(self) -> None:
+        """End what the log has beside the session, which is ended by its owner."""
+
+    def abandon(self) -> None:
+        """In the child of a fork, give up the same, without touching the parent's."""
+
     def shed_detail(self, count: int) -> str:
         """Explain, for people, that ``count`` messages could not be written to the log, and why."""
+
+
+class MovableLog(Log, Protocol):
+    """A log that a consumer can leave for another one, and come to from another one."""
+
+    def keep(self) -> None:
+        """Have the log keep for the consumer, who comes from another one, what is committed now."""
+
+    def keeps(self) -> bool:
+        """Whether the log still has all since ``keep``."""
+
+    def behind(self, snapshot: Snapshot) -> Position:
+        """Return the position behind which is all that a snapshot does not see, since ``keep``."""
+
+    def leave(self) -> None:
+        """Get ready for ``end``, before anything is read."""
+
+    def end(self) -> Watermark:
+        """Return the watermark of now, and have readers leave out what it does not see."""
+
+    def seen(self, position: Position) -> Snapshot:
+        """Return the snapshot that sees what has been read at the ``end``, and nothing else."""
+
+    def forsake(self) -> None:
+        """Give up what is kept for the consumer, who has gone to another log."""
 
 
 class MessageDecoder(Protocol):

@@ -29,18 +29,18 @@ def once(event: Event, connection: object, /, *, scope: str | None = None) -> bo
 
     The record is committed, or rolled back, with what the receiver writes through the same
     ``connection``, which is one that :func:`pgsignals.muted` takes, to a database that has the
-    schema of outbox delivery. While another transaction that recorded the same event is under way,
+    schema of durable delivery. While another transaction that recorded the same event is under way,
     it waits for its end. ``scope`` says for whom the event is taken care of: unless given, for the
     receiver that is being called, by its module and name, whichever consumer calls it.
 
-    Raises ConfigurationError for another kind of connection, or outside a receiver of outbox
+    Raises ConfigurationError for another kind of connection, or outside a receiver of durable
     delivery without a ``scope``; StateError where no transaction is open and none would be opened
     (autocommit); DatabaseError without the schema; PrivilegeError without INSERT on its table.
     """
     if scope is None:
         if (receiver := called.get()) is None:
             raise ConfigurationError(
-                "once() was not called by a receiver of outbox delivery, in its thread, so that "
+                "once() was not called by a receiver of durable delivery, in its thread, so that "
                 "there is no name to record the event under: give scope='…'."
             )
         scope = receiver_name(receiver)
@@ -60,8 +60,8 @@ def once(event: Event, connection: object, /, *, scope: str | None = None) -> bo
         if code in ("42P01", "3F000"):
             raise DatabaseError(
                 "once() found no table pgsignals.processed in the connection's database. Run "
-                "`pgsignals install --delivery outbox` there, or give a connection to the database "
-                "that has the outbox."
+                "`pgsignals install --delivery outbox` (or wal) there, or give a connection to the "
+                "database that has the outbox."
             ) from error
         if code == "42501":
             role = _role(borrowed)

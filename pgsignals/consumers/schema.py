@@ -11,16 +11,21 @@ LOCK_WAIT = "100ms"
 IMPATIENT = f"SET LOCAL lock_timeout TO '{LOCK_WAIT}'; "
 
 TABLES = (
-    # The columns from ``snapshot`` to ``floor`` hold a position in the outbox, see Log.
+    # The columns from ``snapshot`` to ``floor`` hold a position in the outbox, ``lsn`` to
+    # ``messages`` hold one in the write-ahead log: see Log. With that, ``target`` says what had
+    # come from the outbox.
     """CREATE TABLE pgsignals.consumers (
   name text NOT NULL,
   part int NOT NULL,
   parts int NOT NULL,
   ephemeral boolean NOT NULL,
-  snapshot text NOT NULL,
+  snapshot text,
   target text,
   last_id bigint NOT NULL DEFAULT 0,
-  floor bigint NOT NULL,
+  floor bigint,
+  lsn bigint,
+  commit_lsn bigint,
+  messages bigint,
   shed bigint NOT NULL,
   lost_until timestamptz,
   epoch text NOT NULL,

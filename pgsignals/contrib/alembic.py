@@ -24,7 +24,7 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.errors import ConfigurationError, MissingExtraError, TableError
 from ..core.events import model_name
 from ..core.tables import Resolver
-from ..core.transport import Transport
+from ..core.transport import Capture, Transport
 from ..core.watchers import Watcher, normalize
 from ..hub.options import all_resolvers
 from ..postgres.dsn import dsn_of
@@ -71,11 +71,13 @@ class _WatchersOp(MigrateOperation):
         namespace: str | None = None,
         change: Change | None = None,
         delivery: str | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.watchers = tuple(watchers)
         self.namespace = namespace
         self.change = change or Change()
         self.delivery = delivery
+        self.capture = capture
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """Return what ``alembic check`` prints."""
@@ -86,7 +88,7 @@ class _WatchersOp(MigrateOperation):
         """Return the opposite operation, for the downgrade."""
         installs = isinstance(self, InstallWatchersOp)
         opposite = UninstallWatchersOp if installs else InstallWatchersOp
-        # Without the delivery, since triggers of either are removed.
+        # Without the delivery, since triggers of any are removed.
         return opposite(self.watchers, self.namespace, self.change.reversed())
 
 
@@ -105,22 +107,23 @@ class InstallWatchersOp(_WatchersOp):
         *,
         namespace: str | None = None,
         delivery: str | None = None,
+        capture: Capture | None = None,
         statements: Sequence[str] = (),
     ) -> None:
         """Install those triggers of watchers that are missing or outdated.
 
         ``watchers`` are what :func:`pgsignals.start` takes; tables by their names stay right when
-        the models change. ``namespace`` and ``delivery`` are those of ``start``, and by default
-        what ``context.configure`` got as ``pgsignals_namespace`` and ``pgsignals_delivery``, or
-        else ``"default"`` and ``"notify"``; for ``"outbox"`` the schema ``pgsignals`` is made or
-        upgraded, too. ``statements``, as autogenerate writes them, are run as they are instead;
-        ``--sql`` takes them alone.
+        the models change. ``namespace``, ``delivery`` and ``capture`` are those of ``start``, and
+        by default what ``context.configure`` got as ``pgsignals_namespace`` and so on, or else
+        ``"default"``, ``"notify"`` and None; for a durable delivery the schema ``pgsignals`` is
+        made or upgraded, too, and for ``"wal"`` the publications. ``statements``, as autogenerate
+        writes them, are run as they are instead; ``--sql`` takes them alone.
 
         Raises ConfigurationError for watchers with ``--sql``, which cannot read the tables, and for
         an unknown delivery; InstallLockError for a table that somebody else holds locked.
         """
         change = Change(tuple(statements))
-        operations.invoke(cls(normalize(watchers), namespace, change, delivery))
+        operations.invoke(cls(normalize(watchers), namespace, change, delivery, capture))
 
 
 @Operations.register_operation("uninstall_watchers")
@@ -139,16 +142,21 @@ class UninstallWatchersOp(_WatchersOp):
         namespace: str | None = None,
         statements: Sequence[str] = (),
     ) -> None:
-        """Remove the triggers of watchers, of either delivery, except those that somebody needs.
+        """Remove the triggers of watchers, of any delivery, except those that somebody needs.
 
-        Somebody listens to such a trigger now, or a named consumer of the outbox reads its
-        messages. The outbox itself stays. The parameters are those of ``op.install_watchers``.
+        Somebody listens to such a trigger now, or a named consumer reads its messages. The schema
+        itself stays. The parameters are those of ``op.install_watchers``.
         """
         operations.invoke(cls(normalize(watchers), namespace, Change(tuple(statements))))
 
 
 def _delivery(options: Any) -> str:
     return str(options.get("pgsignals_delivery") or "notify")
+
+
+def _capture(options: Any) -> Capture | None:
+    found: Capture | None = options.get("pgsignals_capture")
+    return found
 
 
 def _namespace(options: Any) -> str:
@@ -176,7 +184,8 @@ def _apply(operations: Operations, operation: _WatchersOp) -> None:
     connection = operations.get_bind()
     with _cursor(connection) as cursor:
         if watchers:
-            wanted = Wanted(watchers, all_resolvers(()), namespace, transport)
+            capture = operation.capture or _capture(context.opts)
+            wanted = Wanted(watchers, all_resolvers(()), namespace, transport, capture)
             statements = (*statements, *operation.planning(wanted, cursor).forward)
         run(cursor, statements, connection.begin_nested)
 
@@ -205,7 +214,7 @@ def _compare(
         return
     namespace = _namespace(autogen_context.opts)
     delivery = _delivery(autogen_context.opts)
-    transport = Transport(delivery)
+    transport, capture = Transport(delivery), _capture(autogen_context.opts)
     resolvers = all_resolvers(())
     triggers = []
     later: list[Watcher] = []
@@ -218,7 +227,9 @@ def _compare(
             try:
                 # In a savepoint, since an undefined column would abort the whole transaction.
                 with connection.begin_nested():
-                    found = define(cursor, [watcher], resolvers, namespace, transport)
+                    found = define(
+                        cursor, [watcher], resolvers, namespace, transport, capture=capture
+                    )
             except Exception as error:
                 if not _of_this_revision(error):
                     raise
@@ -232,7 +243,7 @@ def _compare(
     if created.summary or created.lasting:
         upgrade_ops.ops.append(InstallWatchersOp((), namespace, created))
     if later:
-        upgrade_ops.ops.append(InstallWatchersOp(later, namespace, delivery=delivery))
+        upgrade_ops.ops.append(InstallWatchersOp(later, namespace, None, delivery, capture))
 
 
 try:
@@ -286,6 +297,8 @@ def _render(autogen_context: AutogenContext, operation: _WatchersOp) -> str:
         lines.append(f"    namespace={operation.namespace!r},")
     if operation.watchers and operation.delivery not in (None, "notify"):
         lines.append(f"    delivery={operation.delivery!r},")
+    if operation.watchers and operation.capture is not None:
+        lines.append(f"    capture={operation.capture!r},")
     if operation.change.forward:
         change = operation.change
         lines += [f"    # {line}" for line in (*change.lasting, *change.summary)]

@@ -1,8 +1,8 @@
 """The feeds of a Hub: each is opened once, and shared by all streams of its targets.
 
-In outbox delivery, opening a feed takes a connection to the database. A thread of its own makes it,
-and no lock is held meanwhile: a database that does not answer holds up only callers that wait for
-that feed, and these for as long as they like.
+In durable delivery, opening a feed takes a connection to the database. A thread of its own makes
+it, and no lock is held meanwhile: a database that does not answer holds up only callers that wait
+for that feed, and these for as long as they like.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Opening:
         try:
             return self._future.result(max(0.0, self._began + patience - time.monotonic()))
         except FutureTimeoutError:
-            raise StateError("The outbox cannot be read now: the database is slow.") from None
+            raise StateError("The log cannot be read now: the database is slow.") from None
 
     async def awaited(self) -> RingFeed[Any]:
         """Return the feed, however long that takes. Raises StateError if it cannot be opened."""
@@ -101,7 +101,7 @@ class Feeds:
             if opening is not None and not opening.over:
                 return opening
             opening = Opening()
-            if hub._reads_outbox:
+            if hub._reads_log:
                 # The caller gets the error for a wrong target, which the thread could only keep.
                 check_targets(hub, targets, size)
                 Thread("feed", opening.fill, hub, targets, size, ordered).start()

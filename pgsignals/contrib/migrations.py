@@ -15,7 +15,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from ..core.errors import ConfigurationError, InstallLockError
 from ..core.tables import Resolver
-from ..core.transport import Transport
+from ..core.transport import Capture, Transport
 from ..core.watchers import Watcher
 from ..outbox import schema
 from ..postgres.connection import connect
@@ -23,8 +23,11 @@ from ..triggers import names
 from ..triggers.catalogue import Installed, read_installed
 from ..triggers.definitions import define
 from ..triggers.installer import lock_holders, plan
-from ..triggers.sql import Trigger, registration
+from ..triggers.publications import creating_publications, publishing, tidying
+from ..triggers.rows import serving
+from ..triggers.sql import Trigger, publication_of, registration
 from ..triggers.table_lookup import describe, resolve
+from ..wal.publication import missing_publications
 
 Rows = list[tuple[Any, ...]]
 
@@ -37,7 +40,7 @@ class Change:
     """Statements that bring a database to what watchers need, and those that bring it back.
 
     ``summary`` has a line for each trigger: ``+ updated on public.orders``. ``lasting`` has one for
-    what is not brought back: the schema of the outbox, which others may use by then.
+    what is not brought back: the schema of durable delivery, which others may use by then.
     """
 
     forward: tuple[str, ...] = ()
@@ -144,7 +147,8 @@ def sqlstates(error: BaseException | None) -> set[str]:
 
 
 _MAKES_A_TRIGGER = re.compile(
-    r"(?:CREATE TRIGGER .+? AFTER \w+ ON|ALTER TABLE) (.+?)\s+(?:REFERENCING|FOR EACH|ENABLE)",
+    r"(?:CREATE TRIGGER .+? AFTER \w+ ON|ALTER TABLE|LOCK TABLE) (.+?)\s+"
+    r"(?:REFERENCING|FOR EACH|ENABLE|IN SHARE)",
     re.DOTALL,
 )
 _OURS = re.compile(rf"{names.PREFIX}[0-9a-f]{{16}}")
@@ -175,12 +179,15 @@ def _place(cursor: Cursor, statement: str) -> tuple[str, str] | None:
 def creating(
     cursor: Cursor, namespace: str, wanted: Sequence[Trigger], transport: Transport
 ) -> Change:
-    """Return what makes the triggers that are missing or outdated, and the outbox if needed."""
+    """Return what makes the triggers that are missing or outdated, and what they need."""
     version = schema.read_version(cursor) if transport.durable else schema.VERSION
     # Triggers of a former schema, which was dropped, are unknown to the one that is made now.
     installed = read_installed(cursor, namespace) if version else []
     created = plan(wanted, installed).created
-    return _change(cursor, created, [], with_schema=version < schema.VERSION)
+    needed = []
+    if transport is Transport.WAL:
+        needed = missing_publications(cursor)
+    return _change(cursor, created, [], needed, with_schema=version < schema.VERSION)
 
 
 def pruning(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> Change:
@@ -197,11 +204,14 @@ class Wanted:
     resolvers: Sequence[Resolver]
     namespace: str
     transport: Transport
+    capture: Capture | None = None
 
     def installing(self, cursor: Cursor) -> Change:
         """Return what installs the watchers' triggers: see ``creating``."""
         namespace, transport = self.namespace, self.transport
-        found = define(cursor, self.watchers, self.resolvers, namespace, transport)
+        found = define(
+            cursor, self.watchers, self.resolvers, namespace, transport, capture=self.capture
+        )
         return creating(cursor, namespace, [each.trigger for each in found], transport)
 
     def removing(self, cursor: Cursor) -> Change:
@@ -238,9 +248,10 @@ def _change(
     cursor: Cursor,
     created: Sequence[Trigger],
     removed: Sequence[Installed],
+    publications: Sequence[str] = (),
     with_schema: bool = False,
 ) -> Change:
-    forward: list[str] = []
+    forward: list[str] = [*publications]
     backward: list[str] = []
     summary: list[str] = []
     lasting: tuple[str, ...] = ()
@@ -257,6 +268,10 @@ def _change(
         forward.append(_drop(cursor, item.function_schema, item.hash))
         backward += _definition(cursor, item)
         summary.append(f"- {_named(item.tag.op, f'{item.schema}.{item.table}', item.tag.label)}")
+    if any(trigger.spec.transport is Transport.WAL for trigger in created):
+        backward.append(tidying(whole=True))
+    if any(item.transport is Transport.WAL for item in removed):
+        forward.append(tidying(whole=True))
     return Change(_locking(forward), _locking(backward), tuple(summary), lasting)
 
 
@@ -276,7 +291,7 @@ def _locking(statements: Sequence[str]) -> tuple[str, ...]:
         f"SELECT pg_catalog.set_config({setting}, "
         "pg_catalog.current_setting('lock_timeout'), true)",
         "SELECT pg_catalog.set_config('lock_timeout', '2s', true)",
-        f"SELECT pg_catalog.pg_advisory_xact_lock({names.LOCK_CLASS}, {names.INSTALL_LOCK})",
+        names.INSTALL_LOCKING,
         "SELECT pg_catalog.set_config('lock_timeout', '500ms', true)",
         *statements,
         "SELECT pg_catalog.set_config('lock_timeout', coalesce(nullif(pg_catalog.current_setting("
@@ -299,7 +314,9 @@ def _drop(cursor: Cursor, home: str, hashed: str) -> str:
             "  PERFORM pg_catalog.pg_advisory_xact_lock({lock_class}, {removal});\n"
             "  IF pg_catalog.to_regnamespace('pgsignals') IS NOT NULL AND EXISTS (\n"
             "    SELECT FROM pg_catalog.pg_proc p\n"
-            "    WHERE p.prosecdef AND p.proname = {literal}\n"
+            "    WHERE p.proname = {literal}\n"
+            "      AND (p.prosecdef OR pg_catalog.strpos(\n"
+            "        pg_catalog.obj_description(p.oid, 'pg_proc'), '\"rows\": true') > 0)\n"
             "      AND p.pronamespace = pg_catalog.to_regnamespace({home}))\n"
             "  THEN\n"
             "    IF pg_catalog.has_schema_privilege('pgsignals', 'USAGE')\n"
@@ -312,8 +329,8 @@ def _drop(cursor: Cursor, home: str, hashed: str) -> str:
             "    END IF;\n"
             "  END IF;\n"
             "  IF consumed THEN\n"
-            "    RAISE WARNING 'a consumer of the outbox reads what {name} writes, so that it is"
-            " left: see pgsignals consumers';\n"
+            "    RAISE WARNING 'a consumer reads what {name} is for, so that it is left: see"
+            " pgsignals consumers';\n"
             "  ELSIF EXISTS (\n"
             "    SELECT FROM pg_catalog.pg_locks l\n"
             "    JOIN (VALUES {parts}) AS part (number, bits)\n"
@@ -374,7 +391,13 @@ def _definition(cursor: Cursor, item: Installed) -> list[str]:
         return []
     function, comment, durable, *_ = rows[0]
     named = sql.Identifier(item.function_schema, item.name)
-    statements: list[sql.Composable] = [
+    statements: list[sql.Composable] = []
+    tables = [sql.Identifier(each.schema, each.table).as_string(cursor) for each in item.fired]
+    if item.tag.rows:
+        publication = publication_of(item.tag.op)
+        for each in (*creating_publications(), *(publishing(t, publication) for t in tables)):
+            statements.append(sql.SQL(each))
+    statements += [
         sql.SQL(function.rstrip()),
         sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(named),
         sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(named, sql.Literal(comment)),
@@ -389,9 +412,15 @@ def _definition(cursor: Cursor, item: Installed) -> list[str]:
                     sql.Identifier(home, table), sql.Identifier(item.name)
                 )
             )
-    if durable and schema.read_version(cursor):
+    if (durable or item.tag.rows) and schema.read_version(cursor):
         cursor.execute(_REGISTERED, (names.channel_key(item.hash),))
         registered = cursor.fetchone()
         if registered is not None:
-            statements += registration(item.function_schema, item.hash, registered[0])
+            statements += registration(
+                item.function_schema,
+                item.hash,
+                registered[0],
+                item.transport,
+                *([serving(tables)] if item.tag.rows else []),
+            )
     return [statement.as_string(cursor) for statement in statements]

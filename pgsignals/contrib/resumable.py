@@ -15,16 +15,18 @@ from typing import Any
 
 import psycopg2
 
+from ..consumers.decoding import Row
 from ..core.errors import ConnectError, DatabaseError, StateError
 from ..core.events import Event, Gap, Topic, model_identity
 from ..core.logging import log
 from ..core.process import notice_fork
 from ..core.redaction import error_text
 from ..hub.hub import Hub
-from ..outbox.cursors import Snapshot
-from ..outbox.reader import Row
 from ..outbox.resume_tokens import ALL, ResumePoint, TokenCodec
+from ..postgres.snapshot import Snapshot
 from ..sources.tail import Tail
+from ..sources.wal_tail import WalTail
+from .replayed import LogFeed
 from .ring import (
     GONE,
     LONGEST_READ,
@@ -41,15 +43,16 @@ from .sse import Feed
 def open_feed(hub: Hub, *targets: Any, size: int, ordered: bool) -> RingFeed[Any]:
     """Return the feed that the delivery of the Hub allows.
 
-    Raises ReceiverError if no watcher delivers a target, StateError if the outbox cannot be read
-    now.
+    Raises ReceiverError if no watcher delivers a target, StateError if the log cannot be read now.
     """
     try:
         tail = hub._tail()
     except DatabaseError as error:
-        raise StateError(f"The outbox cannot be read now: {error}") from error
+        raise StateError(f"The log cannot be read now: {error}") from error
     if tail is None:
         return Feed(hub, *targets, size=size, ordered=ordered)
+    if isinstance(tail, WalTail):
+        return LogFeed(hub, tail, check_targets(hub, targets, size), size)
     return ResumableFeed(hub, tail, *targets, size=size)
 
 

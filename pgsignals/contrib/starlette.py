@@ -71,7 +71,7 @@ def sse(
     for ``send_timeout`` seconds is given up. The streams end, too, when the server is told to end,
     by SIGTERM or Ctrl-C.
 
-    The function waits for nothing: in outbox delivery a thread connects to the database, and until
+    The function waits for nothing: in durable delivery a thread connects to the database, and until
     that has succeeded the browser is told to come back later.
 
     Raises ReceiverError if no watcher delivers a target.
@@ -98,9 +98,9 @@ def position(*targets: Any, hub: Hub | None = None, size: int = 1000) -> str:
     """Return the position of the stream of these targets now, to render into a page.
 
     With ``new EventSource("/events?last-event-id=…")`` the browser hears of all that happened
-    since. Raises StateError if the Hub is not running, or the outbox cannot be read now.
+    since. Raises StateError if the Hub is not running, or the log cannot be read now.
 
-    In outbox delivery the first call, and each after the Hub has started anew, waits for a
+    In durable delivery the first call, and each after the Hub has started anew, waits for a
     connection to the database: for two seconds, and in the thread of an event loop for a quarter of
     one. ``aposition`` waits without holding up the loop.
     """

@@ -132,6 +132,9 @@ class Message(msgspec.Struct, eq=False):
     Each row is a tuple: the key; if ``moved``, the key before the update; unless ``truncated``, the
     values; if the topic compares, the old values, and a text with a ``1`` for each value that
     differs and a ``0`` for each other. The source acknowledges the message with its ``page``.
+
+    ``first`` is the number of the first row. ``payload`` is what was decoded, where nobody holds it
+    once the message is acknowledged.
     """
 
     topic: Topic
@@ -142,8 +145,10 @@ class Message(msgspec.Struct, eq=False):
     rows: Sequence[tuple[Any, ...]]
     moved: bool = False
     truncated: bool = False
+    first: int = 0
     redelivered: bool = False
     position: str | None = None
+    payload: str | None = None
     page: Any = None
 
     @property
@@ -159,14 +164,17 @@ class Message(msgspec.Struct, eq=False):
 
     def uid(self, number: int) -> str:
         """Return the uid of a row's event, the same here and wherever the event travels."""
-        return event_uid(self.topic.name, self.txid, self.sequence, number)
+        return event_uid(self.topic.name, self.txid, self.sequence, self.first + number)
 
     def row_payload(self, number: int) -> str | None:
         """Return the payload of a message of this row alone, with the same uid, to park.
 
         None if the source itself holds the message, by its ``sequence``.
         """
-        return None
+        if self.payload is None or len(self.rows) == 1:
+            return self.payload
+        head, *lines = self.payload.split("\n")
+        return f'{head[:-1]},"n":{self.first + number}}}\n{lines[number]}'
 
 
 class Event(msgspec.Struct, frozen=True, eq=False):
@@ -273,7 +281,8 @@ class Event(msgspec.Struct, frozen=True, eq=False):
     def at(self) -> datetime:
         """The time when the statement ran, by the server's clock, as an aware datetime.
 
-        For a snapshot, the time when the row was read.
+        For a snapshot, the time when the row was read; for a row of the write-ahead log, the time
+        when its transaction committed.
         """
         return self._message.at
 

@@ -94,6 +94,13 @@ GAUGES = {
     "oldest_seconds": Measure("For how long the oldest of these has been here."),
     "lag_seconds": Measure("Age of the latest events when they were handed to receivers."),
     "backend_depth": Measure("Events that wait for a broker's acknowledgement.", ("backend",)),
+    "slot_retained_bytes": Measure(
+        "The write-ahead log that the server keeps for a consumer's replication slot.",
+        ("consumer",),
+    ),
+    "slot_safe_bytes": Measure(
+        "How much more may be written before the server may give the slot up.", ("consumer",)
+    ),
 }
 
 

@@ -49,6 +49,11 @@ class Layout(msgspec.Struct, frozen=True):
 
     ``name`` begins the uids of their events. ``model`` is the name of a model that shares the table
     with others. The other attributes are as in Topic.
+
+    With ``rows``, the messages are the table's rows in the write-ahead log: ``columns`` are the
+    names of the key's and the values' columns, ``differing`` the indexes of the values of which one
+    must differ, and ``only`` is as in TableRef. ``replicated``: also what a subscription writes.
+    ``delivery`` names the log, whose ids cannot be compared with those of another.
     """
 
     namespace: str
@@ -63,6 +68,12 @@ class Layout(msgspec.Struct, frozen=True):
     value_fields: tuple[Field, ...]
     compared: bool
     model: str = ""
+    rows: bool = False
+    columns: tuple[str, ...] = ()
+    differing: tuple[int, ...] = ()
+    only: tuple[str, tuple[str, ...]] | None = None
+    replicated: bool = False
+    delivery: str = "outbox"
 
     def encode(self) -> str:
         """Return the layout as a line of JSON."""
@@ -81,6 +92,11 @@ class Layout(msgspec.Struct, frozen=True):
         """The fields that stay the same over the definitions of a watcher in time."""
         return (self.namespace, self.schema, self.table, self.model, self.op, self.label)
 
+    @property
+    def place(self) -> tuple[str, tuple[str, str, str, str, str, str | None]]:
+        """The fields that stay the same over the definitions of a watcher in one log."""
+        return (self.delivery, self.identity)
+
 
 _layouts = msgspec.json.Decoder(Layout)
 
@@ -93,7 +109,8 @@ _Time = Annotated[int, msgspec.Meta(ge=0, lt=253_402_300_800_000_000)]
 class Header(msgspec.Struct):
     """The first line: v(ersion), x (txid), s(equence), t (µs since 1970), c(ontext), and kind.
 
-    ``r`` is the relation, the OID of the watched table that the rows are of.
+    ``r`` is the relation, the OID of the watched table that the rows are of; ``n`` the number of
+    the first row, in a payload that was kept of a longer one.
     """
 
     v: int
@@ -106,6 +123,7 @@ class Header(msgspec.Struct):
     part: tuple[int, int] | None = None
     error: str | None = None
     r: _Number | None = None
+    n: _Number = 0
 
 
 @dataclass(frozen=True)
@@ -193,10 +211,11 @@ class Decoder:
             header.x,
             header.s,
             header.t,
-            _decode_context(header.c),
+            decode_context(header.c),
             rows,
             header.moved,
             header.cut,
+            header.n,
         )
 
     def _assemble(self, part: tuple[int, int], piece: str) -> str | None:
@@ -258,7 +277,8 @@ def _bare_keys(field: Field) -> Callable[[str], list[tuple[Any, ...]]]:
     return lambda body: [(key,) for key in decoder.decode_lines(body)]
 
 
-def _decode_context(text: str | None) -> Mapping[str, Any]:
+def decode_context(text: str | None) -> Mapping[str, Any]:
+    """Return the context of a text of JSON; empty for what is none."""
     if not text:
         return {}
     try:

@@ -7,7 +7,9 @@ from typing import Literal
 
 from .errors import ConfigurationError
 
-Delivery = Literal["notify", "outbox"]
+Delivery = Literal["notify", "outbox", "wal"]
+# What serves a watcher in the write-ahead log: the rows themselves, or messages of a trigger.
+Capture = Literal["rows", "messages"]
 
 
 class Transport(Enum):
@@ -20,6 +22,7 @@ class Transport(Enum):
 
     NOTIFY = "notify"
     OUTBOX = "outbox"
+    WAL = "wal"
 
     @property
     def durable(self) -> bool:

@@ -14,7 +14,7 @@ class BackendStatus:
     ``failures`` counts tries that failed, and ``error`` is why the latest did, empty when the try
     after it succeeded. ``ready``: the latest try succeeded, and nothing is being dropped.
 
-    In outbox delivery, ``active`` is whether this process reads for the broker, rather than
+    In durable delivery, ``active`` is whether this process reads for the broker, rather than
     standing by, and ``lag`` the age, in seconds, of the oldest event that waits for it here.
     """
 

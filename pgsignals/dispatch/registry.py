@@ -39,7 +39,7 @@ called: ContextVar[Any] = ContextVar("pgsignals_called", default=None)
 
 @dataclass(frozen=True)
 class Retrying:
-    """The policy for an event in outbox delivery whose receiver raises.
+    """The policy for an event in durable delivery whose receiver raises.
 
     The receiver is called again up to ``retries`` times, the first time after ``backoff`` seconds,
     then after twice as long each time, a minute at most; then the event is kept as a dead letter,

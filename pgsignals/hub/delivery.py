@@ -280,7 +280,9 @@ class DatabaseDelivery(Delivery):
             counts.update(source.foreign)
         watchers, resolvers, namespace = options.watchers, options.resolvers, options.namespace
         with opened(options.dsn) as cursor:
-            states = read_states(cursor, watchers, resolvers, namespace, options.transport)
+            states = read_states(
+                cursor, watchers, resolvers, namespace, options.transport, options.capture
+            )
             return replace(
                 super().status(),
                 watchers=tuple(states),

@@ -1,44 +1,59 @@
-"""Durable delivery, at least once: reads the outbox for each consumer from its cursor on."""
+"""Durable delivery, at least once: reads a log for each consumer from its cursor on."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import psycopg2
 from psycopg2.extensions import cursor as Cursor
 
 from ..consumers.backfills.requests import Backfill, request
+from ..consumers.claims import Consumer
 from ..consumers.dead_letters import DeadLetter, Undeliverable
 from ..consumers.parking import Parking
 from ..consumers.parking_store import kept_as
-from ..core.errors import ConfigurationError, ReceiverError, StateError, near
+from ..core.errors import ConfigurationError, DatabaseError, ReceiverError, StateError, near
 from ..core.events import Event, Gap, Topic, model_name
+from ..core.logging import log
 from ..core.metrics import Meter
-from ..core.redaction import described, trace_text
+from ..core.redaction import described, error_text, trace_text
+from ..core.transport import Capture, Transport
 from ..dispatch.durable_in_process import DurableInProcess, Failed
 from ..dispatch.held_events import Held, Ledger
 from ..dispatch.in_flight import Page
 from ..outbox.housekeeping import Housekeeper
 from ..plugins.broadcaster import Broadcaster
 from ..postgres.connection import opened
-from ..sources.durable import DurableSource
+from ..sources.durable import DurablePreparer, DurableSource
 from ..sources.tail import Tail
+from ..sources.wal_tail import WalTail
+from ..triggers.names import streams_slot
+from ..wal.following import keep_near
 from .callbacks import Callbacks
 from .delivery import DatabaseDelivery, Reading, Working
 from .durable_forwarder import DurableForwarder, backend_consumers
+from .moving import MovingSetup
 from .options import Options
-from .setup import DurableSetup
+from .setup import OutboxSetup, WalSetup
+from .slot_gauges import SlotGauges
+
+_SETUPS: Mapping[Transport, type[OutboxSetup] | type[WalSetup]] = {
+    Transport.OUTBOX: OutboxSetup,
+    Transport.WAL: WalSetup,
+}
 
 
 class DurableDelivery(DatabaseDelivery):
-    """Delivers events from the outbox: has its sources, and is the sink of the receivers' source.
+    """Delivers events from a log: has its sources, and is the sink of the receivers' source.
 
     Without workers it has no consumer for receivers: events only go on to ``backends``.
     """
 
-    _hangs = "a thread that reads the outbox has ended or hangs"
+    _hangs = "a thread that reads events has ended or hangs"
 
     def __init__(
         self,
@@ -57,9 +72,31 @@ class DurableDelivery(DatabaseDelivery):
         consumers = backend_consumers(consumer, broadcasters, backend_names)
         reading = [consumer, *consumers] if options.workers else consumers
         names = [each.name for each in reading if each.name is not None]
-        self._setup = DurableSetup(options, registry, meter, names)
+        self._setup = _SETUPS[options.transport](options, registry, meter, names)
+
+        def former(
+            transport: Transport, capture: Capture | None, name: str
+        ) -> OutboxSetup | WalSetup:
+            """Return the setup for a consumer that comes from another log, which it leaves."""
+            leaving = replace(
+                options,
+                delivery=transport.value,
+                capture=capture,
+                allow_unbounded_wal=True,
+                prune=False,
+            )
+            return _SETUPS[transport](leaving, registry, meter, [name])
+
+        def prepared(consumer: Consumer) -> DurablePreparer:
+            if consumer.name is None:
+                return self._setup
+            moving = MovingSetup(options, self._setup, former, consumer.name, consumer.parts)
+            self._moving.append(moving)
+            return moving
+
+        self._moving: list[MovingSetup] = []
         self._forwarders = [
-            DurableForwarder(broadcaster, options, self._setup, own, meter)
+            DurableForwarder(broadcaster, options, prepared(own), own, meter)
             for broadcaster, own in zip(broadcasters, consumers, strict=True)
         ]
         self._ledger = Ledger(registry, options.queue_size, options.isolating)
@@ -81,7 +118,7 @@ class DurableDelivery(DatabaseDelivery):
         )
         self.source = DurableSource(
             options,
-            self._setup,
+            prepared(consumer),
             self,
             meter,
             consumer,
@@ -89,8 +126,10 @@ class DurableDelivery(DatabaseDelivery):
             Parking(self._ledger, self._feed, lambda: self.dispatcher.moving, self._tell_of_loss),
         )
         self._was_active = False
-        self._housekeeper = Housekeeper(options.dsn, options.timing.timeout, self._tidy_triggers)
-        self._tail: Tail | None = None
+        self._logged = options.transport is Transport.WAL
+        self._slots = SlotGauges(meter, names) if self._logged and names else None
+        self._housekeeper = Housekeeper(options.dsn, options.timing.timeout, self._look_after)
+        self._tail: Tail | WalTail | None = None
         self._tail_lock = threading.Lock()
         self._stopping = False
 
@@ -125,14 +164,14 @@ class DurableDelivery(DatabaseDelivery):
         if self._tail is not None:
             self._tail.abandon()
 
-    def tail(self) -> Tail:
-        """Return the tail of the outbox, for readers with resume tokens; made when first asked for.
+    def tail(self) -> Tail | WalTail:
+        """Return the tail of the log, for readers with resume tokens; made when first asked for.
 
         Raises ConnectError and the other kinds of DatabaseError, or StateError when stopped.
         """
         with self._tail_lock:
             if self._tail is None:
-                tail = Tail(
+                tail = (WalTail if self._logged else Tail)(
                     self._options,
                     lambda: self._setup.definitions,
                     self._setup.decoders,
@@ -199,7 +238,7 @@ class DurableDelivery(DatabaseDelivery):
         if own is None:
             raise ConfigurationError(
                 "backfill() is for a consumer with a name, by which it goes on after a crash: "
-                'start(delivery="outbox", name=…).'
+                'start(delivery="outbox", name=…), or delivery="wal".'
             )
         known = [each.source.name for each in self._forwarders]
         if self._receiving:
@@ -224,11 +263,41 @@ class DurableDelivery(DatabaseDelivery):
             )
         return Backfill(self._options.dsn, number)
 
+    def _look_after(self, cursor: Cursor) -> None:
+        if self._slots is not None:
+            self._slots.look(cursor)
+        self._tidy_triggers(cursor)
+        if self._logged:
+            self._look_after_streams(cursor)
+
+    def _look_after_streams(self, cursor: Cursor) -> None:
+        try:
+            if self._tail is not None:
+                self._tail.look_after(cursor)
+            else:
+                cursor.execute("SELECT pg_catalog.current_database()")
+                [(database,)] = cursor.fetchall()
+                keep_near(cursor, streams_slot(database), None)
+        except (psycopg2.Error, DatabaseError) as error:
+            log.warning(
+                "the replication slot of streams to browsers could not be looked after, and is "
+                "tried again soon: %s",
+                error_text(error),
+            )
+
     def _tidy_triggers(self, cursor: Cursor) -> None:
         was_active = self._was_active
         self._was_active = self._active
-        if self._was_active and not was_active:
+        moved = [each for each in self._moving if each.moved]
+        if self._was_active and (moved or not was_active):
+            for each in moved:
+                each.moved = False
             self._setup.remove_former_triggers(cursor)
+        if self._was_active:
+            self._setup.remove_replaced_triggers(cursor)
+        if self._setup.protect_writes(cursor):
+            for source in self._sources:
+                source.look_again()
 
     def submit_page(self, events: Sequence[Event], page: Page) -> None:
         """See DurableSink."""

@@ -22,6 +22,7 @@ from ..core.redaction import error_text
 from ..core.tables import Resolver
 from ..core.termination import SignalledStop
 from ..core.threads import Thread
+from ..core.transport import Capture
 from ..core.transport import Delivery as Delivery
 from ..core.watchers import normalize
 from ..dispatch.batches import Batcher
@@ -39,6 +40,7 @@ from ..plugins.broadcaster import Broadcaster
 from ..plugins.loader import Backends, broadcaster_makers
 from ..postgres.dsn import Engine, dsn_of
 from ..sources.tail import Tail
+from ..sources.wal_tail import WalTail
 from .broker import BrokerDelivery
 from .callbacks import Callbacks, GapReceiver
 from .delivery import Lifecycle
@@ -104,6 +106,8 @@ class Hub:
         name: str | None = None,
         partitions: int = 1,
         lease: float = 5.0,
+        capture: Capture | None = None,
+        allow_unbounded_wal: bool = False,
         backends: Backends = (),
         install: Install = "auto",
         workers: int = 1,
@@ -134,18 +138,23 @@ class Hub:
         - ``watchers`` are models, tables' names, ``(model, operation)`` tuples, and results of
           ``watch``. ``resolvers`` are asked for models before the built-in ones.
         - ``backends`` are brokers to forward events to: URLs of installed plugins, or broadcasters.
-          A mapping gives each a name, by which it finds its cursor again in outbox delivery,
+          A mapping gives each a name, by which it finds its cursor again in durable delivery,
           whatever becomes of the others.
 
         How events are delivered:
 
-        - ``delivery`` is ``"notify"``, at most once, or ``"outbox"``, at least once. In outbox
-          delivery a consumer with a ``name`` goes on behind the events that it has acknowledged. Of
-          several processes with one name one reads, and another takes over when that one ends, or
-          has not renewed its claim for ``lease`` seconds. ``partitions`` share the records of a
-          name among as many processes.
+        - ``delivery`` is ``"notify"``, at most once, or durable, which is at least once:
+          ``"outbox"``, where triggers write to a table, or ``"wal"``, where the rows are read from
+          PostgreSQL's own log. In durable delivery a consumer with a ``name`` goes on behind the
+          events that it has acknowledged. Of several processes with one name one reads, and another
+          takes over when that one ends, or has not renewed its claim for ``lease`` seconds.
+          ``partitions`` share the records of a name among as many processes, from the outbox.
+        - In WAL delivery ``capture="rows"`` refuses a watcher that takes a trigger, and
+          ``"messages"`` gives a trigger to each, so that no table is published; by default there is
+          one where rows lack something. A named consumer keeps the server from removing what it has
+          not read: ``allow_unbounded_wal`` lets it start where the server sets no bound to that.
         - ``workers`` threads call the receivers, in order for each record; ``queue_size`` events
-          wait for them at most before reading pauses. In outbox delivery ``workers=0`` has no
+          wait for them at most before reading pauses. In durable delivery ``workers=0`` has no
           receivers, and keeps no cursor for them: events only go on to ``backends``.
         - Receivers that are coroutine functions run on ``loop``, by default the event loop that
           runs where this is called; a worker waits for the end of each.
@@ -181,6 +190,8 @@ class Hub:
             name=name,
             partitions=partitions,
             lease=lease,
+            capture=capture,
+            allow_unbounded_wal=allow_unbounded_wal,
             backends=backends,
             install=install,
             workers=workers,
@@ -272,7 +283,7 @@ class Hub:
 
         Without operations it gets all that are delivered. ``filters`` restrict it to records whose
         key or extra columns have these values (``id=`` is the key, whatever its name).
-        If the function raises in outbox delivery, or with a ``name`` at a broker, it is called
+        If the function raises in durable delivery, or with a ``name`` at a broker, it is called
         again up to ``retries`` times, first after ``backoff`` seconds, then after twice as long
         each time; at last the event is kept as a dead letter, or logged. Until then ``later``
         events of the same record ``"wait"``, or ``"follow"``.
@@ -385,7 +396,7 @@ class Hub:
     ) -> Backfill:
         """Deliver the rows that a watched table has now, too, as ``snapshot`` events.
 
-        It takes outbox delivery and a consumer with a name. ``target`` is a model or label.
+        It takes durable delivery and a consumer with a name. ``target`` is a model or label.
         ``where`` is an SQL condition over a row's columns; it is run as it is written. Rows come in
         the order of the primary key, at most ``chunk`` at a time, between the other events, so that
         the last event of a record has its newest state. The consumer's active process does this,
@@ -400,7 +411,7 @@ class Hub:
         delivery = self._running("there is nobody to deliver")
         if not isinstance(delivery, DurableDelivery):
             raise ConfigurationError(
-                'backfill() is of outbox delivery: start(delivery="outbox", name=…).'
+                'backfill() is of durable delivery: start(delivery="outbox", name=…).'
             )
         return delivery.backfill(target, where, chunk, name)
 
@@ -465,13 +476,14 @@ class Hub:
         return delivery
 
     @property
-    def _reads_outbox(self) -> bool:
+    def _reads_log(self) -> bool:
         """Whether ``_tail`` may have to connect."""
         return isinstance(self._delivery, DurableDelivery)
 
-    def _tail(self) -> Tail | None:
-        """Return the tail for browsers; None if delivery is not durable. Raises DatabaseError."""
-        return delivery.tail() if isinstance(delivery := self._delivery, DurableDelivery) else None
+    def _tail(self) -> Tail | WalTail | None:
+        """Return the tail for browsers; None if there is no log. Raises DatabaseError."""
+        delivery = self._delivery
+        return delivery.tail() if isinstance(delivery, DurableDelivery) else None
 
     def _settle(self, timeout: float) -> bool:
         """Wait until receivers have handled all that is committed by now; return if they have."""

@@ -11,7 +11,7 @@ from ..consumers.claims import Consumer
 from ..core.errors import ConfigurationError
 from ..core.metrics import Metrics, Tracer
 from ..core.tables import Resolver
-from ..core.transport import Delivery, Transport
+from ..core.transport import Capture, Delivery, Transport
 from ..core.watchers import Watcher
 from ..plugins.loader import Backends, load_plugins
 from ..plugins.urls import scheme_of
@@ -40,6 +40,8 @@ class Options:
     name: str | None = None
     partitions: int = 1
     lease: float = 5.0
+    capture: Capture | None = None
+    allow_unbounded_wal: bool = False
     backends: Backends = field(default=(), repr=False)
     install: Install = "auto"
     workers: int = 1
@@ -76,12 +78,12 @@ class Options:
 
     @property
     def session_dsn(self) -> str:
-        """The connection string of the session that listens or reads the outbox."""
+        """The connection string of the session that listens or reads the log."""
         return self.listen_dsn or self.dsn
 
     @property
     def consumer(self) -> Consumer:
-        """The consumer of the outbox."""
+        """The consumer of a durable delivery."""
         return Consumer(self.name, self.partitions, float(self.lease))
 
     @property
@@ -113,7 +115,7 @@ class Options:
         self._demand(
             "workers",
             relay_only or _whole(workers),
-            "give a whole number from 1 (or 0, in outbox delivery to backends alone).",
+            "give a whole number from 1 (or 0, in durable delivery to backends alone).",
         )
         self._demand("queue_size", _whole(self.queue_size), "give a whole number from 1.")
         text = isinstance(self.namespace, str) and bool(self.namespace)
@@ -130,11 +132,22 @@ class Options:
             )
 
     def _check_consumer(self) -> None:
+        if self.transport is Transport.WAL:
+            captures = ", ".join(map(repr, get_args(Capture)))
+            known = self.capture is None or self.capture in get_args(Capture)
+            self._demand("capture", known, f"it is one of {captures}, or None for either.")
+        else:
+            for option in ("capture", "allow_unbounded_wal"):
+                if (given := getattr(self, option)) != getattr(Options, option):
+                    raise ConfigurationError(
+                        f'{option}={given!r} is of WAL delivery: add delivery="wal".'
+                    )
         if not self.transport.durable:
             for option in ("name", "partitions"):
                 if (given := getattr(self, option)) != getattr(Options, option):
                     raise ConfigurationError(
-                        f'{option}={given!r} is of outbox delivery: add delivery="outbox".'
+                        f'{option}={given!r} is of durable delivery: add delivery="outbox" or '
+                        'delivery="wal".'
                     )
             return
         parts, lease = self.partitions, self.lease
@@ -142,6 +155,12 @@ class Options:
         self._demand(
             "partitions", _whole(parts) and parts <= 256, "give a whole number from 1 to 256."
         )
+        if parts > 1 and self.transport is Transport.WAL:
+            raise ConfigurationError(
+                f"partitions={parts!r} are of outbox delivery: the write-ahead log is read by one "
+                "process of a name. To share events among several, have that one forward them to a "
+                "broker with backends=."
+            )
         if parts > 1 and self.name is None:
             raise ConfigurationError(
                 f"partitions={parts!r} are shared by processes of one name: add name=."

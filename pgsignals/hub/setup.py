@@ -6,22 +6,18 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
+from psycopg2 import sql
 from psycopg2.extensions import cursor as Cursor
 
 from ..consumers.backfills.chunks import SnapshotTopic, snapshot_topics
-from ..core.errors import ConfigurationError, DriftError, TableError, near
-from ..core.events import Gap, model_identity, model_name
-from ..core.logging import log
-from ..core.metrics import Meter
-from ..core.payload import Cast, Decoder
-from ..core.watchers import Watcher
-from ..dispatch.registry import Registry
-from ..outbox import schema
-from ..outbox.channels import (
+from ..consumers.channels import (
+    Described,
     OrphanedDefinition,
     define_for,
+    elsewhere,
     former_topic,
     moved,
     note_moved,
@@ -29,20 +25,37 @@ from ..outbox.channels import (
     understood,
     wanted,
 )
-from ..outbox.decoding import ChannelDecoder
-from ..outbox.log import Described
+from ..consumers.decoding import ChannelDecoder
+from ..consumers.log import Log
+from ..core.errors import ConfigurationError, DatabaseError, DriftError, TableError, near
+from ..core.events import Gap, model_identity, model_name
+from ..core.logging import log
+from ..core.metrics import Meter
+from ..core.payload import Cast
+from ..core.rows import decoder_of
+from ..core.watchers import Watcher
+from ..dispatch.registry import Registry
+from ..outbox import schema
+from ..outbox.privileges import missing_grants as consumer_grants
 from ..outbox.provider import OutboxProvider
+from ..sources.handover import Handover
 from ..triggers import names
+from ..triggers.catalogue import read_installed
 from ..triggers.definitions import Compiled, Definition, define
 from ..triggers.installer import (
     Drift,
     check,
     find_drift,
+    in_install_lock,
     install,
     install_what_can_be,
     prune,
 )
+from ..triggers.publications import breaking
 from ..triggers.sql import Trigger
+from ..wal.provider import WalProvider
+from ..wal.publication import check_publications, ensure_publications
+from ..wal.server import refuse_unfit
 from .options import Options
 
 NO_LONGER_FIT = "the watchers no longer fit the database"
@@ -65,6 +78,8 @@ class Setup:
         self._problem: ConfigurationError | None = None
         self._running = False
         self._pruned = not options.prune
+        # The names of triggers that were the watchers' until their tables changed.
+        self._replaced: frozenset[str] = frozenset()
         self.missing = ""
         self.definitions: list[Definition] = []
         self._compiled: Compiled = {}
@@ -85,7 +100,10 @@ class Setup:
             )
             self._problem = error
         else:
+            former = {each.name for each in _triggers(self.definitions)}
             self.definitions = definitions
+            self._replaced |= former
+            self._replaced -= {each.name for each in _triggers(definitions)}
             for definition in definitions:
                 self._meter.count("events", 0, **definition.topic.fields)
         return self.definitions
@@ -103,6 +121,7 @@ class Setup:
             options.namespace,
             options.transport,
             self._compiled,
+            options.capture,
         )
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
@@ -165,7 +184,7 @@ class Setup:
         return self._define(cursor, self._options.watchers)
 
 
-class DurableSetup(Setup, OutboxProvider):
+class DurableSetup(Setup):
     """The setup of all consumers of a delivery, with the schema and their decoders.
 
     ``consumers`` are their names; a process without a name has none, since its consumers end with
@@ -175,6 +194,8 @@ class DurableSetup(Setup, OutboxProvider):
     def __init__(
         self, options: Options, registry: Registry, meter: Meter, consumers: Sequence[str]
     ) -> None:
+        self.transport = options.transport
+        self.coming: Sequence[Definition] = ()
         # No Gap here: the trigger of a broken watcher reports that in the outbox.
         super().__init__(options, registry, meter, lambda gap: None)
         self._consumers = consumers
@@ -187,7 +208,16 @@ class DurableSetup(Setup, OutboxProvider):
             return super()._resolve(cursor)
         resolvers, namespace = options.resolvers, options.namespace
         consumers, watchers = self._consumers, options.watchers
-        return define_for(cursor, consumers, watchers, resolvers, namespace, self._compiled)
+        return define_for(
+            cursor,
+            consumers,
+            watchers,
+            resolvers,
+            namespace,
+            options.transport,
+            self._compiled,
+            options.capture,
+        )
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
         # A process without a name gets no snapshots: its consumers end with it.
@@ -200,7 +230,7 @@ class DurableSetup(Setup, OutboxProvider):
         if self._options.install == "auto":
             schema.install_schema(cursor, self._options.limits)
         elif self._options.install == "check":
-            schema.check_schema(cursor)
+            schema.check_schema(cursor, self._options.delivery)
         super().install(cursor, definitions)
 
     def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
@@ -238,6 +268,10 @@ class DurableSetup(Setup, OutboxProvider):
                     return f"{NO_LONGER_FIT}: {error}"
         return ""
 
+    def handover(self, former: Log, holder: str, timeout: float) -> Handover | None:
+        """See DurablePreparer: a consumer that ends with its process comes from no other log."""
+        return None
+
     def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
         """Return a decoder for each channel of the watchers, and of their former definitions."""
         known = {
@@ -255,7 +289,7 @@ class DurableSetup(Setup, OutboxProvider):
                 raise DriftError(
                     f"The schema {schema.NAME!r} does not know the trigger for {definition}: it "
                     "was installed before the schema was made anew. Run `pgsignals uninstall` and "
-                    "then `pgsignals install --delivery outbox`."
+                    "then `pgsignals install --delivery outbox` (or wal)."
                 )
             for key, ids in wanted(own, known).items():
                 if key != own and key in owners:
@@ -265,8 +299,13 @@ class DurableSetup(Setup, OutboxProvider):
                 else:
                     former = known[key].layout
                     topic = former_topic(definition.topic, former)
-                    decoder = Decoder(topic, former.key_fields, former.value_fields, cast)
+                    decoder = decoder_of(topic, former, cast)
                 found[key] = ChannelDecoder(decoder, ids, relations[key])
+            for key in elsewhere(own, known):
+                # Nothing of it is read here, but events that were kept of it have to be.
+                former = known[key].layout
+                topic = former_topic(definition.topic, former)
+                found[key] = ChannelDecoder(decoder_of(topic, former, cast), ())
         for each in self._snapshots:
             found[each.channel] = ChannelDecoder(each.decoder(cast))
         return found
@@ -300,6 +339,13 @@ class DurableSetup(Setup, OutboxProvider):
             f"{near(model_name(target), known)} Watched are {', '.join(known)}."
         )
 
+    def protect_writes(self, cursor: Cursor) -> bool:
+        """Undo what would break somebody's writes; return whether there was anything.
+
+        Triggers break none.
+        """
+        return False
+
     def remove_former_triggers(self, cursor: Cursor) -> None:
         """Remove triggers that only former definitions of our consumers needed.
 
@@ -309,6 +355,86 @@ class DurableSetup(Setup, OutboxProvider):
         options, triggers = self._options, _triggers(self.definitions)
         if options.install == "auto" and options.prune:
             prune(cursor, options.namespace, triggers, limits=options.limits)
+
+    def remove_replaced_triggers(self, cursor: Cursor) -> None:
+        """Remove triggers that were our watchers' until their tables changed, as far as they go.
+
+        A table that rows have served then leaves the publication. Those that another consumer
+        still reads stay for the next call.
+        """
+        options, triggers = self._options, _triggers(self.definitions)
+        if options.install == "auto" and options.prune and self._replaced:
+            only = sorted(self._replaced)
+            prune(cursor, options.namespace, triggers, only=only, limits=options.limits)
+            left = read_installed(cursor, options.namespace, only)
+            self._replaced -= {*only} - {each.name for each in left}
+
+
+class OutboxSetup(DurableSetup, OutboxProvider):
+    """The setup of consumers of the outbox."""
+
+
+class WalSetup(DurableSetup, WalProvider):
+    """The setup of consumers of the write-ahead log, with its publications."""
+
+    @property
+    def session_dsn(self) -> str:
+        return self._options.session_dsn
+
+    @property
+    def ephemeral(self) -> bool:
+        return self._options.name is None
+
+    @property
+    def lease(self) -> float:
+        return float(self._options.lease)
+
+    def define(self, cursor: Cursor) -> list[Definition]:
+        if not self.definitions:
+            # A slot that is temporary goes with its session.
+            unbounded = self.ephemeral or self._options.allow_unbounded_wal
+            refuse_unfit(cursor, unbounded=unbounded)
+        return super().define(cursor)
+
+    def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+        if self._options.install == "auto":
+            ensure_publications(cursor)
+        elif self._options.install == "check" and not self._running:
+            check_publications(cursor)
+        super().install(cursor, definitions)
+
+    def protect_writes(self, cursor: Cursor) -> bool:
+        """Take tables that cannot be updated out of our publication; return whether any was.
+
+        Their watchers are served by messages from then on.
+        """
+        options, taken = self._options, False
+        for schema_name, table in breaking(cursor):
+            name = sql.Identifier(schema_name, table)
+            statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE ONLY {}").format(
+                sql.Identifier(names.PUBLICATION), name
+            )
+            text = statement.as_string(cursor)
+            log.error(
+                "the table %s.%s, or a partition of it, has lost its replica identity, or has a "
+                "computed column in it, and PostgreSQL refuses its UPDATEs and DELETEs while it is "
+                "published: %s",
+                schema_name,
+                table,
+                "taking it out" if options.install == "auto" else f"run {text}",
+            )
+            if options.install == "auto":
+                try:
+                    in_install_lock(
+                        cursor, options.limits, schema_name, table, partial(cursor.execute, text)
+                    )
+                    taken = True
+                except DatabaseError as error:
+                    log.error("could not take it out; run %s: %s", text, error)
+        return taken
+
+    def missing_grants(self, cursor: Cursor) -> list[str]:
+        return [*consumer_grants(cursor), *super().missing_grants(cursor)]
 
 
 def _present(definitions: Sequence[Definition]) -> list[Definition]:

@@ -18,10 +18,10 @@ class Status:
     ``depth`` counts events that wait for receivers, and ``oldest`` is for how many seconds the
     first of them has waited. The other numbers count since ``start``; ``shed`` counts events that
     slow receivers lost. ``aside`` names the receivers that have queues of their own because they
-    are slow, where an event counts once more; in outbox delivery also those for which events are
+    are slow, where an event counts once more; in durable delivery also those for which events are
     parked in the database, which ``outbox.parked`` counts.
 
-    In outbox delivery and with a name at a broker, ``name`` is the consumer's, ``active`` whether
+    In durable delivery and with a name at a broker, ``name`` is the consumer's, ``active`` whether
     this process reads for it rather than standing by, ``unacknowledged`` counts events that have
     been read and not been acknowledged, ``retrying`` calls that wait to be made again, and
     ``outbox`` is the state of the outbox in the database.

@@ -6,7 +6,9 @@ from datetime import datetime, timedelta, timezone
 
 from psycopg2.extensions import cursor as Cursor
 
+from ..consumers.slot_states import drop_slots
 from ..core.errors import ConfigurationError, DatabaseError, near
+from ..triggers.names import slot_name
 from .cursors import BEGINNING
 from .housekeeping import housekeeping_lock
 from .inspection import read_outbox
@@ -15,11 +17,15 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def drop_consumer(cursor: Cursor, name: str) -> int:
-    """Forget a consumer with its dead letters; return how many those were.
+    """Forget a consumer with its dead letters and its slot; return how many dead letters.
 
     Raises DatabaseError when there is no such consumer, or a process reads for it.
     """
     _check_idle(cursor, name)
+    cursor.execute("SELECT pg_catalog.current_database()")
+    [(database,)] = cursor.fetchall()
+    # First of all: without the consumer nobody would know whose slot it was.
+    drop_slots(cursor, [slot_name(database, name)])
     cursor.execute("DELETE FROM pgsignals.consumers WHERE name = %s", (name,))
     cursor.execute("DELETE FROM pgsignals.backfills WHERE consumer = %s", (name,))
     cursor.execute("DELETE FROM pgsignals.dead_letters WHERE consumer = %s", (name,))
@@ -40,6 +46,16 @@ SET snapshot = %(snapshot)s, target = %(target)s, last_id = %(last_id)s, floor =
 WHERE c.name = %(name)s
 """
 
+# Of a consumer of the write-ahead log, whose slot goes on from there with the next process.
+_SKIP = """
+UPDATE pgsignals.consumers AS c
+SET lsn = (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_catalog.pg_lsn)::bigint,
+    commit_lsn = 0, messages = 0, target = NULL, clean = true, token = c.token + 1, holder = NULL,
+    lost_until = NULL, shed = (SELECT last_value FROM pgsignals.outbox_shed),
+    acknowledged_at = pg_catalog.clock_timestamp()
+WHERE c.name = %(name)s
+"""
+
 # One statement, so that the id is looked for among exactly the rows that the target sees. Ids go up
 # with time, except among statements that ran at once: rows above the first that is due may be
 # earlier than it.
@@ -56,14 +72,25 @@ def reset_consumer(cursor: Cursor, name: str, target: str | datetime) -> datetim
 
     Given a time, every event whose ``at`` is that or later is delivered, and perhaps a few earlier
     ones. When the outbox does not go back that far, the consumer gets a Gap, and this returns until
-    when events may be missing.
+    when events may be missing. A consumer of the write-ahead log can only go on from now, since the
+    server keeps nothing of what has been read.
 
     Raises DatabaseError when there is no such consumer, a process reads for it, or the time is yet
-    to come; ConfigurationError for a time without a zone.
+    to come; ConfigurationError for a time without a zone, and for a consumer that cannot go there.
     """
     if isinstance(target, datetime) and target.utcoffset() is None:
         raise ConfigurationError(f"{target!r} has no time zone: give it one with tzinfo=.")
     _check_idle(cursor, name)
+    if _reads_wal(cursor, name):
+        if target != "now":
+            raise ConfigurationError(
+                f"{name!r} reads the write-ahead log, of which the server keeps nothing that has "
+                "been read: it can only be reset to 'now'. `pgsignals backfill` delivers the rows "
+                "that the tables have."
+            )
+        cursor.execute(_SKIP, {"name": name})
+        cursor.execute("DELETE FROM pgsignals.parked WHERE consumer = %s", (name,))
+        return None
     values: dict[str, object] = {
         "name": name,
         "target": None,
@@ -114,6 +141,17 @@ def _kept_since(cursor: Cursor) -> datetime:
             break
         found = opened_at
     return found
+
+
+def _reads_wal(cursor: Cursor, name: str) -> bool:
+    """Whether a consumer reads the write-ahead log, and not the outbox."""
+    cursor.execute(
+        "SELECT EXISTS (SELECT FROM pgsignals.consumers"
+        " WHERE name = %s AND epoch LIKE '%%-wal/%%')",
+        (name,),
+    )
+    [(found,)] = cursor.fetchall()
+    return bool(found)
 
 
 def _check_idle(cursor: Cursor, name: str) -> None:

@@ -9,12 +9,13 @@ from typing import TypeVar
 
 import psycopg2
 
+from ..consumers.decoding import Row
 from ..consumers.schema import LOCK_WAIT
 from ..postgres.session import Session
+from ..postgres.snapshot import Snapshot
 from ..postgres.waiter import Waiter
-from .cursors import Snapshot, Window
+from .cursors import Window
 from .log import read_statement
-from .reader import Row
 from .resume_tokens import ALL, Emptied, ResumePoint
 
 Answer = TypeVar("Answer")

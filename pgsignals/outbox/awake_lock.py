@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..postgres.snapshot import Snapshot
 from ..triggers import names
-from .cursors import Snapshot
 
 # Seconds between two polls of an awake consumer, up to BUSY_SECONDS where reading takes long, which
 # leaves that time to the writers.

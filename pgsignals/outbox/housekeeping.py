@@ -25,8 +25,8 @@ from ..core.redaction import error_text
 from ..core.rng import chance
 from ..core.threads import Thread
 from ..postgres.connection import opened, transaction
+from ..postgres.snapshot import Snapshot
 from ..triggers import names
-from .cursors import Snapshot
 from .inspection import held_claims
 from .schema import SEGMENTS
 
@@ -102,8 +102,8 @@ class Housekeeper:
             # Whatever it is: without the thread, this process would never empty the outbox again.
             except Exception as error:
                 log.warning(
-                    "the outbox could not be tidied up and goes on growing; trying again within "
-                    "%d seconds: %s",
+                    "what durable delivery keeps could not be tidied up, and goes on growing; "
+                    "trying again within %d seconds: %s",
                     EVERY_SECONDS,
                     error_text(error),
                 )
@@ -153,7 +153,7 @@ def tidy(
         _turn(cursor, segments, emptied, segment_bytes, segment_seconds, size)
         return emptied
     except pg.LockNotAvailable:
-        log.debug("another session has locked the outbox: the next round tidies it up")
+        log.debug("another session has locked what is to be tidied up: the next round does it")
         return []
     finally:
         cursor.execute("SELECT pg_catalog.pg_advisory_unlock(%s, %s)", key)
@@ -283,7 +283,9 @@ def _segments(cursor: Cursor, current: int) -> list[_Segment]:
 
 
 def _readers(cursor: Cursor) -> list[_Reader]:
-    cursor.execute("SELECT name, part, snapshot, floor FROM pgsignals.consumers")
+    cursor.execute(
+        "SELECT name, part, snapshot, floor FROM pgsignals.consumers WHERE snapshot IS NOT NULL"
+    )
     return [
         _Reader(name, part, Snapshot.parse(text), floor)
         for name, part, text, floor in cursor.fetchall()

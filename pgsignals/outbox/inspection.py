@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 from psycopg2.extensions import cursor as Cursor
 
 from ..consumers.backfills.requests import BackfillState, backfills
+from ..consumers.channels import Channel, read_channels, wanted
 from ..consumers.consumer_store import claim_key
 from ..consumers.parking_store import ParkedState, read_parked
+from ..consumers.slot_states import SlotState, read_slots
 from ..core.events import event_uid
+from ..postgres.snapshot import Snapshot
 from ..triggers import names
-from .channels import Channel, read_channels, wanted
-from .cursors import Snapshot
 from .schema import SEGMENTS
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -32,6 +34,11 @@ class ConsumerState:
     dropped that the consumer had not read, if no Gap has told it yet. ``holder`` is the process
     that reads the partition, ``active`` whether its session lives. ``dead_letters`` counts those of
     all partitions.
+
+    A consumer of the write-ahead log has ``unread_bytes`` of it to read, most of which may be of no
+    concern to it, and None of the outbox. How many events that is, nobody knows: ``lag`` is 0, and
+    ``lag_seconds`` says for how long not all has been acknowledged. ``slot`` is its replication
+    slot; None if it has none, of the outbox or because somebody has dropped it.
     """
 
     name: str
@@ -48,6 +55,8 @@ class ConsumerState:
     acknowledged: int
     acknowledged_at: datetime
     dead_letters: int
+    unread_bytes: int | None = None
+    slot: SlotState | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class OutboxState:
 
     ``shed`` counts statements that found the outbox full while no consumer lived. ``backfills`` are
     those that are running. ``parked`` are events kept for single receivers that are too slow, or
-    that have to be called again; their consumers have gone past them.
+    that have to be called again; their consumers have gone past them. ``streams`` is the slot by
+    which the server keeps its log for streams to browsers, if there is one.
     """
 
     bytes: int
@@ -65,14 +75,23 @@ class OutboxState:
     consumers: tuple[ConsumerState, ...]
     backfills: tuple[BackfillState, ...] = ()
     parked: tuple[ParkedState, ...] = ()
+    streams: SlotState | None = None
 
 
 _CONSUMERS = """
 SELECT c.name, c.part, c.parts, c.ephemeral, c.holder, c.token, c.snapshot,
        coalesce(c.target, c.snapshot), c.last_id, c.floor,
        c.acknowledged, c.acknowledged_at, c.lost_until, c.channels,
-       (SELECT pg_catalog.count(*) FROM pgsignals.dead_letters d WHERE d.consumer = c.name)
-FROM pgsignals.consumers c ORDER BY c.name, c.part
+       (SELECT pg_catalog.count(*) FROM pgsignals.dead_letters d WHERE d.consumer = c.name),
+       CASE WHEN c.epoch LIKE '%-wal/%'
+            THEN (pg_catalog.pg_current_wal_flush_lsn() - '0/0'::pg_lsn)::bigint - c.lsn END,
+       -- An idle consumer says so three times in a lease.
+       CASE WHEN age > c.lease THEN age ELSE 0 END
+FROM pgsignals.consumers c
+CROSS JOIN LATERAL (
+  SELECT extract(epoch FROM pg_catalog.clock_timestamp() - c.acknowledged_at)::float8 AS age
+) AS quiet
+ORDER BY c.name, c.part
 """
 
 # A message has a line for its header, and one for each event.
@@ -127,33 +146,20 @@ def read_outbox(cursor: Cursor) -> OutboxState:
     [(shed,)] = cursor.fetchall()
     known = read_channels(cursor)
     held = held_claims(cursor)
+    slots = read_slots(cursor)
+    cursor.execute("SELECT pg_catalog.current_database()")
+    [(database,)] = cursor.fetchall()
     cursor.execute(_CONSUMERS)
     consumers = []
     for row in cursor.fetchall():
-        name, part, parts, ephemeral, holder, token, since, until, last_id, floor, *rest = row
-        count, at, lost_until, stored, dead = rest
-        snapshot, target = Snapshot.parse(since), Snapshot.parse(until)
-        channels = _channels(stored, known)
-        cursor.execute(
-            _LAG,
-            {
-                "floor": floor,
-                "xmax": snapshot.xmax,
-                "running": list(snapshot.running),
-                "last_id": last_id,
-                "target_xmax": target.xmax,
-                "target_running": list(target.running),
-                "channels": list(channels),
-                "untils": list(channels.values()),
-            },
-        )
-        lag, seconds, oldest_at, oldest = 0, 0.0, None, None
-        # One row, or none if all is acknowledged.
-        for events, now, micros, channel, txid, sequence in cursor.fetchall():
-            lag = int(events)
-            oldest_at = _EPOCH + timedelta(microseconds=micros)
-            seconds = max(0.0, (now - oldest_at).total_seconds())
-            oldest = event_uid(known[channel].layout.name, txid, sequence, 0)
+        name, part, parts, ephemeral, holder, token, *position = row[:10]
+        count, at, lost_until, stored, dead, unread_bytes, seconds = row[10:]
+        lag, oldest_at, oldest = 0, None, None
+        slot = None if unread_bytes is None else slots.get(names.slot_name(database, name))
+        if unread_bytes is None:
+            lag, seconds, oldest_at, oldest = _lag(
+                cursor, position, _channels(stored, known), known
+            )
         active = holder is not None and claim_key(name, part, token) in held
         consumers.append(
             ConsumerState(
@@ -171,6 +177,8 @@ def read_outbox(cursor: Cursor) -> OutboxState:
                 count,
                 at,
                 dead,
+                unread_bytes,
+                slot,
             )
         )
     return OutboxState(
@@ -180,7 +188,41 @@ def read_outbox(cursor: Cursor) -> OutboxState:
         tuple(consumers),
         tuple(each for each in backfills(cursor) if each.state == "running"),
         tuple(read_parked(cursor)),
+        slots.get(names.streams_slot(database)),
     )
+
+
+def _lag(
+    cursor: Cursor,
+    position: Sequence[Any],
+    channels: Mapping[int, int | None],
+    known: Mapping[int, Channel],
+) -> tuple[int, float, datetime | None, str | None]:
+    """Return how many events of the outbox are not acknowledged, and the age of the oldest.
+
+    Also when that happened, and its uid; a position is its snapshot, target, last id and floor.
+    """
+    since, until, last_id, floor = position
+    snapshot, target = Snapshot.parse(since), Snapshot.parse(until)
+    cursor.execute(
+        _LAG,
+        {
+            "floor": floor,
+            "xmax": snapshot.xmax,
+            "running": list(snapshot.running),
+            "last_id": last_id,
+            "target_xmax": target.xmax,
+            "target_running": list(target.running),
+            "channels": list(channels),
+            "untils": list(channels.values()),
+        },
+    )
+    # One row, or none if all is acknowledged.
+    for events, now, micros, channel, txid, sequence in cursor.fetchall():
+        at = _EPOCH + timedelta(microseconds=micros)
+        seconds = max(0.0, (now - at).total_seconds())
+        return int(events), seconds, at, event_uid(known[channel].layout.name, txid, sequence, 0)
+    return 0, 0.0, None, None
 
 
 def held_claims(cursor: Cursor) -> set[int]:

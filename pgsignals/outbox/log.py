@@ -12,23 +12,22 @@ from weakref import WeakSet
 from psycopg2 import errors as pg
 
 from ..consumers.consumer_store import ConsumerStore
+from ..consumers.decoding import Row
 from ..consumers.log import Poll, Position
 from ..consumers.schema import IMPATIENT
 from ..core.logging import log
 from ..postgres.session import Session
+from ..postgres.snapshot import Snapshot
 from ..triggers import names
 from .awake_lock import AwakeLock
-from .cursors import Snapshot, Window
-from .reader import PAGE_BYTES, PAGE_ROWS, Cursor, Row, WindowReader
+from .cursors import Window
+from .reader import PAGE_BYTES, PAGE_ROWS, Cursor, WindowReader
 
 # How often, awake, a consumer notes the id above which later transactions write: after so many
 # rows, since each page goes again through those above the last note, or so long. A note costs a
 # transaction id.
 NOTE_ROWS = 50
 NOTE_SECONDS = 0.1
-
-# Ranges of ids: each from its first number on, up to but without its second; None has no end.
-Ids = tuple[tuple[int, int | None], ...]
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,6 @@ class Look:
     shed: int
     awake: bool
     began: int | None = None
-
-
-@dataclass(frozen=True)
-class Described:
-    """A channel as the database describes it.
-
-    It became its watcher's at the id ``since``, and its triggers were last made at the id ``made``.
-    ``relations`` are the OIDs of the tables whose rows it has; of a table with a number, only the
-    rows with lower ids.
-    """
-
-    channel: int
-    since: int
-    made: int
-    definition: str
-    relations: Mapping[int, int | None]
 
 
 _PREPARE = f"""
@@ -103,6 +86,7 @@ class OutboxLog:
     }
     missed = "c.floor < %(made)s"
     messages = "pgsignals.outbox"
+    own = "lsn IS NULL"
     marking = "pg_catalog.pg_current_snapshot()::pg_catalog.text"
 
     def __init__(self, session: Session, consumer: str, holder: str, timeout: float) -> None:
@@ -164,7 +148,12 @@ class OutboxLog:
         self._given_out = look.given_out
         if look.began is not None:
             self._noted, self._noted_at = look.given_out, now
-        return Poll(look.snapshot, look.shed)
+        return Poll(look.snapshot, look.shed, now)
+
+    def latest(self) -> Snapshot:
+        return self._look().snapshot
+
+    def acknowledged(self, position: Position) -> None: ...
 
     def writers(self) -> int:
         """The id of a transaction of ours: writers that are under way have lower ids."""
@@ -223,6 +212,48 @@ class OutboxLog:
         self._readers.add(found)
         return found
 
+    def keep(self) -> None:
+        """See MovableLog: by a position, for which housekeeping leaves the rows behind it.
+
+        One that another process has kept for the consumer is an earlier one, and stays.
+        """
+        self._execute(
+            "UPDATE pgsignals.consumers SET floor = 0,"
+            " snapshot = coalesce(snapshot, pg_catalog.pg_current_snapshot()::pg_catalog.text)"
+            " WHERE name = %s",
+            (self.consumer.name,),
+        )
+
+    def keeps(self) -> bool:
+        return bool(
+            self._execute(
+                "SELECT 1 FROM pgsignals.consumers WHERE name = %s AND snapshot IS NOT NULL",
+                (self.consumer.name,),
+            )
+        )
+
+    def behind(self, snapshot: Snapshot) -> Cursor:
+        return Cursor(snapshot, 0)
+
+    def leave(self) -> None: ...
+
+    def end(self) -> Snapshot:
+        return self._look().snapshot
+
+    def seen(self, position: Position) -> Snapshot:
+        """See MovableLog: it may be later than the ``end``, if a chunk of a backfill was."""
+        assert isinstance(position, Cursor)
+        assert position.target is None
+        return position.snapshot
+
+    def forsake(self) -> None: ...
+
+    def left(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
     def shed_detail(self, count: int) -> str:
         return (
             f"{count} statements could not write to the outbox: it was full while no consumer"
@@ -249,16 +280,3 @@ class OutboxLog:
             return None
         self._locked = False
         return [Row(row[0], row[1], row[2], self._session.text(row[3])) for row in rows]
-
-    def channels(self) -> list[Described]:
-        """Every channel: its definition, the ids that it counts from, and its tables."""
-        found = self._execute(
-            "SELECT c.channel, c.since, c.made, c.definition, coalesce(r.tables, '{}')"
-            " FROM pgsignals.channels AS c LEFT JOIN ("
-            "   SELECT channel, pg_catalog.array_agg(ARRAY[relation::bigint, until]) AS tables"
-            "   FROM pgsignals.relations GROUP BY channel) AS r ON r.channel = c.channel"
-        )
-        return [
-            Described(channel, since, made, definition, dict(tables))
-            for channel, since, made, definition, tables in found
-        ]

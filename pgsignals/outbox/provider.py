@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from psycopg2.extensions import cursor as Cursor
 
+from ..consumers.channels import Described
+from ..consumers.decoding import ChannelDecoder, RowDecoder
 from ..consumers.log import DecoderHooks
 from ..core.payload import Cast
 from ..postgres.session import Session
-from .decoding import ChannelDecoder, RowDecoder
-from .log import Described, OutboxLog
+from .log import OutboxLog
 from .privileges import missing_grants
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..consumers.decoding import Row
 from ..core.events import Message
-from .cursors import BEGINNING, IdBounds, Snapshot, Window
+from ..postgres.snapshot import Snapshot
+from .cursors import BEGINNING, IdBounds, Window
 
 if TYPE_CHECKING:
     from .log import OutboxLog
@@ -16,16 +18,6 @@ if TYPE_CHECKING:
 # row may hold many events, some of ten bytes only, and memory holds all events of a page at once.
 PAGE_ROWS = 2000
 PAGE_BYTES = 256 << 10
-
-
-@dataclass(frozen=True)
-class Row:
-    """A message in the outbox; ``relation`` is the OID of the table that fired its trigger."""
-
-    id: int
-    channel: int
-    relation: int
-    payload: str
 
 
 @dataclass(frozen=True)
@@ -97,6 +89,11 @@ class WindowReader:
     @property
     def unsure(self) -> bool:
         return self._doubtful is not None
+
+    @property
+    def lost(self) -> str:
+        # Housekeeping marks the loss of what it drops.
+        return ""
 
     @property
     def replayed_after(self) -> int | None:

@@ -7,10 +7,12 @@ from functools import partial
 
 from psycopg2.extensions import cursor as Cursor
 
+from ..consumers.slot_states import drop_slots, read_slots
 from ..core.errors import DatabaseError
 from ..core.logging import log
+from ..core.transport import Transport
 from ..triggers.catalogue import Installed, read_installed
-from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock
+from ..triggers.installer import DEFAULT_LIMITS, Limits, in_install_lock, tidy_publications
 from ..triggers.sql import drop_statement
 from .inspection import read_outbox
 from .schema import NAME, find_schema, live_readers
@@ -44,9 +46,10 @@ def survey(cursor: Cursor) -> Survey:
 
 
 def remove(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> list[Installed]:
-    """Remove the triggers that write to the outbox, then its schema; return those triggers.
+    """Remove the triggers of durable delivery, then its schema; return those triggers.
 
-    Raises DatabaseError while a process reads the outbox; PrivilegeError, InstallLockError.
+    The slots of consumers of the write-ahead log go, too, and then the publications. Raises
+    DatabaseError while a process reads for a consumer; PrivilegeError, InstallLockError.
     """
 
     def drop_trigger(item: Installed) -> None:
@@ -63,6 +66,9 @@ def remove(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> list[Installed]:
     for item in removed:
         in_install_lock(cursor, limits, item.schema, item.table, partial(drop_trigger, item))
     in_install_lock(cursor, limits, NAME, None, drop_schema)
+    drop_slots(cursor, read_slots(cursor))
+    if any(item.transport is Transport.WAL for item in removed):
+        tidy_publications(cursor, limits, whole=True)
     log.info("removed the schema %s and %d triggers", NAME, len(removed))
     return removed
 

@@ -10,25 +10,17 @@ ended to another transaction, if that number was not written down yet.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import hmac
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
 import msgspec
 
-from .cursors import Snapshot
+from ..consumers.signed_tokens import LONGEST, Signer
+from ..postgres.snapshot import Snapshot
 
 # In place of an event's number: all events of the message are known.
 ALL = (1 << 31) - 1
-# Servers refuse headers that are much longer. Where so many transactions are under way that a token
-# would be longer, the reader gets NOWHERE, from which nobody can go on.
-LONGEST = 4096
-NOWHERE = "-"
-_SIGNATURE = 10
 
 _Txid = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -112,37 +104,25 @@ class TokenCodec:
     def __init__(self, key: str, epoch: str, triggers: str = "") -> None:
         self.epoch = epoch
         self.triggers = triggers
-        self._key = key.encode()
+        self._signer = Signer(key, epoch)
 
     def encode(self, point: ResumePoint) -> str:
-        """Return the token of a point."""
+        """Return the token of a point; NOWHERE while very many transactions are under way."""
         data = _pack(point)
-        text = base64.urlsafe_b64encode(data + self._signature(data)).rstrip(b"=").decode()
-        return text if len(text) <= LONGEST else NOWHERE
+        return self._signer.seal(data, self._beside(data))
 
     def decode(self, token: str) -> ResumePoint | None:
         """Return the point of a token; None for a text that is no token of this history."""
-        if not token.isascii() or len(token) > LONGEST:
-            return None
-        try:
-            data = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
-        except (binascii.Error, ValueError):
-            return None
-        data, signature = data[:-_SIGNATURE], data[-_SIGNATURE:]
-        # Decode nothing before the signature has been checked: anybody may have sent it.
-        if not hmac.compare_digest(signature, self._signature(data)):
+        data = self._signer.open(token, self._beside)
+        if data is None:
             return None
         try:
             return _unpack(*_DECODERS[data[:1]].decode(data[1:]))
         except (KeyError, ValueError, msgspec.DecodeError):
             return None
 
-    def _signature(self, data: bytes) -> bytes:
-        epoch = self.epoch.encode()
-        message = len(epoch).to_bytes(2, "big") + epoch + data
-        if data[:1] == _WITHIN:
-            message += self.triggers.encode()
-        return hmac.new(self._key, message, hashlib.sha256).digest()[:_SIGNATURE]
+    def _beside(self, data: bytes) -> bytes:
+        return self.triggers.encode() if data[:1] == _WITHIN else b""
 
 
 def _pack(point: ResumePoint) -> bytes:

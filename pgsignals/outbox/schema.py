@@ -29,6 +29,13 @@ SEGMENTS = 8
 RETENTION_SECONDS = 3 * 24 * 3600
 RETENTION_BYTES = 4 << 30
 
+# Sixty random bits.
+_SECRET = (
+    "SELECT pg_catalog.setval('pgsignals.wal_secret',"
+    " ('x' || pg_catalog.substr(pg_catalog.replace("
+    "pg_catalog.gen_random_uuid()::text, '-', ''), 17))::bit(64)::bigint & ((1::bigint << 60) - 1))"
+)
+
 _CREATION = (
     "CREATE SCHEMA pgsignals",
     "CREATE SEQUENCE pgsignals.outbox_id",
@@ -40,6 +47,10 @@ _CREATION = (
     " pg_catalog.setval('pgsignals.outbox_segment', 0),"
     " pg_catalog.setval('pgsignals.outbox_full', 0),"
     " pg_catalog.setval('pgsignals.outbox_shed', 0)",
+    # The secret by which readers of the write-ahead log know messages of our triggers: only their
+    # owners may read its value.
+    "CREATE SEQUENCE pgsignals.wal_secret MINVALUE 0",
+    _SECRET,
     """CREATE TABLE pgsignals.outbox (
   id bigint NOT NULL,
   txid bigint NOT NULL,
@@ -130,7 +141,7 @@ $$""",
     " FROM PUBLIC",
 )
 
-_SEQUENCES = ("outbox_id", "outbox_segment", "outbox_full", "outbox_shed")
+_SEQUENCES = ("outbox_id", "outbox_segment", "outbox_full", "outbox_shed", "wal_secret")
 
 # The most milliseconds for which writers may queue behind an upgrade that waits for the outbox.
 _WRITERS_WAIT = 20
@@ -236,7 +247,7 @@ def find_schema(cursor: Cursor) -> Found | None:
     if said is None:
         raise DatabaseError(
             f"There is a schema {NAME!r} that pgsignals did not make: it carries no comment of "
-            "ours, so it is left alone. Rename it; outbox delivery needs the name."
+            "ours, so it is left alone. Rename it; durable delivery needs the name."
         )
     return Found(int(said[1]), None if said[2] is None else int(said[2]))
 
@@ -255,15 +266,15 @@ def read_version(cursor: Cursor) -> int:
             f"The schema {NAME!r} has version {found.version}, from before the first release, and "
             "nothing leads on from there. Stop the programs that use it; run `pgsignals uninstall "
             "--schema`, which removes it with its consumers, its events and the triggers that "
-            "write to it; then `pgsignals install --delivery outbox` with your watchers, or start "
-            "the application."
+            "write to it; then `pgsignals install --delivery outbox` (or wal) with your watchers, "
+            "or start the application."
         )
     if not found.usable:
         raise DatabaseError(
             f"The schema {NAME!r} has version {found.version}, for programs from {found.oldest} "
             f"on, and this one is of version {VERSION}. Start the newer pgsignals again, which "
             "upgraded it. To go back for good, giving up what has not been read, run `pgsignals "
-            "uninstall --schema` and then `pgsignals install --delivery outbox`."
+            "uninstall --schema` and then `pgsignals install --delivery outbox` (or wal)."
         )
     return found.version
 
@@ -337,6 +348,7 @@ _PUT_BACK = (
         f" WHERE pg_catalog.pg_sequence_last_value('pgsignals.{name}') IS NULL"
         for name in ("outbox_segment", "outbox_full", "outbox_shed")
     ),
+    f"{_SECRET} WHERE pg_catalog.pg_sequence_last_value('pgsignals.wal_secret') IS NULL",
     "INSERT INTO pgsignals.segments SELECT last_value FROM pgsignals.outbox_segment"
     " ON CONFLICT DO NOTHING",
 )
@@ -422,19 +434,19 @@ def _apply(cursor: Cursor, step: Upgrade) -> bool:
     return True
 
 
-def check_schema(cursor: Cursor) -> None:
+def check_schema(cursor: Cursor, delivery: str = "outbox") -> None:
     """Raise DriftError unless the schema is there, in the current version or a newer one."""
     if (version := read_version(cursor)) < VERSION:
         state = f"in version {version}, and needs {VERSION}" if version else "missing"
         raise DriftError(
-            f'install="check" found the schema {NAME!r}, which outbox delivery needs, {state}. Run '
-            "`pgsignals install --delivery outbox` as the tables' owner, or apply what "
-            "`pgsignals sql --delivery outbox` prints."
+            f'install="check" found the schema {NAME!r}, which durable delivery needs, {state}. '
+            f"Run `pgsignals install --delivery {delivery}` as the tables' owner, or apply what "
+            f"`pgsignals sql --delivery {delivery}` prints."
         )
     if lacking := left_out(cursor):
         raise DriftError(
             f'install="check" found that the schema {NAME!r} comes from a dump that left something '
-            f"out: {lacking}. Run `pgsignals install --delivery outbox` as the tables' owner."
+            f"out: {lacking}. Run `pgsignals install --delivery {delivery}` as the tables' owner."
         )
 
 
@@ -464,7 +476,7 @@ def _check_privilege(cursor: Cursor) -> None:
             sql.Identifier(database), sql.Identifier(role)
         )
         raise PrivilegeError(
-            f"The role {role!r} may not create the schema {NAME!r}, which outbox delivery needs. "
-            "Run `pgsignals install --delivery outbox` as a role that may and start with "
+            f"The role {role!r} may not create the schema {NAME!r}, which durable delivery needs. "
+            "Run `pgsignals install --delivery outbox` (or wal) as a role that may and start with "
             f'install="check", or have the owner run: {grant.as_string(cursor)}.'
         )

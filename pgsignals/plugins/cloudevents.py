@@ -232,8 +232,8 @@ class Received(_Data, kw_only=True):
             [tuple(row)],
             moved,
             self.truncated,
-            redelivered,
-            position,
+            redelivered=redelivered,
+            position=position,
             origin=self.uid,
         )
 

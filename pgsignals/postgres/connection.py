@@ -164,12 +164,24 @@ _CAUSES = (
         "too many clients|too many connections|connection slots|no more connections allowed",
         "the server has no connection left: see max_connections and CONNECTION LIMIT",
     ),
+    (
+        'exceeds "?max_wal_senders',
+        "the server has no WAL sender left: see max_wal_senders",
+    ),
+    (
+        "replication role to start walsender|permission denied to start WAL sender",
+        "this role may not read the WAL: it needs ALTER ROLE … REPLICATION",
+    ),
     ("database .* does not exist|no such database", "there is no such database on that server"),
     ("role .* does not exist", "there is no such role on that server"),
     ("starting up|shutting down|not accepting connections", "the server is not ready yet"),
     (
         "hot standby mode|session is (?:not )?read-only",
         "no host of the DSN is what its target_session_attrs asks for",
+    ),
+    (
+        "unsupported startup parameter: replication",
+        "the WAL cannot be read through this pooler: give the server's own address",
     ),
     (
         "unsupported startup parameter",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,12 +10,10 @@ import psycopg2
 import psycopg2.extensions
 from psycopg2 import errors as pg
 from psycopg2 import sql
-from psycopg2.extensions import POLL_OK, POLL_WRITE, TRANSACTION_STATUS_IDLE, Notify
-from psycopg2.extensions import connection as Connection
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, Notify
 from psycopg2.extensions import cursor as Cursor
 
-from .connection import connect_error
-from .dsn import libpq_dsn, libpq_options
+from .link import Link
 from .session_settings import session_settings
 from .waiter import Waiter
 
@@ -68,21 +65,16 @@ def legible_rows(
         return _decoded_rows(own, (codec, "replace"))
 
 
-class Session:
+class Session(Link):
     """A connection for listening and reading that never blocks for longer than it is told.
 
-    It is in psycopg2's asynchronous mode: otherwise a server that goes silent in the middle of a
-    statement would hold it for ever. Each statement commits by itself.
+    Each statement commits by itself.
     """
 
     def __init__(self, dsn: str, waiter: Waiter, cancelled: Callable[[], bool]) -> None:
-        self._waiter = waiter
-        self._cancelled = cancelled
-        self._dsn = libpq_dsn(dsn)
-        self._connection: Connection | None = None
+        super().__init__(dsn, waiter, cancelled)
         self._codec = _UTF8
         self._converted_from: str | None = None
-        self._encrypted = False
         self._cursor: Cursor
 
     def open(self, timeout: float, encoding: str = "UTF8") -> None:
@@ -94,23 +86,10 @@ class Session:
         any_bytes = encoding == "SQL_ASCII"
         self._codec = _LATIN1 if any_bytes else _UTF8
         self._converted_from = None if any_bytes or encoding == "UTF8" else encoding
-        try:
-            options = libpq_options(self._dsn, timeout)
-            if any_bytes:
-                options["client_encoding"] = "LATIN1"
-            self._connection = psycopg2.connect(self._dsn, async_=True, **options)
-            # Texts are decoded here: psycopg2 would refuse a whole result for one byte of no text.
-            for kind in _UNDECODED:
-                psycopg2.extensions.register_type(kind, self._connection)
-            self._finish(time.monotonic() + timeout)
-            self._encrypted = self._connection.info.ssl_in_use
-        except (psycopg2.Error, TimeoutError, UnicodeError) as error:
-            failure = connect_error(self._dsn, error)
-        else:
-            return
-        self.close()
-        # Outside the handler, as in connect().
-        raise failure
+        self._connect(timeout, client_encoding="LATIN1" if any_bytes else "UTF8")
+        # Texts are decoded here: psycopg2 would refuse a whole result for one byte of no text.
+        for kind in _UNDECODED:
+            psycopg2.extensions.register_type(kind, self._live)
 
     def keep(self, timeout: float) -> None:
         """Have the server keep the session, and its statements, for as long as we want.
@@ -209,6 +188,12 @@ class Session:
             return arrived
         return [Notify(each.pid, each.channel, self.text(each.payload)) for each in arrived]
 
+    @property
+    def codec(self) -> str:
+        """Python's codec for text that comes as the database has it, not converted."""
+        encoding = self._converted_from
+        return "utf-8" if encoding is None else _codec_of(encoding)[0]
+
     def text(self, value: str) -> str:
         """Return a statement's text, with replacement characters for bytes that are not UTF-8."""
         return value if value.isascii() else value.encode(*self._codec).decode("utf-8", "replace")
@@ -224,38 +209,4 @@ class Session:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until something arrives, a wake-up or the time; return whether something arrived."""
-        return self._waiter.wait(self._live.fileno(), timeout)
-
-    def close(self) -> None:
-        """Close the connection."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._waiter.forget()
-            connection.close()
-
-    def abandon(self) -> None:
-        """In the child of a fork, drop the socket without the goodbye that close() would send.
-
-        The server would take the goodbye for the parent's, and end the parent's session.
-        """
-        if self._connection is not None:
-            os.close(self._connection.fileno())
-            self._connection = None
-
-    @property
-    def _live(self) -> Connection:
-        if self._connection is None:
-            raise psycopg2.InterfaceError("the session is closed")
-        return self._connection
-
-    def _finish(self, deadline: float) -> None:
-        connection = self._live
-        while (state := connection.poll()) != POLL_OK:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timeout expired: the server does not answer")
-            if self._cancelled():
-                raise TimeoutError("stopped while waiting for the server")
-            # Forget it first: for the next host, libpq opens another socket under the same number.
-            self._waiter.forget()
-            self._waiter.wait(connection.fileno(), left, write=state == POLL_WRITE)
+        return self.waiter.wait(self._live.fileno(), timeout)

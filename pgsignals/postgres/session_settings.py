@@ -3,7 +3,7 @@
 Our sessions bound their waits themselves, by the client's clock: a timeout that is meant for an
 application's queries would end a session that listens, or an installation that waits for a lock.
 Only a transaction whose process hangs is left to the server to end, since others may wait for its
-locks.
+locks. Nor are our questions to the catalogue compiled.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ _TRANSACTION = (
     (0, "lock_timeout", "0"),
     (0, "idle_in_transaction_session_timeout", "60s"),
     (170000, "transaction_timeout", "0"),
+    # The planner expects many more partitions than there are, and would compile for a second what
+    # then takes milliseconds.
+    (0, "jit", "off"),
 )
 # With these, the server ends a session, and with it its locks, about a minute after the other end
 # has gone without a word.

@@ -21,8 +21,20 @@ MAX_CONTEXT_BYTES = 2_000
 
 _IN_TRANSACTION = psycopg2.extensions.TRANSACTION_STATUS_INTRANS
 
+# The first words of messages that say the same to those who read rows from the write-ahead log.
+MUTED_MESSAGE, CONTEXT_MESSAGE = "muted", "context"
+
+_MUTED, _CONTEXT = "pgsignals.muted", "pgsignals.context"
+
 _READ = "SELECT coalesce(pg_catalog.current_setting(%s, true), '')"
-_WRITE = "SELECT pg_catalog.set_config(%s, %s, true)"
+# Triggers read the setting. A transaction's rows in the write-ahead log do not show it, so that a
+# message says the same there, in its place among the rows.
+_WRITE = (
+    "SELECT pg_catalog.set_config(%s, %s, true),"
+    " CASE WHEN pg_catalog.current_setting('wal_level') = 'logical'"
+    " AND NOT pg_catalog.pg_is_in_recovery()"
+    " THEN pg_catalog.pg_logical_emit_message(true, 'pgsignals', %s) END"
+)
 # Only if the block's value is still set: after a commit inside the block it is gone, and the outer
 # value would be brought into a transaction that it was not made for.
 _RESTORE = _WRITE + " WHERE pg_catalog.current_setting(%s, true) = %s"
@@ -42,7 +54,7 @@ def muted(connection: object, /) -> AbstractContextManager[None]:
     Raises ConfigurationError for anything else than such a connection, and StateError where no
     transaction is open and none would be opened (autocommit).
     """
-    return _set_locally(connection, "pgsignals.muted", lambda outer: "on")
+    return _set_locally(connection, _MUTED, lambda outer: "on")
 
 
 def context(connection: object, /, **fields: object) -> AbstractContextManager[None]:
@@ -55,7 +67,7 @@ def context(connection: object, /, **fields: object) -> AbstractContextManager[N
     Raises what :func:`muted` raises, and ConfigurationError for values that JSON does not have, or
     that take more than 2,000 bytes in all.
     """
-    return _set_locally(connection, "pgsignals.context", lambda outer: _merge(outer, fields))
+    return _set_locally(connection, _CONTEXT, lambda outer: _merge(outer, fields))
 
 
 @contextmanager
@@ -71,7 +83,8 @@ def _set_locally(connection: object, name: str, inner: Callable[[str], str]) -> 
     borrowed.flush()
     outer = borrowed.execute(_READ, [name])[0][0]
     value = inner(outer)
-    borrowed.execute(_WRITE, [name, value])
+    word = MUTED_MESSAGE if name == _MUTED else CONTEXT_MESSAGE
+    borrowed.execute(_WRITE, [name, value, f"{word} {value}"])
     try:
         yield
         if borrowed.in_transaction():
@@ -80,7 +93,7 @@ def _set_locally(connection: object, name: str, inner: Callable[[str], str]) -> 
         # If the statement fails, the transaction has ended, and the setting with it.
         with suppress(Exception):
             if borrowed.in_transaction():
-                borrowed.execute(_RESTORE, [name, outer, name, value])
+                borrowed.execute(_RESTORE, [name, outer, f"{word} {outer}", name, value])
 
 
 def _merge(outer: str, fields: Mapping[str, object]) -> str:

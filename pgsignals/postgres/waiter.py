@@ -36,53 +36,93 @@ class _Selector:
         return [(key.fd, events) for key, events in self._selector.select(seconds)]
 
 
+def _new_poll() -> Any:
+    return select.poll() if hasattr(select, "poll") else _Selector()
+
+
 class Waiter:
-    """Waits for a socket, and can be woken by any thread.
+    """Waits for a socket, or several, and can be woken by any thread.
 
     It uses ``poll()``, since ``select()`` refuses descriptors beyond 1,024. ``selectors`` would do,
     but would double the time that a wait costs.
     """
 
     def __init__(self) -> None:
-        self._poll: Any = select.poll() if hasattr(select, "poll") else _Selector()
+        self._poll = _new_poll()
+        # Apart from the other, so that nothing watched there ends a wait here.
+        self._single = _new_poll()
         self._awake, self._alarm = socket.socketpair()
         self._awake.setblocking(False)
         self._alarm.setblocking(False)
         self._awake_number = self._awake.fileno()
-        self._poll.register(self._awake_number, _READABLE)
-        self._watched: int | None = None
-        self._writable = False
+        for each in (self._poll, self._single):
+            each.register(self._awake_number, _READABLE)
+        self._waited: int | None = None
+        self._watched: set[int] = set()
 
-    def wait(self, descriptor: int | None, timeout: float | None, write: bool = False) -> bool:
-        """Wait until ``descriptor`` can be read (or written), a wake-up comes, or time is over.
+    def wait(self, descriptor: int | None, timeout: float | None) -> bool:
+        """Wait until ``descriptor`` or a watched one can be read, a wake-up comes, or time is over.
 
-        Return whether the descriptor can be read (or written).
+        Return whether ``descriptor`` can be read.
         """
-        if descriptor != self._watched or write != self._writable:
+        if descriptor != self._waited:
             self.forget()
             if descriptor is not None:
-                self._poll.register(descriptor, _WRITABLE if write else _READABLE)
-                self._watched, self._writable = descriptor, write
+                self._poll.register(descriptor, _READABLE)
+                self._waited = descriptor
         usable = False
         # A negative time would be for ever; a part of a millisecond is rounded up.
         for number, _ in self._poll.poll(None if timeout is None else max(0.0, 1000 * timeout)):
             if number == self._awake_number:
                 self._drain()
-            else:
+            elif number == descriptor:
                 usable = True
         return usable
 
+    def wait_alone(
+        self, descriptor: int | None, timeout: float | None, write: bool = False
+    ) -> None:
+        """Wait until ``descriptor`` can be read (or written), a wake-up comes, or time is over.
+
+        What is watched does not end this wait. The descriptor may be closed when it has ended.
+        """
+        if descriptor is not None:
+            self._single.register(descriptor, _WRITABLE if write else _READABLE)
+        try:
+            milliseconds = None if timeout is None else max(0.0, 1000 * timeout)
+            for number, _ in self._single.poll(milliseconds):
+                if number == self._awake_number:
+                    self._drain()
+        finally:
+            if descriptor is not None:
+                self._single.unregister(descriptor)
+
     def forget(self) -> None:
-        """Stop watching the descriptor; call this before it is closed."""
-        if self._watched is not None:
-            self._poll.unregister(self._watched)
-            self._watched, self._writable = None, False
+        """Stop watching what was given to ``wait`` last; call this before it is closed."""
+        if self._waited is not None:
+            self._poll.unregister(self._waited)
+            self._waited = None
+
+    def watch(self, descriptor: int) -> None:
+        """Have ``wait`` end, too, when this descriptor can be read.
+
+        It must be another one than those that are given to ``wait``.
+        """
+        if descriptor not in self._watched:
+            self._poll.register(descriptor, _READABLE)
+            self._watched.add(descriptor)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Undo ``watch``; call this before the descriptor is closed."""
+        if descriptor in self._watched:
+            self._watched.remove(descriptor)
+            self._poll.unregister(descriptor)
 
     def sleep(self, seconds: float, until: Callable[[], bool]) -> None:
         """Sleep for ``seconds``, or until woken with ``until()`` true."""
         deadline = time.monotonic() + seconds
         while not until() and (left := deadline - time.monotonic()) > 0:
-            self.wait(None, left)
+            self.wait_alone(None, left)
 
     def wake(self) -> None:
         """End the wait, or the next one if none is under way."""

@@ -31,9 +31,10 @@ from ..postgres.session import Session
 from ..triggers import names
 from ..triggers.bodies.common import CANNOT_WRITE
 from ..triggers.definitions import Definition
+from .handover import Handover
 from .polling import DurableSink, Follower, Poller
 from .session_checks import explaining_missing_rights, keep_triggers, listen_to, queue_is_full
-from .thread import ConnectionSettings, Preparer, SessionThread
+from .thread import ConnectAnew, ConnectionSettings, Preparer, SessionThread
 from .trigger_history import Installation
 from .trigger_watch import TriggersChangedError
 
@@ -48,6 +49,13 @@ SHARE_SECONDS = 2.0
 
 class DurablePreparer(Preparer, LogProvider, Protocol):
     """Defines and installs for the source, and makes the log and decoder that it reads with."""
+
+    @property
+    def coming(self) -> Sequence[Definition]:
+        """The definitions for the log that the consumer goes to; none if it stays."""
+
+    def handover(self, former: Log, holder: str, timeout: float) -> Handover | None:
+        """Return what brings the consumer from a log to the one that is wanted; None if it is."""
 
 
 class DurableSource(SessionThread):
@@ -68,13 +76,16 @@ class DurableSource(SessionThread):
         follower: Follower | None = None,
     ) -> None:
         super().__init__(settings, preparer, meter, "reading events", TURN_SECONDS)
-        self._provider: LogProvider = preparer
+        self._provider: DurablePreparer = preparer
+        # While the consumer goes to another log.
+        self._handover: Handover | None = None
         self._sink = sink
         self._consumer = consumer
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.name = consumer.name or f"process {self._holder}"
         self._paused = False
-        self._log: Log
+        # The log that the session reads, once it has begun to.
+        self._log: Log | None = None
         self._parking = parking
         if parking is not None:
             parking.ledger.wake = self._waiter.wake
@@ -128,7 +139,14 @@ class DurableSource(SessionThread):
 
     def abandon(self) -> None:
         self._claims.drop()
+        if self._log is not None:
+            self._log.abandon()
         super().abandon()
+
+    def look_again(self) -> None:
+        """Look at the triggers soon, since they have changed."""
+        self._verify_at = 0.0
+        self._waiter.wake()
 
     def settle(self, call: Callable[[], None]) -> None:
         """Call ``call`` once everything committed by now has been submitted."""
@@ -155,9 +173,18 @@ class DurableSource(SessionThread):
             )
         else:
             self._prove_round_trip(session, cursor)
-        keep_triggers(session, definitions, self._timing.timeout)
+        keep_triggers(session, [*definitions, *self._provider.coming], self._timing.timeout)
 
     def _begin(
+        self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
+    ) -> None:
+        try:
+            self._begin_reading(session, definitions, asked_at, cast)
+        except BaseException:
+            self._close_log()
+            raise
+
+    def _begin_reading(
         self, session: Session, definitions: Sequence[Definition], asked_at: datetime, cast: Cast
     ) -> None:
         self._log = store = self._provider.log(
@@ -184,6 +211,10 @@ class DurableSource(SessionThread):
             [*self._decoder.decoders().values()],
             self._consumer.lease,
         )
+        self._handover = self._provider.handover(store, self._holder, self._timing.timeout)
+        self._poller.begin()
+        if self._handover is not None:
+            self._handover.begin()
         self._claim()
         store.stir()
 
@@ -208,12 +239,18 @@ class DurableSource(SessionThread):
 
     def _close(self) -> None:
         self._claims.drop()
+        self._close_log()
         super()._close()
+
+    def _close_log(self) -> None:
+        former, self._log = self._log, None
+        if former is not None:
+            former.close()
 
     def _read_on(self, session: Session) -> None:
         """Read, acknowledge and keep the claims until paused and stopped."""
-        store = self._log
-        parts = self._claims.parts
+        store, parts = self._log, self._claims.parts
+        assert store is not None
         self._sink.connected()
         acknowledge_at = claim_at = renew_at = time.monotonic()
         while not self._stopping:
@@ -224,6 +261,8 @@ class DurableSource(SessionThread):
                 self._installation.leave_to_others()
             if now >= claim_at:
                 self._claim()
+                if not parts and store.consumer.elsewhere():
+                    raise ConnectAnew(f"the consumer {self.name} reads another log by now")
                 claim_at = now + CLAIM_SECONDS * chance.uniform(0.8, 1.2)
                 if self._claims.complete:
                     claim_at = now + min(SHARE_SECONDS, self._consumer.lease / 3)
@@ -251,6 +290,8 @@ class DurableSource(SessionThread):
                     if self._parking is not None:
                         self._parking.tell_of_losses()
                 self._claims.acknowledge(due)
+                if self._handover is not None:
+                    self._hand_over(self._handover)
             if parts and now >= self._verify_at:
                 self._verify_at = now + self._timing.heartbeat
                 self._look_at_triggers(session)
@@ -259,7 +300,9 @@ class DurableSource(SessionThread):
             pause = store.pause(time.monotonic() - now) if parts else CLAIM_SECONDS
             wake_at = min(claim_at, now + TURN_SECONDS)
             if parts:
-                wake_at = min(wake_at, renew_at, self._verify_at)
+                # A renewal is made with an acknowledgement: woken before that is due, the thread
+                # would spin until then.
+                wake_at = min(wake_at, max(renew_at, acknowledge_at), self._verify_at)
                 if self._installation.doubted or any(part.busy for part in parts.values()):
                     wake_at = min(wake_at, acknowledge_at)
             session.wait(max(0.0, min(pause, wake_at - time.monotonic())))
@@ -288,7 +331,25 @@ class DurableSource(SessionThread):
         """Poll, and read a page for each partition with room; return as ``Poller.read`` does."""
         poll = self._poller.poll(store)
         self._installation.note_shed(poll, self._claims)
-        return self._poller.read(store, poll, self._held_up)
+        ending = False
+        if self._handover is not None:
+            poll = self._handover.limit(poll)
+            self._claims.polled_as_of, ending = poll.as_of, self._handover.ending
+        return self._poller.read(store, poll, self._held_up, ending)
+
+    def _hand_over(self, handover: Handover) -> None:
+        """Have the consumer go on in the other log once all before is acknowledged."""
+        parts = list(self._claims.parts.values())
+        if not self._claims.complete or not all(
+            handover.done(part) and not self._backfilling.holds(part) for part in parts
+        ):
+            return
+        if self._paused or self._installation.marked or self._installation.doubted:
+            return
+        self.dead_letters.save()
+        if self._parking is not None:
+            self._parking.leave()
+        handover.hand_over(parts[0])
 
     def _held_up(self) -> bool:
         return self._paused or (self._parking is not None and self._parking.ledger.blocks)
@@ -340,6 +401,7 @@ class DurableSource(SessionThread):
     def _leave(self) -> None:
         """Acknowledge for the last time, and give up the claims, so that others read at once."""
         store = self._log
+        assert store is not None
         self.dead_letters.save()
         if self._parking is not None and self._claims.parts:
             self._parking.leave()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -60,6 +59,9 @@ class Follower(Protocol):
     def page_submitted(self, part: Partition) -> None:
         """Note that the page has been submitted, and that the window may have ended with it."""
 
+    def turned(self, part: Partition) -> None:
+        """Note that a turn has ended, in which there may have been no page to read."""
+
 
 class Poller:
     """Polls the log, and submits pages of the claimed partitions to the sink.
@@ -92,18 +94,29 @@ class Poller:
         """Call ``call`` once everything committed by now has been submitted."""
         self._asked.put(call)
 
+    def begin(self) -> None:
+        """Go on in a new session, and maybe in another log: its watermarks are others."""
+        for _, call in self._awaited:
+            self._asked.put(call)
+        self._awaited.clear()
+
     def poll(self, source: Log) -> Poll:
         """Poll the log once."""
-        # Counted before the poll: a later ``settle`` may mean commits that this poll misses.
-        asked = self._asked.qsize()
-        now = time.monotonic()
+        # Counted before the look: a later ``settle`` may mean commits that it misses.
+        if asked := self._asked.qsize():
+            latest = source.latest()
+            self._awaited += [(latest, self._asked.get()) for _ in range(asked)]
         poll = source.poll()
-        self._awaited += [(poll.watermark, self._asked.get()) for _ in range(asked)]
-        self._claims.polled_at = now
+        self._claims.polled_as_of = poll.as_of
         return poll
 
-    def read(self, source: Log, poll: Poll, held_up: Callable[[], bool]) -> tuple[bool, bool]:
-        """Read a page of each partition with room; return whether any had rows, and has more."""
+    def read(
+        self, source: Log, poll: Poll, held_up: Callable[[], bool], ending: bool = False
+    ) -> tuple[bool, bool]:
+        """Read a page of each partition with room; return whether any had rows, and has more.
+
+        While reading is ``ending`` at the poll's watermark, no chunk of a backfill is begun.
+        """
         found = more = stirred = filling = False
         for part in self._claims.parts.values():
             if part.outstanding >= self._most:
@@ -112,7 +125,7 @@ class Poller:
             ready = self._has_room(part) and not (part.leaving or held_up())
             # A chunk of a backfill belongs between the messages that its snapshot sees and the
             # rest: while a chunk waits, the log is read up to its watermark alone.
-            if ready and part.reader.at_end:
+            if ready and part.reader.at_end and not ending:
                 self._backfilling.take(part)
             if not self._backfilling.holds(part):
                 part.reader.read_to(poll.watermark)
@@ -128,6 +141,8 @@ class Poller:
                 messages = [] if message is None else [message]
                 self._submit(part, messages, part.reader.position, progress)
                 more = True
+            if self._follower is not None:
+                self._follower.turned(part)
         # Others may have something to read, also if this process has no room for it.
         if found or (stirred and self._sink.full):
             source.stir()

@@ -77,13 +77,14 @@ def explaining_missing_rights(
             grants = missing_grants(cursor)
         if not grants:
             raise PrivilegeError(
-                f"At {display(dsn)} this role lacks a right that installing and reading the outbox "
-                f"take: {error.diag.message_primary}. docs/outbox.md lists them, under Privileges."
+                f"At {display(dsn)} this role lacks a right that installing and reading events "
+                f"take: {error.diag.message_primary}. docs/outbox.md and docs/wal.md list them, "
+                "under Privileges."
             ) from error
         raise PrivilegeError(
-            f"At {display(listen_dsn)} this role cannot be a consumer of the outbox: "
-            f"{error.diag.message_primary}. Have the owner of the schema 'pgsignals' run: "
-            f"{'; '.join(grants)}."
+            f"At {display(listen_dsn)} this role cannot be a consumer: "
+            f"{error.diag.message_primary}. Have the owner of the schema 'pgsignals' (for "
+            f"ALTER ROLE, a superuser) run: {'; '.join(grants)}."
         ) from error
 
 

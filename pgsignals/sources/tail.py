@@ -1,15 +1,10 @@
-"""Reads the outbox as it grows, for readers that keep resume tokens.
-
-A process has one tail, however many readers there are, apart from the Hub's own consumer. That one
-may have a name, and then shares its events among processes; and it waits for receivers, for which
-readers must not wait.
-"""
+"""Reads the outbox as it grows, for readers that keep resume tokens."""
 
 from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Protocol
 
@@ -17,33 +12,27 @@ from psycopg2 import errors as pg
 from psycopg2.extensions import cursor as Cursor
 
 from ..consumers.acks import Partition
-from ..consumers.claims import Consumer
-from ..consumers.dead_letters import DeadLetter
+from ..consumers.decoding import Row
 from ..core.errors import PayloadError, StateError
 from ..core.events import Event, Gap, Message, Topic, moment
 from ..core.logging import log
-from ..core.metrics import Meter
-from ..core.payload import Broken, Cast
-from ..dispatch.in_flight import Lease, Page
+from ..core.payload import Broken
+from ..dispatch.in_flight import Page
 from ..outbox.archive import Archive, Found
-from ..outbox.cursors import Snapshot
-from ..outbox.decoding import ChannelDecoder
-from ..outbox.log import Described
 from ..outbox.provider import OutboxProvider
-from ..outbox.reader import Row, WindowReader
+from ..outbox.reader import WindowReader
 from ..outbox.resume_tokens import ResumePoint, TokenCodec
 from ..postgres.connection import connect
+from ..postgres.snapshot import Snapshot
 from ..triggers import names
 from ..triggers.definitions import Definition
 from ..triggers.installer import Drift
-from .durable import DurableSource
+from .base_tail import BaseTail, Decoders, source_of
 from .thread import ConnectionSettings
 
 # How many seconds the outbox keeps what all have read, unless the settings have a value already.
 KEEP_SECONDS = 60
 _ATTACH_SECONDS = 2.0
-
-Decoders = Callable[[Sequence[Described], Cast], Mapping[int, ChannelDecoder]]
 
 
 class Reader(Protocol):
@@ -65,10 +54,10 @@ class Reader(Protocol):
         """Note that something may be missing here."""
 
 
-class Tail(OutboxProvider):
+class Tail(BaseTail[Reader], OutboxProvider):
     """Reads the outbox from now on for any number of readers, and again for those that come back.
 
-    The Hub's own delivery has installed the triggers, and gives its ``definitions`` and decoders.
+    See BaseTail.
     """
 
     def __init__(
@@ -78,57 +67,25 @@ class Tail(OutboxProvider):
         decoders: Decoders,
         drift: Callable[[Cursor, Sequence[Definition]], Drift | None],
     ) -> None:
-        self._options = options
-        # The preparer of the Hub's delivery, whose own source installs triggers that are missing.
-        self.drift = drift
-        self.missing = ""
-        self._defined = definitions
-        self._decoders_of = decoders
-        self._readers: list[Reader] = []
-        self._condition = threading.Condition()
         self._window: ResumePoint | None = None
         self._turned: ResumePoint | None = None
-        self._decoders: Mapping[int, ChannelDecoder] = {}
-        self._definitions: Sequence[Definition] = ()
-        self._made: dict[int, int] = {}
         self._archive: Archive | None = None
         # A lock apart from the condition, which the thread that reads takes with each page: that
         # thread must not wait while a reader that comes back waits for the database.
         self._archive_lock = threading.Lock()
-        self.ended = False
-        # The lease that is read in, and Gaps of the next one, whose reading has yet to begin.
-        self._lease: Lease | None = None
-        self._gaps: list[Gap] = []
-        self._key = self._era = ""
-        self.codec = TokenCodec(self._key, "")
-        self.source = DurableSource(
-            options,
-            self,
-            self,
-            # Not counted here: events are counted where receivers get them.
-            Meter(),
-            Consumer(),
-            1 << 30,
-            follower=self,
-        )
-
-    def start(self) -> None:
-        """Connect, and begin to read. Raises the error if that fails."""
-        self.source.start()
+        self._era = ""
+        self.codec = TokenCodec("", "")
+        super().__init__(options, definitions, decoders, drift)
+        self.source = source_of(options, self)
 
     def stop(self, timeout: float) -> None:
-        """End, waiting at most ``timeout`` seconds. Safe to call twice."""
-        self.ended = True
-        self.source.stop(timeout)
+        super().stop(timeout)
         if self._archive is not None:
             self._archive.close()
 
     def abandon(self) -> None:
-        """In the child of a fork, give up all that is inherited."""
-        self._condition = threading.Condition()
         self._archive_lock = threading.Lock()
-        self._readers = []
-        self.source.abandon()
+        super().abandon()
         if self._archive is not None:
             self._archive.abandon()
 
@@ -146,16 +103,6 @@ class Tail(OutboxProvider):
             self._readers.append(reader)
             reader.began(self._turned)
 
-    def detach(self, reader: Reader) -> None:
-        """Give the reader nothing any more."""
-        with self._condition:
-            if reader in self._readers:
-                self._readers.remove(reader)
-
-    def hurry(self) -> None:
-        """Poll the outbox at once."""
-        self.source.wake()
-
     def read(self, point: ResumePoint) -> Found:
         """See Archive."""
         return self._open_archive().read(point)
@@ -166,11 +113,7 @@ class Tail(OutboxProvider):
 
     def installed_since(self, point: ResumePoint, wants: Callable[[Topic], bool]) -> bool:
         """Whether a wanted trigger may have been made after the point, and so missed changes."""
-        return any(
-            self._made.get(names.channel_key(each.trigger.hash), 0) > point.high
-            for each in self._definitions
-            if wants(each.topic)
-        )
+        return self._made_since(point.high, wants)
 
     def decode(self, row: Row) -> Message | Gap | None:
         """Decode a row of the outbox; None for one that no watcher reads."""
@@ -195,11 +138,6 @@ class Tail(OutboxProvider):
 
     # The source's sink.
 
-    @property
-    def full(self) -> bool:
-        """See DurableSink: readers keep what they can, and read again what they cannot."""
-        return False
-
     def submit_page(self, events: Sequence[Event], page: Page) -> None:
         """See DurableSink."""
         window = self._window
@@ -212,38 +150,12 @@ class Tail(OutboxProvider):
                     reader.take(wanted, window)
         page.acknowledge()
 
-    def gap(self, gap: Gap, page: Page | None = None) -> None:
-        """See DurableSink."""
-        with self._condition:
-            self._gaps.append(gap)
-            # Readers must be told the point where reading begins anew before the Gap that is why.
-            if page is None or page.lease is self._lease:
-                self._tell_gaps()
-        if page is not None:
-            page.acknowledge()
-
-    def redeliver(self, event: Event, letter: DeadLetter) -> bool:
-        """See DurableSink: there are no dead letters."""
-        return False
-
-    def hears(self, topic: Topic) -> bool:
-        """See DurableSink."""
-        return True
-
-    def connected(self) -> None:
-        """See DurableSink."""
-
     def disconnected(self, error: BaseException) -> None:
         """See DurableSink."""
         with self._condition:
             self._turned = None
 
     # The source's preparer.
-
-    def define(self, cursor: Cursor) -> Sequence[Definition]:
-        """See DurablePreparer."""
-        self._definitions = self._defined()
-        return self._definitions
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
         """See DurablePreparer: the Hub's own delivery has installed the triggers."""
@@ -267,17 +179,6 @@ class Tail(OutboxProvider):
         [(self._key, era)] = cursor.fetchall()
         # Without an era in the database, tokens are valid in this process alone.
         self._era = era or secrets.token_hex(16)
-
-    def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
-        """See DurablePreparer."""
-        drift = self.drift(cursor, listened)
-        return "" if drift is None else drift.reason
-
-    def decoders(self, channels: Sequence[Described], cast: Cast) -> Mapping[int, ChannelDecoder]:
-        """See DurablePreparer."""
-        self._made = {each.channel: each.made for each in channels}
-        self._decoders = self._decoders_of(channels, cast)
-        return self._decoders
 
     # The source's follower.
 

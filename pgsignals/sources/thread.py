@@ -42,6 +42,10 @@ from .trigger_watch import Triggers, TriggerWatch
 HEALTHY_SECONDS = 60.0
 
 
+class ConnectAnew(DatabaseError):
+    """There is something else to read, which connecting again finds, at once."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Patience with the server, in seconds.
@@ -219,6 +223,10 @@ class SessionThread(ABC):
         assert session is not None
         try:
             self._read(session)
+        except ConnectAnew as error:
+            log.info("%s", error)
+            self._close()
+            self._reconnect(at_once=True)
         # Any error, an unknown one too: without the thread the Hub would be deaf for good.
         except Exception as error:
             if self._stopping:
@@ -235,10 +243,12 @@ class SessionThread(ABC):
             self._lost(error)
             self._reconnect()
 
-    def _reconnect(self) -> None:
+    def _reconnect(self, at_once: bool = False) -> None:
         """Connect again, with pauses between tries, until it succeeds or the source is stopped."""
         while not self._stopping:
-            self._waiter.sleep(self._backoff.next(), lambda: self._stopping)
+            if not at_once:
+                self._waiter.sleep(self._backoff.next(), lambda: self._stopping)
+            at_once = False
             if self._stopping:
                 return
             try:

@@ -106,8 +106,7 @@ class Installation:
         """Begin a doubt, since writers say that they cannot reach what triggers write to."""
         if self._doubted is None:
             log.error(
-                "events are lost: writers cannot reach the outbox; run `pgsignals doctor` for the "
-                "cause"
+                "events are lost: triggers cannot write them; run `pgsignals doctor` for the cause"
             )
             if reading:
                 self.doubt(self._triggers.verified_at)

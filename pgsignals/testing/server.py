@@ -152,7 +152,8 @@ class Server:
     When this process runs as root, the server runs as ``postgres`` or ``nobody``.
 
     :param version: The major version; by default that of the preferred installation.
-    :param settings: Lines for ``postgresql.conf``, as in ``{"wal_level": "logical"}``.
+    :param settings: Lines for ``postgresql.conf``, as in ``{"max_connections": "50"}``; its log can
+        be read, as WAL delivery needs, unless they say otherwise.
     :param fsync: Whether commits wait for the disk. Off is faster, and enough for tests.
     :param folder: The folder of its data, by default the system's for temporary files. One in
         memory, like ``/dev/shm``, makes a server faster that is given many databases. The user
@@ -348,6 +349,9 @@ class Server:
             "fsync": durable,
             "full_page_writes": durable,
             "ssl": "on" if self._tls else "off",
+            # What every delivery takes.
+            "wal_level": "logical",
+            "max_slot_wal_keep_size": "1GB",
             **self._settings,
         }
         with (data / "postgresql.conf").open("a", encoding="utf-8") as conf:

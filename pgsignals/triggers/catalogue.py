@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
 import msgspec
 from psycopg2.extensions import cursor as Cursor
 
-from ..core.transport import Transport
+from ..core.transport import Delivery, Transport
 from . import names
 from .bodies.common import TABLES
+from .publications import Published, read_published
+from .sql import publication_of
 
 
 class Tag(msgspec.Struct, frozen=True, rename={"format": "pgsignals"}):
@@ -23,6 +25,8 @@ class Tag(msgspec.Struct, frozen=True, rename={"format": "pgsignals"}):
     op: str
     label: str | None
     hash: str
+    delivery: Delivery | None = None
+    rows: bool = False
     columns: tuple[str, ...] = ()
 
 
@@ -40,6 +44,8 @@ class Fired:
 @dataclass(frozen=True)
 class Installed:
     """One function of ours and its triggers; all have the same ``name``.
+
+    A function with ``rows`` in its tag has no triggers: its tables are in a publication of ours.
 
     ``body`` is the function's text without the OIDs of the tables that it was ``made_for``.
     ``fired`` are the tables that have the trigger now, without partitions. It writes to
@@ -149,18 +155,25 @@ WHERE l.locktype = 'advisory' AND l.classid = %s AND l.objsubid = 2 AND l.grante
 GROUP BY 1
 """
 
-# Without one of these rights, a function that writes to the outbox can only say that it could not.
+# The relations of the schema without a right on which a trigger's function could only say that it
+# cannot write.
+_WRITTEN: Mapping[Transport, Sequence[tuple[str, str]]] = {
+    Transport.OUTBOX: (("outbox", "INSERT"), ("outbox_id", "UPDATE")),
+    Transport.WAL: (("wal_secret", "SELECT"),),
+}
+
 _ABLE = """
-SELECT r.rolname,
-       pg_catalog.has_schema_privilege(r.oid, n.oid, 'USAGE')
-       AND pg_catalog.has_table_privilege(r.oid, o.oid, 'INSERT')
-       AND (SELECT pg_catalog.bool_and(pg_catalog.has_sequence_privilege(r.oid, s.oid, 'UPDATE'))
-            FROM pg_catalog.pg_class s WHERE s.relnamespace = n.oid AND s.relkind = 'S'
-              AND s.relname = 'outbox_id')
+SELECT r.rolname, pg_catalog.bool_and(
+  pg_catalog.has_schema_privilege(r.oid, n.oid, 'USAGE')
+  AND CASE c.relkind WHEN 'S' THEN pg_catalog.has_sequence_privilege(r.oid, c.oid, needed.right)
+      ELSE pg_catalog.has_table_privilege(r.oid, c.oid, needed.right) END)
 FROM pg_catalog.pg_roles r
 JOIN pg_catalog.pg_namespace n ON n.nspname = 'pgsignals'
-JOIN pg_catalog.pg_class o ON o.relnamespace = n.oid AND o.relname = 'outbox'
+CROSS JOIN ROWS FROM (pg_catalog.unnest(%s::pg_catalog.name[]), pg_catalog.unnest(%s::text[]))
+  AS needed (name, "right")
+JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = needed.name
 WHERE r.rolname = ANY (%s)
+GROUP BY 1 HAVING pg_catalog.count(*) = %s
 """
 
 
@@ -215,16 +228,28 @@ def read_installed(
     groups = [list(rows) for _, rows in groupby(cursor.fetchall(), key=lambda row: row[0])]
     cursor.execute(_SILENT_PARTS, parameters)
     silent = dict(cursor.fetchall())
-    able = _read_able(cursor, {rows[0][6] for rows in groups if rows[0][5]})
+    owners = {rows[0][6] for rows in groups if rows[0][5]}
+    able = {each: _read_able(cursor, owners, each) for each in _WRITTEN}
     found = []
+    published: Published | None = None
     for rows in groups:
         _, description, home, name, body, durable, owner, *_ = rows[0]
         try:
             tag = _tags.decode(description)
         except (msgspec.MsgspecError, RecursionError):
             continue
+        # Functions of before the first release do not say.
+        transport = Transport(tag.delivery or ("outbox" if durable else "notify"))
         if namespace not in (None, tag.namespace) or name != names.object_name(tag.hash):
             continue
+        fired = tuple(
+            Fired(oid, schema, table, enabled, tuple(columns))
+            for *_, oid, schema, table, enabled, columns in rows
+            if oid is not None
+        )
+        if tag.rows:
+            published = read_published(cursor) if published is None else published
+            fired = _published(published, tag.op, _made_for(body))
         found.append(
             Installed(
                 tag=tag,
@@ -232,17 +257,14 @@ def read_installed(
                 name=name,
                 body=normalized(body),
                 made_for=_made_for(body),
-                fired=tuple(
-                    Fired(oid, schema, table, enabled, tuple(columns))
-                    for *_, oid, schema, table, enabled, columns in rows
-                    if oid is not None
-                ),
+                fired=fired,
                 listeners=sum(names.listens(keys, tag.hash) for keys in listeners),
                 # A role that may not read the consumers takes every trigger on the outbox for
                 # consumed: otherwise it could remove one that a consumer needs.
-                consumed=durable and (channels is None or names.channel_key(tag.hash) in channels),
-                transport=Transport.OUTBOX if durable else Transport.NOTIFY,
-                able=not durable or able.get(owner, False),
+                consumed=transport.durable
+                and (channels is None or names.channel_key(tag.hash) in channels),
+                transport=transport,
+                able=not durable or able[transport].get(owner, False),
                 owner=owner,
                 silent_parts=tuple(silent.get(rows[0][0], ())),
             )
@@ -250,9 +272,17 @@ def read_installed(
     return sorted(found, key=lambda item: (item.schema, item.table or "", item.tag.op, item.name))
 
 
-def _read_able(cursor: Cursor, owners: Set[str]) -> dict[str, bool]:
-    """Return, for each of these owners of functions, whether it may write to the outbox."""
+def _published(published: Published, op: str, oids: Sequence[int]) -> tuple[Fired, ...]:
+    """Return those of the tables that are in the publication of an operation."""
+    found = ((oid, published.get((publication_of(op), oid))) for oid in oids)
+    return tuple(Fired(oid, each[0], each[1], "O", tuple(each[2])) for oid, each in found if each)
+
+
+def _read_able(cursor: Cursor, owners: Set[str], transport: Transport) -> dict[str, bool]:
+    """Return, for each of these owners of functions, whether it may write to the transport."""
     if not owners:
         return {}
-    cursor.execute(_ABLE, (list(owners),))
+    needed = _WRITTEN[transport]
+    named, rights = [name for name, _ in needed], [right for _, right in needed]
+    cursor.execute(_ABLE, (named, rights, list(owners), len(needed)))
     return dict(cursor.fetchall())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg2
@@ -14,11 +14,14 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.errors import ConfigurationError, WatcherError, near
 from ..core.events import Topic, model_identity, model_name
 from ..core.payload import Cast, Decoder
+from ..core.rows import RowsDecoder
 from ..core.tables import Resolver, Table
-from ..core.transport import Transport
+from ..core.transport import Capture, Transport
 from ..core.watchers import Watcher
 from ..postgres.session_settings import error_position
-from .sql import Specification, Trigger, compile_trigger, fields
+from .capture import Identity, identities, why_not_rows
+from .rows import compile_rows
+from .sql import Specification, Trigger, compile_trigger, fields, layout_of
 from .table_lookup import describe_all, resolve
 
 # Triggers by the schema, table, operation, label and model of their specification.
@@ -27,11 +30,15 @@ Compiled = dict[tuple[str, str, str, "str | None", str], Trigger]
 
 @dataclass(frozen=True)
 class Definition:
-    """One operation of one watcher: the topic of its events, and the trigger that sends them."""
+    """One operation of one watcher: the topic of its events, and the trigger that sends them.
+
+    ``lacking`` says why rows of the write-ahead log would not do in the trigger's place.
+    """
 
     watcher: Watcher
     topic: Topic
     trigger: Trigger
+    lacking: str = field(default="", kw_only=True)
 
     def __str__(self) -> str:
         return f"{self.topic.op} of {self.watcher}"
@@ -44,6 +51,8 @@ class Definition:
     def decoder(self, cast: Cast) -> Decoder:
         """Return a decoder for the trigger's payloads."""
         spec = self.trigger.spec
+        if spec.rows:
+            return RowsDecoder(self.topic, layout_of(spec, self.trigger.hash), cast)
         key = () if spec.op == "truncated" else fields(spec.table.key_columns)
         relations = None if spec.transport.durable else frozenset(self.trigger.relations)
         return Decoder(self.topic, key, fields(spec.tracked), cast, relations)
@@ -56,14 +65,18 @@ def define(
     namespace: str,
     transport: Transport = Transport.NOTIFY,
     compiled: Compiled | None = None,
+    capture: Capture | None = None,
 ) -> list[Definition]:
     """Return the definitions of all watchers, in their order.
 
     ``compiled`` has the triggers of a former call, and takes those of this one: a trigger is
     compiled again only where something has changed, since hundreds of them take half a second.
+    In the write-ahead log, ``capture`` says whether rows or messages serve all; None: rows do where
+    they can.
 
     Raises WatcherError and its kinds: a model that nobody knows, a table that is missing or a
-    view, a column that the table lacks, a condition that PostgreSQL rejects.
+    view, a column that the table lacks, a condition that PostgreSQL rejects, and what rows lack
+    that have to serve all.
     """
     cursor.execute("SELECT pg_catalog.current_schemas(false)")
     row = cursor.fetchone()
@@ -76,6 +89,11 @@ def define(
     described = describe_all(cursor, [ref for ref, _ in resolved])
     tables = dict(zip(models, described, strict=True))
     resolvers_of = {key: found for key, (_, found) in zip(models, resolved, strict=True)}
+    replica: Mapping[int, Identity] = {}
+    if transport is Transport.WAL and capture != "messages":
+        oids = {each.oid for table in described for each in table.children}
+        oids |= {table.oid for table in described}
+        replica = identities(cursor, oids)
     for watcher in watchers:
         identity = model_identity(watcher.model)
         table, resolver = tables[identity], resolvers_of[identity]
@@ -98,11 +116,22 @@ def define(
             )
             if spec.when is not None:
                 _check_condition(cursor, watcher, spec)
+            lacking = ""
+            if transport is Transport.WAL:
+                lacking = _lacking(spec, capture, replica)
+                if capture == "rows" and lacking:
+                    raise WatcherError(
+                        f'capture="rows" cannot serve {op!r} of the watcher {watcher}: {lacking}. '
+                        "Leave capture= out, and a trigger sends messages for it."
+                    )
+                spec = replace(spec, rows=not lacking)
             key = (table.schema, table.name, op, watcher.label, spec.model)
             trigger = None if compiled is None else compiled.get(key)
             # What a condition means is also a matter of the search path.
             if trigger is None or trigger.spec != spec or spec.when is not None:
-                trigger = compile_trigger(spec, cursor, path)
+                trigger = (
+                    compile_rows(spec, cursor) if spec.rows else compile_trigger(spec, cursor, path)
+                )
             if compiled is not None:
                 compiled[key] = trigger
             twin = found_by_name.setdefault(trigger.name, watcher)
@@ -123,8 +152,14 @@ def define(
                 loader=RecordLoader(watcher.model, table, resolver, resolvers),
                 name=trigger.hash[:8],
             )
-            found.append(Definition(watcher, topic, trigger))
+            found.append(Definition(watcher, topic, trigger, lacking=lacking))
     return found
+
+
+def _lacking(spec: Specification, capture: Capture | None, replica: Mapping[int, Identity]) -> str:
+    if capture == "messages":
+        return 'capture="messages" was asked for'
+    return why_not_rows(spec, replica)
 
 
 @dataclass(frozen=True)

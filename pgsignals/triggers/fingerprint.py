@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from .definitions import Definition
+from .publications import IDENTITY_COLUMNS, parts
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,17 @@ TARGET = """
   ) AS lines
 """
 
+# The replica identity of the table of a row ``c``. An index that somebody chose shows by its row's
+# version that another was chosen meanwhile. A key shows neither that its index was built anew
+# (REINDEX CONCURRENTLY), nor that the identity has become FULL, which has all that the key has.
+_IDENTITY = f"""(
+  SELECT pg_catalog.string_agg(CASE c.relreplident
+    WHEN 'i' THEN pg_catalog.concat_ws('/', i.indexrelid, i.xmin)
+    ELSE pg_catalog.array_to_string({IDENTITY_COLUMNS}, '/') END, '/')
+  FROM pg_catalog.pg_index AS i
+  WHERE i.indrelid = c.oid
+    AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END)"""
+
 # One row. Each look at the triggers reads it, so that it takes only a few index look-ups a table.
 QUERY = (
     """
@@ -165,6 +177,20 @@ SELECT (
     UNION ALL
     SELECT pg_catalog.concat_ws(' ', 'parent', inhrelid, inhparent)
     FROM pg_catalog.pg_inherits WHERE inhrelid = ANY (%(tables)s::oid[])
+    UNION ALL
+    -- Whether rows can serve a table is also a matter of its partitions.
+    SELECT pg_catalog.concat_ws(' ', 'identity', c.oid, c.relkind, c.relpersistence, c.relreplident,
+                                """
+    + _IDENTITY
+    + """)
+    FROM ("""
+    + parts("""
+      SELECT DISTINCT pg_catalog.unnest(pg_catalog.string_to_array(
+        pg_catalog.split_part(each.name, ' ', 3), ',')::oid[])
+      FROM pg_catalog.unnest(%(triggers)s::text[]) AS each (name)
+      WHERE each.name LIKE 'rows %%'""")
+    + """) AS member
+    JOIN pg_catalog.pg_class AS c ON c.oid = member.oid
   ) AS lines
 ), (
   SELECT coalesce(pg_catalog.json_object_agg(name, entry), '{}')::text FROM (
@@ -186,6 +212,22 @@ SELECT (
     ) AS parts ON parts.tgfoid = t.tgfoid
     WHERE t.tgrelid = ANY (%(tables)s::oid[]) AND t.tgname = ANY (%(triggers)s::name[])
       AND t.tgparentid = 0
+    GROUP BY 1
+    UNION ALL
+    -- Tables whose rows are read from the log: a publication serves them as a row trigger would.
+    SELECT asked.name, pg_catalog.string_agg(
+      pg_catalog.concat_ws(' ', r.prrelid, 1, r.oid, r.xmin, p.oid, p.xmin,
+                           CASE WHEN p.pubupdate THEN """
+    + _IDENTITY
+    + """ END), ','
+      ORDER BY r.prrelid)
+    FROM (SELECT DISTINCT name FROM pg_catalog.unnest(%(triggers)s::text[]) AS each (name))
+      AS asked
+    JOIN pg_catalog.pg_publication p ON p.pubname = pg_catalog.split_part(asked.name, ' ', 2)
+    JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = ANY (
+      pg_catalog.string_to_array(pg_catalog.split_part(asked.name, ' ', 3), ',')::oid[])
+    JOIN pg_catalog.pg_class AS c ON c.oid = r.prrelid
+    WHERE asked.name LIKE 'rows %%'
     GROUP BY 1
   ) AS entries
 ), ("""
@@ -224,7 +266,7 @@ class Question:
             for definition in self.definitions
             for relation in definition.trigger.spec.relations
         }
-        own = [definition.trigger.name for definition in self.definitions]
+        own = [definition.trigger.witness for definition in self.definitions]
         return {
             "schemas": [schema for schema, _, _ in tables],
             "names": [name for _, name, _ in tables],

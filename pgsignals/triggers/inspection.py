@@ -10,7 +10,7 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.errors import ModelError, WatcherError
 from ..core.events import model_name
 from ..core.tables import Resolver
-from ..core.transport import Transport
+from ..core.transport import Capture, Transport
 from ..core.watchers import Watcher
 from .catalogue import Installed, read_installed
 from .definitions import Definition, define
@@ -36,6 +36,7 @@ def read_states(
     resolvers: Sequence[Resolver],
     namespace: str,
     transport: Transport = Transport.NOTIFY,
+    capture: Capture | None = None,
 ) -> list[State]:
     """Return the states of each watcher's triggers, and then of the others of the namespace.
 
@@ -50,7 +51,9 @@ def read_states(
     explained: set[str] = set()
     for watcher in watchers:
         try:
-            definitions += define(cursor, [watcher], resolvers, namespace, transport)
+            definitions += define(
+                cursor, [watcher], resolvers, namespace, transport, capture=capture
+            )
         except WatcherError as error:
             former = _former(watcher, resolvers, installed)
             for op in watcher.ops:
@@ -62,8 +65,13 @@ def read_states(
                     explained.add(item.name)
                     state = replace(judge(item), status=OUTDATED, detail=str(error))
                 broken.append(state)
+    lacking = {definition.trigger.name: definition.lacking for definition in definitions}
     states = plan([definition.trigger for definition in definitions], installed).states
-    return [state for state in states if state.name not in explained] + broken
+    return [
+        replace(state, lacking=lacking.get(state.name, ""))
+        for state in states
+        if state.name not in explained
+    ] + broken
 
 
 def _former(

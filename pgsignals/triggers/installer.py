@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -24,9 +24,10 @@ from ..core.errors import (
 from ..core.logging import log
 from ..core.rng import chance
 from ..core.tables import Table
+from ..core.transport import Capture, Transport
 from ..postgres.connection import transaction
 from ..postgres.privileges import Right, current_role, grants, lacking
-from . import names
+from . import names, publications
 from .catalogue import Installed, normalized, read_installed, read_listeners
 from .sql import Trigger, drop_statement
 
@@ -65,6 +66,9 @@ class State:
     INSTALLED: it is as a watcher needs it, or somebody else listens to it. OUTDATED: it is there,
     but not as it should be. MISSING: a watcher needs it. STALE: no watcher needs it, and nobody
     listens to it.
+
+    In WAL delivery ``served`` is what its events are made of, ``"rows"`` of the write-ahead log or
+    ``"messages"`` of a trigger, and ``lacking`` why rows would not do, where a watcher is known.
     """
 
     status: str
@@ -75,6 +79,8 @@ class State:
     name: str
     listeners: int = 0
     detail: str = ""
+    served: Capture | None = None
+    lacking: str = ""
 
 
 @dataclass
@@ -109,6 +115,7 @@ def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
                 trigger.name,
                 present.listeners if present is not None else 0,
                 detail,
+                _served(spec.transport, spec.rows),
             )
         )
         if status == INSTALLED:
@@ -150,18 +157,26 @@ def judge(item: Installed) -> State:
         item.name,
         item.listeners,
         detail,
+        _served(item.transport, item.tag.rows),
     )
 
 
+def _served(transport: Transport, rows: bool) -> Capture | None:
+    if transport is not Transport.WAL:
+        return None
+    return "rows" if rows else "messages"
+
+
 def _unable(item: Installed) -> str:
-    return f"its owner {item.owner!r} lacks rights on the outbox, to which it writes"
+    return f"its owner {item.owner!r} lacks rights in the schema pgsignals, with which it writes"
 
 
 def _compare(trigger: Trigger, present: Installed | None) -> tuple[str, str]:
     if present is None:
         return MISSING, ""
     if present.main is None:
-        return MISSING, "its function is there, but not the trigger"
+        what = "the table is not published" if trigger.spec.rows else "not the trigger"
+        return MISSING, f"its function is there, but {what}"
     if present.copied:
         return MISSING, "the table is a copy of the one that the trigger was made for"
     main, oid = present.main, trigger.spec.table.oid
@@ -173,11 +188,13 @@ def _compare(trigger: Trigger, present: Installed | None) -> tuple[str, str]:
     for relation in trigger.spec.relations:
         where = "" if relation.oid == oid else f" of {relation.schema}.{relation.name}"
         each = fired.get(relation.oid)
+        if each is None and trigger.spec.rows:
+            return OUTDATED, f"the table{where} is not published any more"
         if each is None:
             return OUTDATED, f"the trigger{where} is missing"
         if each.enabled == "D":
             return OUTDATED, f"the trigger{where} is disabled"
-        if each.enabled != ("A" if trigger.spec.replicated else "O"):
+        if not trigger.spec.rows and each.enabled != ("A" if trigger.spec.replicated else "O"):
             return OUTDATED, f"somebody has changed when the trigger{where} fires"
     if present.silent_parts:
         part = present.silent_parts[0]
@@ -208,9 +225,10 @@ def install(
     pending = plan(wanted, read_installed(cursor, namespace)).created
     tables = [list(triggers) for _, triggers in groupby(pending, _place)]
     for triggers in tables:
-        _check_privileges(cursor, triggers[0])
-    if any(trigger.spec.transport.durable for trigger in pending):
-        _check_outbox_rights(cursor)
+        for rows in {trigger.spec.rows for trigger in triggers}:
+            _check_privileges(cursor, next(each for each in triggers if each.spec.rows is rows))
+    for transport in {trigger.spec.transport for trigger in pending} & _LOG_RIGHTS.keys():
+        _check_log_rights(cursor, transport)
     created: list[Trigger] = []
     for triggers in tables:
         created += _install_on_table(cursor, namespace, triggers, limits)
@@ -266,6 +284,9 @@ def _install_on_table(
 def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
     """Raise PrivilegeError, with the GRANTs that would help, if the role may not install."""
     table = trigger.spec.table
+    if trigger.spec.rows:
+        _check_owner(cursor, trigger)
+        return
     wanted = [Right("TRIGGER", (each.schema, each.name)) for each in trigger.spec.relations]
     lacks = lacking(cursor, [*wanted, Right("CREATE", (table.schema,), "SCHEMA")])
     if lacks:
@@ -280,49 +301,70 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
         _check_definer(cursor, table)
 
 
-# The rights that installing for the outbox takes: the functions write to it with the installer's
-# rights, and installing notes their channels and, where a trigger was missing, consumers' losses.
-_OUTBOX_RIGHTS = (
-    *(
-        Right(privilege, ("pgsignals", name), kind)
-        for kind, name, *privileges in (
-            ("TABLE", "outbox", "INSERT"),
-            ("TABLE", "settings", "SELECT"),
-            ("TABLE", "consumers", "SELECT", "UPDATE (lost_until, acknowledged_at)"),
-            ("TABLE", "channels", "SELECT", "INSERT", "UPDATE"),
-            ("TABLE", "relations", "SELECT", "INSERT", "UPDATE"),
-            ("SEQUENCE", "outbox_id", "UPDATE"),
-            ("SEQUENCE", "outbox_shed", "UPDATE"),
-            ("SEQUENCE", "outbox_full", "UPDATE", "SELECT"),
-            ("SEQUENCE", "outbox_segment", "SELECT"),
-            ("FUNCTION", "has_room", "EXECUTE"),
-            ("FUNCTION", "put", "EXECUTE"),
+def _check_owner(cursor: Cursor, trigger: Trigger) -> None:
+    """Raise PrivilegeError if the role does not own the tables to publish: no GRANT gives that."""
+    cursor.execute(
+        "SELECT c.oid::pg_catalog.regclass::text, pg_catalog.pg_get_userbyid(c.relowner)"
+        " FROM pg_catalog.pg_class c WHERE c.oid = ANY (%s::pg_catalog.oid[])"
+        " AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE')",
+        (list(trigger.relations),),
+    )
+    for table, owner in cursor.fetchall():
+        raise PrivilegeError(
+            f"The role {current_role(cursor)!r} does not own {table}, whose owner {owner!r} alone "
+            "may publish its rows. Run `pgsignals install --delivery wal` as that owner and start "
+            'with install="check", or have triggers send messages: capture="messages".'
         )
-        for privilege in privileges
-    ),
-    Right("USAGE", ("pgsignals",), "SCHEMA"),
+
+
+_Rights = Sequence[tuple[str, ...]]
+
+# The rights that installing for a log takes: the functions write to it with the installer's rights,
+# and installing notes their channels and, where a trigger was missing, consumers' losses.
+_CHANNEL_RIGHTS: _Rights = (
+    ("SCHEMA", "", "USAGE"),
+    ("TABLE", "consumers", "SELECT", "UPDATE (lost_until, acknowledged_at)"),
+    ("TABLE", "channels", "SELECT", "INSERT", "UPDATE"),
+    ("TABLE", "relations", "SELECT", "INSERT", "UPDATE"),
+    ("SEQUENCE", "outbox_shed", "UPDATE"),
 )
+_LOG_RIGHTS: Mapping[Transport, _Rights] = {
+    Transport.OUTBOX: (
+        ("TABLE", "outbox", "INSERT"),
+        ("TABLE", "settings", "SELECT"),
+        ("SEQUENCE", "outbox_id", "UPDATE"),
+        ("SEQUENCE", "outbox_full", "UPDATE", "SELECT"),
+        ("SEQUENCE", "outbox_segment", "SELECT"),
+        ("FUNCTION", "has_room", "EXECUTE"),
+        ("FUNCTION", "put", "EXECUTE"),
+    ),
+    Transport.WAL: (("SEQUENCE", "wal_secret", "SELECT"),),
+}
 
 
-def _check_outbox_rights(cursor: Cursor) -> None:
-    """Raise PrivilegeError, with the GRANTs, if the functions could not write to the outbox.
+def _check_log_rights(cursor: Cursor, transport: Transport) -> None:
+    """Raise PrivilegeError, with the GRANTs, if the functions could not write to the log.
 
     Then no change of the table would reach it.
     """
-    lacks = lacking(cursor, _OUTBOX_RIGHTS)
-    if lacks:
+    wanted = [
+        Right(privilege, ("pgsignals", name) if name else ("pgsignals",), kind)
+        for kind, name, *privileges in (*_LOG_RIGHTS[transport], *_CHANNEL_RIGHTS)
+        for privilege in privileges
+    ]
+    if lacks := lacking(cursor, wanted):
         role = current_role(cursor)
         fix = "; ".join(grants(cursor, role, lacks))
         raise PrivilegeError(
-            f"The role {role!r} lacks rights on the outbox, with which the triggers would write to "
-            f"it. Have the owner of the schema pgsignals run: {fix}."
+            f"The role {role!r} lacks rights in the schema pgsignals, with which the triggers "
+            f"would write. Have the owner of the schema pgsignals run: {fix}."
         )
 
 
 def _check_definer(cursor: Cursor, table: Table) -> None:
     """Raise PrivilegeError if the table's owner could run code of its own as a superuser.
 
-    Functions that write to the outbox run with the installer's rights, on values of the table's
+    Functions that write to a log run with the installer's rights, on values of the table's
     columns. The table's owner can change a column to a type of its own, whose casts would then run
     with those rights.
     """
@@ -341,7 +383,7 @@ def _check_definer(cursor: Cursor, table: Table) -> None:
         return
     if not superuser:
         log.warning(
-            "the triggers on %s write to the outbox with the rights of the role %r, which the "
+            "the triggers on %s write with the rights of the role %r, which the "
             "table's owner %r could make use of: better install them as that",
             table.qualified,
             role,
@@ -349,7 +391,7 @@ def _check_definer(cursor: Cursor, table: Table) -> None:
         )
         return
     raise PrivilegeError(
-        f"The triggers on {table.qualified} would write to the outbox with the rights of the "
+        f"The triggers on {table.qualified} would write with the rights of the "
         f"superuser {role!r}, which the table's owner {owner!r} could make use of. Install them as "
         f"that owner: add options=-crole%3D{owner} to the connection's URL, and give it what "
         "docs/outbox.md says of installing, under Privileges."
@@ -452,6 +494,11 @@ def prune(
             continue
         log.info("removed the stale trigger %s of %s.%s", item.name, item.schema, item.table)
         removed.append(item)
+    if any(item.tag.rows for item in removed):
+        try:
+            tidy_publications(cursor, replace(limits, total=limits.lock))
+        except DatabaseError as error:
+            log.warning("left a table in a publication that nobody needs there: %s", error)
     return removed
 
 
@@ -475,7 +522,23 @@ def uninstall(
     for item in installed:
         in_install_lock(cursor, limits, item.schema, item.table, partial(remove, item))
         log.info("removed the trigger %s of %s.%s", item.name, item.schema, item.table)
+    if any(item.transport is Transport.WAL for item in installed):
+        tidy_publications(cursor, limits, whole=True)
     return installed
+
+
+def tidy_publications(
+    cursor: Cursor, limits: Limits = DEFAULT_LIMITS, *, whole: bool = False
+) -> None:
+    """Take the tables out of our publications that no watcher of any namespace needs there.
+
+    With ``whole``, drop the publications, too, where nobody reads through them any more. Raises
+    PrivilegeError for a role that does not own them, InstallLockError.
+    """
+    if publications.left_over(cursor) or (whole and publications.unused(cursor)):
+        statement = publications.tidying(whole=whole)
+        in_install_lock(cursor, limits, "pgsignals", None, lambda: cursor.execute(statement))
+        log.info("tidied the publications")
 
 
 def _claim(cursor: Cursor, item: Installed) -> bool:
@@ -493,7 +556,7 @@ def _claim(cursor: Cursor, item: Installed) -> bool:
 def _in_use(namespace: str, item: Installed) -> DatabaseError:
     if item.consumed and not item.listeners:
         return DatabaseError(
-            f"A consumer of the outbox reads {item.tag.op} of {item.schema}.{item.table} in the "
+            f"A consumer reads {item.tag.op} of {item.schema}.{item.table} in the "
             f"namespace {namespace!r}, and would hear nothing any more. See `pgsignals consumers "
             "list`, drop it if nobody needs it, or force it."
         )

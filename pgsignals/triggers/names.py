@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 
 PREFIX = "pgsignals_"
@@ -24,9 +25,19 @@ LISTENER_CLASS = LOCK_CLASS + 2
 LISTENER_LOCKS = 32
 LISTENER_BITS = 27
 _BITS_EACH = 2
+_NAME_BYTES = 63
+# The digits that end the name of a replication slot.
+_SLOT_DIGITS = 8
+
+INSTALL_LOCKING = f"SELECT pg_catalog.pg_advisory_xact_lock({LOCK_CLASS}, {INSTALL_LOCK})"
 
 # The channel on which consumers are woken, and told of requests.
 WAKE_CHANNEL = "pgsignals_wake"
+# The prefix of our messages in the write-ahead log.
+MESSAGE_PREFIX = "pgsignals"
+# The publication of tables with all their changes, and that of those without updates and deletes.
+PUBLICATION = "pgsignals"
+INSERTS_PUBLICATION = "pgsignals_inserts"
 
 # From QUEUE_SHARE of the server's notification queue on, triggers do not notify: when the queue is
 # full, every COMMIT that notifies fails. Up to QUEUE_LIMIT they still send the short notice that
@@ -125,3 +136,23 @@ def cursor_key(consumer: str, part: int) -> int:
 def member_key(consumer: str, holder: str) -> int:
     """Return the key of the advisory lock of a process that shares a consumer's partitions."""
     return int(digest(consumer, holder)[:7], 16)
+
+
+# No consumer has this name, since PostgreSQL has no text with it.
+_STREAMS = "\0streams"
+
+
+def streams_slot(database: str) -> str:
+    """Return the name of the slot that keeps the log for streams to browsers."""
+    return slot_name(database, _STREAMS)
+
+
+def slot_name(database: str, consumer: str) -> str:
+    """Return the name of a consumer's slot; slots of all databases of a server share their names.
+
+    It has what is left of the consumer's name, to be recognised by, and a digest of both names.
+    """
+    hasher = hashlib.sha256(f"{database}\0{consumer}".encode("utf-8", "surrogatepass"))
+    end = f"_{hasher.hexdigest()[:_SLOT_DIGITS]}"
+    begin = PREFIX + re.sub("[^a-z0-9]+", "_", consumer.lower()).strip("_")
+    return begin[: _NAME_BYTES - len(end)] + end

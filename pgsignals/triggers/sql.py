@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -79,7 +79,8 @@ class Specification:
     """One operation of one watcher, resolved against its table: all that defines a trigger.
 
     ``tracked`` are the columns whose values are sent, ``columns`` those of which one must differ.
-    The trigger writes to ``transport``. ``model`` names the model, if it shares its table.
+    The trigger writes to ``transport``; with ``rows`` there is none, since rows of the write-ahead
+    log say all. ``model`` names the model, if it shares its table.
     """
 
     namespace: str
@@ -92,6 +93,7 @@ class Specification:
     replicated: bool = False
     transport: Transport = Transport.NOTIFY
     model: str = ""
+    rows: bool = False
 
     @property
     def compared(self) -> bool:
@@ -372,9 +374,30 @@ class Trigger:
         return names.object_name(self.hash)
 
     @property
+    def witness(self) -> str:
+        """The name by which the catalogue tells whether the trigger has been there all the time."""
+        if self.spec.rows:
+            return rows_witness(self.spec.op, self.relations)
+        return self.name
+
+    @property
     def relations(self) -> tuple[int, ...]:
         """The OIDs of the tables that get the trigger."""
         return tuple(relation.oid for relation in self.spec.relations)
+
+
+def publication_of(op: str) -> str:
+    """Return the publication that a table has to be in for an operation to be read from its rows.
+
+    A table without a replica identity must not be in one that publishes updates or deletes:
+    PostgreSQL would refuse these to everybody.
+    """
+    return names.PUBLICATION if op in ("updated", "deleted") else names.INSERTS_PUBLICATION
+
+
+def rows_witness(op: str, relations: Iterable[int]) -> str:
+    """Return the name by which the catalogue tells whether tables have been published."""
+    return f"rows {publication_of(op)} {','.join(map(str, sorted(relations)))}"
 
 
 def _relation(spec: Specification, token: str) -> tuple[sql.Composable, ...]:
@@ -442,6 +465,7 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
             "op": spec.op,
             "label": spec.label,
             "hash": hashed,
+            "delivery": spec.transport.value,
             "columns": sorted(columns),
         }
     )
@@ -452,14 +476,18 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     )
     table = sql.Identifier(spec.table.schema, spec.table.name)
     create: list[sql.Composable] = [
-        sql.SQL(_creating(made.as_string(cursor), table.as_string(cursor), token)),
+        sql.SQL(creating(made.as_string(cursor), [table.as_string(cursor)], token)),
         # A role that adds a partition needs the right, since the trigger is cloned as that role.
         sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(function),
         sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(comment)),
         *_triggers(spec, name),
     ]
     if spec.transport.durable:
-        create += _register(spec, hashed)
+        # They run after CREATE TRIGGER, which holds the table's lock: transactions that wrote to
+        # the table before have ended, and have lower ids than ``since``.
+        create += registration(
+            spec.table.schema, hashed, layout_of(spec, hashed).encode(), spec.transport
+        )
     return Trigger(
         spec,
         hashed,
@@ -485,7 +513,7 @@ def _body(spec: Specification, cursor: Cursor) -> tuple[str, str]:
     while token in written:
         token = f"{token[:-1]}_}}"
     relation, mine, sure = _relation(spec, token)
-    # A row of the outbox has the table in a column of its own, and so not in its payload.
+    # A message of a log has the table beside its payload, and so not in it.
     told = sql.SQL("") if spec.transport.durable else sql.SQL("""',"r":', {}, """).format(relation)
     first = common.BY_VARIABLES if spec.row_level else common.BY_STATEMENT
     body = sql.SQL(_qualified(BODIES[spec.transport])).format(
@@ -509,7 +537,7 @@ def _settings(spec: Specification, search_path: str) -> list[sql.Composable]:
     """
     settings: list[sql.Composable] = []
     if spec.transport.durable:
-        # Writers have no privileges on the outbox.
+        # Writers have no privileges on the log.
         settings.append(sql.SQL("SECURITY DEFINER"))
     if spec.when is not None:
         settings.append(sql.SQL("SET search_path TO {}").format(sql.SQL(search_path)))
@@ -546,14 +574,14 @@ def _triggers(spec: Specification, name: str) -> Iterator[sql.Composable]:
             yield sql.SQL("ALTER TABLE {} ENABLE ALWAYS TRIGGER {}").format(table, trigger)
 
 
-def _register(spec: Specification, hashed: str) -> list[sql.Composable]:
-    """Return the statements that describe the trigger's channel to its readers.
-
-    They run after CREATE TRIGGER, which holds the table's lock: transactions that wrote to the
-    table before have ended, and have lower ids than ``since``.
-    """
+def layout_of(spec: Specification, hashed: str) -> Layout:
+    """Return the description of the messages of a trigger, by its hash."""
     key = () if spec.op == "truncated" else spec.table.key_columns
-    layout = Layout(
+    only = None
+    if spec.rows and spec.table.only is not None:
+        name, accepted = spec.table.only
+        only = name, tuple(map(str, accepted))
+    return Layout(
         namespace=spec.namespace,
         schema=spec.table.schema,
         table=spec.table.name,
@@ -566,15 +594,38 @@ def _register(spec: Specification, hashed: str) -> list[sql.Composable]:
         value_fields=fields(spec.tracked),
         compared=spec.compared,
         model=spec.model,
+        rows=spec.rows,
+        columns=tuple(c.name for c in (*key, *spec.tracked)) if spec.rows else (),
+        differing=tuple(map(spec.tracked.index, spec.columns)) if spec.rows else (),
+        only=only,
+        replicated=spec.replicated,
+        delivery=spec.transport.value,
     )
-    return registration(spec.table.schema, hashed, layout.encode())
 
 
-def registration(home: str, hashed: str, definition: str) -> list[sql.Composable]:
-    """Return the statements that describe a trigger's channel to readers of the outbox.
+# SQL for the present id of a log, as readers compare it with those of messages. In the write-ahead
+# log, messages have the number of their transaction's commit: a transaction that has written to the
+# table before has committed at a lower one, and a later one will at a higher one.
+_PRESENT_ID: Mapping[Transport, str] = {
+    Transport.OUTBOX: "pg_catalog.nextval('pgsignals.outbox_id')",
+    Transport.WAL: "(pg_catalog.pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint",
+}
 
-    The trigger's function is in the schema ``home``. From here on, only rows of the tables that
-    have the trigger now are read from the channel.
+
+def registration(
+    home: str,
+    hashed: str,
+    definition: str,
+    transport: Transport,
+    served: str = (
+        "SELECT DISTINCT ({channel})::bigint, tgrelid FROM pg_catalog.pg_trigger\n"
+        "  WHERE tgfoid = {function}::pg_catalog.regprocedure AND tgparentid = 0"
+    ),
+) -> list[sql.Composable]:
+    """Return the statements that describe a trigger's channel to readers of a log.
+
+    The trigger's function is in the schema ``home``. From here on, only messages of the tables that
+    have the trigger now are read from the channel, or those that the query ``served`` gives.
 
     A consumer that reads the channel already had a trigger that is gone (its table was dropped and
     created anew, say), and has missed what was written since: it is marked to get a Gap. That is
@@ -583,6 +634,7 @@ def registration(home: str, hashed: str, definition: str) -> list[sql.Composable
     """
     values: dict[str, sql.Composable] = {
         "channel": sql.Literal(names.channel_key(hashed)),
+        "present": sql.SQL(_PRESENT_ID[transport]),
         "definition": sql.Literal(definition),
         "function": sql.SQL(literal(f"{quoted_identifier(home)}.{names.object_name(hashed)}()")),
     }
@@ -592,18 +644,16 @@ def registration(home: str, hashed: str, definition: str) -> list[sql.Composable
         # same rows.
         "INSERT INTO pgsignals.channels (channel, since, made, definition)\n"
         "  SELECT {channel}, id, id, {definition}\n"
-        "  FROM (SELECT pg_catalog.nextval('pgsignals.outbox_id') AS id) AS new\n"
+        "  FROM (SELECT {present} AS id) AS new\n"
         "  ON CONFLICT (channel) DO UPDATE\n"
         "  SET made = excluded.made, definition = excluded.definition,\n"
         "    since = CASE WHEN EXISTS (SELECT FROM pgsignals.consumers AS c\n"
         "      WHERE channels.channel OPERATOR(pg_catalog.=) ANY (c.channels))\n"
         "    THEN channels.since ELSE excluded.since END",
         # A table that had the trigger before, under this name or another, is not watched any more.
-        "UPDATE pgsignals.relations SET until = pg_catalog.nextval('pgsignals.outbox_id')\n"
+        "UPDATE pgsignals.relations SET until = {present}\n"
         "  WHERE channel = {channel} AND until IS NULL",
-        "INSERT INTO pgsignals.relations (channel, relation)\n"
-        "  SELECT DISTINCT ({channel})::bigint, tgrelid FROM pg_catalog.pg_trigger\n"
-        "  WHERE tgfoid = {function}::pg_catalog.regprocedure AND tgparentid = 0\n"
+        f"INSERT INTO pgsignals.relations (channel, relation)\n  {served}\n"
         "  ON CONFLICT (channel, relation) DO UPDATE SET until = NULL",
         "DO $pgsignals$ DECLARE\n"
         "  consumer text;\n"
@@ -638,12 +688,14 @@ def drop_statement(cursor: Cursor, schema: str, name: str) -> str:
     return statement.format(sql.Identifier(schema, name)).as_string(cursor)
 
 
-def _creating(statement: str, table: str, token: str) -> str:
-    """Return a statement that makes a function for a table, whose OID only the database knows."""
-    oid = f"{literal(table)}::pg_catalog.regclass::pg_catalog.oid"
+def creating(statement: str, tables: Sequence[str], token: str) -> str:
+    """Return a statement that makes a function for tables, whose OIDs only the database knows."""
+    oids = ", ',', ".join(
+        f"{literal(table)}::pg_catalog.regclass::pg_catalog.oid" for table in tables
+    )
     code = (
         f"BEGIN\nEXECUTE pg_catalog.replace({dollar_quoted(statement)},\n"
-        f"  '{token}', pg_catalog.concat('{{', {oid}, '}}'));\n"
+        f"  '{token}', pg_catalog.concat('{{', {oids}, '}}'));\n"
         "END"
     )
     return f"DO {dollar_quoted(code)}"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg2
+import pytest
+
+from pgsignals.testing import Server
 from tests.brokers import ODD_PASSWORD, Nats, free_port
 from tests.commands import Program
 from tests.conftest import DEADLINE, Database
@@ -92,6 +97,9 @@ pgsignals.run()
 """
 
 
+durable = pytest.mark.parametrize("delivery", ["outbox", "wal"])
+
+
 def state_of(program: Program, wanted: str) -> dict[str, Any]:
     """The first line of a relay's JSON, from here on, with a state."""
     while True:
@@ -167,12 +175,23 @@ def _place(event: dict[str, Any]) -> tuple[int, int]:
     return event["id"], ["inserted", "updated", "deleted"].index(event["op"])
 
 
+@durable
 def test_a_signal_drains(
-    broker: Broker, prefix: str, db: Database, start: Callable[..., Program]
+    broker: Broker, prefix: str, db: Database, start: Callable[..., Program], delivery: str
 ) -> None:
     """What was read is acknowledged at the end, and the next relay sends none of it again."""
     arguments = ("--watch", "orders:inserted", "--to", f"{broker.url}?prefix={prefix}&create=true")
-    options = ("--name", "shop", "--json", "--every", "0.1", "--timeout", "14")
+    options = (
+        "--delivery",
+        delivery,
+        "--name",
+        "shop",
+        "--json",
+        "--every",
+        "0.1",
+        "--timeout",
+        "14",
+    )
     first = start(*arguments, *options)
     state_of(first, "active")
     for _ in range(10):
@@ -180,7 +199,7 @@ def test_a_signal_drains(
     delivers(first, 1)
     ended = terminate(first)
     assert ended.code == 0, ended
-    assert not [line for line in ended.err if "waits in the outbox" in line]
+    assert not [line for line in ended.err if "waits for the next relay" in line]
     second = start(*arguments, *options)
     [(acknowledged,)] = db("SELECT acknowledged FROM pgsignals.consumers")
     delivers(second, 5_000 - acknowledged)
@@ -189,12 +208,13 @@ def test_a_signal_drains(
     assert db("SELECT name, acknowledged FROM pgsignals.consumers")[0][1] == 5_000
 
 
+@durable
 def test_a_second_relay_takes_over(
-    broker: Broker, prefix: str, db: Database, start: Callable[..., Program]
+    broker: Broker, prefix: str, db: Database, start: Callable[..., Program], delivery: str
 ) -> None:
     """It stands by, and goes on where one that was killed had been; nothing is lost."""
     arguments = ("--watch", "orders:inserted", "--to", f"{broker.url}?prefix={prefix}&create=true")
-    options = ("--name", "shop", "--json", "--every", "0.1")
+    options = ("--delivery", delivery, "--name", "shop", "--json", "--every", "0.1")
     active = start(*arguments, *options)
     state_of(active, "active")
     standby = start(*arguments, *options)
@@ -390,6 +410,84 @@ def test_install_check(nats_broker: NatsBroker, prefix: str, db: Database) -> No
     assert run(*arguments, dsn=db.dsn).code == 1
     assert run("install", "orders", "--delivery", "outbox", dsn=db.dsn).code == 0
     assert run(*arguments, "--check", dsn=db.dsn).code == 0
+
+
+def test_the_write_ahead_log(
+    broker: Broker,
+    prefix: str,
+    db: Database,
+    start: Callable[..., Program],
+    tmp_path: Path,
+) -> None:
+    """With delivery = "wal" rows of the log reach the broker, each once, over a restart too."""
+    path = write(
+        tmp_path,
+        f"""
+        name = "shop"
+        delivery = "wal"
+        watch = [{{table = "orders", operations = ["inserted"]}}]
+
+        [[target]]
+        url = "{broker.url}?prefix={prefix}&create=true"
+        """,
+    )
+    arguments = ("--config", str(path))
+    consumer = f"shop/{broker.url.partition(':')[0]}"
+    checked = run("relay", *arguments, "--check", "--install", "check", dsn=db.dsn)
+    failed = [line for line in checked.out if line.startswith("fail")]
+    assert [line.split()[1] for line in failed] == ["outbox:", "triggers:"]
+    assert all("pgsignals install --delivery wal" in line for line in failed)
+    checked = run("relay", *arguments, "--check", dsn=db.dsn)
+    assert checked.code == 0, checked
+    assert any("wal_level" in line for line in checked.out)
+    port = free_port()
+    relay = start(*arguments, "--json", "--every", "0.1", "--metrics-port", str(port))
+    assert "Relaying" in relay.err()
+    db("INSERT INTO orders SELECT FROM generate_series(1, 10)")
+    delivers(relay, 10)
+    assert db("SELECT FROM pg_trigger WHERE tgname LIKE 'pgsignals%'") == []
+
+    def measured() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=DEADLINE) as answer:
+            return str(answer.read().decode())
+
+    known = f'pgsignals_slot_safe_bytes{{consumer="{consumer}",hub="default"}}'
+    eventually(measured, lambda text: known in text)
+    assert terminate(relay).code == 0
+    db("INSERT INTO orders SELECT FROM generate_series(1, 5)")
+    [found] = json.loads(run("consumers", "list", "--json", dsn=db.dsn).out[0])["consumers"]
+    assert (found["name"], found["active"], found["unread_bytes"] > 0) == (consumer, False, True)
+    relay = start(*arguments, "--json", "--every", "0.1")
+    delivers(relay, 5)
+    assert terminate(relay).code == 0
+    assert sorted(broker.ids(prefix)) == list(range(1, 16))
+    dropped = run("consumers", "drop", consumer, dsn=db.dsn)
+    assert dropped.code == 0
+    assert db("SELECT FROM pg_replication_slots WHERE database = current_database()") == []
+
+
+def test_a_relay_without_a_bound(nats_broker: NatsBroker, prefix: str, tmp_path: Path) -> None:
+    """The check fails as the relay would, unless the file allows it."""
+    with Server(settings={"max_slot_wal_keep_size": "-1"}) as server:
+        dsn = server.create_database()
+        connection = psycopg2.connect(dsn)
+        with closing(connection), connection, connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE orders (id int PRIMARY KEY)")
+        text = f"""
+        name = "shop"
+        delivery = "wal"
+        watch = [{{table = "orders"}}]
+
+        [[target]]
+        url = "{nats_broker.url}?prefix={prefix}&create=true"
+        """
+        path = write(tmp_path, text)
+        refused = run("relay", "--config", str(path), "--check", dsn=dsn)
+        assert refused.code == 1
+        [line] = [line for line in refused.out if line.startswith("fail")]
+        assert "allow_unbounded_wal" in line
+        path = write(tmp_path, f"allow_unbounded_wal = true\n{text}")
+        assert run("relay", "--config", str(path), "--check", dsn=dsn).code == 0
 
 
 def test_a_table_that_is_not_there(nats_broker: NatsBroker, prefix: str, db: Database) -> None:

@@ -140,6 +140,11 @@ def test_a_file_says_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         (["--config", "none.toml"], "none.toml cannot be read"),
         (
+            ["--watch", "a", "--to", "nats://h/", "--name", "s", "--capture", "rows"],
+            "add --delivery wal",
+        ),
+        (["--watch", "a", "--to", "nats://h/", "--delivery", "notify"], "'notify'"),
+        (
             ["--watch", "a", "--to", "nats://h/", "--name", "s", "--metrics-port", "x"],
             "write PORT or HOST:PORT",
         ),
@@ -184,6 +189,8 @@ def test_what_counts_where_both_say_something(
     both = relay("--config", "pgsignals.toml", "--to", other, "--watch", "orders:deleted")
     assert "ok    target nats" in both
     assert "fail  target other" in both
+    assert "wal_level" not in both
+    assert "wal_level" in relay("--delivery", "wal")
     assert "deleted on public.orders is MISSING" in both
     assert "inserted on public.orders is MISSING" in both
 

@@ -19,6 +19,7 @@ from confluent_kafka import KafkaException
 from pgsignals import Hub
 from pgsignals.cli import main
 from pgsignals.cli.relay_config import RelayConfig, read_config
+from pgsignals.hub.hub import Delivery
 from pgsignals.plugins.loader import load_plugins
 from tests.brokers import free_port
 from tests.commands import Program
@@ -63,17 +64,21 @@ def test_beside_an_application(
     eventually(lambda: nats_broker.ids(prefix), lambda ids: ids == [1])
 
 
-def test_of_a_flask_application(nats_broker: NatsBroker, prefix: str, db: Database) -> None:
-    """``flask pgsignals relay`` has the application's database and watchers."""
+def test_of_a_flask_application(
+    nats_broker: NatsBroker, prefix: str, db: Database, delivery: Delivery
+) -> None:
+    """``flask pgsignals relay`` has the application's database, watchers and durable delivery."""
     db("CREATE TABLE items (id bigserial PRIMARY KEY, tenant integer NOT NULL DEFAULT 1)")
     result = Program(
         *("-m", "flask", "--app", "tests.flask_shop", "pgsignals", "relay", "--name", "shop"),
         *("--check", "--to", f"{nats_broker.url}?prefix={prefix}&create=true"),
         dsn=db.dsn,
         cwd=ROOT,
+        SHOP_DELIVERY=delivery,
     ).end()
     assert result.code == 0, result
     assert "updated on public.items is MISSING" in "\n".join(result.out)
+    assert any("wal_level" in line for line in result.out) is (delivery == "wal")
 
 
 def test_interrupted(nats_broker: NatsBroker, prefix: str, start: Callable[..., Program]) -> None:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .campaign import FAULTS, OUTAGE_SECONDS, Campaign, Outcome
+from .campaign import FAULTS, MOVE, OUTAGE_SECONDS, PROMOTION, SLOT_FAULTS, Campaign, Outcome
 from .changes import CHANGES
 from .destination import DESTINATIONS
 from .mutants import MUTANTS
@@ -23,10 +23,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of what is injected and written")
     parser.add_argument("--peace", action="store_true", help="inject nothing")
     parser.add_argument(
-        "--only", action="append", choices=(*FAULTS, *CHANGES), help="inject these faults alone"
+        "--only",
+        action="append",
+        choices=(*FAULTS, *CHANGES, *SLOT_FAULTS, PROMOTION, MOVE),
+        help="inject these faults alone",
     )
     parser.add_argument("--postgres", type=int, help="the server's major version")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), default="", help="must be found out")
+    parser.add_argument("--delivery", choices=("outbox", "wal", "both"), default="outbox")
     parser.add_argument("--to", choices=sorted(DESTINATIONS), default="", help="relay to a broker")
     parser.add_argument(
         "--outage", type=float, default=OUTAGE_SECONDS, help="of the broker at most, in s (5)"
@@ -46,6 +50,7 @@ def main() -> int:
         mutant=options.mutant,
         to=options.to,
         outage=options.outage,
+        delivery=options.delivery,
     )
     _say(f"seed {seed}; the ledger and the consumers' log are in {folder}")
     with campaign.open():

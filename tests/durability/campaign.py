@@ -22,9 +22,10 @@ from psycopg2.extensions import cursor as Cursor
 from pgsignals.testing import Server
 from tests.paths import ROOT
 from tests.proxy import Proxy
+from tests.standby import Standby
 
 from .changes import CHANGES, OWNER, ROLES, SUPERUSER, WRITER, Changes
-from .child import FAILPOINTS, RELAY_FAILPOINTS, Orders
+from .child import FAILPOINTS, MOVE_FAILPOINTS, RELAY_FAILPOINTS, WAL_FAILPOINTS, Orders
 from .destination import BROKER_FAULTS, DESTINATIONS, Destination
 from .ledger import Announced, Delivery, Note, Reader
 from .verdict import Book, Version
@@ -59,6 +60,9 @@ _MOST_SHOWN = 5
 # How long a broker is away at most.
 OUTAGE_SECONDS = 5.0
 
+# Of the write-ahead log, beside those.
+LOGICAL_SETTINGS = {"wal_level": "logical", "max_slot_wal_keep_size": "10GB"}
+
 FAULTS = (
     "kill -9",
     "SIGTERM",
@@ -68,6 +72,17 @@ FAULTS = (
     "restart fast",
     "restart immediate",
 )
+
+
+# What happens to replication slots.
+SLOT_FAULTS = ("slot dropped", "slot advanced", "slot made anew")
+# A standby comes to the address of the server, and is promoted. It is made before a round.
+PROMOTION = "promotion"
+_STANDBY_SHARE = 0.3
+
+# A consumer goes from one delivery to the other, and back: its processes end, in whatever way, and
+# are started with the other delivery.
+MOVE = "delivery changed"
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,11 @@ class ConsumerPlan:
 CONSUMERS = (
     ConsumerPlan("one active", 1, 2, 1, OWNER),
     ConsumerPlan("shared", 3, 2, 2),
+)
+# The write-ahead log is not read in partitions.
+WAL_CONSUMERS = (
+    ConsumerPlan("one active", 1, 2, 1, OWNER),
+    ConsumerPlan("workers", 1, 2, 2),
 )
 # With a broker at the end: its cursor is the consumer "relay/kafka" or "relay/nats".
 RELAYS = (ConsumerPlan("relay", 1, 2, 1),)
@@ -146,6 +166,7 @@ class _Child:
             flaky=0.002,
             backend=campaign.destination.url if campaign.destination else "",
             pace=campaign.pace,
+            delivery=campaign.deliveries[self.plan.name],
         )
         with campaign.log_path.open("ab") as output:
             self._process = subprocess.Popen(
@@ -214,12 +235,15 @@ class Campaign:
         to: str = "",
         outage: float = OUTAGE_SECONDS,
         pace: float = 0.0,
+        delivery: str = "outbox",
     ) -> None:
+        self._both = delivery == "both"
+        wal = self._both or delivery == "wal"
         self.ledger = folder / "ledger"
         self.log_path = folder / "log"
         self.mutant = mutant
         self.outcome = Outcome()
-        self.server = Server(version, SERVER_SETTINGS)
+        self.server = Server(version, SERVER_SETTINGS | (LOGICAL_SETTINGS if wal else {}))
         self.dsns: dict[str, str] = {}
         self._seed = seed
         self._seconds = seconds
@@ -228,15 +252,27 @@ class Campaign:
         patience = BROKER_DRAIN_SECONDS if to else DRAIN_SECONDS
         self._hear_seconds = hear or patience
         self._drain_seconds = drain or patience
-        self._consumers = consumers or (RELAYS if to else CONSUMERS)
+        self._consumers = consumers or (RELAYS if to else WAL_CONSUMERS if wal else CONSUMERS)
         self._outage = outage
         self.pace = pace
         self.destination: Destination | None = DESTINATIONS[to]() if to else None
         everything = FAULTS + CHANGES * 2 + BROKER_FAULTS * (2 if to else 0)
+        everything += SLOT_FAULTS if wal else ()
+        everything += (PROMOTION,) if delivery == "wal" else ()
+        everything += (MOVE,) * 8 if self._both else ()
         self._faults = everything if faults is None else tuple(faults)
         self._chance = random.Random(seed)
         self._board = Board()
-        self._changes = Changes(self._board, self.dsns, random.Random(f"{seed}/changes"))
+        self._changes = Changes(self._board, self.dsns, random.Random(f"{seed}/changes"), delivery)
+        self._wal = wal
+        # The delivery that each consumer's processes are started with.
+        self.deliveries = {
+            plan.name: "outbox" if self._both else delivery for plan in self._consumers
+        }
+        # Where the log was when all that is judged had been committed.
+        self._end = 0
+        self._standby: Standby | None = None
+        self._standby_share = _STANDBY_SHARE if faults is None else 1.0
         self._children: list[_Child] = []
         names = [plan.name for plan in self._consumers]
         if self.destination is not None:
@@ -275,6 +311,8 @@ class Campaign:
         finally:
             for child in self._children:
                 child.end()
+            if self._standby is not None:
+                self._standby.close()
             self.server.close()
             if self.destination is not None:
                 self.destination.close()
@@ -284,7 +322,11 @@ class Campaign:
         outcome, number = self.outcome, self.outcome.rounds
         outcome.rounds += 1
         seed = self._seed * 1000 + number
-        writers = Writers(self.dsns[WRITER], self._writers, seed, self._board)
+        if PROMOTION in self._faults and (self._chance.random() < self._standby_share):
+            self._have_standby()
+        # Not to a standby that is about to be promoted.
+        dsn = f"{self.dsns[WRITER]}?target_session_attrs=read-write"
+        writers = Writers(dsn, self._writers, seed, self._board, forging=self._wal)
         writers.start()
         try:
             self._suffer()
@@ -328,8 +370,10 @@ class Campaign:
             if child.restart_at is not None and now >= child.restart_at:
                 failpoint, countdown = "", 0
                 if armed and self._chance.random() < 0.6:
+                    known = WAL_FAILPOINTS if self._wal else FAILPOINTS
+                    known += MOVE_FAILPOINTS * 3 if self._both else ()
                     failpoint = self._chance.choice(
-                        FAILPOINTS if self.destination is None else FAILPOINTS + RELAY_FAILPOINTS
+                        known if self.destination is None else known + RELAY_FAILPOINTS
                     )
                     countdown = self._countdown(failpoint)
                 child.start(failpoint, countdown)
@@ -342,7 +386,11 @@ class Campaign:
 
     def _countdown(self, failpoint: str) -> int:
         most = {"before a receiver": 300, "after a receiver": 300, "after a look": 300}
-        rare = 2 if "empty" in failpoint or "claim" in failpoint else 15
+        if self._wal:
+            # These are passed twice a second.
+            most |= {"after a look": 8, "after the feedback": 8}
+        seldom = ("empty", "claim", "slot", "move")
+        rare = 2 if any(each in failpoint for each in seldom) else 15
         return self._chance.randint(1, most.get(failpoint, rare))
 
     def _inject(self, fault: str, now: float) -> None:
@@ -352,7 +400,20 @@ class Campaign:
             # What comes of it is counted by its form.
             self._changes.inject(fault, now)
             return
-        if fault in BROKER_FAULTS:
+        if fault == MOVE:
+            name = child.plan.name
+            self.deliveries[name] = "outbox" if self.deliveries[name] == "wal" else "wal"
+            for each in self._children:
+                if each.plan.name == name and each.running:
+                    each.heal()
+                    each.signal(self._chance.choice([signal.SIGKILL, signal.SIGTERM]))
+        elif fault in SLOT_FAULTS:
+            if not self._changes.strike_slot(fault):
+                return
+        elif fault == PROMOTION:
+            if not self._promote():
+                return
+        elif fault in BROKER_FAULTS:
             assert self.destination is not None
             if not self.destination.inject(fault, self._chance.uniform(0.2, self._outage), now):
                 return
@@ -377,6 +438,29 @@ class Campaign:
             child.proxy.stall()
             child.stalled_until = now + length
         self.outcome.injected[fault] += 1
+
+    def _have_standby(self) -> None:
+        """Make a standby, if there is none; with copies of the slots, or without."""
+        if self._standby is not None:
+            return
+        self._standby = Standby(self.server)
+        self._standby.start()
+        # PostgreSQL 17 brought them.
+        if self.server.version >= 17 and self._chance.random() < 0.7:
+            self._standby.copy_slots()
+            self.outcome.remarks["the standby has copies of the slots"] += 1
+
+    def _promote(self) -> bool:
+        """Have the standby, if there is one that has all, take the server's place."""
+        former, standby = self.server, self._standby
+        if standby is None or not standby.follows:
+            return False
+        with self._changes.period():
+            former.stop("fast")
+            standby.take_over()
+        self.server, self._standby = standby, None
+        former.close()
+        return True
 
     def _hear(self) -> list[str]:
         """Write until each consumer delivers some of it: a Gap may announce what came before."""
@@ -478,21 +562,61 @@ class Campaign:
                 "SELECT record, n, nonce, pg_catalog.pg_xact_commit_timestamp(txid::xid)"
                 " FROM history"
             )
-            return {(record, n, nonce): at for record, n, nonce, at in cursor.fetchall()}
+            found = {(record, n, nonce): at for record, n, nonce, at in cursor.fetchall()}
+            cursor.execute("SELECT pg_catalog.pg_current_wal_lsn() - '0/0'::pg_lsn")
+            [(end,)] = cursor.fetchall()
+            self._end = int(end)
+            return found
 
     def _unacknowledged(self) -> list[str]:
         """Which cursors do not see a transaction that has written, as PostgreSQL judges."""
+        found = self._elsewhere() or (self._behind() if self._wal else [])
         with self._connected() as cursor:
             cursor.execute(
                 "SELECT c.name, c.part, pg_catalog.count(*)"
                 " FROM pgsignals.consumers AS c, (SELECT DISTINCT txid FROM history) AS h"
-                " WHERE NOT pg_catalog.pg_visible_in_snapshot(h.txid, c.snapshot::pg_snapshot)"
+                " WHERE c.lsn IS NULL"
+                " AND NOT pg_catalog.pg_visible_in_snapshot(h.txid, c.snapshot::pg_snapshot)"
                 " GROUP BY 1, 2"
             )
-            return [
+            return found + [
                 f"{name}: part {part} has not acknowledged {count} transactions"
                 for name, part, count in cursor.fetchall()
             ]
+
+    def _elsewhere(self) -> list[str]:
+        """Which consumers have yet to come to the delivery that their processes were told."""
+        with self._connected() as cursor:
+            cursor.execute("SELECT DISTINCT name, lsn IS NOT NULL FROM pgsignals.consumers")
+            return [
+                f"{name} has yet to come to delivery={told!r}"
+                for name, logged in cursor.fetchall()
+                if (told := self.deliveries.get(name)) and logged != (told == "wal")
+            ]
+
+    def _behind(self) -> list[str]:
+        """Which consumers and slots have yet to come to where the log was, or are wrongly ahead."""
+        found: list[str] = []
+        with self._connected() as cursor:
+            cursor.execute(
+                "SELECT pg_catalog.count(*) FILTER (WHERE confirmed_flush_lsn < %(end)s),"
+                " pg_catalog.max(confirmed_flush_lsn), pg_catalog.count(*)"
+                " FROM (SELECT coalesce(confirmed_flush_lsn - '0/0'::pg_lsn, 0)"
+                "   AS confirmed_flush_lsn FROM pg_catalog.pg_replication_slots"
+                "   WHERE slot_type = 'logical') AS s",
+                {"end": self._end},
+            )
+            [(late, furthest, slots)] = cursor.fetchall()
+            if late or slots != list(self.deliveries.values()).count("wal"):
+                found.append(f"{late} of {slots} slots keep what is acknowledged")
+        # Asked later: a position goes up, and what the server was told never lies above it.
+        with self._connected() as cursor:
+            cursor.execute("SELECT name, lsn FROM pgsignals.consumers WHERE lsn IS NOT NULL")
+            rows = cursor.fetchall()
+            found += [f"{name} has not acknowledged all" for name, lsn in rows if lsn < self._end]
+            if rows and (furthest or 0) > max(lsn for _, lsn in rows):
+                found.append("the server has been told more than is saved")
+        return found
 
     def _wait_for_consumers(self) -> None:
         parts = sum(plan.partitions for plan in self._consumers) + bool(self.destination)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 import psycopg2
+from psycopg2.extensions import cursor as Cursor
 
 from .writers import Board, Target
 
@@ -21,7 +22,7 @@ SUPERUSER = "postgres"
 WRITER = "writer"
 
 ROLES = f"""
-CREATE ROLE {OWNER} LOGIN;
+CREATE ROLE {OWNER} LOGIN REPLICATION;
 CREATE ROLE {WRITER} LOGIN;
 ALTER ROLE {WRITER} SET deadlock_timeout TO '50ms';
 GRANT ALL ON SCHEMA public TO {OWNER};
@@ -37,6 +38,25 @@ _RIGHTS = (
     "SEQUENCE pgsignals.outbox_full",
     "ALL SEQUENCES IN SCHEMA pgsignals",
 )
+
+# Those that count in delivery from the write-ahead log.
+_WAL_RIGHTS = (
+    "SCHEMA pgsignals",
+    "SEQUENCE pgsignals.wal_secret",
+    "SEQUENCE pgsignals.outbox_shed",
+    "ALL SEQUENCES IN SCHEMA pgsignals",
+)
+
+# What happens to the slot of a consumer. Whoever reads from it is sent away first, and comes back:
+# the server may be asked again and again.
+_SLOT_STRIKES = {
+    "slot dropped": "SELECT pg_catalog.pg_drop_replication_slot(%(slot)s)",
+    "slot advanced": "SELECT pg_catalog.pg_replication_slot_advance("
+    "%(slot)s, pg_catalog.pg_current_wal_lsn())",
+    "slot made anew": "SELECT pg_catalog.pg_drop_replication_slot(%(slot)s);"
+    "SELECT pg_catalog.pg_create_logical_replication_slot(%(slot)s, 'pgoutput')",
+}
+_STRIKES = 20
 
 # Writers queue behind a change that waits for its lock, and so does the campaign.
 _LOCK_WAIT = "400ms"
@@ -161,7 +181,16 @@ class Changes:
     ``board`` tells the writers by which names they can write; ``dsns`` has a URL for each role.
     """
 
-    def __init__(self, board: Board, dsns: Mapping[str, str], chance: random.Random) -> None:
+    def __init__(
+        self,
+        board: Board,
+        dsns: Mapping[str, str],
+        chance: random.Random,
+        delivery: str = "outbox",
+    ) -> None:
+        self._rights = {"outbox": _RIGHTS, "wal": _WAL_RIGHTS, "both": _RIGHTS + _WAL_RIGHTS}[
+            delivery
+        ]
         self.periods: list[Period] = []
         self.made: Counter[str] = Counter()
         self._board = board
@@ -180,6 +209,32 @@ class Changes:
         if early:
             step.due = now
         return early
+
+    def strike_slot(self, fault: str) -> bool:
+        """Do to a slot what ``fault`` says, at once; return whether that could be done."""
+        with closing(psycopg2.connect(self._dsns[SUPERUSER])) as connection:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(
+                    "SELECT slot_name FROM pg_catalog.pg_replication_slots"
+                    " WHERE slot_type = 'logical'"
+                )
+                slots = sorted(name for (name,) in cursor.fetchall())
+                if not slots:
+                    return False
+                slot = {"slot": self._chance.choice(slots)}
+                with self.period():
+                    return any(_strike(cursor, fault, slot) for _ in range(_STRIKES))
+
+    @contextmanager
+    def period(self) -> Iterator[None]:
+        """A change of something else is made within."""
+        period = Period(_now())
+        self.periods.append(period)
+        try:
+            yield
+        finally:
+            period.until = _now()
 
     def tend(self, now: float) -> None:
         """Take the steps that are due; what finds a lock taken is tried again."""
@@ -212,7 +267,7 @@ class Changes:
         return f"{self.periods[-1].since} to {self.periods[-1].until}" if self.periods else "never"
 
     def _revoke(self, now: float) -> _Step:
-        right = self._chance.choice(_RIGHTS)
+        right = self._chance.choice(self._rights)
         back = _Step(
             f"GRANT ALL ON {right} TO {OWNER}",
             SUPERUSER,
@@ -285,6 +340,28 @@ class Changes:
         if step.targets:
             self._board.targets = step.targets
         return True
+
+
+def _strike(cursor: Cursor, fault: str, slot: Mapping[str, str]) -> bool:
+    cursor.execute(
+        "SELECT pg_catalog.pg_terminate_backend(active_pid, 100)"
+        " FROM pg_catalog.pg_replication_slots WHERE slot_name = %(slot)s AND active",
+        slot,
+    )
+    try:
+        for statement in _SLOT_STRIKES[fault].split(";"):
+            cursor.execute(statement, slot)
+    except (
+        # Its reader is back already, or has not gone yet.
+        psycopg2.errors.ObjectInUse,
+        # Its reader has made another one meanwhile.
+        psycopg2.errors.DuplicateObject,
+        psycopg2.errors.UndefinedObject,
+        # It cannot be moved to where it is.
+        psycopg2.errors.ObjectNotInPrerequisiteState,
+    ):
+        return False
+    return True
 
 
 def _now() -> datetime:

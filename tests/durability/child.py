@@ -25,6 +25,12 @@ from pgsignals.outbox import housekeeping
 from pgsignals.outbox.log import OutboxLog
 from pgsignals.outbox.reader import WindowReader
 from pgsignals.plugins.loader import load_plugins
+from pgsignals.sources.handover import Handover
+from pgsignals.wal import reader as wal_reader
+from pgsignals.wal import slots
+from pgsignals.wal.log import WalLog
+from pgsignals.wal.reader import WalReader
+from pgsignals.wal.stream import ReplicationStream
 
 from ..hub_parts import knowledge
 from .ledger import Pen
@@ -43,6 +49,15 @@ FAILPOINTS = (
     "before the commit of emptying",
     "after emptying",
 )
+# Those of a consumer of the write-ahead log.
+WAL_FAILPOINTS = (
+    *(each for each in FAILPOINTS if "emptying" not in each),
+    "after the slot is made",
+    "after the feedback",
+)
+
+# Those of a consumer that goes from one delivery to another.
+MOVE_FAILPOINTS = ("while a move ends", "before a move", "after a move")
 
 # Those of a process that passes events on to a broker.
 RELAY_FAILPOINTS = ("before publish", "after publish", "after flush")
@@ -72,6 +87,7 @@ class Orders:
     flaky: float = 0.0
     backend: str = ""
     pace: float = 0.0
+    delivery: str = "outbox"
 
 
 class _Failpoint:
@@ -149,7 +165,27 @@ def _plant(pen: Pen, failpoint: _Failpoint) -> None:
     _wrap(ConsumerStore, "claim", _nothing, if_any("after the claim"))
     _wrap(OutboxLog, "_look", _nothing, if_any("after a look"))
     _wrap(WindowReader, "read", _nothing, if_any("after read"))
+    _wrap(WalLog, "_look", _nothing, if_any("after a look"))
+    _wrap(WalReader, "read", _nothing, if_any("after read"))
+    _wrap(slots, "create", _nothing, if_any("after the slot is made"))
+    _wrap(ReplicationStream, "beat", _nothing, lambda _: failpoint.pass_by("after the feedback"))
+    # So that positions lie within transactions, too.
+    wal_reader.PAGE_CHANGES = 2
     _wrap(ConsumerStore, "acknowledge", acknowledging, acknowledged)
+
+    def ending(handover: Any, poll: Any) -> Any:
+        found = limit(handover, poll)
+        if handover.ending:
+            failpoint.pass_by("while a move ends")
+        return found
+
+    limit, Handover.limit = Handover.limit, ending  # type: ignore[method-assign]
+    _wrap(
+        ConsumerStore,
+        "hand_over",
+        lambda *_: failpoint.pass_by("before a move"),
+        if_any("after a move"),
+    )
 
     empty = housekeeping._empty
 
@@ -228,7 +264,7 @@ def main() -> None:
                     pgsignals.watch(TABLE, "inserted", extra=["n", "nonce"]),
                     pgsignals.watch(TABLE, "updated", columns=["n"], extra=["n", "nonce"]),
                 ],
-                delivery="outbox",
+                delivery=orders.delivery,
                 name=orders.consumer,
                 partitions=orders.partitions,
                 workers=orders.workers,

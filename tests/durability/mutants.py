@@ -1,4 +1,4 @@
-"""Wrong ways to read the outbox and to trust in triggers, which the checker must find out."""
+"""Wrong ways to read a log and to trust in triggers, which the checker must find out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 from pgsignals.consumers import claims
 from pgsignals.dispatch import forwarder, in_flight
 from pgsignals.outbox import cursors, log, reader
-from pgsignals.outbox.cursors import Snapshot, Window
+from pgsignals.outbox.cursors import Window
 from pgsignals.outbox.log import Look, OutboxLog
 from pgsignals.outbox.reader import Cursor, Row, WindowReader
+from pgsignals.postgres.snapshot import Snapshot
 from pgsignals.sources.trigger_history import Installation
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.triggers.fingerprint import Fingerprint
+from pgsignals.wal.log import WalLog
+from pgsignals.wal.reader import WalPosition, WalReader
+from pgsignals.wal.stream import ReplicationStream
 
 _WINDOW = "txid < $4 AND (txid >= $2 OR txid = ANY ($3)) AND txid <> ALL ($5)"
 _NO_WINDOW = "$2 + $4 > 0 AND ($3 || $5) IS NOT NULL"
@@ -118,6 +122,84 @@ def believe_the_writers() -> None:
     Installation.doubt = lambda self, since: None
 
 
+def acknowledge_whole_transactions() -> None:
+    """The first page of a transaction stands for all of it: at a crash, the others are lost."""
+    position = WalReader._reached.fget
+    assert position is not None
+
+    def whole(self: WalReader) -> WalPosition:
+        found: WalPosition = position(self)
+        return WalPosition(found.commit_lsn + 1) if found.messages else found
+
+    WalReader._reached = property(whole)
+
+
+def acknowledge_messages() -> None:
+    """A message's own LSN in place of its commit's: what was acknowledged comes again as new."""
+    take, take_message = WalReader._take, WalReader._take_message
+    latest: dict[WalReader, int] = {}
+
+    def take_by_message(self: WalReader, data: bytes) -> int:
+        before = self._lsn
+        size = take(self, data)
+        if self._lsn != before:
+            self._lsn = max(before, latest.get(self, before))
+        return size
+
+    def note_message(self: WalReader, change: Any, size: int) -> int:
+        latest[self] = change.lsn
+        return take_message(self, change, size)
+
+    WalReader._take = take_by_message
+    WalReader._take_message = note_message
+    WalReader.rest = lambda self, lsn: None
+
+
+def make_slots_in_silence() -> None:
+    """A slot that is gone, or begins later, is made or read without a word."""
+    begin_at = WalLog._begin_at
+    WalLog._begin_at = lambda self, position: (begin_at(self, position)[0], "")
+
+
+def trust_the_slot() -> None:
+    """Reading begins where the slot does, whatever has been acknowledged."""
+    WalLog._begin_at = lambda self, position: (self._make_slot(), "")
+
+
+def confirm_what_was_read() -> None:
+    """The server is told of what has been read, as psycopg2 does by itself: it forgets that."""
+    beat = ReplicationStream.beat
+
+    def confirm(self: ReplicationStream) -> None:
+        self.confirm(self.received)
+        beat(self)
+
+    ReplicationStream.beat = confirm
+
+
+def never_doubt() -> None:
+    """Nothing that comes again is said to."""
+    WalReader.doubts = lambda self, message: False
+
+
+def read_both() -> None:
+    """Who comes from the outbox reads what came from there in the write-ahead log, too."""
+    behind = WalLog.behind
+    WalLog.behind = lambda self, snapshot: replace(behind(self, snapshot), since=None)
+
+
+def begin_now() -> None:
+    """Who comes to the outbox begins where that is by then, not where the former log was left."""
+
+    def behind(self: OutboxLog, snapshot: Snapshot) -> Cursor:
+        # Something is written meanwhile.
+        self._execute("SELECT pg_catalog.pg_sleep(0.2)")
+        [(text,)] = self._execute("SELECT pg_catalog.pg_current_snapshot()::text")
+        return Cursor(Snapshot.parse(text), 0)
+
+    OutboxLog.behind = behind
+
+
 MUTANTS: dict[str, Callable[[], None]] = {
     "id": read_by_id,
     "txid": read_by_transaction,
@@ -126,4 +208,12 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "trusting": trust_the_broker,
     "blind": believe_the_triggers,
     "unheeding": believe_the_writers,
+    "page": acknowledge_whole_transactions,
+    "lsn": acknowledge_messages,
+    "silent": make_slots_in_silence,
+    "slot": trust_the_slot,
+    "unasked": confirm_what_was_read,
+    "sure": never_doubt,
+    "both": read_both,
+    "now": begin_now,
 }

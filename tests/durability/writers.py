@@ -72,8 +72,11 @@ class Writers:
     that restarts, a table that has another name for a while, writers that wait for one another.
     """
 
-    def __init__(self, dsn: str, count: int, seed: int, board: Board) -> None:
+    def __init__(
+        self, dsn: str, count: int, seed: int, board: Board, *, forging: bool = False
+    ) -> None:
         self._dsn = dsn
+        self._kinds = {**_KINDS, Writers.forged: 4} if forging else _KINDS
         self._board = board
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -119,7 +122,7 @@ class Writers:
                     connection.close()
 
     def _transact(self, cursor: Cursor, chance: random.Random) -> None:
-        [body] = chance.choices([*_KINDS], [*_KINDS.values()])
+        [body] = chance.choices([*self._kinds], [*self._kinds.values()])
         kind = body.__name__
         connection = cursor.connection
         times_back = self._board.times_back
@@ -202,6 +205,17 @@ class Writers:
             (chance.choice(_few(target)),),
         )
 
+    def forged(self, cursor: Cursor, chance: random.Random, target: Target) -> None:
+        """Messages in the write-ahead log that only look like those of triggers, and a change."""
+        for transactional in (True, False):
+            cursor.execute(
+                "SELECT pg_catalog.pg_logical_emit_message(%s, 'pgsignals', %s)",
+                (transactional, chance.choice(_FORGERIES)),
+            )
+        _append(cursor, target, [chance.choice(_few(target))])
+
+
+_FORGERIES = ("", "1", "1 2 3 {}", f"{'9' * 18} 1 1 {{}}\n[1]", "junk " * 1000)
 
 _KINDS = {
     Writers.single: 24,

@@ -25,6 +25,7 @@ from pgsignals.contrib import migrations
 from pgsignals.testing import Server
 from pgsignals.triggers import names
 from tests.conftest import Database, Recorder
+from tests.inside import run
 
 ENV = """
 import asyncio
@@ -40,6 +41,7 @@ options = {
     "pgsignals_watchers": given["watchers"],
     "pgsignals_namespace": given["namespace"],
     "pgsignals_delivery": given["delivery"],
+    "pgsignals_capture": given.get("capture"),
 }
 
 def migrate(connection):
@@ -407,7 +409,7 @@ def test_the_outbox_by_hand(project: Project, db: Database, check: Callable[...,
     project.upgrade()
     check([("items", "inserted")], delivery="outbox", namespace="shop")
     project.write("op.install_watchers(['items'], delivery='inbox')")
-    with pytest.raises(ConfigurationError, match="'inbox': it is one of 'notify', 'outbox'"):
+    with pytest.raises(ConfigurationError, match="'inbox': it is one of 'notify', 'outbox', 'wal'"):
         project.upgrade()
 
 
@@ -447,6 +449,81 @@ def test_the_outbox_with_a_new_table_and_offline(
     command.stamp(project.config, former)
     db(script)
     check(watchers, delivery="outbox")
+
+
+def published(db: Database) -> list[tuple[str, str | None]]:
+    """The publications and the tables in them."""
+    return [
+        (name, table)
+        for name, table in db(
+            "SELECT p.pubname, r.prrelid::regclass::text FROM pg_publication p"
+            " LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid ORDER BY 1, 2"
+        )
+    ]
+
+
+ITEMS = [("pgsignals", "items"), ("pgsignals_inserts", "items")]
+
+
+def test_the_write_ahead_log(
+    project: Project, dsn: str, db: Database, check: Callable[..., None], recorder: Recorder
+) -> None:
+    """Autogenerate publishes tables, both ways and offline, and leaves what a consumer reads."""
+    db("CREATE TABLE items (id int PRIMARY KEY)")
+    metadata = project.attributes["metadata"]
+    sa.Table("items", metadata, sa.Column("id", sa.Integer, primary_key=True))
+    project.attributes["delivery"] = "wal"
+    text = project.revision(["items"])
+    [revision] = re.findall(r"^revision = '(.*)'", text, re.MULTILINE)
+    project.upgrade()
+    project.check(["items"])
+    check(["items"], delivery="wal")
+    assert published(db) == ITEMS
+    assert db("SELECT FROM pg_trigger WHERE tgname LIKE 'pgsignals%'") == []
+    project.downgrade()
+    assert (triggers(db), published(db)) == ([], [])
+    db("DROP TABLE alembic_version")
+    db(project.sql(command.upgrade, f"base:{revision}"))
+    check(["items"], delivery="wal")
+    assert published(db) == ITEMS
+    with Hub() as hub:
+        hub.subscribe(recorder, "items", "inserted")
+        hub.start(dsn, ["items"], install="check", delivery="wal", name="reader")
+        db("INSERT INTO items VALUES (1)")
+        assert recorder.wait(1)[0].id == 1
+    project.downgrade()
+    assert published(db) == ITEMS
+    assert run("consumers", "drop", "reader", dsn=dsn).code == 0
+    project.upgrade()
+    # What is removed by a revision is published again by its way back.
+    project.revision([("items", "inserted")])
+    project.upgrade()
+    assert published(db) == [("pgsignals", None), ("pgsignals_inserts", "items")]
+    project.downgrade()
+    assert published(db) == ITEMS
+    check(["items"], delivery="wal")
+
+
+def test_the_write_ahead_log_by_hand(
+    project: Project, db: Database, check: Callable[..., None]
+) -> None:
+    """delivery= and capture= of the operation, or else what the environment says."""
+    db("CREATE TABLE items (id int PRIMARY KEY)")
+    both = "op.install_watchers(['items'], delivery='wal', capture='messages')"
+    project.write(both, "op.uninstall_watchers(['items'])")
+    project.upgrade()
+    check(["items"], delivery="wal", capture="messages")
+    assert published(db) == [("pgsignals", None), ("pgsignals_inserts", None)]
+    project.downgrade()
+    assert (triggers(db), published(db)) == ([], [])
+    project.attributes |= {"delivery": "wal", "capture": "messages"}
+    project.upgrade()
+    assert len(triggers(db)) == 3
+    orders = order_table()
+    project.attributes["metadata"] = orders.metadata
+    text = project.revision(["items", (orders, "inserted")])
+    assert "    capture='messages'," in text
+    assert "statements=" not in text
 
 
 def test_a_schema_of_the_same_name_is_left_alone(project: Project, db: Database) -> None:

@@ -7,12 +7,13 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import bulk, catchup, latency, outbox_latency, pubsub, relay, single, subscriptions
+from benchmarks import bulk, catchup, durable_latency, latency, pubsub, relay, single, subscriptions
 from benchmarks import writers as writing
 from benchmarks.__main__ import ROWS
 from benchmarks.baselines import (
@@ -36,6 +37,7 @@ from benchmarks.harness import (
     execute,
     interleave,
     percentile,
+    reading,
     shop,
     watching,
 )
@@ -76,6 +78,8 @@ def tiny(server: Server) -> Iterator[Bench]:
     [
         (watching, []),
         (consuming, []),
+        (reading, []),
+        (partial(reading, capture="messages"), []),
         (select_loop, [ROW_TRIGGER]),
         (select_loop_with_worker, [ROW_TRIGGER]),
         (psycopg_notifies, [ROW_TRIGGER]),
@@ -157,7 +161,14 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize(
-    "measure", [single.measure, latency.measure, subscriptions.measure, outbox_latency.measure]
+    "measure",
+    [
+        single.measure,
+        latency.measure,
+        subscriptions.measure,
+        durable_latency.measure,
+        bulk.partitioned,
+    ],
 )
 def test_a_row_notices_a_missing_event(
     tiny: Bench, measure: Callable[[Bench], list[Figure]]
@@ -185,12 +196,13 @@ def test_writers_notice_a_missing_event(tiny: Bench) -> None:
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_catching_up_notices_a_missing_event(tiny: Bench) -> None:
+@pytest.mark.parametrize("delivery", ["outbox", "wal"])
+def test_catching_up_notices_a_missing_event(tiny: Bench, delivery: str) -> None:
     """The same of a consumer that was away."""
     dsn = tiny.shop()
-    catchup.leave_backlog(dsn, ["late"], 100, single=True)
+    catchup.leave_backlog(dsn, ["late"], 100, single=True, delivery=delivery)
     with pytest.raises(Miscounted):
-        catchup.consume(dsn, "late", 100)
+        catchup.consume(dsn, "late", 100, delivery)
 
 
 def test_a_relay_notices_a_missing_record(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

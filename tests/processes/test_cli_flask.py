@@ -97,6 +97,34 @@ def test_the_outbox(dsn: str) -> None:
     assert "--dsn" not in help_
 
 
+def test_the_write_ahead_log(dsn: str, db: Database) -> None:
+    """The commands go by the application's delivery and capture."""
+    app = Flask("shop")
+    app.config |= {"PGSIGNALS_DSN": dsn, "PGSIGNALS_DELIVERY": "wal", "PGSIGNALS_NAME": "mailer"}
+    signals = PgSignals(app, watchers=["items"], hub=Hub())
+
+    def invoke(*arguments: str) -> str:
+        result = CliRunner().invoke(group, arguments, obj=_info(app))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "ALTER PUBLICATION" in invoke("sql")
+    invoke("install")
+    states = json.loads(invoke("status", "--json"))["watchers"]
+    assert {each["served"] for each in states} == {"rows"}
+    app.config["PGSIGNALS_INSTALL"] = "check"
+    signals.start(app)
+    assert signals.stop(app)
+    assert "the write-ahead log can be read" in invoke("doctor")
+    assert "reads the write-ahead log by the replication slot" in invoke("consumers", "list")
+    invoke("consumers", "drop", "mailer")
+    assert db("SELECT FROM pg_replication_slots WHERE database = current_database()") == []
+    app.config["PGSIGNALS_CAPTURE"] = "messages"
+    invoke("install")
+    states = json.loads(invoke("status", "--json", "items"))["watchers"]
+    assert {each["served"] for each in states if each["lacking"]} == {"messages"}
+
+
 def test_errors_are_messages() -> None:
     """What is wrong is told without a traceback and without the password."""
     app = Flask("shop")

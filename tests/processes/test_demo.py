@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import psycopg2
 import pytest
 
+from pgsignals.hub.hub import Delivery
 from tests.commands import Command
 from tests.conftest import DEADLINE
 
@@ -32,9 +34,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_shows_events_and_sums_up(temporary: Path) -> None:
+@pytest.mark.parametrize("delivery", get_args(Delivery))
+def test_shows_events_and_sums_up(temporary: Path, delivery: str) -> None:
     """It runs for the time given, prints lines and a summary, and leaves nothing behind."""
-    command = Command("demo", "--seconds", "3")
+    command = Command("demo", "--seconds", "3", "--delivery", delivery)
     assert command.err() == "Starting a throwaway PostgreSQL …"
     assert re.fullmatch(r"PostgreSQL \d+ is running, and a shop is about to open\.", command.out())
     result = command.end()

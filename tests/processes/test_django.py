@@ -223,7 +223,7 @@ def test_the_outbox(migrated: Project, db: Database) -> None:
     )
     warning = "\n".join(migrated.run(*check).err)
     assert warning.count("pgsignals.W001") == 5
-    assert "The schema pgsignals, which the outbox needs, is missing" in warning
+    assert "The schema pgsignals, which durable delivery needs, is missing" in warning
     assert migrated.end("pgsignals", "status").code == 1
     migrated.write(
         "shop/migrations/0002_watchers.py",
@@ -263,6 +263,45 @@ def test_the_outbox(migrated: Project, db: Database) -> None:
     migrated.run("migrate", "shop", "0001")
     assert triggers(db) == ["billing_payment"]
     assert db("SELECT 1 FROM pg_namespace WHERE nspname = 'pgsignals'") == [(1,)]
+
+
+def test_the_write_ahead_log(migrated: Project, db: Database) -> None:
+    """With DELIVERY "wal" migrations publish tables, and the listener reads their rows."""
+    check = ("check", "--database", "default")
+    migrated.write(
+        "project/settings.py",
+        '{"INSTALL": "check"}',
+        '{"INSTALL": "check", "DELIVERY": "wal", "NAME": "shop"}',
+    )
+    assert migrated.end("pgsignals", "status").code == 1
+    migrated.run("migrate", "shop", "0001")
+    migrated.run("migrate", "billing", "zero")
+    sql = "\n".join(migrated.run("sqlmigrate", "shop", "0002").out)
+    assert "ALTER PUBLICATION pgsignals ADD TABLE ONLY" in sql
+    migrated.run("migrate")
+    assert "no issues" in migrated.run(*check).out[0]
+    assert "rows" in "\n".join(migrated.run("pgsignals", "status").out)
+    published = "SELECT DISTINCT prrelid::regclass::text FROM pg_publication_rel"
+    assert ("shop_order",) in db(published)
+    listener = migrated.fork("pgsignals", "listen")
+    listener.err()
+    db("INSERT INTO shop_order (customer) VALUES ('Ann')")
+    assert listener.out() == "order 1 of Ann: nothing yet"
+    listener.process.send_signal(signal.SIGTERM)
+    assert listener.end().code == 0
+    # The consumer is down, and its tables stay published; once it is given up they are not.
+    migrated.run("migrate", "shop", "0001")
+    assert ("shop_order",) in db(published)
+    migrated.run("migrate", "shop")
+    migrated.run("pgsignals", "consumers", "drop", "shop")
+    migrated.run("migrate", "shop", "0001")
+    assert ("shop_order",) not in db(published)
+    migrated.run("migrate", "billing", "zero")
+    migrated.write("project/settings.py", '"NAME": "shop"', '"CAPTURE": "messages"')
+    migrated.run("migrate")
+    assert ("shop_order",) not in db(published)
+    assert triggers(db).count("shop_order") > 0
+    assert "no issues" in migrated.run(*check).out[0]
 
 
 def test_the_check_finds_a_field_that_there_is_not(project: Project) -> None:

@@ -160,9 +160,10 @@ def test_a_tab_goes_on_where_it_was(serve: Callable[..., Server], db: Database) 
     assert after.wait(5)[4] == 4
 
 
-def test_a_server_that_is_killed(serve: Callable[..., Server], db: Database) -> None:
-    """In outbox delivery what was missed comes once, late commits too, and the filter holds."""
-    server = serve(delivery="outbox")
+@pytest.mark.parametrize("delivery", ["outbox", "wal"])
+def test_a_server_that_is_killed(serve: Callable[..., Server], db: Database, delivery: str) -> None:
+    """In durable delivery what was missed comes once, late commits too, and the filter holds."""
+    server = serve(delivery=delivery)
     tab = server.open("/events?tenant=1")
     db("INSERT INTO items DEFAULT VALUES")
     assert tab.wait(1) == [1]
@@ -176,10 +177,10 @@ def test_a_server_that_is_killed(serve: Callable[..., Server], db: Database) -> 
         slow.commit()
     finally:
         slow.close()
-    restarted = serve(delivery="outbox")
+    restarted = serve(delivery=delivery)
     again = restarted.open("/events?tenant=1", browser=tab.browser)
-    # In the order of their ids, since they were committed before it came back.
-    assert again.wait(5) == [1, 4, 2, 5, 7]
+    # In an outbox in the order of their ids, since they were committed before it came back.
+    assert again.wait(5) == [1, 4, *((2, 5, 7) if delivery == "outbox" else (5, 7, 2))]
     db("INSERT INTO items DEFAULT VALUES")
     assert again.wait(6)[5] == 8
     forged = restarted.open("/events", browser=Browser(last_id=f"{tab.browser.last_id}A"))

@@ -200,14 +200,19 @@ def test_resuming(serve: Callable[..., Site], db: Database) -> None:
         assert gap["id"]
 
 
-def test_a_server_that_is_killed(dsn: str, db: Database) -> None:
-    """In outbox delivery what was missed comes once, late commits too, and the filter holds."""
+@pytest.mark.parametrize("delivery", ["outbox", "wal"])
+def test_a_server_that_is_killed(dsn: str, db: Database, delivery: str) -> None:
+    """In durable delivery what was missed comes once, late commits too, and the filter holds."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/events/7"
 
     def started() -> Program:
-        server = Program("-m", "uvicorn", "tests.starlette_shop:app", "--port", str(port), dsn=dsn)
+        server = Program(
+            *("-m", "uvicorn", "tests.starlette_shop:app", "--port", str(port)),
+            dsn=dsn,
+            SHOP_DELIVERY=delivery,
+        )
         while "running on" not in server.err():
             pass
         return server

@@ -268,3 +268,19 @@ def test_a_server_and_a_database_of_its_own(pytester: pytest.Pytester) -> None:
     )
     run(pytester).assert_outcomes(passed=2)
     assert not Path((pytester.path / "where").read_text()).exists()
+
+
+def test_the_write_ahead_log(inner: pytest.Pytester) -> None:
+    """The plugin's fixtures serve WAL delivery, whose events are waited for as any other's."""
+    inner.makepyfile(
+        """
+        def test_it(events, run, pgsignals_hub, pgsignals_dsn):
+            pgsignals_hub.start(pgsignals_dsn, ["users"], delivery="wal", name="mailer")
+            run("INSERT INTO users VALUES (1, 'Ann')")
+            assert events.wait_for("users", "inserted", id=1).id == 1
+            run("DELETE FROM users")
+            events.wait_for("users", "deleted", id=1)
+            pgsignals_hub.stop()
+        """
+    )
+    run(inner).assert_outcomes(passed=1)

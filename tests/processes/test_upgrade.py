@@ -224,17 +224,14 @@ class Writers:
 
 def options(delivery: Delivery) -> dict[str, Any]:
     """How both versions are started."""
-    name = {"name": "mailer"} if delivery == "outbox" else {}
+    name = {} if delivery == "notify" else {"name": "mailer"}
     return {"delivery": delivery, **name}
 
 
 def triggers(db: Database) -> set[str]:
-    """Those that ``items`` has."""
-    return {
-        name
-        for (name,) in db("SELECT tgname FROM pg_trigger WHERE tgrelid = 'items'::regclass")
-        if name.startswith("pgsignals_")
-    }
+    """Those that ``items`` has, or the marks that its rows are read from the log."""
+    named = db("SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace")
+    return {name for (name,) in named if name.startswith("pgsignals_")}
 
 
 def wait_until_noted(db: Database, names: set[str]) -> None:

@@ -75,6 +75,7 @@ def test_another_table_while_it_starts(
     assert event.id[0] == 1
 
 
+@pytest.mark.usefixtures("by_triggers")
 def test_a_trigger_that_nobody_had_made_before(
     hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery, installer: str
 ) -> None:

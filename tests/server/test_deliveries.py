@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 import pgsignals
-from pgsignals.hub.setup import DurableSetup
+from pgsignals.errors import ConfigurationError
+from pgsignals.hub.setup import OutboxSetup
+from pgsignals.postgres.session import Session
 from tests.broadcasters import Broker
 from tests.conftest import DEADLINE, Database, Recorder
 from tests.memory_log import Entries, MemoryProvider
@@ -58,9 +60,10 @@ class Notifications(Writer):
 
 
 class DurableWriter(Writer):
-    """A delivery whose events wait for their consumer."""
+    """A delivery whose events wait for their consumer; ``divisible``, in partitions of it."""
 
     delivery = "outbox"
+    divisible = True
 
     @abstractmethod
     def shed(self) -> None:
@@ -77,6 +80,13 @@ class Outbox(DurableWriter):
         self.db("SELECT nextval('pgsignals.outbox_shed')")
 
 
+class Wal(Outbox):
+    """Triggers that write messages into the server's own log."""
+
+    delivery = "wal"
+    divisible = False
+
+
 class List(DurableWriter):
     """A list in memory, in place of the outbox."""
 
@@ -84,8 +94,8 @@ class List(DurableWriter):
         super().__init__(db, monkeypatch)
         self.entries = Entries()
         provider = MemoryProvider(self.entries)
-        monkeypatch.setattr(DurableSetup, "log", lambda setup, *of: provider.log(*of))
-        monkeypatch.setattr(DurableSetup, "decoder", lambda setup, hooks: provider.decoder(hooks))
+        monkeypatch.setattr(OutboxSetup, "log", lambda setup, *of: provider.log(*of))
+        monkeypatch.setattr(OutboxSetup, "decoder", lambda setup, hooks: provider.decoder(hooks))
 
     def write(self, *numbers: int) -> None:
         self.entries.write(*numbers)
@@ -94,27 +104,28 @@ class List(DurableWriter):
         self.entries.shed += 1
 
 
-DURABLE = {"outbox": Outbox, "list": List}
+DURABLE = {"outbox": Outbox, "wal": Wal, "list": List}
 DELIVERIES = {"notify": Notifications, **DURABLE}
 
 
-def made(kind: type[Writer], db: Database, monkeypatch: pytest.MonkeyPatch) -> Writer:
+def made(
+    kind: type[Writer], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Writer:
+    db = request.getfixturevalue("db")
     db("CREATE TABLE items (id bigint PRIMARY KEY)")
     return kind(db, monkeypatch)
 
 
 @pytest.fixture(params=DELIVERIES.values(), ids=list(DELIVERIES))
-def writer(db: Database, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Writer:
+def writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Writer:
     """Each delivery in turn."""
-    return made(request.param, db, monkeypatch)
+    return made(request.param, request, monkeypatch)
 
 
 @pytest.fixture(params=DURABLE.values(), ids=list(DURABLE))
-def durable(
-    db: Database, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> DurableWriter:
+def durable(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DurableWriter:
     """Each delivery whose events wait for their consumer."""
-    found = made(request.param, db, monkeypatch)
+    found = made(request.param, request, monkeypatch)
     assert isinstance(found, DurableWriter)
     return found
 
@@ -300,10 +311,17 @@ def test_partitions_share_the_records(
     recorder: Recorder,
     another: Callable[[], pgsignals.Hub],
 ) -> None:
-    """Two processes that share a consumer's partitions get each record once between them."""
+    """Two processes that share a consumer's partitions get each record once between them.
+
+    A log that has no partitions refuses them, and names the way.
+    """
     other, received = another(), Recorder()
     hub.subscribe(recorder, "items")
     other.subscribe(received, "items")
+    if not durable.divisible:
+        with pytest.raises(ConfigurationError, match="backends="):
+            durable.start(hub, partitions=4)
+        return
     durable.start(hub, partitions=4)
     durable.start(other, partitions=4)
     eventually(lambda: other.status().active, bool)
@@ -316,6 +334,28 @@ def test_partitions_share_the_records(
     # A partition that changes hands on a slow machine may bring what it had under way once more.
     new = [each.id for each in [*recorder.items, *received.items] if not each.redelivered]
     assert len(new) == len(set(new))
+
+
+def test_an_idle_consumer_rests(
+    hub: pgsignals.Hub, durable: DurableWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is written it waits in each turn, also when its claim is due to be renewed."""
+    turns, wait = Recorder(), Session.wait
+
+    def counted(self: Session, timeout: float | None) -> bool:
+        turns(timeout)
+        return wait(self, timeout)
+
+    durable.start(hub, lease=1.0)
+
+    def beat() -> int:
+        [(number,)] = durable.db("SELECT beat FROM pgsignals.consumers")
+        return int(number)
+
+    first = eventually(beat, lambda number: number > 3)
+    monkeypatch.setattr(Session, "wait", counted)
+    eventually(beat, lambda number: number >= first + 8)
+    assert sum(seconds < 0.001 for seconds in turns.items) < 50
 
 
 def test_a_dead_letter(hub: pgsignals.Hub, durable: DurableWriter, recorder: Recorder) -> None:

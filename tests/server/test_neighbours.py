@@ -69,7 +69,9 @@ with pgsignals.Hub() as hub:
     hub.on("items", "inserted")(lambda event: told.set())
     hub.connected.connect(lambda *a, **k: again.set(), weak=False)
     again = threading.Event()
-    options = {} if sys.argv[1] == "notify" else {"name": "mailer", "partitions": 2}
+    options = {} if sys.argv[1] == "notify" else {"name": "mailer"}
+    if sys.argv[1] == "outbox":
+        options["partitions"] = 2
     hub.start(os.environ["PGSIGNALS_DSN"], ["items"], delivery=sys.argv[1], **options)
     again.wait()
     again.clear()

@@ -68,7 +68,7 @@ def broken_log() -> Iterator[None]:
 
 def options(delivery: Delivery) -> dict[str, Any]:
     """What ``start`` gets."""
-    return {"delivery": delivery, "name": "mailer" if delivery == "outbox" else None}
+    return {"delivery": delivery, "name": None if delivery == "notify" else "mailer"}
 
 
 def well(hub: Hub) -> bool:
@@ -114,9 +114,9 @@ def test_no_error_of_a_receiver_stops_anything(
     assert {event.id for event in recorder.wait(count)} == set(range(1, count + 1))
     shop("INSERT INTO items VALUES (1000)")
     assert recorder.wait(count + 1)[-1].id == 1000
-    failed.wait(3 * (count + 1) if delivery == "outbox" else 3 * count)
+    failed.wait(3 * (count + 1) if delivery != "notify" else 3 * count)
     eventually(lambda: well(hub), bool)
-    if delivery == "outbox":
+    if delivery != "notify":
         letters = shop("SELECT receiver, error, traceback FROM pgsignals.dead_letters")
         assert len(letters) == 2 * (count + 1)
         assert all(error and trace for _, error, trace in letters)
@@ -151,7 +151,7 @@ def test_no_error_of_a_coroutine_stops_anything(
     asyncio.run(main())
     assert failed.items == list(range(len(kinds)))
     assert [event.id for event in recorder.items] == list(range(len(kinds) + 1))
-    if delivery == "outbox":
+    if delivery != "notify":
         assert shop("SELECT count(*) FROM pgsignals.dead_letters") == [(len(kinds),)]
 
 
@@ -248,7 +248,7 @@ def test_no_error_of_an_observer_stops_anything(
     assert [(number, error.args) for number, error in found] == [(n, (n,)) for n in wrong]
     eventually(lambda: well(hub), bool)
     assert len(recorder.items) == count
-    if delivery == "outbox":
+    if delivery != "notify":
         assert shop("SELECT count(*) FROM pgsignals.dead_letters") == [(len(wrong),)]
 
 

@@ -20,8 +20,11 @@ from pgsignals.resolvers import BUILTIN
 from pgsignals.testing import Server
 from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import install, uninstall
+from pgsignals.wal.publication import ensure_publications
 from tests.conftest import Database, Recorder
 from tests.grants import documented_grants
+
+pytestmark = pytest.mark.usefixtures("by_triggers")
 
 WATCHERS = [
     "shop.orders",
@@ -37,13 +40,17 @@ WATCHERS = [
 
 
 @pytest.fixture
-def make_role(server: Server, dsn: str, db: Database) -> Iterator[Callable[..., str]]:
+def make_role(
+    server: Server, dsn: str, db: Database, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., str]]:
     """Makes login roles; each call returns the database's address for a new one."""
     made: list[str] = []
+    of_wal = "delivery" in request.fixturenames and request.getfixturevalue("delivery") == "wal"
+    replication = "REPLICATION" if of_wal else ""
 
     def make(*grants: str, name: str = "app") -> str:
         role = f"{name}_{secrets.token_hex(4)}"
-        db(f"CREATE ROLE {role} LOGIN")
+        db(f"CREATE ROLE {role} LOGIN {replication}")
         made.append(role)
         for grant in grants:
             db(f"GRANT {grant} TO {role}")
@@ -73,9 +80,13 @@ def listening(delivery: Delivery, db: Database) -> tuple[str, ...]:
         return ()
     with db.connection.cursor() as cursor:
         install_schema(cursor)
-    return documented_grants("consumer")
+        if delivery == "wal":
+            ensure_publications(cursor)
+    grants = documented_grants("consumer")
+    return (*grants, SECRET) if delivery == "wal" else grants
 
 
+SECRET = "SELECT ON SEQUENCE pgsignals.wal_secret"
 DML = (
     "USAGE ON SCHEMA shop",
     "SELECT, INSERT, UPDATE, DELETE ON shop.orders",
@@ -92,7 +103,7 @@ def install_as(dsn: str, delivery: Delivery) -> int:
     """What ``pgsignals install`` does; how many triggers it created."""
     with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
         connection.autocommit = True
-        if delivery == "outbox":
+        if delivery != "notify":
             install_schema(cursor)
         definitions = define(cursor, normalize(WATCHERS), BUILTIN, "default", Transport(delivery))
         return len(install(cursor, "default", [each.trigger for each in definitions]))
@@ -225,7 +236,7 @@ def test_trigger_and_create_are_all_that_installing_takes(
 ) -> None:
     """A role that owns no table, and may not even read it, installs, repairs, prunes, removes."""
     grants = ["USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders"]
-    if delivery == "outbox":
+    if delivery != "notify":
         grants.append(f"CREATE ON DATABASE {db.connection.info.dbname}")
     hub.subscribe(recorder, "changed")
     app = application.start(*grants)
@@ -250,7 +261,7 @@ def test_what_another_role_installed_is_not_ours_to_repair(
     """An outdated trigger of another role's gives PrivilegeError that says who must act."""
     application.install()
     db("ALTER TABLE shop.orders DISABLE TRIGGER USER")
-    installing = documented_grants("installer") if delivery == "outbox" else ()
+    installing = documented_grants("installer") if delivery != "notify" else ()
     grants = ("USAGE, CREATE ON SCHEMA shop", "TRIGGER ON shop.orders", *installing)
     with pytest.raises(pgsignals.PrivilegeError, match=r"must be owner of func.*that owner"):
         application.start(*grants, *listening)

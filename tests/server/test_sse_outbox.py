@@ -19,7 +19,10 @@ from psycopg2.extensions import make_dsn, parse_dsn
 import pgsignals
 from pgsignals import Hub
 from pgsignals.contrib.event_stream import View
+from pgsignals.contrib.replayed import LogFeed
 from pgsignals.contrib.resumable import ResumableFeed, open_feed
+from pgsignals.contrib.ring import RingFeed
+from pgsignals.hub.hub import Delivery
 from pgsignals.outbox.cursors import IdBounds
 from pgsignals.outbox.housekeeping import tidy
 from pgsignals.testing import Server
@@ -42,16 +45,27 @@ def shop(db: Database) -> Database:
 
 
 @pytest.fixture
-def process(shop: Database) -> Iterator[Callable[..., ResumableFeed]]:
+def durable(request: pytest.FixtureRequest) -> Delivery:
+    """The delivery."""
+    chosen: Delivery = getattr(request, "param", "outbox")
+    return chosen
+
+
+# What holds in WAL delivery, too.
+both = pytest.mark.parametrize("durable", ["outbox", "wal"], indirect=True)
+
+
+@pytest.fixture
+def process(shop: Database, durable: Delivery) -> Iterator[Callable[..., Any]]:
     """Starts Hubs, each as another process would, and gives a feed of each."""
     hubs: list[Hub] = []
 
-    def start(size: int = 1000, **options: Any) -> ResumableFeed:
+    def start(size: int = 1000, **options: Any) -> RingFeed[Any]:
         hub = Hub()
         hubs.append(hub)
-        hub.start(shop.dsn, [ITEMS], delivery="outbox", **options)
+        hub.start(shop.dsn, [ITEMS], delivery=durable, **options)
         feed = open_feed(hub, "items", size=size, ordered=True)
-        assert isinstance(feed, ResumableFeed)
+        assert isinstance(feed, ResumableFeed if durable == "outbox" else LogFeed)
         return feed
 
     yield start
@@ -59,9 +73,10 @@ def process(shop: Database) -> Iterator[Callable[..., ResumableFeed]]:
         hub.stop()
 
 
-Process = Callable[..., ResumableFeed]
+Process = Callable[..., Any]
 
 
+@both
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_it_goes_on_where_it_was(process: Process, shop: Database, elsewhere: bool) -> None:
     """What happened while it was away comes once, then what happens next, in any process."""
@@ -81,6 +96,7 @@ def test_it_goes_on_where_it_was(process: Process, shop: Database, elsewhere: bo
     assert other.wait(4) == [6, 7, 8, 9]
 
 
+@both
 def test_within_a_statement(process: Process, shop: Database) -> None:
     """A connection may break between two messages of one statement, and in a window's midst."""
     whole = Browser()
@@ -100,6 +116,7 @@ def test_within_a_statement(process: Process, shop: Database) -> None:
         assert Tab(other, browser).wait(2000) == list(range(1, 2001))
 
 
+@both
 def test_a_late_commit(process: Process, shop: Database) -> None:
     """A transaction whose ids are lower than what the browser got last, and that commits later."""
     tab = Tab(process(), Browser())
@@ -150,14 +167,15 @@ def test_who_reads_slowly_misses_nothing(process: Process, shop: Database) -> No
     assert len(feed._ring.entries) == 10
 
 
-def test_a_row_that_is_long(process: Process, shop: Database) -> None:
+@both
+def test_a_row_that_is_long(durable: Delivery, shop: Database) -> None:
     """One row that is longer than a page is read, and what follows it too."""
     shop("ALTER TABLE items ADD COLUMN text text")
     watcher = pgsignals.watch("items", "inserted", extra=["text"])
     hubs = [Hub(), Hub()]
     try:
         for hub in hubs:
-            hub.start(shop.dsn, [watcher], delivery="outbox")
+            hub.start(shop.dsn, [watcher], delivery=durable)
         feeds = [open_feed(hub, "items", size=10, ordered=True) for hub in hubs]
         browser = Browser()
         tab = Tab(feeds[0], browser)  # type: ignore[arg-type]
@@ -171,6 +189,7 @@ def test_a_row_that_is_long(process: Process, shop: Database) -> None:
             hub.stop()
 
 
+@both
 def test_the_filter_holds_for_what_was_missed(process: Process, shop: Database) -> None:
     """What it may not see stays unseen when it comes back, and moves its id all the same."""
     mine = View(visible=lambda event: event.values["tenant"] == 1)
@@ -187,6 +206,7 @@ def test_the_filter_holds_for_what_was_missed(process: Process, shop: Database) 
     assert again.browser.last_id != before
 
 
+@both
 def test_a_named_consumer(process: Process, shop: Database) -> None:
     """Browsers of every process hear of everything, though one alone reads for the receivers."""
     tabs = [Tab(process(name="mailer"), Browser()) for _ in range(2)]
@@ -194,6 +214,7 @@ def test_a_named_consumer(process: Process, shop: Database) -> None:
     assert [tab.wait(1) for tab in tabs] == [[1], [1]]
 
 
+@both
 def test_an_id_that_is_not_ours(process: Process, shop: Database) -> None:
     """What is forged, cut, or of no such kind is a gap, and the stream goes on from there."""
     feed = process()
@@ -436,6 +457,7 @@ def test_a_role_that_does_not_own_the_schema(
         shop(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
 
 
+@both
 def test_a_broken_watcher(process: Process, shop: Database, looks: Recorder) -> None:
     """A change that the trigger could not describe is a gap, now and for who comes back."""
     feed = process()
@@ -456,6 +478,7 @@ def test_a_broken_watcher(process: Process, shop: Database, looks: Recorder) -> 
     assert Tab(process(), away.browser).wait(3) == [1, "watcher_broken", 3]
 
 
+@both
 def test_the_connection_is_lost(process: Process, shop: Database) -> None:
     """Those who are connected get all that happened meanwhile, once, and no gap."""
     feed = process()
@@ -494,6 +517,7 @@ def test_a_server_that_does_not_answer(
     assert Tab(feed, tab.browser).wait(2) == [1, 2]
 
 
+@both
 def test_wandering_browsers(process: Process, shop: Database) -> None:
     """Whatever commits how late, and wherever a browser or a session breaks off: all once."""
     rounds, records = 60, 6
@@ -525,6 +549,14 @@ def test_wandering_browsers(process: Process, shop: Database) -> None:
 
     def wander(browser: Browser, chance: random.Random) -> None:
         expected: dict[int, int] | None = None
+
+        def has_all() -> bool:
+            # All may have come while a writer was about to end: then nothing more comes.
+            nonlocal expected
+            if expected is None and not any(each.is_alive() for each in writers):
+                expected = dict(shop("SELECT id, n FROM items"))
+            return expected is not None and len(browser.messages) >= sum(expected.values())
+
         while True:
             tab = Tab(chance.choice(feeds), browser, view)
             if chance.random() < 0.05:
@@ -533,11 +565,10 @@ def test_wandering_browsers(process: Process, shop: Database) -> None:
                     " WHERE application_name = 'pgsignals' AND datname = current_database()"
                 )
             for _ in range(chance.randrange(1, 6)):
-                if expected is None and not any(each.is_alive() for each in writers):
-                    expected = dict(shop("SELECT id, n FROM items"))
-                if expected is not None and len(browser.messages) >= sum(expected.values()):
+                if has_all():
                     return
-                frames = [f"{frame}\n\n".encode() for frame in tab.more().decode().split("\n\n")]
+                piece = tab.more(has_all).decode()
+                frames = [f"{frame}\n\n".encode() for frame in piece.split("\n\n")]
                 cut = chance.randrange(len(frames) + 1)
                 browser.receive(b"".join(frames[:cut]))
                 if cut < len(frames) - 1:
@@ -559,7 +590,8 @@ def test_wandering_browsers(process: Process, shop: Database) -> None:
         assert seen == {record: list(range(1, n + 1)) for record, n in expected.items() if n}, seed
 
 
-def test_the_child_of_a_fork(process: Process, shop: Database) -> None:
+@both
+def test_the_child_of_a_fork(process: Process, shop: Database, durable: Delivery) -> None:
     """It gives up what it has inherited, may have streams of its own, and the parent's go on."""
     feed = process()
     tab = Tab(feed, Browser())
@@ -577,9 +609,8 @@ def test_the_child_of_a_fork(process: Process, shop: Database) -> None:
             assert tab.client.read()
             assert not tab.client.read()
             assert tab.client.ended
-            hub.start(shop.dsn, [ITEMS], delivery="outbox")
+            hub.start(shop.dsn, [ITEMS], delivery=durable)
             own = open_feed(hub, "items", size=10, ordered=True)
-            assert isinstance(own, ResumableFeed)
             assert Tab(own, Browser(last_id=tab.browser.last_id)).wait(1) == [2]
             hub.stop()
             code = 0

@@ -35,9 +35,16 @@ def change(request: pytest.FixtureRequest) -> Change:
 
 
 def test_changed_while_a_hub_runs(
-    hub: Hub, each_dsn: str, each_db: Database, delivery: Delivery, change: Change
+    hub: Hub,
+    each_dsn: str,
+    each_db: Database,
+    delivery: Delivery,
+    change: Change,
+    request: pytest.FixtureRequest,
 ) -> None:
     """The Hub notices by itself, announces what is missing, and hears what comes next."""
+    if change.of_trigger:
+        request.getfixturevalue("by_triggers")
     heard, gaps = Recorder(), Recorder()
     each_db(f"CREATE TABLE orders {SHAPE}")
     hub.subscribe(heard, "orders", "inserted")
@@ -56,6 +63,7 @@ def test_changed_while_a_hub_runs(
     assert hub.health().ready
 
 
+@pytest.mark.usefixtures("by_triggers")
 def test_a_loss_while_our_clock_is_late(
     hub: Hub,
     each_dsn: str,
@@ -467,7 +475,7 @@ def test_the_installer_is_replaced(
     status = run("status", "orders:inserted", "--delivery", "outbox", dsn=as_role)
     assert status.code == 1
     assert "OUTDATED" in status.out[1]
-    assert f"its owner '{role}_2' lacks rights on the outbox" in status.out[1]
+    assert f"its owner '{role}_2' lacks rights in the schema pgsignals" in status.out[1]
     owner("INSERT INTO orders (id) VALUES (1)")
 
 
@@ -605,10 +613,10 @@ def test_the_owner_adds_partitions(
     installer = each_dsn if superuser else each_dsn.replace("postgres@", f"{role}_2@")
     heard = Recorder()
     hub.subscribe(heard, "orders", "inserted")
-    if delivery == "outbox":
+    if delivery != "notify":
         # As the docs tell a superuser to: as the table's owner.
         installer = f"{each_dsn}?options=-crole%3D{role}" if superuser else installer
-        run("install", "orders", "--delivery", "outbox", dsn=f"{each_dsn}?options=-crole%3D{role}")
+        run("install", "orders", "--delivery", delivery, dsn=f"{each_dsn}?options=-crole%3D{role}")
         options: dict[str, Any] = {"name": "mailer", "install": "check"}
         hub.start(each_dsn, ["orders"], delivery=delivery, **options)
     else:
@@ -689,10 +697,10 @@ def test_a_restored_dump(
             assert ("left something out" in "\n".join(doctor.out)) == bool(options)
         lost_at = now(copy)
         hub.start(dsn, ["t"], delivery=delivery, name=name_of(delivery))
-        assert ("left something out" in caplog.text) == (bool(options) and delivery == "outbox")
+        assert ("left something out" in caplog.text) == (bool(options) and delivery != "notify")
         copy("INSERT INTO t VALUES (78)")
         assert heard.wait_until(lambda event: event.id == 78)
-        if delivery == "outbox" and "--schema-only" not in options:
+        if delivery != "notify" and "--schema-only" not in options:
             # A consumer that nobody knows begins here.
             assert covering(gaps.items, lost_at)
         hub.stop()

@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 
 from pgsignals import Hub, watch
+from pgsignals.core.transport import Transport
+from pgsignals.core.watchers import normalize
 from pgsignals.hub.hub import Delivery, Install
+from pgsignals.outbox.schema import install_schema
 from pgsignals.sources.trigger_watch import TriggerWatch
+from pgsignals.triggers.definitions import define
 from pgsignals.triggers.installer import INSTALLED
+from pgsignals.triggers.installer import install as install_triggers
+from pgsignals.triggers.resolvers import BUILTIN
+from pgsignals.wal.publication import ensure_publications
 from tests.conftest import Database, Recorder
-from tests.forked import run
 from tests.table_changes import CHANGES, SHAPE, Period, covering, name_of, timed
 from tests.waiting import eventually, settle
 
@@ -61,7 +67,14 @@ def install_orders(each_dsn: str, each_db: Database, delivery: Delivery) -> Call
     """A table whose triggers somebody else has installed, who does it again when this is called."""
 
     def install() -> None:
-        run("install", "orders:inserted", "--delivery", delivery, dsn=each_dsn)
+        with each_db.connection.cursor() as cursor:
+            if delivery != "notify":
+                install_schema(cursor)
+            if delivery == "wal":
+                ensure_publications(cursor)
+            watchers, transport = normalize([("orders", "inserted")]), Transport(delivery)
+            definitions = define(cursor, watchers, BUILTIN, "default", transport)
+            install_triggers(cursor, "default", [each.trigger for each in definitions])
 
     each_db(f"CREATE TABLE orders {SHAPE}")
     install()
@@ -145,6 +158,7 @@ FORMER = {
 }
 
 
+@pytest.mark.usefixtures("by_triggers")
 @pytest.mark.parametrize("former", FORMER.values(), ids=list(FORMER))
 def test_the_owner_of_another_table_gains_nothing(
     hub: Hub,
@@ -210,7 +224,9 @@ def test_each_of_several_hubs(
             each.until_announced(lost_at)
         each_db(f"INSERT INTO {into} (id) VALUES (2)")
         for hub, each in zip(hubs, heard, strict=True):
-            assert each.until("orders", 2) == [2]
+            # The log may have had the first row all the same.
+            found = each.until("orders", 2)
+            assert found == [2] or (delivery == "wal" and found == [1, 2])
             assert hub.health().ready
 
 
@@ -275,6 +291,7 @@ STUCK = {
 }
 
 
+@pytest.mark.usefixtures("by_triggers")
 @pytest.mark.parametrize("stuck", STUCK.values(), ids=list(STUCK))
 def test_a_table_that_cannot_be_mended(
     hub: Hub,
@@ -290,6 +307,8 @@ def test_a_table_that_cannot_be_mended(
     as_role = each_dsn.replace("postgres@", f"{role}@")
     for table in "abc":
         each_db(f"CREATE TABLE {table} (id int PRIMARY KEY); ALTER TABLE {table} OWNER TO {role}")
+    if delivery == "wal":
+        each_db(f"ALTER ROLE {role} REPLICATION")
     heard = Heard(hub, *"abc")
     hub.start(
         as_role,
@@ -348,6 +367,7 @@ SILENT = {
 }
 
 
+@pytest.mark.usefixtures("by_triggers")
 @pytest.mark.parametrize("state", ["running", "down", "undone", "undone while down"])
 @pytest.mark.parametrize("silent", SILENT.values(), ids=list(SILENT))
 def test_a_partition_whose_trigger_is_silent(
@@ -386,6 +406,7 @@ def test_a_partition_whose_trigger_is_silent(
     assert heard.until("orders", 2) == [2]
 
 
+@pytest.mark.usefixtures("by_triggers")
 def test_a_partition_that_is_made_later_is_no_gap(
     hub: Hub,
     each_db: Database,
@@ -462,6 +483,7 @@ def test_a_table_renamed_away_and_back(
     assert heard.until("orders", 2) == [2]
 
 
+@pytest.mark.usefixtures("by_triggers")
 @pytest.mark.parametrize("install", ["check", "off"])
 def test_a_disabled_trigger_and_a_lost_connection(
     hub: Hub,
@@ -494,6 +516,7 @@ def test_a_disabled_trigger_and_a_lost_connection(
     assert heard.until("orders", 3) == [3]
 
 
+@pytest.mark.usefixtures("by_triggers")
 @pytest.mark.parametrize("install", ["auto", "check"])
 def test_a_trigger_that_is_disabled_while_a_hub_starts(
     hub: Hub,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 import pytest
 
+from pgsignals.consumers.channels import Channel, elsewhere, wanted
 from pgsignals.core.payload import Layout
-from pgsignals.outbox.channels import Channel, wanted
 
 ROWS = range(1, 100)
 
@@ -41,3 +44,18 @@ def test_a_younger_definition_is_not_read() -> None:
     ids = wanted(ord("a"), channels(a=10, b=20))
     assert ids[ord("a")][-1] == (10, None)
     assert all(end is not None and end <= 10 for _, end in ids[ord("b")])
+
+
+def test_channels_of_another_log() -> None:
+    """The ids of two logs are not compared: a channel of the other one is known, and not read."""
+    own = channels(a=10, b=20)
+    other = replace(
+        own[ord("a")],
+        key=1,
+        since=15,
+        layout=msgspec.structs.replace(own[ord("a")].layout, delivery="wal"),
+    )
+    known = own | {1: other}
+    assert wanted(ord("b"), known) == wanted(ord("b"), own)
+    assert elsewhere(ord("b"), known) == [1]
+    assert elsewhere(1, known) == [ord("a"), ord("b")]

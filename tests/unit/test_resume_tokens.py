@@ -9,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.msgpack import encode
 
-from pgsignals.outbox.cursors import Snapshot
+from pgsignals.consumers.signed_tokens import LONGEST, NOWHERE, Signer
 from pgsignals.outbox.resume_tokens import (
     ALL,
-    LONGEST,
-    NOWHERE,
     Emptied,
     ResumePoint,
     TokenCodec,
 )
+from pgsignals.postgres.snapshot import Snapshot
 
 json = st.recursive(st.integers(-(1 << 63), 1 << 63) | st.floats() | st.text(), st.lists)
 
@@ -72,7 +71,7 @@ def test_anything_else_is_no_place(text: str) -> None:
 
 def signed(data: bytes) -> str:
     """A token of any data, with our signature."""
-    made = data + TokenCodec("key", "1-2/3")._signature(data)
+    made = data + Signer("key", "1-2/3")._signature(data, b"")
     return base64.urlsafe_b64encode(made).rstrip(b"=").decode()
 
 

@@ -12,7 +12,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from ...core.errors import ConnectError, WatcherError
 from ...core.tables import Resolver, Table
-from ...core.transport import Transport
+from ...core.transport import Capture, Transport
 from ...core.watchers import Watcher
 from ...postgres.connection import connect, opened
 from ...postgres.notification_queue import QUEUE_WARNING, read_queue_usage
@@ -22,6 +22,7 @@ from ...triggers.installer import MISSING, OUTDATED, STALE, State
 from ...triggers.table_lookup import describe, resolve
 from .findings import FAIL, OK, WARN, Finding, Outcome, fail, ok, warn
 from .outbox import examine_outbox
+from .wal import examine_wal
 
 OLDEST_VERSION = 14
 QUEUE_FAILURE = 0.75
@@ -34,6 +35,7 @@ def examine(
     resolvers: Sequence[Resolver],
     namespace: str,
     transport: Transport = Transport.NOTIFY,
+    capture: Capture | None = None,
 ) -> Iterator[Finding]:
     """Run every check, one after the other; without a connection, that is the only finding."""
     try:
@@ -51,10 +53,11 @@ def examine(
             yield Finding("round trip", *_round_trip(connection, cursor, dsn))
         yield Finding("queue", *_queue(cursor))
         yield Finding("replication role", *_replication_role(cursor))
-        states = read_states(cursor, watchers, resolvers, namespace, transport)
+        states = read_states(cursor, watchers, resolvers, namespace, transport, capture)
         yield Finding("triggers", *_triggers(states, namespace))
         yield from _privileges(cursor, watchers, resolvers, states)
         yield from examine_outbox(cursor)
+        yield from examine_wal(cursor, transport, states)
 
 
 def _connection(connection: Connection, cursor: Cursor) -> Outcome:
@@ -210,7 +213,12 @@ def _privileges(
         if (table.oid, watcher.replicated) in seen:
             continue
         seen.add((table.oid, watcher.replicated))
-        lacks = _lacking(cursor, table, watcher.replicated)
+        published = any(
+            state.served == "rows"
+            for state in states
+            if (state.schema, state.table) == (table.schema, table.name)
+        )
+        lacks = _lacking(cursor, table, watcher.replicated, published)
         if not lacks:
             yield Finding("privileges", OK, f"this role may install triggers on {table.qualified}")
             continue
@@ -226,7 +234,7 @@ def _privileges(
         yield Finding("privileges", FAIL if needed else WARN, message, fix)
 
 
-def _lacking(cursor: Cursor, table: Table, replicated: bool) -> list[str]:
+def _lacking(cursor: Cursor, table: Table, replicated: bool, published: bool) -> list[str]:
     owner, triggers, creates = _row(
         cursor,
         "SELECT pg_catalog.pg_has_role(c.relowner, 'USAGE'),"
@@ -235,8 +243,10 @@ def _lacking(cursor: Cursor, table: Table, replicated: bool) -> list[str]:
         f" FROM pg_catalog.pg_class c WHERE c.oid = {table.oid:d}",
     )
     found = []
+    if published and not owner:
+        found.append("does not own the table, as publishing its rows needs")
     # ENABLE ALWAYS is an ALTER TABLE, for which TRIGGER is not enough.
-    if replicated and not owner:
+    elif replicated and not owner:
         found.append("does not own the table, as replicated=True needs")
     elif not triggers:
         found.append("lacks TRIGGER on the table")

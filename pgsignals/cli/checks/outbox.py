@@ -31,7 +31,7 @@ def examine_outbox(cursor: Cursor, held_seconds: float = HELD_SECONDS) -> Iterat
         version = schema.read_version(cursor)
     except DatabaseError as error:
         yield Finding(
-            "outbox", FAIL, str(error), "Without outbox delivery it does no harm; see the message."
+            "outbox", FAIL, str(error), "Without durable delivery it does no harm; see the message."
         )
         return
     if not version:
@@ -41,7 +41,8 @@ def examine_outbox(cursor: Cursor, held_seconds: float = HELD_SECONDS) -> Iterat
             "outbox",
             FAIL,
             f"its schema has version {version}, and this pgsignals needs {schema.VERSION}",
-            "Run `pgsignals install --delivery outbox` with your watchers, as the schema's owner.",
+            "Run `pgsignals install --delivery outbox` (or wal) with your watchers, as the "
+            "schema's owner.",
         )
         return
     grants = missing_grants(cursor)
@@ -63,7 +64,7 @@ def examine_outbox(cursor: Cursor, held_seconds: float = HELD_SECONDS) -> Iterat
             "outbox",
             FAIL,
             f"its schema comes from a dump that left something out: {lacking}",
-            "Run `pgsignals install --delivery outbox` with your watchers, or restart the "
+            "Run `pgsignals install --delivery outbox` (or wal) with your watchers, or restart the "
             "application that has them.",
         )
         return
@@ -150,6 +151,7 @@ def _lateness(
     active = all(part.active for part in parts)
     if lost is not None:
         return FAIL, f"{name!r} was so late that events up to {lost:%Y-%m-%d %H:%M}Z are dropped"
+    # What is unread of the write-ahead log is a matter of slots: see examine_wal.
     if not lag or (active and seconds < LAG_SECONDS):
         return OK, ""
     share = max(seconds / kept.seconds, outbox.bytes / kept.bytes)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import pgsignals
 from pgsignals.cli.demo_shop.shop import Shop
+from pgsignals.core.transport import Delivery
 from pgsignals.testing import Server
 
 WATCHERS = [
@@ -60,7 +61,9 @@ class Seen:
         return statistics.median(self.latencies) if self.latencies else None
 
 
-def run(display: Display, wait: Callable[[], object], seed: int = 1) -> Seen:
+def run(
+    display: Display, wait: Callable[[], object], seed: int = 1, delivery: Delivery = "notify"
+) -> Seen:
     """Open the shop, show what it does until ``wait`` returns, and clear everything away.
 
     Raises ServerNotFound when this machine has no PostgreSQL.
@@ -86,7 +89,7 @@ def run(display: Display, wait: Callable[[], object], seed: int = 1) -> Seen:
         dsn = server.create_database("shop")
         shop = Shop(dsn, seed)
         shop.create_tables()
-        with hub.start(dsn, WATCHERS):
+        with hub.start(dsn, WATCHERS, delivery=delivery):
             display.ready(server, dsn)
             closing = threading.Event()
             writer = threading.Thread(target=shop.do_business, args=(closing,), daemon=True)

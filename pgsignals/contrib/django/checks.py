@@ -70,7 +70,9 @@ def _differences(chosen: Options) -> list[str]:
     with opened(dsn_of(chosen.dsn)) as cursor:
         for watcher in chosen.watchers:
             try:
-                found = define(cursor, [watcher], resolvers, namespace, transport)
+                found = define(
+                    cursor, [watcher], resolvers, namespace, transport, capture=chosen.capture
+                )
             except TableError:
                 # Migrations may have yet to make what is missing, but no column without a field.
                 _check_fields(watcher, resolvers)
@@ -78,7 +80,7 @@ def _differences(chosen: Options) -> list[str]:
             triggers += [definition.trigger for definition in found]
         if transport.durable and triggers and schema.read_version(cursor) < schema.VERSION:
             texts.append(
-                f"The schema {schema.NAME}, which the outbox needs, is missing or outdated."
+                f"The schema {schema.NAME}, which durable delivery needs, is missing or outdated."
             )
         states = plan(triggers, read_installed(cursor, namespace)).states
     return texts + [_text(each) for each in states if each.status in (MISSING, OUTDATED)]

@@ -15,6 +15,7 @@ from django.utils.module_loading import import_string
 import pgsignals
 
 from ...core.errors import ConfigurationError, near
+from ...core.transport import Capture
 from ...core.watchers import Watcher, normalize
 from ...hub.hub import Hub
 from ...hub.options import Options
@@ -92,6 +93,12 @@ def hub(alias: str | None = None) -> Hub:
 def default_delivery(alias: str | None = None) -> str:
     """Return the delivery of the project's listeners."""
     return str(_of(alias).get("DELIVERY", Options.delivery))
+
+
+def default_capture(alias: str | None = None) -> Capture | None:
+    """Return what serves the project's watchers in WAL delivery."""
+    found: Capture | None = _of(alias).get("CAPTURE")
+    return found
 
 
 def default_namespace(alias: str | None = None) -> str:

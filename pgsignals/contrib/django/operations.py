@@ -16,13 +16,13 @@ from psycopg2.extensions import cursor as Cursor
 from ...core.errors import TableError, WatcherError
 from ...core.events import model_name
 from ...core.tables import TableRef
-from ...core.transport import Transport
+from ...core.transport import Capture, Transport
 from ...core.watchers import Watcher, normalize
 from ...hub.options import all_resolvers
 from ...triggers.resolvers.django import DjangoResolver, is_model
 from ...triggers.table_lookup import resolve
 from ..migrations import Planning, Wanted, borrowed_cursor, run, source
-from .conf import default_delivery, default_namespace, dsn_of
+from .conf import default_capture, default_delivery, default_namespace, dsn_of
 
 
 class InstallWatchers(Operation):
@@ -31,11 +31,12 @@ class InstallWatchers(Operation):
     ``watchers`` are what :func:`pgsignals.start` takes, with models as ``"app_label.Model"``, whose
     columns go by their fields' names as they are at this point of the migrations, or tables by
     their names; a model that the routers do not let migrate into a database is left out there, as
-    its table is. ``namespace`` and ``delivery`` are by default those of PGSIGNALS when the
-    migration runs; for ``"outbox"`` the schema ``pgsignals`` is made or upgraded, too.
+    its table is. ``namespace``, ``delivery`` and ``capture`` are by default those of PGSIGNALS when
+    the migration runs; for durable deliveries the schema ``pgsignals`` is made or upgraded, too,
+    and for ``"wal"`` the publications.
 
     A trigger that is as it should be is left alone. Backwards, one that somebody listens to or that
-    a consumer of the outbox reads is left, with a warning of PostgreSQL's, and the schema stays. A
+    a named consumer reads is left, with a warning of PostgreSQL's, and the schema stays. A
     table that is locked by somebody else for more than half a second makes the migration fail with
     InstallLockError, and nothing is changed: run the migration again.
     """
@@ -44,13 +45,18 @@ class InstallWatchers(Operation):
     reversible = True
 
     def __init__(
-        self, watchers: Iterable[Any], namespace: str | None = None, delivery: str | None = None
+        self,
+        watchers: Iterable[Any],
+        namespace: str | None = None,
+        delivery: str | None = None,
+        capture: Capture | None = None,
     ) -> None:
         if delivery is not None:
             Transport(delivery)
         self.watchers = list(normalize(watchers))
         self.namespace = namespace
         self.delivery = delivery
+        self.capture = capture
 
     def state_forwards(self, app_label: str, state: Any) -> None:
         """Leave the models as they are."""
@@ -102,7 +108,8 @@ class InstallWatchers(Operation):
         resolvers = all_resolvers([_HistoricalResolver(models)])
         namespace = self.namespace or default_namespace(connection.alias)
         transport = Transport(self.delivery or default_delivery(connection.alias))
-        wanted = Wanted(watchers, resolvers, namespace, transport)
+        capture = self.capture or default_capture(connection.alias)
+        wanted = Wanted(watchers, resolvers, namespace, transport, capture)
         if not schema_editor.collect_sql:
             with _cursor(connection) as cursor:
                 # If the migration is not atomic, this is its whole transaction.

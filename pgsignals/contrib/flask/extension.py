@@ -87,7 +87,8 @@ class PgSignals:
     ``PGSIGNALS_INSTALL``, ``PGSIGNALS_WORKERS``, ``PGSIGNALS_QUEUE_SIZE``, …
         Every option of :meth:`pgsignals.Hub.start`, by its name in capitals. The others of this
         version are ``PGSIGNALS_DELIVERY``, ``PGSIGNALS_NAME``, ``PGSIGNALS_PARTITIONS``,
-        ``PGSIGNALS_LEASE``, ``PGSIGNALS_BACKENDS``, ``PGSIGNALS_LOOP``,
+        ``PGSIGNALS_LEASE``, ``PGSIGNALS_CAPTURE``, ``PGSIGNALS_ALLOW_UNBOUNDED_WAL``,
+        ``PGSIGNALS_BACKENDS``, ``PGSIGNALS_LOOP``,
         ``PGSIGNALS_NAMESPACE``, ``PGSIGNALS_PRUNE``,
         ``PGSIGNALS_LOCK_TIMEOUT``, ``PGSIGNALS_INSTALL_TIMEOUT``, ``PGSIGNALS_LISTEN_DSN``,
         ``PGSIGNALS_HEARTBEAT``, ``PGSIGNALS_HEARTBEAT_TIMEOUT``, ``PGSIGNALS_RESTART_AFTER_FORK``,
@@ -360,7 +361,7 @@ class Process:
     def feed(self, targets: Sequence[Any]) -> RingFeed[Any]:
         """Return the feed of these targets, which all their streams share.
 
-        Raises StateError if the Hub is not running, or the outbox cannot be read now.
+        Raises StateError if the Hub is not running, or the log cannot be read now.
         """
         notice_fork()
         # An earlier request may be starting the Hub at this moment: that is waited for. A start

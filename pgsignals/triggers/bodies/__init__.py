@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...core.transport import Transport
-from . import notify, outbox
+from . import notify, outbox, wal
 
-BODIES: Mapping[Transport, str] = {Transport.NOTIFY: notify.BODY, Transport.OUTBOX: outbox.BODY}
+BODIES: Mapping[Transport, str] = {
+    Transport.NOTIFY: notify.BODY,
+    Transport.OUTBOX: outbox.BODY,
+    Transport.WAL: wal.BODY,
+}

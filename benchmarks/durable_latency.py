@@ -1,9 +1,10 @@
-"""Outbox delivery: from INSERT's return to the receiver's call, with nothing else and with much."""
+"""Durable deliveries: from INSERT's return to the receiver's call, alone and beside writers."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import pgsignals
 
@@ -18,9 +19,9 @@ BUSY_PAUSE = 15.0
 
 
 class _Side:
-    """A consumer of both tables, of which one is only written to by who measures."""
+    """A Hub with both tables, of which one is only written to by who measures."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, **options: Any) -> None:
         self._dsn = bench.shop(PROBES)
         self._pgbench = Pgbench(bench)
         self._clock = Clock()
@@ -32,8 +33,7 @@ class _Side:
         hub.start(
             self._dsn,
             [pgsignals.watch("probes", "inserted"), pgsignals.watch("orders", "inserted")],
-            delivery="outbox",
-            name="bench",
+            **options,
         )
 
     def idle(self, inserts: int) -> list[float]:
@@ -51,7 +51,8 @@ class _Side:
 
     def _probe(self, inserts: int, pause: float) -> list[float]:
         self._clock.expect(inserts)
-        with writer(self._dsn, "probes", inserts, pause) as insert:
+        # What is not flushed is not in the log yet: WAL delivery would wait for the WAL writer.
+        with writer(self._dsn, "probes", inserts, pause, synchronous=True) as insert:
             written = insert()
             called = self._clock.take()
         return [1000 * (at - returned) for at, (_, returned) in zip(called, written, strict=True)]
@@ -62,17 +63,30 @@ class _Side:
 
 def measure(bench: Bench) -> list[Figure]:
     """Percentiles over the INSERTs of all rounds."""
-    side = _Side(bench)
-    idle: list[float] = []
-    busy: list[float] = []
-    try:
+    with ExitStack() as stack:
+        sides = {
+            "notify": _Side(bench),
+            "outbox": _Side(bench, delivery="outbox", name="bench"),
+            "WAL": _Side(bench, delivery="wal", name="bench", allow_unbounded_wal=True),
+        }
+        for side in sides.values():
+            stack.callback(side.close)
+        idle: dict[str, list[float]] = {name: [] for name in sides}
+        busy: dict[str, list[float]] = {"outbox": [], "WAL": []}
         for _ in range(bench.rounds):
-            idle += side.idle(10 if bench.quick else 25)
-            busy += side.busy(30 if bench.quick else 100)
-    finally:
-        side.close()
-    return [
-        Figure(f"outbox latency, {name}, p{percent}", [percentile(values, percent)], "ms", target)
-        for name, values in (("idle", idle), (f"beside {CLIENTS} writers", busy))
-        for percent, target in ((50, 5.0), (99, 50.0))
+            for name, values in idle.items():
+                values += sides[name].idle(10 if bench.quick else 25)
+            for name, values in busy.items():
+                values += sides[name].busy(30 if bench.quick else 100)
+    figures = [
+        Figure(f"{side} latency, {name}, p{percent}", [percentile(values, percent)], "ms", target)
+        for name, found, targets in (
+            ("idle", idle, {"outbox": (5.0, 50.0), "WAL": (None, None)}),
+            (f"beside {CLIENTS} writers", busy, {"outbox": (5.0, 50.0), "WAL": (4.0, 20.0)}),
+        )
+        for side, bounds in targets.items()
+        for values in (found[side],)
+        for percent, target in zip((50, 99), bounds, strict=True)
     ]
+    ratio = percentile(idle["WAL"], 50) / percentile(idle["notify"], 50)
+    return [*figures, Figure("  WAL ÷ notify, idle, p50", [ratio], "", 1.3)]

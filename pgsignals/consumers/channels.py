@@ -1,6 +1,7 @@
-"""The channels of the outbox, which say how to read its rows, even of tables changed or gone since.
+"""The channels of a log, which say how to read its messages, even of tables changed or gone since.
 
-Each trigger has a channel, which ``pgsignals.channels`` describes for as long as there may be rows.
+Each trigger has a channel, which ``pgsignals.channels`` describes for as long as there may be
+messages.
 """
 
 from __future__ import annotations
@@ -15,21 +16,39 @@ from typing import Any
 import msgspec
 from psycopg2.extensions import cursor as Cursor
 
-from ..consumers.consumer_store import Channels
 from ..core.errors import ConfigurationError, PayloadError, TableError
 from ..core.events import Topic, model_name
 from ..core.logging import log
 from ..core.payload import Cast, Decoder, Layout
+from ..core.rows import decoder_of
 from ..core.tables import Resolver, Table
-from ..core.transport import Transport
+from ..core.transport import Capture, Transport
 from ..core.watchers import Watcher
 from ..triggers import names
 from ..triggers.catalogue import read_installed
 from ..triggers.definitions import Compiled, Definition, RecordLoader, define
-from ..triggers.sql import Specification, Trigger
+from ..triggers.sql import Specification, Trigger, rows_witness
 from ..triggers.table_lookup import describe, resolve
-from .log import Described, Ids
-from .schema import read_version
+from .consumer_store import Channels, ConsumerStore
+
+# Ranges of ids: each from its first number on, up to but without its second; None has no end.
+Ids = tuple[tuple[int, "int | None"], ...]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A channel as the database describes it.
+
+    It became its watcher's at the id ``since``, and its triggers were last made at the id ``made``.
+    ``relations`` are the OIDs of the tables whose messages it has; of a table with a number, only
+    those with lower ids.
+    """
+
+    channel: int
+    since: int
+    made: int
+    definition: str
+    relations: Mapping[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Channel:
 
 
 def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, Ids]:
-    """Return the ids to read of each channel for a watcher whose own channel is ``own``.
+    """Return the ids to read of each channel of the log for a watcher whose own is ``own``.
 
     A watcher's former channels are read too, each up to the id from which the next one is: while
     the triggers of several are installed, each change comes through all of them. The rows below the
@@ -51,7 +70,7 @@ def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, Ids]:
     """
     present = known[own]
     channels = sorted(
-        (each for each in known.values() if each.layout.identity == present.layout.identity),
+        (each for each in known.values() if each.layout.place == present.layout.place),
         key=lambda each: each.since,
     )
     first = channels[0].since
@@ -61,6 +80,16 @@ def wanted(own: int, known: Mapping[int, Channel]) -> dict[int, Ids]:
         until = None if following is None else following.since
         found[channel.key] += ((channel.since, until),)
     return found
+
+
+def elsewhere(own: int, known: Mapping[int, Channel]) -> list[int]:
+    """Return the watcher's channels in other logs, from which its consumer may have read before."""
+    present = known[own].layout
+    return [
+        each.key
+        for each in known.values()
+        if each.layout.identity == present.identity and each.layout.delivery != present.delivery
+    ]
 
 
 def _known(rows: Iterable[tuple[int, int, str]]) -> dict[int, Channel]:
@@ -90,12 +119,13 @@ def read_by(own: Sequence[int], described: Sequence[Described]) -> Channels:
 def predecessors(
     definitions: Sequence[Definition], described: Sequence[Described]
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return, by the name of each trigger, the names of its watcher's other triggers.
+    """Return, by the witness of each trigger, those of its watcher's other triggers.
 
     The second mapping has only those that became the watcher's later: they are not read. Orphaned
     definitions, whose tables are gone, have no trigger to compare with, and are left out.
     """
     known = understood(described)
+    relations = {each.channel: each.relations for each in described}
     found: dict[str, list[str]] = {}
     unread: dict[str, list[str]] = {}
     for definition in definitions:
@@ -103,13 +133,33 @@ def predecessors(
         own = names.channel_key(trigger.hash)
         if own in known and trigger.spec.table.oid:
             others = {
-                names.object_name(names.hash_of(key)): known[key].since
+                _witness(known[key].layout, key, relations.get(key, ())): known[key].since
                 for key in wanted(own, known)
                 if key != own
             }
-            found[trigger.name] = [*others]
-            unread[trigger.name] = [n for n, since in others.items() if since > known[own].since]
+            found[trigger.witness] = [*others]
+            unread[trigger.witness] = [n for n, since in others.items() if since > known[own].since]
     return found, unread
+
+
+def _witness(layout: Layout, key: int, relations: Iterable[int]) -> str:
+    if layout.rows:
+        return rows_witness(layout.op, relations)
+    return names.object_name(names.hash_of(key))
+
+
+def read_described(consumer: ConsumerStore) -> list[Described]:
+    """Return every channel: its definition, the ids that it counts from, and its tables."""
+    found = consumer.execute(
+        "SELECT c.channel, c.since, c.made, c.definition, coalesce(r.tables, '{}')"
+        " FROM pgsignals.channels AS c LEFT JOIN ("
+        "   SELECT channel, pg_catalog.array_agg(ARRAY[relation::bigint, until]) AS tables"
+        "   FROM pgsignals.relations GROUP BY channel) AS r ON r.channel = c.channel"
+    )
+    return [
+        Described(channel, since, made, definition, dict(tables))
+        for channel, since, made, definition, tables in found
+    ]
 
 
 def read_channels(cursor: Cursor) -> dict[int, Channel]:
@@ -130,7 +180,7 @@ class OrphanedDefinition(Definition):
 
     def decoder(self, cast: Cast) -> Decoder:
         """A decoder for what the trigger has sent."""
-        return Decoder(self.topic, self.layout.key_fields, self.layout.value_fields, cast)
+        return decoder_of(self.topic, self.layout, cast)
 
 
 def define_for(
@@ -139,15 +189,21 @@ def define_for(
     watchers: Sequence[Watcher],
     resolvers: Sequence[Resolver],
     namespace: str,
+    transport: Transport,
     compiled: Compiled,
+    capture: Capture | None = None,
 ) -> list[Definition]:
     """Define as ``define`` does, for ``consumers`` that must get what was committed for them.
 
     A watcher whose table, or a column that it asks for, is gone gets orphaned definitions if one of
     the consumers has read for it before. Otherwise this raises what ``define`` raises.
     """
+
+    def defined(some: Sequence[Watcher]) -> list[Definition]:
+        return define(cursor, some, resolvers, namespace, transport, compiled, capture)
+
     try:
-        return define(cursor, watchers, resolvers, namespace, Transport.OUTBOX, compiled)
+        return defined(watchers)
     except TableError:
         known = _read_by(cursor, consumers)
         if not known:
@@ -156,9 +212,9 @@ def define_for(
     found: list[Definition] = []
     for watcher in watchers:
         try:
-            define(cursor, [watcher], resolvers, namespace, Transport.OUTBOX, compiled)
+            defined([watcher])
         except TableError as error:
-            remains = _remains(cursor, watcher, resolvers, namespace, known)
+            remains = _remains(cursor, watcher, resolvers, namespace, transport, known)
             if remains is None:
                 raise
             log.error(
@@ -170,11 +226,12 @@ def define_for(
             found += remains
         else:
             fitting.append(watcher)
-    return [*define(cursor, fitting, resolvers, namespace, Transport.OUTBOX, compiled), *found]
+    return [*defined(fitting), *found]
 
 
 def _read_by(cursor: Cursor, consumers: Sequence[str]) -> list[Channel]:
-    if not read_version(cursor):
+    cursor.execute("SELECT pg_catalog.to_regclass('pgsignals.consumers') IS NOT NULL")
+    if cursor.fetchall() == [(False,)]:
         return []
     cursor.execute(
         "SELECT DISTINCT d.channel, d.since, d.definition FROM pgsignals.consumers AS c"
@@ -190,6 +247,7 @@ def _remains(
     watcher: Watcher,
     resolvers: Sequence[Resolver],
     namespace: str,
+    transport: Transport,
     known: Sequence[Channel],
 ) -> list[OrphanedDefinition] | None:
     """Return one for each operation; None if an operation has no channel that fits the watcher."""
@@ -211,7 +269,7 @@ def _remains(
                 and ref.schema in (None, layout.schema)
                 and (table is None or op == "truncated" or layout.values == asked)
             ):
-                found.append(_remain(watcher, channel, table, resolver, resolvers))
+                found.append(_remain(watcher, channel, table, resolver, resolvers, transport))
                 break
         else:
             return None
@@ -224,6 +282,7 @@ def _remain(
     table: Table | None,
     resolver: Resolver,
     resolvers: Sequence[Resolver],
+    transport: Transport,
 ) -> OrphanedDefinition:
     layout = channel.layout
     former = table or Table(layout.schema, layout.table, 0, False, False, (), ())
@@ -241,9 +300,7 @@ def _remain(
         else RecordLoader(watcher.model, table, resolver, resolvers),
         name=layout.name,
     )
-    spec = Specification(
-        layout.namespace, former, layout.op, layout.label, transport=Transport.OUTBOX
-    )
+    spec = Specification(layout.namespace, former, layout.op, layout.label, transport=transport)
     hashed = names.hash_of(channel.key)
     return OrphanedDefinition(watcher, topic, Trigger(spec, hashed, "", (), (), ""), layout)
 

@@ -1,22 +1,49 @@
-"""Decodes the outbox's rows, by channels that may become known while a source reads."""
+"""Decodes a log's messages, by channels that may become known while a source reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any, Protocol
 
-from ..consumers.consumer_store import Channels
-from ..consumers.log import DecoderHooks, Log
 from ..core.errors import PayloadError
 from ..core.events import Event, Gap, Message
 from ..core.logging import log
 from ..core.payload import Broken, Cast, Decoder
 from ..triggers import names
 from ..triggers.definitions import Definition
-from .channels import predecessors, read_by
-from .log import Described, Ids, OutboxLog
-from .reader import Row
+from .channels import Described, Ids, predecessors, read_by, read_described
+from .consumer_store import Channels
+from .log import DecoderHooks, Log
+
+
+@dataclass(frozen=True)
+class Row:
+    """A message of a log; ``relation`` is the OID of the table that fired its trigger.
+
+    Ids go up in the order in which transactions that wait for one another have written.
+    """
+
+    id: int
+    channel: int
+    relation: int
+    payload: str
+
+    @property
+    def position(self) -> str:
+        """The message's position in the log, for people."""
+        return str(self.id)
+
+
+class Placed(Protocol):
+    """Something that a log has of one table, at an id."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def relation(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -30,27 +57,33 @@ class ChannelDecoder:
     ids: Ids = ((0, None),)
     relations: Mapping[int, int | None] = field(default_factory=dict)
 
-    def wants(self, row: Row) -> bool:
+    def wants(self, row: Placed) -> bool:
         """Whether the row is read from this channel, rather than from another that has it too."""
         return any(first <= row.id and (end is None or row.id < end) for first, end in self.ids)
 
-    def owns(self, row: Row) -> bool:
+    def owns(self, row: Placed) -> bool:
         """Whether the row is of the watched table, or of one that was the watched one then."""
         until = self.relations.get(row.relation, 0)
         return until is None or row.id < until
 
 
 class RowDecoder:
-    """Decodes the rows of one session after another; ``decoders`` says how to read each channel."""
+    """Decodes the rows of one session after another; ``decoders`` says how to read each channel.
+
+    ``keeps``: messages keep their payloads, since the log does not hold them for as long as it may
+    take to park their events.
+    """
 
     def __init__(
         self,
         decoders: Callable[[Sequence[Described], Cast], Mapping[int, ChannelDecoder]],
         hooks: DecoderHooks,
+        keeps: bool = False,
     ) -> None:
         self._decoders_of = decoders
+        self._keeps = keeps
         self._hooks = hooks
-        self._log: OutboxLog
+        self._log: Log
         self._cast: Cast
         self._definitions: Sequence[Definition] = ()
         self._described: Sequence[Described] = ()
@@ -62,10 +95,9 @@ class RowDecoder:
         return read_by(sorted(self._own), self._described)
 
     def begin(self, log: Log, definitions: Sequence[Definition], cast: Cast) -> None:
-        assert isinstance(log, OutboxLog)
         self._log, self._definitions, self._cast = log, definitions, cast
         self._own = frozenset(names.channel_key(each.trigger.hash) for each in definitions)
-        self._described = log.channels()
+        self._described = read_described(log.consumer)
         self._found = self._decoders_of(self._described, cast)
 
     def predecessors(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -85,14 +117,17 @@ class RowDecoder:
         The ids that are read of a known channel stay as they are. Otherwise a change that came
         through two channels could be read from both, or from neither.
         """
-        known, found = self._found, self._decoders_of(self._log.channels(), self._cast)
+        known, found = (
+            self._found,
+            self._decoders_of(read_described(self._log.consumer), self._cast),
+        )
         self._found = {**known, **found} | {
             key: replace(known[key], relations=found[key].relations)
             for key in known.keys() & found.keys()
         }
         self._hooks.described()
 
-    def decode(self, rows: Sequence[Row], since: datetime) -> Iterator[Message | Gap]:
+    def decode(self, rows: Sequence[Any], since: datetime) -> Iterator[Message | Gap]:
         """See MessageDecoder.
 
         Anybody may make a trigger at any time, also for another table. Its channel is described
@@ -123,14 +158,16 @@ class RowDecoder:
             message = decoder.decode(row.payload)
         except PayloadError as error:
             self._hooks.refuse()
-            detail = f"row {row.id} of the outbox cannot be read: {error}"
+            detail = f"the message at {row.position} cannot be read: {error}"
             log.error("%s", detail, extra=decoder.topic.fields)
-            # A Gap, unlike for a NOTIFY, which anybody may send: only triggers write to the outbox.
+            # A Gap, unlike for a NOTIFY, which anybody may send: only triggers write to the log.
             return Gap(since, self._hooks.now(), "watcher_broken", detail)
         if isinstance(message, Broken):
             log.error("a watcher is broken: %s", message.error, extra=decoder.topic.fields)
             return self._hooks.failure(message)
         if not isinstance(message, Message):
             return None
-        message.position = str(row.id)
+        message.position = row.position
+        if self._keeps:
+            message.payload = row.payload
         return message
