@@ -268,7 +268,11 @@ def test_a_transaction_that_costs_the_slot(
         # Another slot is made as soon as this one is given up, and cannot be, for the same reason.
         found = eventually(costs, lambda found: "being made" in found.message)
         assert (found.level, f"process {pid} " in found.message) == ("fail", True)
-        assert "which is being made" in told(run("consumers", "list", "--dsn", db.dsn))
+        # Between two attempts there is none.
+        eventually(
+            lambda: told(run("consumers", "list", "--dsn", db.dsn)),
+            lambda text: "which is being made" in text,
+        )
         db("INSERT INTO orders VALUES (2)")
         other("ROLLBACK")
         gap = recorder.wait_until(lambda each: isinstance(each, Gap))[-1]
