@@ -291,8 +291,12 @@ class Server:
     def create_database(self, name: str | None = None) -> str:
         """Create an empty database, by default under a name of its own, and return its URL."""
         name = name or f"db_{secrets.token_hex(6)}"
-        # Unlike template1, template0 can be copied whoever is connected.
-        statement = SQL("CREATE DATABASE {} TEMPLATE template0").format(Identifier(name))
+        # Unlike template1, template0 can be copied whoever is connected. By files it takes a third
+        # of the time, as long as the checkpoint before it costs nothing; 14 knows no other way.
+        by_files = not self._fsync and self.installation.version >= 15
+        statement = SQL("CREATE DATABASE {} TEMPLATE template0{}").format(
+            Identifier(name), SQL(" STRATEGY file_copy" if by_files else "")
+        )
         with closing(psycopg2.connect(self.dsn())) as connection:
             connection.autocommit = True
             with connection.cursor() as cursor:
