@@ -110,7 +110,8 @@ def test_a_slot_lost_while_it_runs(
     recorder.wait(1)
     begun = threading.Event()
     ending = threading.Event()
-    committed: dict[int, Any] = {}
+    # Each with a time before and one after its commit.
+    committed: dict[int, tuple[Any, Any]] = {}
 
     def write() -> None:
         with closing(psycopg2.connect(shop.dsn)) as connection, connection.cursor() as cursor:
@@ -122,7 +123,10 @@ def test_a_slot_lost_while_it_runs(
                 )
                 [(at,)] = cursor.fetchall()
                 connection.commit()
-                committed[number] = at
+                cursor.execute("SELECT clock_timestamp()")
+                [(done,)] = cursor.fetchall()
+                connection.commit()
+                committed[number] = at, done
                 begun.set()
 
     writer = threading.Thread(target=write)
@@ -140,7 +144,12 @@ def test_a_slot_lost_while_it_runs(
     announced = gaps(found)
     delivered = {each.id for each in found if not isinstance(each, pgsignals.Gap)}
     for number in committed.keys() - delivered:
-        assert any(gap.since <= committed[number] <= gap.until for gap in announced), number
+        at, done = committed[number]
+        assert any(gap.since <= done and at <= gap.until for gap in announced), (
+            number,
+            committed[number],
+            announced,
+        )
     assert loss == "moved" or announced
 
 
