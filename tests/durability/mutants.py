@@ -16,7 +16,6 @@ from pgsignals.postgres.snapshot import Snapshot
 from pgsignals.sources.trigger_history import Installation
 from pgsignals.sources.trigger_watch import TriggerWatch
 from pgsignals.triggers.fingerprint import Fingerprint
-from pgsignals.wal import reader
 from pgsignals.wal.log import WalLog
 from pgsignals.wal.reader import WalPosition, WalReader
 from pgsignals.wal.stream import ReplicationStream
@@ -125,8 +124,6 @@ def believe_the_writers() -> None:
 
 def acknowledge_whole_transactions() -> None:
     """The first page of a transaction stands for all of it: at a crash, the others are lost."""
-    # So that most transactions have several.
-    reader.PAGE_CHANGES = 2
     position = WalReader._reached.fget
     assert position is not None
 
