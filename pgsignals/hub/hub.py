@@ -38,7 +38,7 @@ from ..dispatch.registry import (
 from ..dispatch.streams import Stream
 from ..plugins.broadcaster import Broadcaster
 from ..plugins.loader import Backends, broadcaster_makers
-from ..postgres.dsn import Engine, dsn_of
+from ..postgres.dsn import Database, dsn_of
 from ..sources.tail import Tail
 from ..sources.wal_tail import WalTail
 from .broker import BrokerDelivery
@@ -99,7 +99,7 @@ class Hub:
 
     def start(
         self,
-        dsn: str | Engine = "",
+        dsn: Database = "",
         watchers: Iterable[Any] = (),
         *,
         delivery: Delivery = "notify",
@@ -116,7 +116,7 @@ class Hub:
         prune: bool = True,
         lock_timeout: float = 0.5,
         install_timeout: float = 10.0,
-        listen_dsn: str | Engine | None = None,
+        listen_dsn: Database | None = None,
         heartbeat: float = 30.0,
         heartbeat_timeout: float = 10.0,
         restart_after_fork: bool = False,
@@ -129,8 +129,9 @@ class Hub:
 
         Where events come from, and where they go:
 
-        - ``dsn`` is anything libpq takes, or an SQLAlchemy Engine or AsyncEngine; parts that it
-          leaves out come from libpq's environment. With the URL of a broker (``kafka://…``,
+        - ``dsn`` is anything libpq takes, the URL of another driver, or an object: an SQLAlchemy
+          Engine, AsyncEngine or URL, or pydantic's PostgresDsn; parts that it leaves out come from
+          libpq's environment. With the URL of a broker (``kafka://…``,
           ``nats://…``) the Hub reads the events that another process forwards: no database is used,
           and arguments about one mean nothing. Processes that read with one ``name`` share the
           events, which are acknowledged when receivers have returned; without a name, each process

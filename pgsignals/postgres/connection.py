@@ -26,7 +26,7 @@ from ..core.logging import log
 from ..core.payload import Cast
 from ..core.redaction import redact
 from ..core.threads import Thread
-from .dsn import display, legible_parts, libpq_dsn, libpq_options
+from .dsn import display, legible_parts, libpq_dsn, libpq_options, malformed
 from .session_settings import preamble
 
 
@@ -195,6 +195,8 @@ def connect_error(dsn: str, error: Exception) -> ConnectError:
     text = str(error).strip()
     cause = next((f": {meaning}" for pattern, meaning in _CAUSES if re.search(pattern, text)), "")
     given = legible_parts(dsn)
+    if given is None and (wrong := malformed(dsn, text)) is not None:
+        return ConnectError(f"Cannot connect to PostgreSQL at the given DSN: {wrong}.")
     if given is None:
         # libpq quotes what it did not understand, and that may be the password.
         text = (

@@ -200,6 +200,16 @@ def test_a_url_of_something_else(hub: pgsignals.Hub) -> None:
     assert SECRET not in str(caught.value)
 
 
+def test_a_url_with_a_schema(hub: Hub, dsn: str, db: Database, recorder: Recorder) -> None:
+    """Names are looked up in the schema that Prisma's URL has, whatever characters it has."""
+    db('CREATE SCHEMA "My \\Shop"; CREATE TABLE "My \\Shop".items (id int PRIMARY KEY)')
+    hub.on("items")(recorder)
+    hub.start(f"{dsn}?schema=My%20%5CShop&connection_limit=1", ["items"])
+    db('INSERT INTO "My \\Shop".items VALUES (1)')
+    [event] = recorder.wait(1)
+    assert event.schema == "My \\Shop"
+
+
 @pytest.mark.parametrize(
     ("wrong", "meaning"),
     [

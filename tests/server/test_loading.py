@@ -174,17 +174,21 @@ def test_awaiting_a_load_of_a_plain_table(hub: Hub, dsn: str, db: Database) -> N
     ],
 )
 def test_the_dsn_of_an_engine(url: str, expected: str) -> None:
-    """What an engine's URL says of the database is what libpq is told, whatever its driver."""
+    """What an engine's URL says of the database is what libpq is told, whatever its driver.
+
+    The URL itself says the same, as a text and as an object.
+    """
     from psycopg2.extensions import parse_dsn
 
-    from pgsignals.postgres.dsn import dsn_of
+    from pgsignals.postgres.dsn import dsn_of, libpq_dsn
 
     engine: Any = (
         create_async_engine(url)
         if "asyncpg" in url or url.startswith("postgresql+psycopg:")
         else sa.create_engine(url)
     )
-    assert parse_dsn(dsn_of(engine)) == parse_dsn(expected)
+    for given in (engine, engine.url, url, f"  {url}\n"):
+        assert parse_dsn(libpq_dsn(dsn_of(given))) == parse_dsn(expected), given
 
 
 def test_engines_that_do_not_fit(hub: Hub) -> None:
