@@ -98,6 +98,13 @@ class MissingExtraError(PgSignalsError, ImportError):
 
 
 def near(given: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean …?).`` for a message's end, or a full stop if nothing is near."""
-    close = difflib.get_close_matches(given, list(known), n=3, cutoff=0.6)
+    """Return `` (did you mean …?).`` for a message's end, or a full stop if nothing is near.
+
+    Letters are compared whatever their case.
+    """
+    by_letters: dict[str, str] = {}
+    for each in known:
+        by_letters.setdefault(each.lower(), each)
+    found = difflib.get_close_matches(given.lower(), list(by_letters), n=3, cutoff=0.6)
+    close = [by_letters[each] for each in found if by_letters[each] != given]
     return f" (did you mean {' or '.join(map(repr, close))}?)." if close else "."

@@ -96,7 +96,8 @@ class Topic:
     """The attributes that all events of one operation of one watcher have in common.
 
     ``key`` and ``values`` are attribute names; ``compared`` says that each value comes twice, new
-    and old. ``loader`` fetches records by their keys through a session of the user's.
+    and old. ``loader`` fetches records by their keys through a session of the user's. ``types`` has
+    the names of the built-in types of those columns that have one, where a database is known.
     """
 
     model: Any
@@ -109,6 +110,7 @@ class Topic:
     compared: bool
     loader: Loader
     name: str = ""
+    types: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def scalar(self) -> bool:

@@ -27,8 +27,8 @@ _EXIT_SECONDS = 5.0
 class Running(Protocol):
     """An object that has threads and connections while the process lives."""
 
-    def stop(self, timeout: float) -> object:
-        """End, and give receivers ``timeout`` seconds to handle what has arrived."""
+    def _exit(self, timeout: float) -> object:
+        """End with the process, and give receivers ``timeout`` seconds for what has arrived."""
 
     def _forked(self, restarting: bool = True) -> None:
         """Forget the parent's threads, in the child of a fork, and leave its connections alone.
@@ -124,4 +124,4 @@ def _stop_at_exit() -> None:
         _inherit(restarting=False)
     deadline = time.monotonic() + _EXIT_SECONDS
     for each in list(_running):
-        each.stop(max(0.0, deadline - time.monotonic()))
+        each._exit(max(0.0, deadline - time.monotonic()))

@@ -118,6 +118,12 @@ class Table:
                 f"{attribute!r} is not a column of {self.qualified}: it lives in the table "
                 f"{self.elsewhere[attribute]}. Watch the model of that table for it."
             )
+        meant = [c.attribute for c in self.columns if c.name == attribute]
+        if meant:
+            raise TableError(
+                f"{attribute!r} is the column's name in {self.qualified}: give the attribute of "
+                f"the model, {meant[0]!r}."
+            )
         raise TableError(
             f"{self.qualified} has no column {attribute!r}"
             f"{near(attribute, self._by_attribute)} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,11 @@ def normalize(watchers: Iterable[Any]) -> tuple[Watcher, ...]:
 
     Raises WatcherError for duplicates: of a label, or of an unlabelled model and operation.
     """
+    if isinstance(watchers, Mapping):
+        raise WatcherError(
+            f"watchers={watchers!r}: a mapping loses its values here; give a list of "
+            "(model, operation) tuples."
+        )
     if isinstance(watchers, str | Watcher) or not isinstance(watchers, Iterable):
         raise WatcherError(
             f"watchers={watchers!r}: give a list of models, (model, operation) tuples or "

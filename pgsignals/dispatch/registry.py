@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import logging
 import threading
 import weakref
@@ -23,6 +24,7 @@ from ..core.process import notice_fork
 from ..core.redaction import legible
 from ..core.watchers import EVENT_OPERATIONS
 from .coroutines import CoroutineReceiver, Coroutines, is_coroutine_function
+from .filter_values import converted
 
 Receiver = Callable[[Event], object]
 # The name of a dead letter's receiver is a part of an index, whose entries are bounded.
@@ -122,6 +124,7 @@ class Registry:
 
     Before the Hub starts, receivers are only remembered. ``bind`` checks them against the topics
     that the watchers deliver; from then on a receiver that no event could reach is refused.
+    What filters ask for is converted to the types of the topics' columns.
     """
 
     def __init__(self) -> None:
@@ -130,6 +133,7 @@ class Registry:
         self._listeners: dict[Key, _Listeners] = {}
         self._subscriptions: dict[Subscription, None] = {}
         self._topics: Sequence[Topic] | None = None
+        self._retried = True
         self.observers: tuple[Callable[[Sequence[Event]], None], ...] = ()
         # The Hub sets it when it starts, and removes it when it stops.
         self.around: Around | None = None
@@ -154,7 +158,7 @@ class Registry:
         ``collects`` only keeps the event for another.
         Raises ReceiverError when ``fn`` cannot be called so, or no watcher delivers such events.
         """
-        _check_callable(fn)
+        check_receiver(fn)
         for op in ops:
             _check_operation(op)
         subscription = Subscription(
@@ -175,7 +179,7 @@ class Registry:
                 "for."
             ) from None
         with self._lock:
-            self._check(subscription)
+            subscription.filters = self._check(subscription)
             for key in _keys(subscription):
                 listeners = self._listeners_of(key, target)
                 if filters:
@@ -200,21 +204,24 @@ class Registry:
                 self._check_delivered(f"signal({model_name(target)}, {op!r})", target, (op,))
             return self._listeners_of((model_identity(target), op), target).signal
 
-    def bind(self, topics: Sequence[Topic], *, delivered: bool = True) -> None:
+    def bind(
+        self, topics: Sequence[Topic], *, delivered: bool = True, retried: bool = True
+    ) -> None:
         """Check all receivers against the topics, and deliver by these from now on.
 
-        Topics that are not ``delivered`` are only known by their names. Raises ReceiverError, and
-        then nothing has changed.
+        Topics that are not ``delivered`` are only known by their names. ``retried`` says whether
+        anybody calls a receiver again that has raised. Raises ReceiverError, and then nothing has
+        changed.
         """
         with self._lock:
             before = self._topics, self._names
+            self._retried = retried
             self._topics = tuple(topics) if delivered else ()
             # Former topics stay known: after a reconnection, events of them may still be queued.
             self._names = self._names | _names(topics)
             self._routes.clear()
             try:
-                for subscription in self._subscriptions:
-                    self._check(subscription)
+                filters = {each: self._check(each) for each in self._subscriptions}
                 for (_, op), each in self._listeners.items():
                     if any(not isinstance(r, Subscription) for r in each.signal.receivers.values()):
                         self._check_delivered(
@@ -224,6 +231,9 @@ class Registry:
                 self._topics, self._names = before
                 self._routes.clear()
                 raise
+            for subscription, found in filters.items():
+                if found != subscription.filters:
+                    self._index(subscription, found)
 
     @property
     def subscriptions(self) -> list[Subscription]:
@@ -247,6 +257,11 @@ class Registry:
         """The subscriptions ever made, and blinker's receivers: another value after an arrival."""
         with self._lock:
             return self._come, sum(len(x.signal.receivers) for x in self._listeners.values())
+
+    @property
+    def has_delivered(self) -> bool:
+        """Whether the receivers of an event have been looked up since the last subscription."""
+        return bool(self._routes)
 
     def is_alone(self, receiver: Any) -> bool:
         """Whether this is the only receiver, be it through a subscription or a blinker signal."""
@@ -300,7 +315,7 @@ class Registry:
             _check_operation(op)
         wanted = Subscription(_nothing, target, ops, filters, _nothing, "question")
         with self._lock:
-            self._check(wanted)
+            wanted.filters = self._check(wanted)
         identity = model_identity(target)
         index = _Index()
         index.add(wanted)
@@ -313,6 +328,15 @@ class Registry:
             return all(name in known for name in filters) and bool(index.find(event))
 
         return matches
+
+    def _index(self, subscription: Subscription, filters: dict[str, Any]) -> None:
+        """Have a subscription found by other values."""
+        indexes = [self._listeners[key].index for key in _keys(subscription)]
+        for each in indexes:
+            each.remove(subscription)
+        subscription.filters = filters
+        for each in indexes:
+            each.add(subscription)
 
     def forked(self) -> None:
         """In the child of a fork, renew the lock, which a thread that is not there may hold."""
@@ -369,13 +393,26 @@ class Registry:
                     listeners.signal.disconnect(subscription)
                     listeners.subscribed.pop(id(subscription), None)
 
-    def _check(self, subscription: Subscription) -> None:
+    def _check(self, subscription: Subscription) -> dict[str, Any]:
+        """Return the values of a subscription's filters by the columns' types.
+
+        Raises ReceiverError.
+        """
+        filters = subscription.filters
         if self._topics is None:
-            return
+            return filters
         who = f"The {subscription.name}"
         self.check_loop(subscription.name, subscription.fn)
+        if not self._retried:
+            _check_never_retried(subscription)
         for topic in self._check_delivered(who, subscription.target, subscription.ops):
             _check_filters(subscription, topic)
+            if filters:
+                filters = {
+                    name: _value(subscription, topic, name, value)
+                    for name, value in filters.items()
+                }
+        return filters
 
     def check_loop(self, name: str, fn: object) -> None:
         """Raise ReceiverError for a coroutine function without a loop to run it on."""
@@ -437,15 +474,58 @@ def _undelivered(
     )
 
 
+def _check_never_retried(subscription: Subscription) -> None:
+    retrying = getattr(subscription.fn, "retrying", subscription.retrying)
+    # Without retries there is nothing to miss.
+    if retrying != DEFAULT_RETRYING and retrying.retries:
+        raise ReceiverError(
+            f"The {subscription.name} has retries=, backoff= or later=, and nobody calls it again "
+            'here: leave them out, or start with delivery="outbox" or "wal" (a name= at a broker), '
+            "which keep an event until its receivers have returned."
+        )
+
+
 def _check_filters(subscription: Subscription, topic: Topic) -> None:
     known = tuple(dict.fromkeys(("id", *topic.key, *topic.values)))
     for name in subscription.filters:
         if name not in known:
+            if subscription.filters[name] in EVENT_OPERATIONS:
+                raise ReceiverError(
+                    f"The {subscription.name} asks for {name}={subscription.filters[name]!r}: an "
+                    "operation comes behind the model, without a name: "
+                    f"{_described(subscription.target, (subscription.filters[name],))}."
+                )
             raise ReceiverError(
                 f"The {subscription.name} asks for {name}=…, which events of {_topic_text(topic)} "
                 f"do not carry{near(name, known)} They carry {', '.join(known)}; add "
                 f"extra=[{name!r}] to the watcher."
             )
+
+
+def _value(subscription: Subscription, topic: Topic, name: str, value: Any) -> Any:
+    """Return what a filter asks for by the type of its column. Raises ReceiverError."""
+    names: tuple[str, ...] = (name,)
+    values: Sequence[Any] = (value,)
+    if name == "id" and "id" not in topic.types:
+        names = topic.key
+        if len(names) > 1:
+            if value is not None and not (isinstance(value, tuple) and len(value) == len(names)):
+                raise ReceiverError(
+                    f"The {subscription.name} asks for id={value!r}, and the key of "
+                    f"{_topic_text(topic)} is ({', '.join(names)}): give a tuple of so many values."
+                )
+            values = value or ()
+    found = []
+    for column, each in zip(names, values, strict=False):
+        kind = topic.types.get(column)
+        try:
+            found.append(converted(each, kind))
+        except ValueError:
+            raise ReceiverError(
+                f"The {subscription.name} asks for {name}={value!r}, which no event of "
+                f"{_topic_text(topic)} has: {column} is of type {kind}."
+            ) from None
+    return value if not found else tuple(found) if len(names) > 1 else found[0]
 
 
 def _nothing(_: object) -> None:
@@ -577,9 +657,43 @@ def _check_operation(op: object) -> None:
         )
 
 
-def _check_callable(fn: object) -> None:
+def check_receiver(fn: object, given: str = "the event") -> None:
+    """Raise ReceiverError for what cannot be called with one argument, ``given``, or does nothing.
+
+    A generator function only makes a generator when it is called, whose body nobody would run.
+    """
     if not callable(fn):
-        raise ReceiverError(f"{fn!r} cannot be called: give a function that takes the event.")
+        raise ReceiverError(f"{fn!r} cannot be called: give a function that takes {given}.")
+    name = receiver_name(fn)
+    called_by = getattr(type(fn), "__call__", None)  # noqa: B004 - the method is wanted
+    if any(
+        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each)
+        for each in (fn, called_by)
+    ):
+        raise ReceiverError(
+            f"The receiver {name} has a yield in it, so that a call would not run it: return "
+            "instead, or iterate over stream()."
+        )
+    try:
+        signature = inspect.signature(fn)
+    # Of some callables that are not written in Python nobody knows what they take.
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ReceiverError(
+            f"The receiver {name}{signature} cannot be called with {given} alone: {error}."
+        ) from None
+
+
+def check_target(target: object, method: str) -> None:
+    """Raise ReceiverError where a decorator has got the function in place of its arguments."""
+    if inspect.isroutine(target) or isinstance(target, functools.partial):
+        raise ReceiverError(
+            f"@{method} above {receiver_name(target)} has no model: write @{method}(Model), "
+            f'@{method}("table") or @{method}("label", "updated").'
+        )
 
 
 def _is_coroutine(fn: object) -> bool:

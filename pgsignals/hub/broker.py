@@ -72,7 +72,7 @@ class BrokerDelivery(Delivery):
 
     def start(self) -> None:
         topics = [topic for each in self._watchers for topic in each.topics]
-        self._callbacks.registry.bind(topics)
+        self._callbacks.registry.bind(topics, retried=self._options.name is not None)
         for topic in topics:
             self._meter.count("events", 0, **topic.fields)
         super().start()

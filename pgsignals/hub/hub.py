@@ -33,6 +33,8 @@ from ..dispatch.registry import (
     Registry,
     Retrying,
     Subscription,
+    check_receiver,
+    check_target,
     receiver_name,
 )
 from ..dispatch.streams import Stream
@@ -48,6 +50,9 @@ from .durable import DurableDelivery
 from .notify import NotifyDelivery
 from .options import Install, Options, all_resolvers
 from .status import Health, Status
+
+# A program that ends so soon was meant to go on.
+_SHORT_LIFE = 2.0
 
 BatchReceiver = Callable[[Batch], object]
 # A decorator checks the parameters of its function, and returns the function's own type.
@@ -79,6 +84,9 @@ class Hub:
         # The context of each call, which a framework's integration sets before one start().
         self._around: Around | None = None
         self._options = Options()
+        # When it last started, by the monotonic clock, and whether anybody has waited for the end.
+        self._started_at: float | None = None
+        self._kept = False
 
     @property
     def _delivery(self) -> Lifecycle | None:
@@ -258,6 +266,7 @@ class Hub:
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the Hub is stopped (True), or for ``timeout`` seconds (False)."""
         notice_fork()
+        self._kept = True
         return self._stopped.wait(timeout)
 
     def run(self, timeout: float = 10.0) -> bool:
@@ -266,9 +275,12 @@ class Hub:
         Receivers then handle what has arrived, for at most ``timeout`` seconds; a second signal
         ends that at once. Afterwards the signals have their previous handlers again.
         Returns whether everything that had arrived was handled. Raises StateError outside the main
-        thread, the only one that may handle signals.
+        thread, the only one that may handle signals, and before the first start.
         """
         notice_fork()
+        if self._started_at is None:
+            raise StateError("run() waits for the end of a Hub that runs: call start() before it.")
+        self._kept = True
         return self._signalled_stop.wait(self._stopped, partial(self.stop, timeout))
 
     def on(
@@ -290,6 +302,7 @@ class Hub:
         events of the same record ``"wait"``, or ``"follow"``.
         Raises ReceiverError, here or at start, when no watcher delivers such events.
         """
+        check_target(target, "on")
         retrying = Retrying(retries, backoff, later)
 
         def register(fn: R) -> R:
@@ -328,6 +341,7 @@ class Hub:
         it is called earlier when ``max_size`` records have changed. For ``retries`` and ``backoff``
         see :meth:`on`: a Batch is given again as a whole.
         """
+        check_target(target, "on_batch")
         if every < 0 or max_size < 1:
             raise ConfigurationError(
                 f"every={every!r}, max_size={max_size!r}: a period is not negative, and a batch "
@@ -336,6 +350,7 @@ class Hub:
         retrying = Retrying(retries, backoff)
 
         def register(fn: B) -> B:
+            check_receiver(fn, "the Batch")
             receiver = self._registry.callable_by_threads(fn)
             batcher = Batcher(receiver, every, max_size, self._callbacks.timer, retrying)
             self._registry.subscribe(batcher, target, ops, filters, collects=True)
@@ -345,6 +360,7 @@ class Hub:
 
     def on_gap(self, fn: G) -> G:
         """Decorate a function to be called with each Gap, before any later event."""
+        check_receiver(fn, "the Gap")
         receiver = self._registry.callable_by_threads(fn)
         if self.running:
             self._registry.check_loop(f"gap receiver {receiver_name(fn)}", receiver)
@@ -381,7 +397,11 @@ class Hub:
     def wait_for(
         self, target: Any, *ops: str, timeout: float | None = 5.0, **filters: Any
     ) -> Event:
-        """Return the next such event. Raises WaitTimeout if none comes in ``timeout`` seconds."""
+        """Return the next such event. Raises WaitTimeout if none comes in ``timeout`` seconds.
+
+        Raises StateError when the Hub is not running.
+        """
+        self._running("no event can come")
         with self.stream(target, *ops, maxsize=1, **filters) as events:
             event: Event | None = events.get(timeout)
         if event is None:
@@ -468,6 +488,7 @@ class Hub:
                 raise
             self._current = delivery
             self._make = make
+            self._started_at = time.monotonic()
             self._stopped.clear()
 
     def _running(self, otherwise: str) -> Lifecycle:
@@ -502,8 +523,29 @@ class Hub:
         self._callbacks.forked()
         if delivery is not None:
             delivery.abandon()
-            if restarting and self._options.restart_after_fork and self._make is not None:
+            if not restarting:
+                return
+            if self._options.restart_after_fork and self._make is not None:
                 Thread("restart", self._restart, self._make).start()
+            else:
+                log.warning(
+                    "this process has been forked from one whose Hub runs, and hears nothing "
+                    "itself: call start() in it, in a worker's hook say, or give "
+                    "start(restart_after_fork=True)"
+                )
+
+    def _exit(self, timeout: float) -> None:
+        """At the end of the process, stop; warn if nothing has kept a program that has begun."""
+        delivery, began = self._current, self._started_at
+        if delivery is not None and began is not None and not self._kept:
+            lived = time.monotonic() - began
+            if lived < _SHORT_LIFE and not self._callbacks.registry.has_delivered:
+                log.warning(
+                    "the program ended %.1f s after start(), before any event came: nothing kept "
+                    "it, as run() and wait() do",
+                    lived,
+                )
+        self.stop(timeout)
 
     def _restart(self, make: Callable[[], Lifecycle]) -> None:
         backoff = Backoff()

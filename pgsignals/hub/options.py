@@ -120,6 +120,14 @@ class Options:
         self._demand("queue_size", _whole(self.queue_size), "give a whole number from 1.")
         text = isinstance(self.namespace, str) and bool(self.namespace)
         self._demand("namespace", text, "give a text that is not empty.")
+        for option, methods in _METHODS.items():
+            given = getattr(self, option)
+            whole = all(callable(getattr(given, each, None)) for each in methods)
+            self._demand(
+                option,
+                given is None or (whole and not isinstance(given, type)),
+                f"give an object with {' and '.join(f'{each}()' for each in methods)}.",
+            )
         # Made here, since they refuse invalid values: before a connection is tried.
         _ = self.limits, self.timing
         if not self.watchers:
@@ -171,6 +179,9 @@ class Options:
     def _demand(self, option: str, fits: bool, fix: str) -> None:
         if not fits:
             raise ConfigurationError(f"{option}={getattr(self, option)!r}: {fix}")
+
+
+_METHODS = {"metrics": ("count", "gauge"), "tracer": ("receiving",)}
 
 
 def _whole(number: object) -> bool:

@@ -125,7 +125,7 @@ class Setup:
         )
 
     def _bind(self, definitions: Sequence[Definition]) -> None:
-        self._registry.bind([each.topic for each in definitions])
+        self._registry.bind([each.topic for each in definitions], retried=False)
 
     def install(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
         """Install or check the triggers, as far as the options allow."""

@@ -151,6 +151,11 @@ def define(
                 compared=spec.compared,
                 loader=RecordLoader(watcher.model, table, resolver, resolvers),
                 name=trigger.hash[:8],
+                types={
+                    each.attribute: each.base_type[1]
+                    for each in ((*table.key_columns, *spec.tracked) if with_rows else ())
+                    if each.base_type[0] == "pg_catalog"
+                },
             )
             found.append(Definition(watcher, topic, trigger, lacking=lacking))
     return found

@@ -11,6 +11,7 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.errors import ModelError, PgSignalsError, TableError, near
 from ..core.redaction import described, legible
 from ..core.tables import Column, Relation, Resolver, Table, TableRef
+from ..core.watchers import OPERATIONS
 from ..postgres.home_check import check_home
 
 _KINDS = {
@@ -57,12 +58,24 @@ def resolve(model: object, resolvers: Sequence[Resolver]) -> tuple[TableRef, Res
             ) from error
         if ref is not None:
             return ref, resolver
+    if _resolves(type(model), resolvers):
+        raise ModelError(
+            f"{legible(repr(model), 200)} is an instance of {type(model).__name__}: give the class."
+        )
     raise ModelError(
         f"{model!r} is not something that pgsignals can watch. Give an SQLAlchemy, SQLModel, "
         "Flask-SQLAlchemy or Django model, an sqlalchemy.Table, or a name such as 'orders' or "
         "'public.orders'; resolvers present: "
         f"{', '.join(resolver.name for resolver in resolvers)}."
     )
+
+
+def _resolves(kind: type, resolvers: Sequence[Resolver]) -> bool:
+    try:
+        return any(resolver.resolve(kind) is not None for resolver in resolvers)
+    # Of a class that is no model, or one without a table, a plugin may raise anything.
+    except Exception:
+        return False
 
 
 # Each of these asks about all tables at once: hundreds of round trips would take seconds.
@@ -178,6 +191,12 @@ def _check_kind(cursor: Cursor, ref: TableRef, row: Sequence[Any] | None) -> Non
         cursor.execute(_NAMES, {"schema": ref.schema})
         known = [name for (name,) in cursor.fetchall()]
         where = "" if ref.schema is not None else " on the search_path"
+        name, separator, op = wanted.rpartition(":")
+        if separator and op in OPERATIONS:
+            raise TableError(
+                f"There is no table {wanted!r}{where}: the operation is apart from the name, as in "
+                f"the watcher ({name!r}, {op!r})."
+            )
         raise TableError(
             f"There is no table {wanted!r}{where}{near(wanted, known)} Create it first, by a "
             "migration for instance, or say which schema has it: 'schema.table'."
