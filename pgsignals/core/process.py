@@ -83,6 +83,15 @@ def _inherit(restarting: bool = True) -> None:
         _process = process
 
 
+def forks_workers() -> bool:
+    """Whether this is a server that forks its workers, which then are to hear events."""
+    return any(name in sys.modules for name in _FORKING_SERVERS)
+
+
+# The children of other programs, of multiprocessing say, mostly do something else.
+_FORKING_SERVERS = ("gunicorn.arbiter", "celery.concurrency.prefork", "uwsgi", "pyuwsgi")
+
+
 @functools.cache
 def _guard_process() -> None:
     atexit.register(_stop_at_exit)

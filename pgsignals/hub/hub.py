@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ from ..core.errors import ConfigurationError, StateError, WaitTimeout
 from ..core.events import Batch, Event, Gap, model_name
 from ..core.logging import log
 from ..core.metrics import Meter, Metrics, Tracer
-from ..core.process import guard, notice_fork
+from ..core.process import forks_workers, guard, notice_fork
 from ..core.redaction import error_text
 from ..core.tables import Resolver
 from ..core.termination import SignalledStop
@@ -528,10 +529,11 @@ class Hub:
             if self._options.restart_after_fork and self._make is not None:
                 Thread("restart", self._restart, self._make).start()
             else:
-                log.warning(
+                log.log(
+                    logging.WARNING if forks_workers() else logging.INFO,
                     "this process has been forked from one whose Hub runs, and hears nothing "
                     "itself: call start() in it, in a worker's hook say, or give "
-                    "start(restart_after_fork=True)"
+                    "start(restart_after_fork=True)",
                 )
 
     def _exit(self, timeout: float) -> None:

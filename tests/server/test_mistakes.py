@@ -267,8 +267,10 @@ def test_no_retries(hub: Hub, dsn: str, orders: None) -> None:
 
 
 PROGRAM = """
-import os, sys, threading
+import os, sys
 import pgsignals
+if sys.argv[3:]:
+    __import__(sys.argv[3])
 hub = pgsignals.Hub()
 hub.on("orders")(print)
 hub.start(sys.argv[1], ["orders"], restart_after_fork=sys.argv[2] == "restarting")
@@ -285,9 +287,12 @@ if sys.argv[2] in ("forking", "restarting"):
 """
 
 
-def output(dsn: str, what: str) -> str:
+def output(dsn: str, what: str, *modules: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, dsn, what], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM, dsn, what, *modules],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -301,7 +306,18 @@ def test_a_program_that_nothing_keeps(dsn: str, orders: None, what: str, told: b
     assert ("nothing kept it, as run() and wait() do" in output(dsn, what)) == told
 
 
-@pytest.mark.parametrize(("what", "told"), [("forking", True), ("restarting", False)])
-def test_a_fork_that_hears_nothing(dsn: str, orders: None, what: str, told: bool) -> None:
-    """A worker that is forked from a process whose Hub runs says that it is deaf."""
-    assert ("hears nothing itself: call start() in it" in output(dsn, what)) == told
+@pytest.mark.parametrize(
+    ("what", "modules", "told"),
+    [
+        ("forking", ["gunicorn.arbiter"], True),
+        ("restarting", ["gunicorn.arbiter"], False),
+        # As the children of multiprocessing.
+        ("forking", [], False),
+    ],
+)
+def test_a_fork_that_hears_nothing(
+    dsn: str, orders: None, what: str, modules: list[str], told: bool
+) -> None:
+    """A worker that is forked from a server's master whose Hub runs says that it is deaf."""
+    found = output(dsn, what, *modules)
+    assert ("hears nothing itself: call start() in it" in found) == told
