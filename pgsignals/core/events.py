@@ -14,6 +14,8 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 
+from .json import to_plain
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 T = TypeVar("T")
@@ -167,6 +169,22 @@ class Message(msgspec.Struct, eq=False):
     def uid(self, number: int) -> str:
         """Return the uid of a row's event, the same here and wherever the event travels."""
         return event_uid(self.topic.name, self.txid, self.sequence, self.first + number)
+
+    def alone(self, number: int) -> Message:
+        """Return a message of this row alone, with the same uid, which nobody acknowledges."""
+        return Message(
+            self.topic,
+            self.txid,
+            self.sequence,
+            self.at_us,
+            self.context,
+            [self.rows[number]],
+            self.moved,
+            self.truncated,
+            self.first + number,
+            self.redelivered,
+            self.position,
+        )
 
     def row_payload(self, number: int) -> str | None:
         """Return the payload of a message of this row alone, with the same uid, to park.
@@ -331,7 +349,14 @@ class Event(msgspec.Struct, frozen=True, eq=False):
         return await _in_background(functools.partial(self.load, **options), session)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the event as plain data, as ``pgsignals watch --json`` prints it."""
+        """Return the event as ``json.dumps`` takes it, and as ``pgsignals watch --json`` prints it.
+
+        A value of a type that JSON lacks is its text: a time in ISO 8601, bytes in base64.
+        """
+        found: dict[str, Any] = to_plain(self._data())
+        return found
+
+    def _data(self) -> dict[str, Any]:
         common = ("at", "op", "schema", "table", "id", "key", "values")
         found: dict[str, Any] = {name: getattr(self, name) for name in common}
         if self.op == "updated":
@@ -345,13 +370,17 @@ class Event(msgspec.Struct, frozen=True, eq=False):
         return found
 
     def _record(self) -> dict[str, Any]:
-        return {**self.to_dict(), "old": self.old, "changed": self.changed, "txid": None}
+        return {**self._data(), "old": self.old, "changed": self.changed, "txid": None}
 
     def __eq__(self, other: object) -> bool:
         return self._record() == other._record() if isinstance(other, Event) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.uid)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the other rows of its message, and what decoded and acknowledges that.
+        return Event, (self._message.alone(self._number), 0, self._row)
 
     def __repr__(self) -> str:
         label = f" {self.label!r}" if self.label is not None else ""

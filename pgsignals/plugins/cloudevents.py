@@ -199,6 +199,9 @@ class _ReceivedMessage(Message):
     def uid(self, number: int) -> str:
         return self.origin
 
+    def alone(self, number: int) -> Message:
+        return msgspec.structs.replace(self, rows=[self.rows[number]], page=None)
+
 
 class Received(_Data, kw_only=True):
     """An event as it came from a broker, before it is given a model here."""

@@ -218,6 +218,14 @@ def _read_uuid(text: Any, cursor: Any) -> uuid.UUID | None:
 _UUID = psycopg2.extensions.new_type((2950,), "UUID", _read_uuid)
 _UUIDS = psycopg2.extensions.new_array_type((2951,), "UUID[]", _UUID)
 
+def _read_bytes(text: Any, cursor: Any) -> bytes | None:
+    # As bytes, which can be pickled, and not as a memoryview.
+    return None if text is None else bytes(psycopg2.BINARY(text, cursor))
+
+
+_BYTES = psycopg2.extensions.new_type((17,), "BYTES", _read_bytes)
+_BYTES_ARRAY = psycopg2.extensions.new_array_type((1001,), "BYTES[]", _BYTES)
+
 _INTERVAL_OID = 1186
 # Since PostgreSQL 17 there are infinite intervals, in which psycopg2 finds no number, and so reads
 # them as 0; its documentation has them as these limits, as it has infinite dates.
@@ -240,13 +248,14 @@ _INTERVALS = psycopg2.extensions.new_array_type((1187,), "INTERVAL[]", _INTERVAL
 def make_cast(connection: Connection) -> Cast:
     """Return a function that makes the Python values of ``connection``'s queries from texts.
 
-    It gives ``uuid.UUID`` for uuid, and the limits of timedelta for infinite intervals. It keeps a
+    It gives ``uuid.UUID`` for uuid, ``bytes`` for bytea, and the limits of timedelta for infinite
+    intervals. It keeps a
     cursor, without which psycopg2's casters would crash the interpreter, and stays usable when the
     connection is closed.
     """
     cursor = connection.cursor()
     # Not by register_uuid(), which decides for the whole program how UUIDs become parameters.
-    for kind in (_UUID, _UUIDS, _INTERVAL, _INTERVALS):
+    for kind in (_UUID, _UUIDS, _INTERVAL, _INTERVALS, _BYTES, _BYTES_ARRAY):
         psycopg2.extensions.register_type(kind, cursor)
     own: dict[int, Callable[[str, Any], Any]] = cursor.string_types or {}
     everywhere = psycopg2.extensions.string_types

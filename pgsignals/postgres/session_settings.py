@@ -19,6 +19,8 @@ _TRANSACTION = (
     # The planner expects many more partitions than there are, and would compile for a second what
     # then takes milliseconds.
     (0, "jit", "off"),
+    # psycopg2 writes a list of None as '{NULL}', which would be a list of texts.
+    (0, "array_nulls", "on"),
 )
 # With these, the server ends a session, and with it its locks, about a minute after the other end
 # has gone without a word.
