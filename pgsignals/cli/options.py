@@ -175,7 +175,7 @@ def given_watchers(
 def load_app(app: App) -> list[Watcher]:
     """Return the watchers that ``--app`` names, or that are given themselves; none without it.
 
-    Raises click.ClickException if they cannot be loaded.
+    Raises click.UsageError if they cannot be loaded.
     """
     if app is None:
         return []
@@ -195,11 +195,11 @@ def load_app(app: App) -> list[Watcher]:
             found = found()
     # Whatever the user's code raises is theirs to mend, and the message says where it was.
     except Exception as error:
-        raise click.ClickException(f"--app {app}: {described(error)}") from error
+        raise click.UsageError(f"--app {app}: {described(error)}") from error
     if isinstance(found, Watcher):
         found = [found]
     if not isinstance(found, list | tuple | set | frozenset):
-        raise click.ClickException(
+        raise click.UsageError(
             f"--app {app} gives {found!r:.80}, not a list of watchers: name a list, a function "
             "that returns one, or something with an attribute WATCHERS."
         )

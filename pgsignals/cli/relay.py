@@ -167,11 +167,12 @@ def relay(
             each.name: plugins.broadcaster(each.url, f"The target {each.name!r}")
             for each in config.targets
         }
+        place = None if config.metrics_port is None else _metrics_place(config.metrics_port)
     except (ConfigurationError, MissingExtraError, PluginError) as error:
         raise _WrongConfiguration(redact(str(error))) from error
     if check:
         ctx.exit(print_findings(check_relay(config, broadcasters), as_json))
-    metrics = None if config.metrics_port is None else _serve_metrics(config.metrics_port)
+    metrics = None if place is None else _serve_metrics(*place)
     _relay(config, metrics, timeout, every, as_json)
 
 
@@ -257,17 +258,24 @@ def _relay(
         notice("What was not acknowledged waits for the next relay.")
 
 
-def _serve_metrics(place: str) -> Metrics:
-    host, _, port = place.rpartition(":")
-    if not re.fullmatch(r"\d{1,5}", port):
-        raise click.UsageError(f"--metrics-port {place!r}: write PORT or HOST:PORT.")
+def _metrics_place(text: str) -> tuple[str, int]:
+    """Return the host and the port to serve metrics at. Raises ConfigurationError."""
+    host, _, port = text.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ConfigurationError(
+            f"metrics_port={text!r}: write PORT or HOST:PORT, with a port up to 65535."
+        )
+    return host or "127.0.0.1", int(port)
+
+
+def _serve_metrics(host: str, port: int) -> Metrics:
     # Imported before prometheus_client itself, whose absence this tells.
     from pgsignals.contrib.prometheus import PrometheusMetrics  # isort: skip
 
     from prometheus_client import start_http_server
 
     try:
-        start_http_server(int(port), host or "127.0.0.1")
-    except (OSError, OverflowError) as error:
-        raise click.ClickException(f"--metrics-port {place}: {error}") from error
+        start_http_server(port, host)
+    except OSError as error:
+        raise click.ClickException(f"--metrics-port {host}:{port}: {error}") from error
     return PrometheusMetrics()

@@ -223,7 +223,11 @@ def dead_letter(cursor: Cursor, key: int) -> KeptLetter:
 
 
 def retry(cursor: Cursor, keys: Sequence[int] | None) -> int:
-    """Ask the active process to deliver these, or all, again; return how many there are."""
+    """Ask the active process to deliver these, or all, again; return how many there are.
+
+    Raises DatabaseError, and asks for none, if one of these is not there.
+    """
+    _require(cursor, keys)
     cursor.execute(
         "UPDATE pgsignals.dead_letters SET retry = true"
         " WHERE %(keys)s::bigint[] IS NULL OR id = ANY (%(keys)s::bigint[])",
@@ -235,10 +239,26 @@ def retry(cursor: Cursor, keys: Sequence[int] | None) -> int:
 
 
 def drop_letters(cursor: Cursor, keys: Sequence[int] | None) -> int:
-    """Discard these, or all; return how many there were."""
+    """Discard these, or all; return how many there were.
+
+    Raises DatabaseError, and discards none, if one of these is not there.
+    """
+    _require(cursor, keys)
     cursor.execute(
         "DELETE FROM pgsignals.dead_letters"
         " WHERE %(keys)s::bigint[] IS NULL OR id = ANY (%(keys)s::bigint[])",
         {"keys": None if keys is None else list(keys)},
     )
     return cursor.rowcount
+
+
+def _require(cursor: Cursor, keys: Sequence[int] | None) -> None:
+    cursor.execute(
+        "SELECT key FROM pg_catalog.unnest(%s::bigint[]) AS key"
+        " WHERE NOT EXISTS (SELECT FROM pgsignals.dead_letters WHERE id = key)",
+        (list(keys or ()),),
+    )
+    if missing := [str(key) for (key,) in cursor.fetchall()]:
+        raise DatabaseError(
+            f"There is no dead letter {', '.join(missing)}: see `pgsignals dead-letters list`."
+        )
