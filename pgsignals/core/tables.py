@@ -119,14 +119,13 @@ class Table:
                 f"{self.elsewhere[attribute]}. Watch the model of that table for it."
             )
         meant = [c.attribute for c in self.columns if c.name == attribute]
-        if meant:
-            raise TableError(
-                f"{attribute!r} is the column's name in {self.qualified}: give the attribute of "
-                f"the model, {meant[0]!r}."
-            )
+        hint = (
+            f" by the model's names: it is {meant[0]!r} there."
+            if meant
+            else near(attribute, self._by_attribute)
+        )
         raise TableError(
-            f"{self.qualified} has no column {attribute!r}"
-            f"{near(attribute, self._by_attribute)} "
+            f"{self.qualified} has no column {attribute!r}{hint} "
             f"Its columns: {', '.join(c.attribute for c in self.columns)}."
         )
 

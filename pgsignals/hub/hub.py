@@ -53,7 +53,7 @@ from .options import Install, Options, all_resolvers
 from .status import Health, Status
 
 # A program that ends so soon was meant to go on.
-_SHORT_LIFE = 2.0
+_SHORT_LIFE = 1.0
 
 BatchReceiver = Callable[[Batch], object]
 # A decorator checks the parameters of its function, and returns the function's own type.

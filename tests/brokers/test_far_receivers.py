@@ -192,7 +192,7 @@ def test_without_a_name_there_is_one_try(
     """Nothing is acknowledged there: a receiver that raises has missed the event."""
     calls: list[Any] = []
 
-    @hub.on("conformance", backoff=0.0)
+    @hub.on("conformance")
     def raises_once(event: pgsignals.Event) -> None:
         calls.append(number(event))
         if number(event) == 1:
@@ -200,6 +200,8 @@ def test_without_a_name_there_is_one_try(
         recorder(event)
 
     hub.start(url, ["conformance"])
+    with pytest.raises(pgsignals.ReceiverError, match="nobody calls it again"):
+        hub.subscribe(recorder, "conformance", retries=1)
     send(1, 2)
     recorder.wait(1)
     assert calls == [1, 2]

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from flask import Flask, current_app, g, has_app_context
@@ -135,12 +136,14 @@ def test_a_tracer_of_the_application(dsn: str, db: Database, hub: Hub, recorder:
 
 def test_a_tracer_that_fails(dsn: str, db: Database, hub: Hub, recorder: Recorder) -> None:
     """The receiver is called in its context all the same."""
-    app = application(dsn, PGSIGNALS_TRACER=object())
+    tracer = mock.Mock(**{"receiving.side_effect": RuntimeError("no span")})
+    app = application(dsn, PGSIGNALS_TRACER=tracer)
     signals = PgSignals(app, watchers=WATCHERS, hub=hub)
     signals.on("items")(lambda event: recorder(current_app.name))
     signals.start(app)
     db("INSERT INTO items DEFAULT VALUES")
     assert recorder.wait(1) == ["shop"]
+    assert tracer.receiving.called
 
 
 def test_each_call_has_a_context_of_its_own(

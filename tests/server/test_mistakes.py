@@ -120,7 +120,7 @@ def test_before_start(hub: Hub, mistake: Callable[[Hub], Any], words: str) -> No
         ({"watchers": ["order"]}, "did you mean 'orders'"),
         (
             {"watchers": [pgsignals.watch(ORDERS, "updated", columns=["paid_at"])]},
-            "give the attribute of the model, 'paid'",
+            "by the model's names: it is 'paid' there",
         ),
         ({"metrics": Counting}, "metrics=<class"),
         ({"metrics": object()}, "count() and gauge()"),

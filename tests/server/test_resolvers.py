@@ -340,7 +340,7 @@ def test_sqlmodel_and_flask_sqlalchemy() -> None:
         (models.Model, "Model is abstract and has no table"),
         (Stamped, "Stamped is abstract and has no table"),
         ("a.b.c", r"'table' or 'schema\.table'"),
-        (User(), "is not something that pgsignals can watch"),
+        (User(), "is an instance of User: give the class"),
         (int, "is not something that pgsignals can watch"),
     ],
 )
