@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ import httpx
 import psycopg2
 import pytest
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from psycopg2.extensions import make_dsn, parse_dsn
 from starlette.concurrency import run_in_threadpool
 
@@ -47,6 +47,7 @@ class Site:
     def __init__(self, dsn: str, hub: Hub, **options: Any) -> None:
         self.hub = hub
         self.errors: list[BaseException] = []
+        self.sessions = 0
 
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> Any:
@@ -74,6 +75,13 @@ class Site:
                 keepalive=0.05,
             )
 
+        @app.get("/with-a-session")
+        async def with_a_session(
+            request: Request,
+            _: None = Depends(self._session, scope="function"),
+        ) -> Response:
+            return sse(request, "items", hub=hub, **options)
+
         @app.get("/position")
         async def where() -> str:
             return position("items", hub=hub, size=options.get("size", 1000))
@@ -85,6 +93,12 @@ class Site:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         eventually(lambda: self._server.started, bool)
+
+    async def _session(self) -> AsyncIterator[None]:
+        """Stand for a session of SQLAlchemy, which takes a connection of its pool."""
+        self.sessions += 1
+        yield
+        self.sessions -= 1
 
     def _run(self) -> None:
         asyncio.run(self._server.serve(sockets=[self._listener]))
@@ -163,6 +177,15 @@ def test_a_browser_is_told(serve: Callable[..., Site], db: Database) -> None:
         assert (told["op"], told["table"], told["id"]) == ("inserted", "items", 1)
         assert "owner" not in message["data"]
         assert message["id"]
+
+
+def test_a_session_is_closed_before_the_stream(serve: Callable[..., Site], db: Database) -> None:
+    """With the scope that the documentation shows, a stream holds nothing of its dependencies."""
+    site = serve()
+    with Browser(f"{site.url}/with-a-session") as browser:
+        db("INSERT INTO items (owner) VALUES (7)")
+        assert browser.message()["data"]
+        assert site.sessions == 0
 
 
 def test_views_and_keepalives(serve: Callable[..., Site], db: Database) -> None:
