@@ -98,6 +98,8 @@ def read_config(path: Path, base: RelayConfig) -> RelayConfig:
     # The message names line and column, and no value.
     except (ValueError, msgspec.DecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
+    for key, first in (("watch", "table"), ("target", "url")):
+        _check_tables(path, key, data.get(key), first)
     _refuse_unknown(path, data, _File, "")
     try:
         found = msgspec.convert(data, _File)
@@ -209,6 +211,18 @@ def _within(path: Path, key: str, call: Callable[[], T]) -> T:
         return call()
     except PgSignalsError as error:
         raise ConfigurationError(f"{path}: {key}: {error}") from None
+
+
+def _check_tables(path: Path, key: str, given: object, first: str) -> None:
+    """Raise ConfigurationError for what is not written as an array of tables."""
+    if given is None or (
+        isinstance(given, list) and all(isinstance(each, Mapping) for each in given)
+    ):
+        return
+    raise ConfigurationError(
+        f"{path}: each {key} is a table of its own, since there may be several: write [[{key}]] on "
+        f'a line, and {first} = "…" below it.'
+    )
 
 
 def _refuse_unknown(path: Path, data: object, kind: Any, where: str) -> None:

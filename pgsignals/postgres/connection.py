@@ -218,6 +218,7 @@ def _read_uuid(text: Any, cursor: Any) -> uuid.UUID | None:
 _UUID = psycopg2.extensions.new_type((2950,), "UUID", _read_uuid)
 _UUIDS = psycopg2.extensions.new_array_type((2951,), "UUID[]", _UUID)
 
+
 def _read_bytes(text: Any, cursor: Any) -> bytes | None:
     # As bytes, which can be pickled, and not as a memoryview.
     return None if text is None else bytes(psycopg2.BINARY(text, cursor))

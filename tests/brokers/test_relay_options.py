@@ -37,6 +37,8 @@ from tests.relays import prefix as prefix
         ("[[target]]\nurl = 'nats://h/'\npassword = 's3cret'", r"write 'env:VARIABLE'"),
         ("[[target]]\nurl = 'nats://h/'\npassword = 'env:S'", r"no variable S\."),
         ("[[target]]\nurl = 'nats://a:s3cret@h/'\nuser = 'b'", r"then none in the url"),
+        ("[target]\nurl = 'nats://h/'", r"write \[\[target\]\] on a line, and url = "),
+        ("watch = ['orders']", r"write \[\[watch\]\] on a line, and table = "),
         ("dsn = 'env:NOT_THERE'", r"dsn: 'env:NOT_THERE': the environment has no variable"),
         ("dsn = 'file:none'", r"dsn: 'file:none': .*none cannot be read: No such file"),
         ("dsn = 'credential:dsn'", r"no CREDENTIALS_DIRECTORY"),
