@@ -719,6 +719,17 @@ def receiver_name(fn: object) -> str:
         return f"?.{type(fn).__qualname__}"
 
 
+def event_text(event: Event) -> str:
+    """Return what an event is about, for log lines: table, operation, key and uid."""
+    topic = event._message.topic
+    try:
+        key = legible(repr(event.id), 100)
+    # The repr of a value that a typecaster of the user's has made may raise anything.
+    except Exception:
+        key = "?"
+    return f"{topic.schema}.{topic.table} {topic.op} id={key} (event {event.uid})"
+
+
 def _described(target: object, ops: tuple[str, ...]) -> str:
     name = repr(target) if isinstance(target, str) else model_name(target)
     return f"({', '.join((name, *map(repr, ops)))})" if ops else name

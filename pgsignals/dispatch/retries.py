@@ -12,7 +12,7 @@ from ..core.logging import log
 from .delays import DelayQueue
 from .held_events import Held
 from .in_process import FailureHandler
-from .registry import DEFAULT_RETRYING, Retrying, Subscription, receiver_name
+from .registry import DEFAULT_RETRYING, Retrying, Subscription, event_text, receiver_name
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class Retries(DelayQueue[Attempt]):
         name = receiver_name(attempt.receiver)
         for event in attempt.given:
             log.error(
-                "the receiver %s has failed %d times with event %s, which is %s",
+                "the receiver %s has failed %d times with %s, which is %s",
                 name,
                 attempt.tries,
-                event.uid,
+                event_text(event),
                 self._fate,
                 extra={"receiver": name, "event_uid": event.uid, **event._message.topic.fields},
             )

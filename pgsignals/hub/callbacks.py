@@ -15,7 +15,7 @@ from ..core.redaction import type_name
 from ..dispatch.batches import Batcher, BatchTimer
 from ..dispatch.calls import CallScope
 from ..dispatch.coroutines import CoroutineReceiver, LeftBehind
-from ..dispatch.registry import Around, Registry, receiver_name
+from ..dispatch.registry import Around, Registry, event_text, receiver_name
 from ..dispatch.streams import Ending, Stream
 from .options import Options
 from .status import Health
@@ -166,10 +166,10 @@ class Callbacks:
         name = receiver_name(receiver)
         self._meter.count("receiver_failures", receiver=name)
         log.error(
-            "the receiver %s raised %s for event %s",
+            "the receiver %s raised %s for %s",
             name,
             type_name(error),
-            event.uid,
+            event_text(event),
             exc_info=error_info(error),
             extra={"receiver": name, "event_uid": event.uid, **event._message.topic.fields},
         )
