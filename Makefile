@@ -8,12 +8,15 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: demo test check bench docs dist clean help
+.PHONY: demo test test-matrix check bench docs dist clean help
 
 demo: $(VENV)/installed-demo,cli ## show live signals from a throwaway PostgreSQL for 10 seconds
 	$(BIN)/pgsignals demo --seconds 10
 
-test: $(VENV)/installed-test ## run the tests; ARGS='-k name' passes options to pytest
+test: $(VENV)/installed-test ## run the tests, each on one PostgreSQL; ARGS='-k name' passes options to pytest
+	$(BIN)/python -m pytest -n 3 --dist worksteal --turn=$$(date +%j) $(ARGS)
+
+test-matrix: $(VENV)/installed-test ## run all tests on all versions of PostgreSQL that they know
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 # The test extra is here because mypy must see the packages that the integrations import.

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import uuid
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -57,6 +58,32 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A database a test is gigabytes of files; the disk of a busy machine took half of the tests' time.
 MEMORY = Path("/dev/shm")
 MEMORY_NEEDED = 4 << 30
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make test` take its turn of what is tested with several versions of PostgreSQL."""
+    parser.addoption(
+        "--turn",
+        type=int,
+        metavar="N",
+        help="run each test that there is for several versions of PostgreSQL with one of them: half "
+        "with the oldest, half with the newest, and the other way round for the next N",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what has its turn another time."""
+    turn: int | None = config.getoption("turn")
+    if turn is None:
+        return
+    chosen, left = [], []
+    for item in items:
+        version = getattr(item, "callspec", None) and item.callspec.params.get("each_version")  # type: ignore[attr-defined]
+        others = item.nodeid.replace(f"pg{version}", "")
+        now = VERSIONS[(zlib.crc32(others.encode()) + turn) % len(VERSIONS)]
+        (chosen if version in (None, now) else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = chosen
 
 
 @pytest.hookimpl(wrapper=True)

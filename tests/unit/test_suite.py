@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 
+from tests.conftest import NEWEST, OLDEST
 from tests.paths import ROOT
 
 pytest_plugins = "pytester"
@@ -119,3 +125,23 @@ def test_a_thread_that_stays_fails_its_test(inner: pytest.Pytester) -> None:
     result = run(inner)
     result.assert_outcomes(passed=4, errors=1)
     result.stdout.fnmatch_lines(["E *pgsignals-staying runs on behind the test*"])
+
+
+def test_two_turns_are_the_whole_matrix() -> None:
+    """What one turn leaves out is in the next, and each has every test on one version."""
+
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/server/test_values.py"]
+    around = {k: v for k, v in os.environ.items() if k != "PGSIGNALS_TEST_POSTGRES"}
+
+    def collected(*options: str) -> list[str]:
+        done = subprocess.run(
+            [*asked, *options], capture_output=True, text=True, cwd=ROOT, env=around, check=False
+        )
+        assert done.returncode == 0, done.stdout
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    whole, odd, even = collected(), collected("--turn=7"), collected("--turn=8")
+    assert sorted([*odd, *even]) == sorted(whole)
+    names = [[re.sub(r"pg\d+", "", each) for each in turn] for turn in (odd, even)]
+    assert sorted(names[0]) == sorted(names[1]) == sorted({*names[0]})
+    assert all(any(f"pg{version}" in each for each in odd) for version in (OLDEST, NEWEST))
