@@ -66,8 +66,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--turn",
         type=int,
         metavar="N",
-        help="run each test that there is for several versions of PostgreSQL with one of them: half "
-        "with the oldest, half with the newest, and the other way round for the next N",
+        help="run each test that there is for several versions of PostgreSQL with one: half with "
+        "the oldest, half with the newest, and the other way round for the next N",
     )
 
 
