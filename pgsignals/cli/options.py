@@ -172,10 +172,17 @@ def given_watchers(
     return normalize(found)
 
 
+class _WrongApp(click.ClickException):
+    """What ``--app`` names has no watchers: told in one line, without the usage."""
+
+    exit_code = 2
+
+
 def load_app(app: App) -> list[Watcher]:
     """Return the watchers that ``--app`` names, or that are given themselves; none without it.
 
-    Raises click.UsageError if they cannot be loaded.
+    Raises click.ClickException, with the exit code of a wrong command line, if they cannot be
+    loaded.
     """
     if app is None:
         return []
@@ -195,11 +202,11 @@ def load_app(app: App) -> list[Watcher]:
             found = found()
     # Whatever the user's code raises is theirs to mend, and the message says where it was.
     except Exception as error:
-        raise click.UsageError(f"--app {app}: {described(error)}") from error
+        raise _WrongApp(f"--app {app}: {described(error)}") from error
     if isinstance(found, Watcher):
         found = [found]
     if not isinstance(found, list | tuple | set | frozenset):
-        raise click.UsageError(
+        raise _WrongApp(
             f"--app {app} gives {found!r:.80}, not a list of watchers: name a list, a function "
             "that returns one, or something with an attribute WATCHERS."
         )

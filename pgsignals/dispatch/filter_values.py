@@ -68,6 +68,11 @@ def _uuid(value: Any) -> Any:
     return value
 
 
+def _bytes(value: Any) -> Any:
+    # As a query gives them; events have bytes.
+    return bytes(value) if isinstance(value, memoryview | bytearray) else value
+
+
 def _text(value: Any) -> Any:
     if isinstance(value, str):
         return value
@@ -86,6 +91,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "float8": _float,
     "bool": _bool,
     "uuid": _uuid,
+    "bytea": _bytes,
     "text": _text,
     "varchar": _text,
     "bpchar": _text,

@@ -279,7 +279,7 @@ class Hub:
         thread, the only one that may handle signals, and before the first start.
         """
         notice_fork()
-        if self._started_at is None:
+        if self._started_at is None and threading.current_thread() is threading.main_thread():
             raise StateError("run() waits for the end of a Hub that runs: call start() before it.")
         self._kept = True
         return self._signalled_stop.wait(self._stopped, partial(self.stop, timeout))

@@ -392,9 +392,9 @@ def test_a_lost_connection_is_told_and_survived(watching: Watch, db: Database) -
     ],
 )
 def test_an_error_is_a_message(dsn: str, arguments: tuple[str, ...], message: str) -> None:
-    """What cannot be is told without a traceback or a password, with exit code 1."""
+    """What cannot be is told without a traceback or a password, with exit code 1 or 2."""
     result = run("watch", *arguments, dsn=dsn)
-    assert (result.code, result.out) == (1, [])
+    assert (result.code, result.out) == (2 if "--app" in message else 1, [])
     text = "\n".join(result.err)
     assert text.startswith(message)
     assert "Traceback" not in text
@@ -457,7 +457,7 @@ def test_app_that_gives_none_is_an_error(dsn: str, tmp_path: Path, app: str, mes
     """What --app names and is not watchers is told in one line."""
     (tmp_path / "shop.py").write_text(APP)
     result = run("watch", "--app", app, dsn=dsn, cwd=tmp_path)
-    assert result.code == 1
+    assert result.code == 2
     [line] = result.err
     assert message in line
 

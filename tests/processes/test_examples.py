@@ -195,7 +195,7 @@ def test_email_survives_a_dead_mail_server(shop: Database, start: Callable[..., 
     example.wait_for("watching")
     shop("UPDATE users SET email = 'b@example.org'")
     assert example.process.stderr is not None
-    assert "ConnectionRefusedError for event" in example.process.stderr.readline()
+    assert "ConnectionRefusedError for public.users" in example.process.stderr.readline()
     assert example.process.poll() is None
 
 
@@ -330,6 +330,6 @@ def test_webhook_receiver(shop: Database, start: Callable[..., Example]) -> None
     assert received["data"]["values"]["customer"] == "Ann"
     sender.interrupt()
     assert forger.process.stderr is not None
-    assert "HTTPError for event" in forger.process.stderr.readline()
+    assert "HTTPError for public.orders" in forger.process.stderr.readline()
     receiver.interrupt()
     assert len(receiver.lines.items) == 2

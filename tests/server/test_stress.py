@@ -366,8 +366,8 @@ def stream(hub: Hub, dsn: str, choose: random.Random) -> None:
 
 
 def wait(hub: Hub, dsn: str, choose: random.Random) -> None:
-    """Waiting for an event, in vain or not."""
-    with contextlib.suppress(WaitTimeout):
+    """Waiting for an event, in vain or not, of a Hub that may be stopped at any time."""
+    with contextlib.suppress(WaitTimeout, StateError):
         hub.wait_for("items", timeout=0.02)
 
 

@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^(\w+):.*## ", MAKEFILE, re.MULTILINE))
+TARGETS = set(re.findall(r"^([\w-]+):.*## ", MAKEFILE, re.MULTILINE))
 WORKFLOWS = {
     path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").iterdir()
 }
@@ -101,10 +101,12 @@ def test_workflows_cover_the_versions() -> None:
 def test_workflows_call_what_is_there() -> None:
     """Each target that a workflow or the gate makes exists, and contributors are told of each."""
     commands = [*(step.get("run", "") for step in STEPS), (ROOT / ".ci/run").read_text()]
-    called = {name for each in commands for name in re.findall(r"^make (\w+)", each, re.MULTILINE)}
+    called = {
+        name for each in commands for name in re.findall(r"^make ([\w-]+)", each, re.MULTILINE)
+    }
     assert {"check", "test", "dist"} <= called <= TARGETS
     told = (ROOT / "CONTRIBUTING.md").read_text()
-    assert TARGETS - {"help"} == set(re.findall(r"^\| `make (\w+)` ", told, re.MULTILINE))
+    assert TARGETS - {"help"} == set(re.findall(r"^\| `make ([\w-]+)` ", told, re.MULTILINE))
     [phony] = re.findall(r"^\.PHONY:(.*)$", MAKEFILE, re.MULTILINE)
     assert set(phony.split()) == TARGETS
 
