@@ -14,6 +14,7 @@ from . import (
     debezium,
     durable_latency,
     growth,
+    install,
     latency,
     memory,
     relay,
@@ -28,6 +29,7 @@ from .report import Results, Row, machine, now, publish, table
 ROWS: dict[str, Callable[[Bench], list[Figure]]] = {
     "bulk": bulk.measure,
     "bulk-partitioned": bulk.partitioned,
+    "install": install.measure,
     "single": single.measure,
     "writers": writers.measure,
     "writers-few": writers.few,

@@ -89,8 +89,8 @@ def partitioned(bench: Bench) -> list[Figure]:
         took = interleave(bench.rounds, {name: partial(side.run) for name, side in sides.items()})
     what = f"INSERT of {rows:,} rows into 8 partitions, watched ÷ unwatched"
     return [
-        Figure(what, ratios(took["notify"], took["unwatched"]), ""),
-        Figure("  the same in outbox delivery", ratios(took["outbox"], took["unwatched"]), ""),
+        Figure(what, ratios(took["notify"], took["unwatched"]), "", 3),
+        Figure("  the same in outbox delivery", ratios(took["outbox"], took["unwatched"]), "", 4),
         Figure("  the same in WAL delivery", ratios(took["wal"], took["unwatched"]), "", 1.1),
         Figure("  unwatched", [1000 * seconds for seconds in took["unwatched"]], "ms"),
     ]

@@ -61,9 +61,9 @@ def kafka(bench: Bench) -> list[Figure]:
 
 
 def nats(bench: Bench) -> list[Figure]:
-    """The same with NATS JetStream and nats-py."""
+    """The same with NATS JetStream and nats-py: four times what it was without chains."""
     with started("nats") as broker:
-        return _measure(bench, broker, "NATS", "nats-py", nats_records, None)
+        return _measure(bench, broker, "NATS", "nats-py", nats_records, None, 3.5)
 
 
 def _measure(
@@ -73,6 +73,7 @@ def _measure(
     client: str,
     records: Callable[[str, str], int],
     target: float | None,
+    target_ratio: float | None = None,
 ) -> list[Figure]:
     count = bench.scaled(EVENTS[what])
     dsn = bench.shop()
@@ -104,7 +105,7 @@ def _measure(
     return [
         Figure(f"relay outbox → {what}, acknowledged", ours, "events/s", target, at_most=False),
         Figure(f"  a bare {client} loop over the same rows", bare, "events/s"),
-        Figure("  ours ÷ that", ratios(ours, bare), ""),
+        Figure("  ours ÷ that", ratios(ours, bare), "", target_ratio, at_most=False),
         Figure("  processor time of our process, an event", [1e6 * u / count for u in taken], "µs"),
         *(
             Figure(f"  share of the processor time, {part}", [100 * seconds / total], "%")

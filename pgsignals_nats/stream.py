@@ -15,8 +15,8 @@ from pgsignals import BrokerError
 
 from .connection import connect, stream_error
 from .history import ID, History
+from .messages import Item
 from .options import SendingOptions
-from .ordering import Item
 
 log = logging.getLogger("pgsignals.nats")
 
@@ -24,13 +24,15 @@ log = logging.getLogger("pgsignals.nats")
 class Stream:
     """The known state of the stream.
 
-    Its history outlasts a connection: another stream may be there at the next one. ``limit`` is the
-    length of the longest message that it takes.
+    Its history outlasts a connection: another stream may be there at the next one. So does the Gap
+    that readers have yet to be told, the ``notice``. ``limit`` is the length of the longest message
+    that it takes.
     """
 
     def __init__(self, options: SendingOptions) -> None:
         self._options = options
         self.history = History()
+        self.notice: Item | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -86,8 +88,8 @@ class Stream:
 
     def saw(self, item: Item, sequence: int) -> None:
         """Note that a message was stored."""
-        self.history.saw(sequence, item.headers)
-        if item.headers[ID] != item.uid and item.record is not None:
+        self.history.saw(sequence, {ID: item.name})
+        if item.again and item.record is not None:
             self._again[item.record] = sequence
 
     def flushed(self) -> None:
@@ -104,9 +106,9 @@ class Stream:
             found = await self._jetstream.get_msg(self._options.stream_name, sequence)
         except nats.js.errors.NotFoundError:
             return False
-        headers = found.headers or {}
+        there, wanted = found.headers or {}, item.headers()
         # A database that was restored gives the uids of lost events to other ones.
-        return all(headers.get(name) == item.headers[name] for name in (ID, "ce-time"))
+        return all(there.get(name) == wanted[name] for name in (ID, "ce-time"))
 
 
 async def check(options: SendingOptions, tables: Sequence[tuple[str, str]]) -> None:

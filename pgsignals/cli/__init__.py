@@ -8,6 +8,7 @@ from pgsignals import __version__
 from pgsignals.plugins.loader import load_plugins
 
 from .backfill import backfill, backfills
+from .console import console
 from .demo import demo
 from .doctor import doctor
 from .groups import ErrorsAsMessages, log_to_stderr
@@ -19,6 +20,7 @@ from .relay import relay
 from .retention import retention
 from .sql import sql
 from .status import status
+from .top import top
 from .watch import watch
 
 
@@ -65,6 +67,7 @@ def main(ctx: click.Context, verbose: bool) -> None:
 for command in (
     backfill,
     backfills,
+    console,
     consumers,
     dead_letters,
     demo,
@@ -75,6 +78,7 @@ for command in (
     retention,
     sql,
     status,
+    top,
     uninstall,
     watch,
 ):

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import click
 
-from pgsignals.cli.checks import FAIL, OK, WARN, Finding, examine
 from pgsignals.core.json import to_json
 from pgsignals.hub.options import all_resolvers
+from pgsignals.overview.checks import FAIL, OK, WARN, Finding, examine
 
 from .options import Scope, json_option, scope_options
 from .output import coloured, examples, printable

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from psycopg2.extensions import cursor as Cursor
 
-from pgsignals.cli.checks import FAIL, OK, WARN, Finding, examine
-from pgsignals.cli.checks.findings import Outcome, fail, ok, warn
 from pgsignals.core.errors import DriftError, PgSignalsError, WatcherError
 from pgsignals.core.redaction import described, error_text
 from pgsignals.hub.options import all_resolvers
 from pgsignals.outbox.schema import check_schema
+from pgsignals.overview.checks import FAIL, OK, WARN, Finding, examine
+from pgsignals.overview.checks.findings import Outcome, fail, ok, warn
 from pgsignals.plugins.broadcaster import Broadcaster, Checkable
 from pgsignals.postgres.connection import opened
 from pgsignals.triggers.definitions import define

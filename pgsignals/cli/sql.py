@@ -57,7 +57,7 @@ def sql(scope: Scope, everything: bool, removing: bool) -> None:
                 logged = scope.delivery is Transport.WAL
             else:
                 for item in installed:
-                    statements.append(drop_statement(cursor, item.function_schema, item.name))
+                    statements.append(drop_statement(item.function_schema, item.name))
                 logged = any(item.transport is Transport.WAL for item in installed)
             if logged:
                 statements += [INSTALL_LOCKING, tidying(whole=True)]

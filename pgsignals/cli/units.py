@@ -6,7 +6,10 @@ import re
 
 import click
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+from ..core.units import SECONDS as _SECONDS
+from ..core.units import size_text as size_text
+from ..core.units import time_text as time_text
+
 _BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _NUMBER = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
 
@@ -27,19 +30,3 @@ def parse_size(text: str) -> int:
             f"{text!r}: write a number with KiB, MiB, GiB or TiB, such as 20GiB."
         )
     return int(float(found[1]) * _BYTES[found[2]])
-
-
-def time_text(seconds: float) -> str:
-    """Return ``7d``, ``1.5h``, ``0.2s``: in the greatest unit that fits, to four digits."""
-    for unit in ("d", "h", "m"):
-        if seconds >= _SECONDS[unit]:
-            return f"{seconds / _SECONDS[unit]:.4g}{unit}"
-    return f"{seconds:.3g}s"
-
-
-def size_text(size: float) -> str:
-    """Return ``20GiB``, ``1.5MiB``, ``17B``."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if size >= _BYTES[unit]:
-            return f"{size / _BYTES[unit]:.4g}{unit}"
-    return f"{size:g}B"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -25,7 +26,7 @@ from ..core.tables import Resolver, Table
 from ..core.transport import Capture, Transport
 from ..core.watchers import Watcher
 from ..triggers import names
-from ..triggers.catalogue import read_installed
+from ..triggers.catalogue import Installed
 from ..triggers.definitions import Compiled, Definition, RecordLoader, define
 from ..triggers.sql import Specification, Trigger, rows_witness
 from ..triggers.table_lookup import describe, resolve
@@ -92,6 +93,17 @@ def elsewhere(own: int, known: Mapping[int, Channel]) -> list[int]:
     ]
 
 
+def by_watcher(known: Mapping[int, Channel]) -> dict[int, Mapping[int, Channel]]:
+    """Return, for each channel, those of its watcher, in all logs.
+
+    With all channels, ``wanted`` would take each of hundreds of watchers as long as all together.
+    """
+    groups: defaultdict[object, dict[int, Channel]] = defaultdict(dict)
+    for key, each in known.items():
+        groups[each.layout.identity][key] = each
+    return {key: groups[each.layout.identity] for key, each in known.items()}
+
+
 def _known(rows: Iterable[tuple[int, int, str]]) -> dict[int, Channel]:
     """Return, by number, the channels whose descriptions this version understands."""
     found = {}
@@ -125,6 +137,7 @@ def predecessors(
     definitions, whose tables are gone, have no trigger to compare with, and are left out.
     """
     known = understood(described)
+    alike = by_watcher(known)
     relations = {each.channel: each.relations for each in described}
     found: dict[str, list[str]] = {}
     unread: dict[str, list[str]] = {}
@@ -134,7 +147,7 @@ def predecessors(
         if own in known and trigger.spec.table.oid:
             others = {
                 _witness(known[key].layout, key, relations.get(key, ())): known[key].since
-                for key in wanted(own, known)
+                for key in wanted(own, alike[own])
                 if key != own
             }
             found[trigger.witness] = [*others]
@@ -302,7 +315,7 @@ def _remain(
     )
     spec = Specification(layout.namespace, former, layout.op, layout.label, transport=transport)
     hashed = names.hash_of(channel.key)
-    return OrphanedDefinition(watcher, topic, Trigger(spec, hashed, "", (), (), ""), layout)
+    return OrphanedDefinition(watcher, topic, Trigger(spec, hashed, "", tuple), layout)
 
 
 def _nothing_left(watcher: Watcher) -> Any:
@@ -316,7 +329,7 @@ def _nothing_left(watcher: Watcher) -> Any:
 
 
 def read_moved(
-    cursor: Cursor, namespace: str, definitions: Sequence[Definition]
+    installed: Sequence[Installed], definitions: Sequence[Definition]
 ) -> dict[int, tuple[str, str]]:
     """Return the channels of tables renamed since that are watched under their new names."""
     places = {
@@ -327,7 +340,7 @@ def read_moved(
     watched = {place[:-1] for place in places}
     return {
         names.channel_key(item.hash): (item.schema, item.table)
-        for item in read_installed(cursor, namespace)
+        for item in installed
         if item.table is not None
         and item.name not in own
         and (item.schema, item.table, item.tag.op, item.tag.label) in watched

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol
 
+import msgspec
+
 from ..core.errors import PayloadError
 from ..core.events import Event, Gap, Message
 from ..core.logging import log
@@ -18,8 +20,7 @@ from .consumer_store import Channels
 from .log import DecoderHooks, Log
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, gc=False):
     """A message of a log; ``relation`` is the OID of the table that fired its trigger.
 
     Ids go up in the order in which transactions that wait for one another have written.
@@ -59,7 +60,18 @@ class ChannelDecoder:
 
     def wants(self, row: Placed) -> bool:
         """Whether the row is read from this channel, rather than from another that has it too."""
-        return any(first <= row.id and (end is None or row.id < end) for first, end in self.ids)
+        return self._read_throughout(row.id, row.id)
+
+    def takes(self, first: Placed, last: Placed) -> bool:
+        """Whether ``wants`` and ``owns`` hold from one row of a table to another one of it."""
+        return self.owns(last) and self._read_throughout(first.id, last.id)
+
+    def _read_throughout(self, first: int, last: int) -> bool:
+        # The latest ids come last, and are asked for most.
+        for start, end in reversed(self.ids):
+            if start <= first and (end is None or last < end):
+                return True
+        return False
 
     def owns(self, row: Placed) -> bool:
         """Whether the row is of the watched table, or of one that was the watched one then."""
@@ -136,17 +148,16 @@ class RowDecoder:
         described = False
         for row in rows:
             found = self._found.get(row.channel)
-            if found is None:
-                unknown = row.channel in self._own
-            else:
-                unknown = not found.owns(row) and found.wants(row)
-            if unknown and not described:
+            known = found is not None and found.owns(row)
+            if not (known or described) and (
+                row.channel in self._own if found is None else found.wants(row)
+            ):
                 self.describe()
                 described = True
                 found = self._found.get(row.channel)
             if found is None or not found.wants(row):
                 continue
-            if not found.owns(row):
+            if not (known or found.owns(row)):
                 self._hooks.foreign[row.relation] += 1
                 continue
             decoded = self._decode(found.decoder, row, since)

@@ -12,6 +12,7 @@ import msgspec
 
 from .events import Message, Topic
 from .logging import log
+from .lsn import lsn_text
 from .payload import RAW_TYPES, VERSION, Broken, Cast, Decoder, Field, Layout
 
 
@@ -32,20 +33,24 @@ Values: TypeAlias = Sequence[Value] | None
 class Changes(Protocol):
     """Changes of one kind (``op``) of one table, that came one after another in a transaction.
 
-    ``columns`` are the names of the table's columns. ``first`` counts the changes of the
-    transaction before, and ``size`` these. The transaction committed at ``id``; ``foreign``: on
-    another server, from which it was replicated. ``context`` is the text of the writer's.
+    ``columns`` are the names of the table's columns, and ``data`` has each change as the log has
+    it. ``first`` counts the changes of the transaction before. The transaction committed at ``id``;
+    ``foreign``: on another server, from which it was replicated. ``context`` is the text of the
+    writer's.
     """
 
-    op: str
-    relation: int
-    columns: tuple[str, ...]
+    id: int
     txid: int
     at_us: int
-    id: int
+    foreign: bool
     first: int
     context: str
-    foreign: bool
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def data(self) -> Sequence[Any]: ...
 
     def rows(self, wanted: Sequence[bool]) -> Iterator[tuple[Values, Values]]:
         """Yield the old and the new values of each change, of the ``wanted`` columns.
@@ -53,8 +58,13 @@ class Changes(Protocol):
         ``wanted`` has a value for each of the first columns of the table.
         """
 
-    def single_rows(self, wanted: Sequence[bool]) -> Sequence[Sequence[Value]] | None:
-        """Return the wanted values of each change, if each has one row alone, which is whole."""
+    def single_rows(
+        self, data: Sequence[Any], wanted: Sequence[bool]
+    ) -> Sequence[Sequence[Value]] | None:
+        """Return the wanted values of each change of ``data``, these changes' or alike ones'.
+
+        None unless each has one row alone, which is whole.
+        """
 
 
 _Convert = Callable[[bytes], Any]
@@ -62,7 +72,7 @@ _Convert = Callable[[bytes], Any]
 _Pair = tuple[Sequence[Value], Sequence[Value]]
 
 
-class RowsMessage(Message):
+class RowsMessage(Message, gc=False):
     """A message of rows of the log, which writes payloads of single rows when they are kept.
 
     ``decoder`` has made it, and ``context_text`` is its context as the writer gave it. ``now`` and
@@ -74,6 +84,11 @@ class RowsMessage(Message):
     context_text: str = ""
     now: Sequence[Sequence[Value]] | None = None
     before: Sequence[Sequence[Value]] | None = None
+
+    @property  # type: ignore[misc]
+    def position(self) -> str:  # type: ignore[override]
+        """The position of the commit: a text, which costs more than all else here."""
+        return lsn_text(self.sequence)
 
     def row_payload(self, number: int) -> str:
         assert self.decoder is not None
@@ -154,30 +169,51 @@ class RowsDecoder(Decoder):
         picker = self._picker(changes.columns)
         if isinstance(picker, str):
             return [Broken(changes.at_us, picker)]
-        if self._alike and (now := changes.single_rows(picker.wanted)):
-            try:
-                return [self._message_of(changes, context, picker, now)]
-            except _NOT_CONVERTED:
-                log.debug("a value is of another type: taking the rows one by one")
+        together = self.together([changes], context)
+        if together is not None:
+            return [*together]
         return self._messages_one_by_one(changes, context, picker)
 
-    def _message_of(
-        self,
-        changes: Changes,
-        context: Mapping[str, Any],
-        picker: _Picker,
-        now: Sequence[Sequence[Value]],
-    ) -> RowsMessage:
-        """Return the message of all these rows, column by column, which takes half the time."""
+    def together(
+        self, runs: Sequence[Changes], context: Mapping[str, Any]
+    ) -> list[RowsMessage] | None:
+        """Return a message for each of several ``runs`` of changes, which are alike.
+
+        All their rows are read column by column, which takes half the time. None if they have to be
+        taken one by one.
+        """
+        like = runs[0]
+        picker = self._picker(like.columns)
+        if not self._alike or isinstance(picker, str):
+            return None
+        if like.foreign and not self.layout.replicated:
+            return None
+        data = [each for run in runs for each in run.data]
+        now = like.single_rows(data, picker.wanted)
+        if not now:
+            return None
+        try:
+            rows = self._rows_of(now, picker)
+        except _NOT_CONVERTED:
+            log.debug("a value is of another type: taking the rows one by one")
+            return None
+        if self._casts and not picker.in_order:
+            now = [_values(picker.places, row) for row in now]
+        found, start = [], 0
+        for run in runs:
+            end = start + len(run.data)
+            found.append(self._message(run, context, 0, rows[start:end], now[start:end]))
+            start = end
+        return found
+
+    def _rows_of(self, now: Sequence[Sequence[Value]], picker: _Picker) -> list[tuple[Any, ...]]:
+        """Return the rows of messages without old values."""
         columns = [*zip(*now, strict=True)]
         converted = [
             _column(convert, columns[place])
             for convert, place in zip(self._converts, picker.places, strict=True)
         ]
-        rows = [*zip(*converted, strict=True)] if converted else [()] * len(now)
-        if self._casts and not picker.in_order:
-            now = [_values(picker.places, row) for row in now]
-        return self._message(changes, context, 0, rows, now)
+        return [*zip(*converted, strict=True)] if converted else [()] * len(now)
 
     def _messages_one_by_one(
         self, changes: Changes, context: Mapping[str, Any], picker: _Picker
@@ -230,7 +266,7 @@ class RowsDecoder(Decoder):
             changes.txid,
             changes.id,
             changes.at_us,
-            context,
+            dict(context),
             rows,
             moved,
             first=changes.first + start,

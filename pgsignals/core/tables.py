@@ -78,8 +78,8 @@ class Table:
     columns: tuple[Column, ...]
     key: tuple[str, ...]
     only: tuple[str, tuple[object, ...]] | None = None
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
+    elsewhere: Mapping[str, str] = field(default_factory=dict, hash=False)
     children: tuple[Relation, ...] = ()
 
     @property

@@ -6,7 +6,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, repeat
+from itertools import count, groupby, repeat
+from operator import attrgetter
 from typing import Any
 
 from ..core.events import Event, Gap, Message, Topic
@@ -20,6 +21,7 @@ from .registry import receiver_name
 
 # Groups of events of one topic, each for a worker; an update that changes a key is alone, for None.
 _Plan = list[tuple[WorkerQueue | None, list[Event]]]
+topic_of: Callable[[Event], Topic] = attrgetter("_message.topic")
 
 
 class Dispatcher(Queues):
@@ -100,17 +102,18 @@ class Dispatcher(Queues):
             self.count_shed(shed)
 
     def _plan(self, events: Sequence[Event]) -> _Plan:
+        if self._moves is None:
+            return [(self.queues[0], [*group]) for _, group in groupby(events, topic_of)]
         plan: _Plan = []
         growing: dict[WorkerQueue, tuple[Topic, list[Event]]] = {}
-        single = self.queues[0] if self._moves is None else None
         for event in events:
             message = event._message
             topic = message.topic
-            if single is None and message.moved:
+            if message.moved:
                 plan.append((None, [event]))
                 growing.clear()
                 continue
-            queue = single or self.queue_of(event._row[: len(topic.key)])
+            queue = self.queue_of(event._row[: len(topic.key)])
             found = growing.get(queue)
             if found is not None and found[0] is topic:
                 found[1].append(event)

@@ -5,6 +5,7 @@ A broker, however slow or broken, holds up neither receivers nor other brokers.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -14,19 +15,23 @@ from datetime import datetime
 from typing import NamedTuple
 
 from ..core.backoff import Backoff
-from ..core.errors import PgSignalsError
+from ..core.errors import PgSignalsError, PluginError
 from ..core.events import Event, Gap
 from ..core.logging import ErrorInfo, error_info, log
 from ..core.metrics import Meter
 from ..core.redaction import error_text, legible
 from ..core.threads import Thread
-from ..plugins.broadcaster import Broadcaster
+from ..plugins.broadcaster import Broadcaster, Pipelined
 from .backend_status import BackendStatus
 from .in_flight import Page
 
 # Events that are published before they are flushed: large enough that waiting for the broker's
 # acknowledgement costs little, small enough to be sent again.
 BATCH = 5_000
+# Events under way to a broker that tells how far it is, and those that are published before it is
+# asked again.
+WINDOW = 10_000
+CHUNK = 500
 FLUSH_SECONDS = 5.0
 
 
@@ -65,8 +70,18 @@ class Forwarder:
         self._announce_loss = lost
         self._backoff = Backoff()
         self._condition = threading.Condition()
-        # Items that are being sent stay here, too, until the broker has acknowledged them.
+        self._pipelined = broadcaster if isinstance(broadcaster, Pipelined) else None
+        self._most = BATCH if self._pipelined is None else WINDOW
         self._waiting: deque[Item] = deque()
+        # Items that are being published, until the broker has acknowledged them, and how many of
+        # their events are under way: of the first item, ``_ahead`` have arrived, and of the last,
+        # ``_unsent`` have yet to be published.
+        self._under_way: deque[Item] = deque()
+        self._sent = self._ahead = self._unsent = 0
+        # Whether what is under way is to be published again, since something failed.
+        self._again = False
+        # Whether the broadcaster may have events that it has not acknowledged.
+        self._published = False
         self._depth = 0
         self._since: datetime | None = None
         self._until: datetime | None = None
@@ -114,7 +129,7 @@ class Forwarder:
         deadline = time.monotonic() + timeout
 
         def sent() -> bool:
-            return not self._waiting and self._since is None
+            return not self._waiting and not self._under_way and self._since is None
 
         with self._condition:
             if self._thread.is_alive():
@@ -133,7 +148,8 @@ class Forwarder:
         """In the child of a fork, forget what waits, which the parent sends."""
         self._condition = threading.Condition()
         self._waiting.clear()
-        self._depth = 0
+        self._under_way.clear()
+        self._depth = self._sent = self._ahead = self._unsent = 0
 
     def submit_page(self, events: Sequence[Event], page: Page | None = None) -> None:
         """Queue events; never waits. ``page`` is acknowledged once the broker has them."""
@@ -171,20 +187,16 @@ class Forwarder:
 
     def _run(self) -> None:
         try:
-            while (taken := self._take()) is not None:
-                # Items that another process has taken over must be neither delivered nor counted.
-                ours = [item for item in taken if item.is_ours]
+            while self._await_work():
                 try:
-                    delivered = self._deliver(ours)
+                    taken = self._turn()
                 # Whatever a plugin raises: its events wait here, and hold up nobody else.
                 except BaseException as error:
                     own = isinstance(error, PgSignalsError)
                     self._failed(error_text(error), None if own else error_info(error))
-                    continue
-                if delivered:
-                    self._done(taken, ours)
                 else:
-                    self._failed(f"no acknowledgement within {FLUSH_SECONDS:g} s")
+                    if not taken:
+                        self._failed(f"no acknowledgement within {FLUSH_SECONDS:g} s")
         finally:
             # Closed by this thread: if another closed it during a flush, the flush might return as
             # though the broker had taken the events.
@@ -193,56 +205,153 @@ class Forwarder:
             except BaseException:
                 log.exception("%s could not be closed", self.name)
 
-    def _take(self) -> list[Item] | None:
-        """Return the next items, which stay queued until they are acknowledged; None at the end."""
+    def _await_work(self) -> bool:
+        """Wait until there is something to send; return False at the end."""
         with self._condition:
             # Once without events, so that a broker which is away shows before there are some.
-            self._condition.wait_for(lambda: self._waiting or self._ending or not self._reached)
-            if self._ending:
-                return None
-            self._forget_lost()
-            taken: list[Item] = []
-            count = 0
-            for item in self._waiting:
-                if count >= BATCH:
-                    break
-                taken.append(item)
-                count += len(item.events)
-            return taken
+            self._condition.wait_for(
+                lambda: self._waiting or self._under_way or self._ending or not self._reached
+            )
+            return not self._ending
 
-    def _forget_lost(self) -> None:
-        """Forget items whose leases are over, which are read again; with the lock held."""
-        kept = [item for item in self._waiting if item.is_ours]
-        if len(kept) < len(self._waiting):
-            self._waiting = deque(kept)
-            self._depth = sum(len(item.events) for item in kept)
+    def _turn(self) -> bool:
+        """Publish, and see to what has arrived; return whether the broker takes events."""
+        if self._published and self._taken_over():
+            self._published, self._again = False, True
+            self._broadcaster.close()
+        if not self._forget_lost():
+            return False
+        self._publish(self._take_again() if self._again else self._take())
+        self._again = False
+        # Nothing goes behind a Gap until that has arrived: it is no event that could be counted.
+        telling = bool(self._under_way) and self._under_way[-1].gap is not None
+        full = self._sent >= self._most
+        if not telling and (full or self._unsent or self._waiting):
+            if not full:
+                self._done(0 if self._pipelined is None else self._pipelined.arrived(0.0))
+                return True
+            if self._pipelined is not None:
+                arrived = self._pipelined.arrived(FLUSH_SECONDS)
+                self._done(arrived)
+                return arrived > 0
+        return self._flush()
+
+    def _taken_over(self) -> bool:
+        """Whether another process may send what the broadcaster has."""
+        return False
+
+    def _take(self) -> list[Event]:
+        """Return the next events, which are under way from now on."""
+        events: list[Event] = []
+        with self._condition:
+            room = min(CHUNK, self._most - self._sent)
+            while room > 0:
+                if not self._unsent:
+                    if not self._waiting:
+                        break
+                    item = self._waiting.popleft()
+                    if not item.is_ours:
+                        self._depth -= len(item.events)
+                        continue
+                    self._under_way.append(item)
+                    self._unsent = len(item.events)
+                    if item.gap is not None:
+                        break
+                found = self._under_way[-1].events
+                start = len(found) - self._unsent
+                part = found[start : start + room]
+                events += part
+                self._unsent -= len(part)
+                room -= len(part)
+            self._sent += len(events)
+        return events
+
+    def _take_again(self) -> list[Event]:
+        """Return the events that are under way, but for those that have arrived."""
+        events = [event for item in self._under_way for event in item.events]
+        return events[self._ahead : self._ahead + self._sent]
+
+    def _publish(self, events: Sequence[Event]) -> None:
+        self._published = self._published or bool(self._under_way)
+        if events:
+            self._broadcaster.publish(events)
+        if self._under_way and (gap := self._under_way[-1].gap) is not None:
+            self._broadcaster.announce(gap)
+
+    def _flush(self) -> bool:
+        if not self._broadcaster.flush(FLUSH_SECONDS):
+            return False
+        self._published = False
+        self._done(self._sent, flushed=True)
+        return True
+
+    def _forget_lost(self) -> bool:
+        """Forget items under way whose leases are over, which are read again; or return False.
+
+        A broadcaster that counts gets nothing before it has no more of them. Otherwise its count
+        would be wrong, and what it has forgotten would be overtaken by what it has not. Leases end
+        one after another.
+        """
+        items = self._under_way
+        if not items or (items[0].is_ours and items[-1].is_ours):
+            return True
+        if self._pipelined is not None and self._published:
+            if not self._broadcaster.flush(FLUSH_SECONDS):
+                return False
+            self._published = False
+            if not self._again:
+                self._done(self._sent, flushed=True)
+        with self._condition:
+            outstanding = self._sent + self._unsent
+            # Once for each: a lease may end at any moment.
+            ours = [item.is_ours for item in items]
+            if items and not ours[0]:
+                self._ahead = 0
+            if items and not ours[-1]:
+                self._unsent = 0
+            self._under_way = deque(itertools.compress(items, ours))
+            left = sum(len(item.events) for item in self._under_way) - self._ahead
+            self._sent = left - self._unsent
+            self._depth -= outstanding - left
             self._condition.notify_all()
+        return True
 
-    def _deliver(self, items: Sequence[Item]) -> bool:
-        for item in items:
-            if item.gap is not None:
-                self._broadcaster.announce(item.gap)
-            elif item.events:
-                self._broadcaster.publish(item.events)
-        return bool(self._broadcaster.flush(FLUSH_SECONDS))
-
-    def _done(self, taken: Sequence[Item], ours: Sequence[Item]) -> None:
+    def _done(self, count: int, flushed: bool = False) -> None:
+        """Take care of ``count`` further events that have arrived; ``flushed``: Gaps, too."""
+        if not (count or flushed):
+            return
         if self._error:
             log.info("%s takes events again", self.name)
         self._reached, self._error = True, ""
         self._backoff.reset()
-        for item in ours:
-            if item.page is not None:
-                item.page.acknowledge()
-        delivered = sum(len(item.events) for item in ours)
-        self._meter.count("backend_events", delivered, backend=self.name)
+        arrived = self._ahead + count
+        if arrived > self._sent:
+            # Of a plugin that counts too much, what has not arrived would be acknowledged.
+            raise PluginError(f"{self.name} counts {arrived} events of {self._sent} as arrived")
+        done: list[Item] = []
+        for item in self._under_way:
+            if len(item.events) > arrived or (item.gap is not None and not flushed):
+                break
+            done.append(item)
+            arrived -= len(item.events)
+        delivered = 0
+        for item in done:
+            # Items that another process has taken over must not be counted.
+            if item.is_ours:
+                delivered += len(item.events)
+                if item.page is not None:
+                    item.page.acknowledge()
         with self._condition:
+            self._ahead = arrived
+            self._sent -= count
+            self._depth -= count
+            for _ in done:
+                self._under_way.popleft()
             self._delivered += delivered
-            for item in taken:
-                self._waiting.popleft()
-                self._depth -= len(item.events)
-            gap = None if self._waiting or self._ending else self._end_loss()
+            idle = not (self._waiting or self._under_way or self._ending)
+            gap = self._end_loss() if idle else None
             self._condition.notify_all()
+        self._meter.count("backend_events", delivered, backend=self.name)
         if gap is not None and self._announce_loss is not None:
             self._announce_loss(gap)
 
@@ -270,6 +379,7 @@ class Forwarder:
             )
         self._error = reason
         self._failures += 1
+        self._again = True
         self._meter.count("backend_failures", backend=self.name)
         with self._condition:
             self._condition.wait_for(lambda: self._ending, self._backoff.next())

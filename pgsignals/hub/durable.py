@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from ..core.logging import log
 from ..core.metrics import Meter
 from ..core.redaction import described, error_text, trace_text
 from ..core.transport import Capture, Transport
+from ..dispatch.dispatcher import topic_of
 from ..dispatch.durable_in_process import DurableInProcess, Failed
 from ..dispatch.held_events import Held, Ledger
 from ..dispatch.in_flight import Page
@@ -301,10 +303,7 @@ class DurableDelivery(DatabaseDelivery):
 
     def submit_page(self, events: Sequence[Event], page: Page) -> None:
         """See DurableSink."""
-        counts: dict[Topic, int] = {}
-        for event in events:
-            topic = event._message.topic
-            counts[topic] = counts.get(topic, 0) + 1
+        counts = Counter(map(topic_of, events))
         self.dispatcher.submit_events(events)
         self.dispatcher.hand_over(page.acknowledge)
         for topic, count in counts.items():

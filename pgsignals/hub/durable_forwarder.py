@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from ..consumers.dead_letters import DeadLetter
 from ..core.events import Event, Topic
 from ..core.metrics import Meter
 from ..dispatch.backend_status import BackendStatus
-from ..dispatch.forwarder import Forwarder, Item
+from ..dispatch.forwarder import Forwarder
 from ..plugins.broadcaster import Broadcaster
 from ..sources.durable import DurablePreparer, DurableSource
 from .options import Options
@@ -33,8 +34,6 @@ class DurableForwarder(Forwarder):
         meter: Meter,
     ) -> None:
         super().__init__(broadcaster, options.queue_size, meter)
-        # Whether the broadcaster has events that it has not acknowledged.
-        self._published = False
         self.source = DurableSource(
             options, preparer, self, meter, consumer, 2 * options.queue_size
         )
@@ -51,7 +50,8 @@ class DurableForwarder(Forwarder):
     def _lag(self) -> float:
         """The age, in seconds, of the oldest event that has yet to be acknowledged."""
         with self._condition:
-            first = next((item.events[0] for item in self._waiting if item.events), None)
+            items = itertools.chain(self._under_way, self._waiting)
+            first = next((item.events[0] for item in items if item.events), None)
         return 0.0 if first is None else max(0.0, (self.source.now() - first.at).total_seconds())
 
     def start(self) -> None:
@@ -85,21 +85,15 @@ class DurableForwarder(Forwarder):
     def disconnected(self, error: BaseException) -> None:
         """See DurableSink."""
 
-    def _deliver(self, items: Sequence[Item]) -> bool:
-        """Deliver; first, if the claim is lost, close the broadcaster, which forgets what it has.
+    def _taken_over(self) -> bool:
+        """See Forwarder. The broadcaster is closed then, and forgets what it has.
 
         Otherwise its events would reach a broker that comes back behind those that another process
         has sent meanwhile. While the claim is ours, the broadcaster stays open, and remembers what
-        has arrived: otherwise all of that would be sent again whenever a lease is over for a while
+        is under way: otherwise all of that would be sent again whenever a lease is over for a while
         on a machine that is too busy.
         """
-        if self._published and not self.source.is_active:
-            self._published = False
-            self._broadcaster.close()
-        self._published = self._published or bool(items)
-        delivered = super()._deliver(items)
-        self._published = self._published and not delivered
-        return delivered
+        return not self.source.is_active
 
 
 def backend_consumers(

@@ -16,6 +16,7 @@ from ..consumers.backfills.chunks import SnapshotTopic, snapshot_topics
 from ..consumers.channels import (
     Described,
     OrphanedDefinition,
+    by_watcher,
     define_for,
     elsewhere,
     former_topic,
@@ -40,16 +41,19 @@ from ..outbox.privileges import missing_grants as consumer_grants
 from ..outbox.provider import OutboxProvider
 from ..sources.handover import Handover
 from ..triggers import names
-from ..triggers.catalogue import read_installed
+from ..triggers.catalogue import Installed, read_installed
 from ..triggers.definitions import Compiled, Definition, define
 from ..triggers.installer import (
     Drift,
+    Plan,
     check,
+    create,
+    create_what_can_be,
     find_drift,
     in_install_lock,
-    install,
-    install_what_can_be,
+    plan,
     prune,
+    remove,
 )
 from ..triggers.publications import breaking
 from ..triggers.sql import Trigger
@@ -135,38 +139,51 @@ class Setup:
             self.missing = f"{NO_LONGER_FIT}: {self._problem}"
             return
         options, triggers = self._options, _triggers(definitions)
-        self.missing = self._install(cursor, triggers, self._running)
+        # Read once: hundreds of triggers take longer to read than all else together.
+        unread = options.install == "off" and not self._running
+        installed = [] if unread else self._read_installed(cursor)
+        change = plan(triggers, installed)
+        self.missing = self._install(cursor, change, self._running)
         self._running = True
-        self._note_tables(cursor, definitions)
+        if options.install == "auto" and change.created:
+            installed = self._read_installed(cursor)
+            change = plan(triggers, installed)
+        self._note_tables(cursor, definitions, installed)
         if options.install == "auto" and not self._pruned:
-            prune(cursor, options.namespace, triggers, limits=options.limits)
+            remove(cursor, change.unwanted, options.limits)
             self._pruned = True
 
-    def _install(self, cursor: Cursor, triggers: Sequence[Trigger], running: bool) -> str:
+    def _read_installed(self, cursor: Cursor) -> list[Installed]:
+        return read_installed(cursor, self._options.namespace)
+
+    def _install(self, cursor: Cursor, change: Plan, running: bool) -> str:
         """Install or check the triggers; return why some are missing still, or an empty text.
 
         A Hub that is ``running`` goes on without those; at its start, this raises instead.
         """
-        options = self._options
+        options, namespace = self._options, self._options.namespace
         if options.install == "auto":
             if running:
-                return install_what_can_be(cursor, options.namespace, triggers, options.limits)
-            install(cursor, options.namespace, triggers, options.limits)
+                return create_what_can_be(cursor, namespace, change, options.limits)
+            create(cursor, namespace, change, options.limits)
         elif options.install == "check" and not running:
-            check(cursor, options.namespace, triggers)
+            check(change)
         elif running:
-            drift = find_drift(cursor, options.namespace, triggers, triggers, False)
+            drift = find_drift(change.wanted, change, False)
             return "" if drift is None else drift.reason
         return ""
 
-    def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+    def _note_tables(
+        self, cursor: Cursor, definitions: Sequence[Definition], installed: Sequence[Installed]
+    ) -> None:
         """Note the tables that have been renamed or have gone."""
 
     def repair(self, cursor: Cursor, listened: Sequence[Definition]) -> str:
         """Try to install what is missing; return why something is missing still."""
         drift = self.drift(cursor, listened)
         if drift is not None and drift.fits and self._options.install == "auto":
-            return self._install(cursor, _triggers(listened), running=True)
+            change = plan(_triggers(listened), self._read_installed(cursor))
+            return self._install(cursor, change, running=True)
         return "" if drift is None else drift.reason
 
     def drift(self, cursor: Cursor, listened: Sequence[Definition]) -> Drift | None:
@@ -178,7 +195,8 @@ class Setup:
             # No trigger that could be installed would fit.
             return Drift(f"{NO_LONGER_FIT}: {error}", fits=False)
         automatic = options.install == "auto"
-        return find_drift(cursor, options.namespace, _triggers(listened), needed, automatic)
+        change = plan(needed, self._read_installed(cursor))
+        return find_drift(_triggers(listened), change, automatic)
 
     def _resolve_again(self, cursor: Cursor, listened: Sequence[Definition]) -> list[Definition]:
         return self._define(cursor, self._options.watchers)
@@ -233,12 +251,14 @@ class DurableSetup(Setup):
             schema.check_schema(cursor, self._options.delivery)
         super().install(cursor, definitions)
 
-    def _note_tables(self, cursor: Cursor, definitions: Sequence[Definition]) -> None:
+    def _note_tables(
+        self, cursor: Cursor, definitions: Sequence[Definition], installed: Sequence[Installed]
+    ) -> None:
         # While its table is away, no trigger is known to be right: what is written to the table
         # under another name is the watcher's, once the table is back.
         self.missing = self.missing or self._away(cursor, definitions)
         if self._options.install != "off":
-            self._moved = read_moved(cursor, self._options.namespace, _present(definitions))
+            self._moved = read_moved(installed, _present(definitions))
         if self._options.install == "auto":
             note_moved(cursor, self._moved)
 
@@ -278,6 +298,7 @@ class DurableSetup(Setup):
             key: replace(each, layout=moved(each.layout, self._moved.get(key)))
             for key, each in understood(channels).items()
         }
+        alike = by_watcher(known)
         relations = {each.channel: each.relations for each in channels}
         found: dict[int, ChannelDecoder] = {}
         owners = {names.channel_key(each.trigger.hash): each for each in self.definitions}
@@ -291,7 +312,7 @@ class DurableSetup(Setup):
                     "was installed before the schema was made anew. Run `pgsignals uninstall` and "
                     "then `pgsignals install --delivery outbox` (or wal)."
                 )
-            for key, ids in wanted(own, known).items():
+            for key, ids in wanted(own, alike[own]).items():
                 if key != own and key in owners:
                     continue  # Another watcher's own: it watches the table by another model.
                 if key == own:
@@ -301,7 +322,7 @@ class DurableSetup(Setup):
                     topic = former_topic(definition.topic, former)
                     decoder = decoder_of(topic, former, cast)
                 found[key] = ChannelDecoder(decoder, ids, relations[key])
-            for key in elsewhere(own, known):
+            for key in elsewhere(own, alike[own]):
                 # Nothing of it is read here, but events that were kept of it have to be.
                 former = known[key].layout
                 topic = former_topic(definition.topic, former)

@@ -116,7 +116,7 @@ FROM unread ORDER BY at, id LIMIT 1
 """
 
 
-def _channels(stored: Sequence[int], known: Mapping[int, Channel]) -> dict[int, int | None]:
+def wanted_channels(stored: Sequence[int], known: Mapping[int, Channel]) -> dict[int, int | None]:
     """Return the channels that definitions with these channels read, each up to an id or all.
 
     See ``wanted``.
@@ -158,7 +158,7 @@ def read_outbox(cursor: Cursor) -> OutboxState:
         slot = None if unread_bytes is None else slots.get(names.slot_name(database, name))
         if unread_bytes is None:
             lag, seconds, oldest_at, oldest = _lag(
-                cursor, position, _channels(stored, known), known
+                cursor, position, wanted_channels(stored, known), known
             )
         active = holder is not None and claim_key(name, part, token) in held
         consumers.append(

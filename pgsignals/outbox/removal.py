@@ -53,7 +53,7 @@ def remove(cursor: Cursor, limits: Limits = DEFAULT_LIMITS) -> list[Installed]:
     """
 
     def drop_trigger(item: Installed) -> None:
-        cursor.execute(drop_statement(cursor, item.function_schema, item.name))
+        cursor.execute(drop_statement(item.function_schema, item.name))
 
     def drop_schema() -> None:
         # From here on no process can become a consumer; otherwise one could between check and drop.

@@ -39,6 +39,19 @@ class Broadcaster(Protocol):
 
 
 @runtime_checkable
+class Pipelined(Protocol):
+    """A broadcaster that tells how far it is, so that publishing need not wait for a flush."""
+
+    def arrived(self, timeout: float) -> int:
+        """Return how many more events have arrived, with all that were published before them.
+
+        Wait at most ``timeout`` s for one. An event that was counted is not published again; those
+        behind it are, after an error or False, all of them in the order that they had, and count as
+        they arrive. ``flush`` that returns True ends the count. Raises BrokerError as flush does.
+        """
+
+
+@runtime_checkable
 class Checkable(Protocol):
     """A broadcaster that can tell, before there are events, whether it would take them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
@@ -98,3 +99,75 @@ class SentLedger(Generic[Failure]):
         if self._failure is None:
             self._failure = failure
         self._changed.notify_all()
+
+
+class Chunk:
+    """Events that were sent one after another; ``left`` of their messages have yet to arrive.
+
+    ``uids`` are the events whose messages have all been sent; unless it ``counts``, they are of
+    something else. Who sends counts ``left`` up before
+    a message can arrive, and who hears of its arrival counts it down, not of its refusal.
+    """
+
+    __slots__ = ("counts", "left", "uids")
+
+    def __init__(self) -> None:
+        self.counts = True
+        self.left = 0
+        self.uids: list[str] = []
+
+
+class ChunkLedger(Generic[Failure]):
+    """Chunks of events in the order of their sending, for a broadcaster that is Pipelined.
+
+    ``known`` are the uids of its chunks, which are not sent again when their events are published
+    again: who sends enters each of them. ``arrived`` forgets them from the first on, as far as they
+    have arrived. The first failure is kept until it is taken.
+    """
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        self._chunks: deque[Chunk] = deque()
+        self._failure: Failure | None = None
+
+    def open(self, chunk: Chunk) -> None:
+        """Enter a chunk that is about to be sent."""
+        self._chunks.append(chunk)
+
+    def arrived(self) -> int:
+        """Return how many more events have arrived, with all before them."""
+        found = 0
+        chunks = self._chunks
+        while chunks and chunks[0].left == 0:
+            chunk = chunks.popleft()
+            self.known.difference_update(chunk.uids)
+            if chunk.counts:
+                found += len(chunk.uids)
+        return found
+
+    def fail(self, failure: Failure) -> None:
+        """Note what went wrong."""
+        if self._failure is None:
+            self._failure = failure
+
+    def take_failure(self) -> Failure | None:
+        """Return the first failure since the last call."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def give_up(self) -> None:
+        """Forget all from the first chunk on that has not arrived, and the failure.
+
+        Also what has arrived behind it: sent again, the events before it would come behind it.
+        """
+        kept = 0
+        while kept < len(self._chunks) and self._chunks[kept].left == 0:
+            kept += 1
+        while len(self._chunks) > kept:
+            self.known.difference_update(self._chunks.pop().uids)
+        self._failure = None
+
+    def clear(self) -> None:
+        """Begin anew, since all has arrived and is flushed, or all is to be sent again."""
+        self._chunks.clear()
+        self.known.clear()

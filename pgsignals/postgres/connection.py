@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -105,10 +105,13 @@ def opened(dsn: str, timeout: float = 10.0, patience: float = 60.0) -> Iterator[
 
 
 @contextlib.contextmanager
-def transaction(cursor: Cursor) -> Iterator[None]:
-    """Run a transaction on a connection in autocommit mode."""
-    cursor.execute("BEGIN")
+def transaction(cursor: Cursor, opening: Sequence[str] = ()) -> Iterator[None]:
+    """Run a transaction on a connection in autocommit mode.
+
+    The statements ``opening`` begin it, in one message with BEGIN.
+    """
     try:
+        cursor.execute("; ".join(["BEGIN", *opening]))
         yield
     except BaseException:
         if not cursor.connection.closed:

@@ -53,7 +53,9 @@ def _decoded(value: Any, codec: _Codec) -> Any:
 
 
 def legible_rows(
-    cursor: Cursor, statement: str, parameters: Sequence[Any] | None = None
+    cursor: Cursor,
+    statement: str,
+    parameters: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> list[tuple[Any, ...]]:
     """Return a query's rows, outside a transaction, with texts to show, whatever their bytes."""
     encoding = cursor.connection.info.parameter_status("server_encoding") or "UTF8"

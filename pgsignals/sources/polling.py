@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import count, repeat
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -167,12 +168,13 @@ class Poller:
             return False
         messages: list[Message] = []
         broken = False
+        doubts = part.reader.doubts
         for found in self._decoder.decode(rows, part.claim.acknowledged_at):
             if isinstance(found, Gap):
                 self._sink.gap(found)
                 broken = True
             else:
-                found.redelivered = part.reader.doubts(found)
+                found.redelivered = doubts(found)
                 messages.append(found)
         any_rows = self._submit(part, messages, part.reader.turn(rows), broken=broken) or bool(rows)
         if self._follower is not None:
@@ -200,7 +202,7 @@ class Poller:
         for message in messages:
             message.page = page
             if self._shares == 1:
-                events += [Event(message, n, row) for n, row in enumerate(message.rows)]
+                events += map(Event, repeat(message), count(), message.rows)
             else:
                 width = len(message.topic.key)
                 events += [

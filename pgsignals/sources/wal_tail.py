@@ -16,6 +16,7 @@ from ..consumers.pages import LogPage
 from ..core.errors import StateError
 from ..core.events import Event, Gap, Topic
 from ..core.logging import log
+from ..core.lsn import lsn_text
 from ..dispatch.in_flight import Page
 from ..postgres.connection import connect
 from ..postgres.session import Session
@@ -24,7 +25,6 @@ from ..triggers.installer import Drift
 from ..triggers.names import streams_slot
 from ..wal.following import FollowedLog, PlacedDecoder, keep_near
 from ..wal.log import WalLog
-from ..wal.lsn import lsn_text
 from ..wal.places import Place, PlaceCodec
 from ..wal.provider import WalProvider
 from ..wal.reader import WalPosition, WalReader

@@ -26,7 +26,7 @@ import pytest
 from psycopg2.extras import DateTimeTZRange, NumericRange
 
 from pgsignals.core.events import Event, Gap, Message, Topic
-from pgsignals.plugins.broadcaster import Broadcaster
+from pgsignals.plugins.broadcaster import Broadcaster, Pipelined
 from pgsignals.plugins.cloudevents import from_cloudevent, read
 from pgsignals.plugins.source import RemoteSource, Wanted
 
@@ -175,6 +175,22 @@ class BroadcasterConformance:
         # The last mention of each is in order, whatever came twice.
         latest = [uid for at, uid in enumerate(found) if uid not in found[at + 1 :]]
         assert latest == [event.uid for event in [*events, last]]
+
+    def test_what_has_arrived_is_counted(self, written: ReadBack) -> None:
+        """A broadcaster that is Pipelined counts each event once, when it is there."""
+        broadcaster = self._broadcaster
+        if not isinstance(broadcaster, Pipelined):
+            pytest.skip("it does not count")
+        events = [make_event(number, record=number % 20) for number in range(1000)]
+        broadcaster.publish(events[:600])
+        broadcaster.publish(events[600:])
+        counted, deadline = 0, time.monotonic() + DEADLINE
+        while counted < len(events) and time.monotonic() < deadline:
+            counted += broadcaster.arrived(DEADLINE)
+        assert counted == len(events)
+        assert broadcaster.arrived(0.0) == 0
+        found = [from_cloudevent(*each).uid for each in written(1000)]
+        assert sorted(found) == sorted(event.uid for event in events)
 
     def test_what_is_too_long_comes_without_values(
         self, written: ReadBack, too_long: int | None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from operator import itemgetter
 
 import msgspec
 from psycopg2.extensions import cursor as Cursor
@@ -67,7 +69,7 @@ class Installed:
     owner: str = ""
     silent_parts: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def main(self) -> Fired | None:
         """The watched table, or another that has the trigger; None without one."""
         own = self.made_for[:1]
@@ -115,24 +117,31 @@ _TABLES = re.compile(r"'\{([^'}]*)\}+'::pg_catalog\.oid\[\]")
 
 # Only functions carry a tag: commenting on a trigger takes owning the table, creating it only the
 # TRIGGER privilege. ``tgparentid = 0`` leaves out the clones that PostgreSQL keeps in partitions.
+#
+# Each row is of a function, or of one of its triggers. Joined here, since no index has a trigger's
+# function, they would be read once for each other where the planner knows them to be few. In one
+# query, so that all are of one moment.
 _FUNCTIONS = """
-SELECT p.oid, d.description, f.nspname, p.proname, p.prosrc, p.prosecdef,
-       pg_catalog.pg_get_userbyid(p.proowner),
-       c.oid, n.nspname, c.relname, t.tgenabled::text,
-       ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
-             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-               AND a.attgenerated <> 'v')
+SELECT p.oid, p.proname, true, f.nspname, d.description, p.prosrc, p.prosecdef,
+       pg_catalog.pg_get_userbyid(p.proowner), NULL::oid, NULL::text, NULL::text, NULL::text[],
+       0::oid
 FROM pg_catalog.pg_proc p
 JOIN pg_catalog.pg_namespace f ON f.oid = p.pronamespace
 JOIN pg_catalog.pg_description d
   ON d.objoid = p.oid AND d.classoid = 'pg_catalog.pg_proc'::pg_catalog.regclass
-LEFT JOIN pg_catalog.pg_trigger t
-  ON t.tgfoid = p.oid AND t.tgname = p.proname AND t.tgparentid = 0
-LEFT JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
-LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE p.proname LIKE 'pgsignals\\_%%' AND p.pronargs = 0
   AND (%(names)s::pg_catalog.name[] IS NULL OR p.proname = ANY (%(names)s::pg_catalog.name[]))
-ORDER BY f.nspname, p.proname, t.oid
+UNION ALL
+SELECT t.tgfoid, t.tgname, false, n.nspname, NULL, NULL, NULL, NULL,
+       c.oid, c.relname, t.tgenabled::text,
+       ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a
+             WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+               AND a.attgenerated <> 'v'), t.oid
+FROM pg_catalog.pg_trigger t
+JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE t.tgname LIKE 'pgsignals\\_%%' AND t.tgparentid = 0
+  AND (%(names)s::pg_catalog.name[] IS NULL OR t.tgname = ANY (%(names)s::pg_catalog.name[]))
 """
 
 # A partition's trigger can be disabled, or made to fire for replicas only, by itself.
@@ -221,19 +230,24 @@ def read_installed(
     ``named`` narrows them to these names. A function without a tag of ours is never among them,
     whatever its name.
     """
-    listeners = read_listeners(cursor)
+    listeners = [names.marks_of(keys) for keys in read_listeners(cursor)]
     channels = _read_consumed(cursor)
     parameters = {"names": None if named is None else list(named)}
     cursor.execute(_FUNCTIONS, parameters)
-    groups = [list(rows) for _, rows in groupby(cursor.fetchall(), key=lambda row: row[0])]
+    functions, triggers = [], defaultdict(list)
+    for oid, name, of_function, *row, _ in sorted(cursor.fetchall(), key=itemgetter(-1)):
+        if of_function:
+            functions.append((oid, name, *row))
+        else:
+            home, *_, table_oid, table, enabled, columns = row
+            triggers[oid, name].append(Fired(table_oid, home, table, enabled, tuple(columns)))
     cursor.execute(_SILENT_PARTS, parameters)
     silent = dict(cursor.fetchall())
-    owners = {rows[0][6] for rows in groups if rows[0][5]}
+    owners = {owner for *_, durable, owner, _, _, _, _ in functions if durable}
     able = {each: _read_able(cursor, owners, each) for each in _WRITTEN}
     found = []
     published: Published | None = None
-    for rows in groups:
-        _, description, home, name, body, durable, owner, *_ = rows[0]
+    for oid, name, home, description, body, durable, owner, *_ in functions:
         try:
             tag = _tags.decode(description)
         except (msgspec.MsgspecError, RecursionError):
@@ -242,11 +256,7 @@ def read_installed(
         transport = Transport(tag.delivery or ("outbox" if durable else "notify"))
         if namespace not in (None, tag.namespace) or name != names.object_name(tag.hash):
             continue
-        fired = tuple(
-            Fired(oid, schema, table, enabled, tuple(columns))
-            for *_, oid, schema, table, enabled, columns in rows
-            if oid is not None
-        )
+        fired = tuple(triggers[oid, name])
         if tag.rows:
             published = read_published(cursor) if published is None else published
             fired = _published(published, tag.op, _made_for(body))
@@ -258,7 +268,7 @@ def read_installed(
                 body=normalized(body),
                 made_for=_made_for(body),
                 fired=fired,
-                listeners=sum(names.listens(keys, tag.hash) for keys in listeners),
+                listeners=sum(names.marked(marks, tag.hash) for marks in listeners),
                 # A role that may not read the consumers takes every trigger on the outbox for
                 # consumed: otherwise it could remove one that a consumer needs.
                 consumed=transport.durable
@@ -266,7 +276,7 @@ def read_installed(
                 transport=transport,
                 able=not durable or able[transport].get(owner, False),
                 owner=owner,
-                silent_parts=tuple(silent.get(rows[0][0], ())),
+                silent_parts=tuple(silent.get(oid, ())),
             )
         )
     return sorted(found, key=lambda item: (item.schema, item.table or "", item.tag.op, item.name))

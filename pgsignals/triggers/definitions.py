@@ -129,9 +129,7 @@ def define(
             trigger = None if compiled is None else compiled.get(key)
             # What a condition means is also a matter of the search path.
             if trigger is None or trigger.spec != spec or spec.when is not None:
-                trigger = (
-                    compile_rows(spec, cursor) if spec.rows else compile_trigger(spec, cursor, path)
-                )
+                trigger = compile_rows(spec) if spec.rows else compile_trigger(spec, path)
             if compiled is not None:
                 compiled[key] = trigger
             twin = found_by_name.setdefault(trigger.name, watcher)

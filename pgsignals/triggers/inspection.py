@@ -34,11 +34,13 @@ def read_states(
     cursor: Cursor,
     watchers: Sequence[Watcher],
     resolvers: Sequence[Resolver],
-    namespace: str,
+    namespace: str | None,
     transport: Transport = Transport.NOTIFY,
     capture: Capture | None = None,
 ) -> list[State]:
     """Return the states of each watcher's triggers, and then of the others of the namespace.
+
+    Without a namespace, which is for no watchers, it returns the states of all.
 
     Triggers that no watcher needs are INSTALLED if somebody listens to them, and STALE if nobody
     does; without watchers all are judged like that.
@@ -46,6 +48,7 @@ def read_states(
     installed = read_installed(cursor, namespace)
     if not watchers:
         return [judge(item) for item in installed]
+    assert namespace is not None
     definitions: list[Definition] = []
     broken: list[State] = []
     explained: set[str] = set()

@@ -23,7 +23,6 @@ from ..core.errors import (
 )
 from ..core.logging import log
 from ..core.rng import chance
-from ..core.tables import Table
 from ..core.transport import Capture, Transport
 from ..postgres.connection import transaction
 from ..postgres.privileges import Right, current_role, grants, lacking
@@ -87,6 +86,7 @@ class State:
 class Plan:
     """The triggers' states, and the statements that would make them what the watchers need."""
 
+    wanted: Sequence[Trigger] = ()
     states: list[State] = field(default_factory=list)
     statements: list[str] = field(default_factory=list)
     created: list[Trigger] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Plan:
 
 def plan(wanted: Sequence[Trigger], installed: Sequence[Installed]) -> Plan:
     """Compare the triggers that are wanted with those that are installed. Pure."""
-    result = Plan()
+    result = Plan(wanted)
     others = {(item.function_schema, item.name): item for item in installed}
     identities = {_identity(item) for item in installed}
     creates: list[str] = []
@@ -217,57 +217,72 @@ def install(
 ) -> list[Trigger]:
     """Create the triggers that are missing or outdated; return those that were created.
 
+    Nothing is executed if no trigger differs. See ``create``.
+    """
+    return create(cursor, namespace, plan(wanted, read_installed(cursor, namespace)), limits)
+
+
+def create(
+    cursor: Cursor, namespace: str, change: Plan, limits: Limits = DEFAULT_LIMITS
+) -> list[Trigger]:
+    """Create the triggers of a plan that was made a moment ago; return those that were created.
+
     Each table gets its triggers in a transaction of its own. Otherwise we would hold the lock of
     one table while we wait for that of another, and could be caught in a deadlock with a writer.
-    Nothing is executed if no trigger differs. The cursor's connection must be in autocommit mode.
-    Raises PrivilegeError, InstallLockError, DatabaseError.
+    The cursor's connection must be in autocommit mode. Raises PrivilegeError, InstallLockError,
+    DatabaseError.
     """
-    pending = plan(wanted, read_installed(cursor, namespace)).created
+    pending = change.created
+    _check_rights(cursor, pending)
     tables = [list(triggers) for _, triggers in groupby(pending, _place)]
-    for triggers in tables:
-        for rows in {trigger.spec.rows for trigger in triggers}:
-            _check_privileges(cursor, next(each for each in triggers if each.spec.rows is rows))
-    for transport in {trigger.spec.transport for trigger in pending} & _LOG_RIGHTS.keys():
-        _check_log_rights(cursor, transport)
     created: list[Trigger] = []
-    for triggers in tables:
-        created += _install_on_table(cursor, namespace, triggers, limits)
+    for number, triggers in enumerate(tables, 1):
+        last = number == len(tables)
+        created += _install_on_table(cursor, namespace, triggers, limits, last)
     return created
 
 
-def install_what_can_be(
-    cursor: Cursor, namespace: str, wanted: Sequence[Trigger], limits: Limits
-) -> str:
+def create_what_can_be(cursor: Cursor, namespace: str, change: Plan, limits: Limits) -> str:
     """Install for a Hub that runs already; a table that fails keeps no other from being installed.
 
     Return why something is missing still, or an empty text. Each table gets one try, since readers
     queue behind it.
     """
     once = replace(limits, total=limits.lock)
-    pending = plan(wanted, read_installed(cursor, namespace)).created
     problems = []
-    for _, triggers in groupby(pending, _place):
+    for _, triggers in groupby(change.created, _place):
         try:
-            install(cursor, namespace, list(triggers), once)
+            create(cursor, namespace, Plan(created=list(triggers)), once)
         except DatabaseError as error:
             problems.append(str(error))
     return "; ".join(problems)
 
 
 def _install_on_table(
-    cursor: Cursor, namespace: str, triggers: Sequence[Trigger], limits: Limits
+    cursor: Cursor, namespace: str, triggers: Sequence[Trigger], limits: Limits, last: bool
 ) -> list[Trigger]:
+    """Create a table's triggers; return those that were created.
+
+    Only the ``last`` table's transaction waits for the disk. Until then a crash of the server may
+    undo the others, but also all that was written under their triggers: the log keeps its order.
+    """
     named = [trigger.name for trigger in triggers]
 
     def apply() -> list[Trigger]:
-        # Only these: with all of them, each of many tables would take as long as all together.
-        change = plan(triggers, read_installed(cursor, namespace, named))
+        change = Plan(
+            statements=[each for trigger in triggers for each in trigger.create],
+            created=list(triggers),
+        )
+        if _any_exists(cursor, named):
+            # Only these: with all, each of many tables would take as long as all together.
+            change = plan(triggers, read_installed(cursor, namespace, named))
         for statement in change.statements:
             made = statement.find("CREATE FUNCTION") if statement.startswith("DO ") else -1
             log.debug("installing: %s", statement[max(0, made) :].partition("\n")[0])
         if change.statements:
+            before = () if last else ("SET LOCAL synchronous_commit TO off",)
             # All in one message, so that writers wait for no round trips while we hold the lock.
-            cursor.execute(";\n".join(change.statements))
+            cursor.execute(";\n".join((*before, *change.statements)))
         return change.created
 
     created = in_install_lock(cursor, limits, *_place(triggers[0]), apply)
@@ -281,14 +296,37 @@ def _install_on_table(
     return created
 
 
-def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
+def _any_exists(cursor: Cursor, named: Sequence[str]) -> bool:
+    """Whether there are functions with one of these names, ours or others'."""
+    cursor.execute(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE proname = ANY (%s::name[]))",
+        (list(named),),
+    )
+    [(exists,)] = cursor.fetchall()
+    return bool(exists)
+
+
+def _check_rights(cursor: Cursor, triggers: Sequence[Trigger]) -> None:
     """Raise PrivilegeError, with the GRANTs that would help, if the role may not install."""
-    table = trigger.spec.table
-    if trigger.spec.rows:
-        _check_owner(cursor, trigger)
-        return
-    wanted = [Right("TRIGGER", (each.schema, each.name)) for each in trigger.spec.relations]
-    lacks = lacking(cursor, [*wanted, Right("CREATE", (table.schema,), "SCHEMA")])
+    fired = [trigger for trigger in triggers if not trigger.spec.rows]
+    _check_privileges(cursor, fired)
+    _check_owner(cursor, [trigger for trigger in triggers if trigger.spec.rows])
+    _check_definer(cursor, [trigger for trigger in fired if trigger.spec.transport.durable])
+    for transport in {trigger.spec.transport for trigger in triggers} & _LOG_RIGHTS.keys():
+        _check_log_rights(cursor, transport)
+
+
+def _check_privileges(cursor: Cursor, triggers: Sequence[Trigger]) -> None:
+    """Raise PrivilegeError if the role may not create the triggers."""
+    relations = {each: None for trigger in triggers for each in trigger.spec.relations}
+    homes = {trigger.spec.table.schema: None for trigger in triggers}
+    lacks = lacking(
+        cursor,
+        [
+            *(Right("TRIGGER", (each.schema, each.name)) for each in relations),
+            *(Right("CREATE", (home,), "SCHEMA") for home in homes),
+        ],
+    )
     if lacks:
         role = current_role(cursor)
         fix = "; ".join(grants(cursor, role, lacks))
@@ -297,17 +335,17 @@ def _check_privileges(cursor: Cursor, trigger: Trigger) -> None:
             '`pgsignals install` as the tables\' owner and start with install="check", or have '
             f"the owner run: {fix}."
         )
-    if trigger.spec.transport.durable:
-        _check_definer(cursor, table)
 
 
-def _check_owner(cursor: Cursor, trigger: Trigger) -> None:
+def _check_owner(cursor: Cursor, triggers: Sequence[Trigger]) -> None:
     """Raise PrivilegeError if the role does not own the tables to publish: no GRANT gives that."""
+    if not triggers:
+        return
     cursor.execute(
         "SELECT c.oid::pg_catalog.regclass::text, pg_catalog.pg_get_userbyid(c.relowner)"
         " FROM pg_catalog.pg_class c WHERE c.oid = ANY (%s::pg_catalog.oid[])"
         " AND NOT pg_catalog.pg_has_role(c.relowner, 'USAGE')",
-        (list(trigger.relations),),
+        (sorted({oid for trigger in triggers for oid in trigger.relations}),),
     )
     for table, owner in cursor.fetchall():
         raise PrivilegeError(
@@ -361,47 +399,49 @@ def _check_log_rights(cursor: Cursor, transport: Transport) -> None:
         )
 
 
-def _check_definer(cursor: Cursor, table: Table) -> None:
+def _check_definer(cursor: Cursor, triggers: Sequence[Trigger]) -> None:
     """Raise PrivilegeError if the table's owner could run code of its own as a superuser.
 
     Functions that write to a log run with the installer's rights, on values of the table's
     columns. The table's owner can change a column to a type of its own, whose casts would then run
     with those rights.
     """
+    tables = {trigger.spec.table.oid: trigger.spec.table.qualified for trigger in triggers}
+    if not tables:
+        return
     cursor.execute(
-        "SELECT pg_catalog.pg_get_userbyid(c.relowner), current_user, r.rolsuper,"
+        "SELECT c.oid, pg_catalog.pg_get_userbyid(c.relowner), current_user, r.rolsuper,"
         " pg_catalog.pg_has_role(c.relowner, r.oid, 'MEMBER')"
         " FROM pg_catalog.pg_class c, pg_catalog.pg_roles r"
-        " WHERE c.oid = %s AND r.rolname = current_user",
-        (table.oid,),
+        " WHERE c.oid = ANY (%s::pg_catalog.oid[]) AND r.rolname = current_user",
+        (list(tables),),
     )
-    found = cursor.fetchall()
-    if not found:
-        raise _gone(table.qualified, "there is no such table any more")
-    [(owner, role, superuser, trusted)] = found
-    if trusted:
-        return
-    if not superuser:
+    found = {oid: row for oid, *row in cursor.fetchall()}
+    for oid, table in tables.items():
+        if oid not in found:
+            raise _gone(table, "there is no such table any more")
+        owner, role, superuser, trusted = found[oid]
+        if trusted:
+            continue
+        if superuser:
+            raise PrivilegeError(
+                f"The triggers on {table} would write with the rights of the superuser {role!r}, "
+                f"which the table's owner {owner!r} could make use of. Install them as that owner: "
+                f"add options=-crole%3D{owner} to the connection's URL, and give it what "
+                "docs/outbox.md says of installing, under Privileges."
+            )
         log.warning(
             "the triggers on %s write with the rights of the role %r, which the "
             "table's owner %r could make use of: better install them as that",
-            table.qualified,
+            table,
             role,
             owner,
         )
-        return
-    raise PrivilegeError(
-        f"The triggers on {table.qualified} would write with the rights of the "
-        f"superuser {role!r}, which the table's owner {owner!r} could make use of. Install them as "
-        f"that owner: add options=-crole%3D{owner} to the connection's URL, and give it what "
-        "docs/outbox.md says of installing, under Privileges."
-    )
 
 
-def check(cursor: Cursor, namespace: str, wanted: Sequence[Trigger]) -> None:
+def check(change: Plan) -> None:
     """Raise DriftError, which says what to run, unless everything wanted is installed."""
-    change = plan(wanted, read_installed(cursor, namespace))
-    needed = {trigger.name for trigger in wanted}
+    needed = {trigger.name for trigger in change.wanted}
     lines = [
         f"  {state.status} {state.op} on {state.schema}.{state.table}"
         + (f" (label {state.label!r})" if state.label is not None else "")
@@ -433,21 +473,14 @@ class Drift:
     fits: bool = True
 
 
-def find_drift(
-    cursor: Cursor,
-    namespace: str,
-    former: Sequence[Trigger],
-    wanted: Sequence[Trigger],
-    may_install: bool,
-) -> Drift | None:
+def find_drift(former: Sequence[Trigger], change: Plan, may_install: bool) -> Drift | None:
     """Return why the triggers listened to, ``former``, are not what the watchers need by now.
 
     None if they are.
     """
     known = {(trigger.name, trigger.relations) for trigger in former}
-    moved = [each for each in wanted if (each.name, each.relations) not in known]
-    change = plan(wanted, read_installed(cursor, namespace))
-    needed = {trigger.name for trigger in wanted}
+    moved = [each for each in change.wanted if (each.name, each.relations) not in known]
+    needed = {trigger.name for trigger in change.wanted}
     lacking = [
         f"the trigger for {state.op} on {state.schema}.{state.table}: {state.detail or 'missing'}"
         for state in change.states
@@ -471,22 +504,28 @@ def prune(
 ) -> list[Installed]:
     """Remove triggers of the namespace that are not in ``keep`` and that nobody needs.
 
-    A listener needs its triggers, and so does a durable consumer, whether it runs or not.
+    ``only`` restricts the removal to these names. See ``remove``.
+    """
+    unwanted = plan(keep, read_installed(cursor, namespace)).unwanted
+    return remove(cursor, [item for item in unwanted if only is None or item.name in only], limits)
 
-    ``only`` restricts the removal to these names. A trigger that cannot be removed now, because its
-    table is locked or belongs to another role, is left and logged: it costs writers little, and a
-    later start tries again.
+
+def remove(cursor: Cursor, unwanted: Sequence[Installed], limits: Limits) -> list[Installed]:
+    """Remove those of the triggers that nobody needs, as they were read a moment ago.
+
+    A listener needs its triggers, and so does a durable consumer, whether it runs or not. A trigger
+    that cannot be removed now, because its table is locked or belongs to another role, is left and
+    logged: it costs writers little, and a later start tries again.
     """
     removed = []
-    for item in plan(keep, read_installed(cursor, namespace)).unwanted:
-        if item.in_use or (only is not None and item.name not in only):
+    for item in unwanted:
+        if item.in_use:
             continue
         try:
-            with transaction(cursor):
-                _set_lock_timeout(cursor, limits.lock)
+            with transaction(cursor, [_lock_timeout(limits.lock)]):
                 if not _claim(cursor, item):
                     continue
-                cursor.execute(drop_statement(cursor, item.function_schema, item.name))
+                cursor.execute(drop_statement(item.function_schema, item.name))
         except psycopg2.Error as error:
             if cursor.connection.closed:
                 raise
@@ -514,7 +553,7 @@ def uninstall(
     def remove(item: Installed) -> None:
         if not _claim(cursor, item) and not force:
             raise _in_use(namespace, item)
-        cursor.execute(drop_statement(cursor, item.function_schema, item.name))
+        cursor.execute(drop_statement(item.function_schema, item.name))
 
     for item in installed:
         if item.in_use and not force:
@@ -581,14 +620,10 @@ def in_install_lock(
     while True:
         attempt += 1
         try:
-            with transaction(cursor):
-                # This lock may be waited for longer: only other installers queue behind it.
-                _set_lock_timeout(cursor, max(deadline - time.monotonic(), limits.lock))
-                cursor.execute(
-                    "SELECT pg_catalog.pg_advisory_xact_lock(%s, %s)",
-                    (names.LOCK_CLASS, names.INSTALL_LOCK),
-                )
-                _set_lock_timeout(cursor, limits.lock)
+            # This lock may be waited for longer: only other installers queue behind it.
+            patience = max(deadline - time.monotonic(), limits.lock)
+            opening = [_lock_timeout(patience), names.INSTALL_LOCKING, _lock_timeout(limits.lock)]
+            with transaction(cursor, opening):
                 return apply()
         except (pg.LockNotAvailable, pg.DeadlockDetected) as error:
             pause = chance.uniform(0.5, 1.5) * limits.lock
@@ -667,7 +702,6 @@ def lock_holders(cursor: Cursor, schema: str, table: str | None) -> str:
     return f" Locks are held by {', '.join(found)}." if found else ""
 
 
-def _set_lock_timeout(cursor: Cursor, seconds: float) -> None:
-    cursor.execute(
-        "SELECT pg_catalog.set_config('lock_timeout', %s, true)", (f"{int(seconds * 1000)}ms",)
-    )
+def _lock_timeout(seconds: float) -> str:
+    """Return the statement that bounds the transaction's waits for locks."""
+    return f"SET LOCAL lock_timeout TO '{int(seconds * 1000)}ms'"

@@ -109,10 +109,20 @@ def listener_parts(hashed: str) -> list[tuple[int, int]]:
 
 def listens(keys: Iterable[int], hashed: str) -> bool:
     """Whether the holder of locks with these keys, which may be unsigned, listens to a trigger."""
+    return marked(marks_of(keys), hashed)
+
+
+def marks_of(keys: Iterable[int]) -> int:
+    """Return the filter that is cut into these keys, for ``marked``."""
     marks = 0
     for key in keys:
         number, part = divmod(key & 0xFFFFFFFF, 1 << LISTENER_BITS)
         marks |= part << (number * LISTENER_BITS)
+    return marks
+
+
+def marked(marks: int, hashed: str) -> bool:
+    """Whether a trigger is in the filter."""
     wanted = _marks(hashed)
     return marks & wanted == wanted
 

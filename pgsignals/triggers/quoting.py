@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from psycopg2 import sql
+
 
 def quoted_identifier(name: str) -> str:
     """Return an identifier for SQL."""
@@ -25,3 +27,15 @@ def dollar_quoted(body: str) -> str:
 def quoted(*names: str) -> str:
     """Return a qualified identifier for a query that has parameters."""
     return ".".join('"' + name.replace('"', '""') + '"' for name in names).replace("%", "%%")
+
+
+def rendered(text: sql.Composable) -> str:
+    """Return composed SQL as text; its literals are texts."""
+    if isinstance(text, sql.Composed):
+        return "".join(map(rendered, text.seq))
+    if isinstance(text, sql.Identifier):
+        return ".".join(map(quoted_identifier, text.strings))
+    if isinstance(text, sql.Literal):
+        return literal(text.wrapped)
+    assert isinstance(text, sql.SQL), text
+    return text.string

@@ -6,30 +6,28 @@ they are found, compared and removed like triggers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from psycopg2 import sql
-from psycopg2.extensions import cursor as Cursor
 
 from . import names
 from .bodies.common import TABLES
 from .publications import creating_publications, publishing
-from .quoting import dollar_quoted, literal
+from .quoting import dollar_quoted, literal, rendered
 from .sql import (
     FORMAT,
     Specification,
     Trigger,
     creating,
-    drop_statement,
     fields,
     layout_of,
     publication_of,
     registration,
+    tagging,
 )
 
 
-def compile_rows(spec: Specification, cursor: Cursor) -> Trigger:
+def compile_rows(spec: Specification) -> Trigger:
     """Return what serves ``spec`` by rows: a mark and a publication in place of a trigger."""
     columns = (*spec.table.key_columns, *spec.tracked)
     hashed = names.digest(
@@ -47,7 +45,6 @@ def compile_rows(spec: Specification, cursor: Cursor) -> Trigger:
         repr(fields(columns)),
         repr([column.name for column in spec.columns]),
     )
-    name = names.object_name(hashed)
     body = (
         "BEGIN\n"
         "  -- Nothing calls this: it marks that the rows of these tables are read from the log.\n"
@@ -55,37 +52,28 @@ def compile_rows(spec: Specification, cursor: Cursor) -> Trigger:
         "  RETURN NULL;\n"
         "END"
     )
-    comment = json.dumps(
-        {
-            "pgsignals": FORMAT,
-            "namespace": spec.namespace,
-            "op": spec.op,
-            "label": spec.label,
-            "hash": hashed,
-            "delivery": spec.transport.value,
-            "rows": True,
-            "columns": sorted({column.name for column in (*columns, *spec.columns)}),
-        }
-    )
+    return Trigger(spec, hashed, body, lambda: _creation(spec, hashed, body))
+
+
+def _creation(spec: Specification, hashed: str, body: str) -> list[str]:
+    """Return the statements that mark a function, and publish the tables that it marks."""
+    name = names.object_name(hashed)
     function = sql.Identifier(spec.table.schema, name)
     made = sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  AS {}").format(
         function, sql.SQL(dollar_quoted(body))
     )
-    tables = [sql.Identifier(each.schema, each.name) for each in spec.relations]
-    quoted = [each.as_string(cursor) for each in tables]
+    quoted = [rendered(sql.Identifier(each.schema, each.name)) for each in spec.relations]
     published = publication_of(spec.op)
     create: list[str] = [
         *creating_publications(),
         # Writers that wrote before have ended: otherwise their transactions would come in part.
         *(f"LOCK TABLE {each} IN SHARE ROW EXCLUSIVE MODE" for each in quoted),
-        creating(made.as_string(cursor), quoted, TABLES),
-        sql.SQL("COMMENT ON FUNCTION {}() IS {}")
-        .format(function, sql.Literal(comment))
-        .as_string(cursor),
+        creating(rendered(made), quoted, TABLES),
+        rendered(tagging(spec, hashed)),
         *(publishing(each, published) for each in quoted),
     ]
     create += [
-        each.as_string(cursor)
+        rendered(each)
         for each in registration(
             spec.table.schema,
             hashed,
@@ -94,14 +82,7 @@ def compile_rows(spec: Specification, cursor: Cursor) -> Trigger:
             serving(quoted),
         )
     ]
-    return Trigger(
-        spec,
-        hashed,
-        body,
-        tuple(create),
-        (drop_statement(cursor, spec.table.schema, name),),
-        comment,
-    )
+    return create
 
 
 def serving(tables: Sequence[str]) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 from psycopg2 import sql
-from psycopg2.extensions import cursor as Cursor
 
 from ..core.payload import RAW_TYPES, VERSION, Field, Layout
 from ..core.tables import Column, Relation, Table
 from ..core.transport import Transport
 from . import names
 from .bodies import BODIES, common
-from .quoting import dollar_quoted, literal, quoted_identifier
+from .quoting import dollar_quoted, literal, quoted_identifier, rendered
 
 # Bump when the generated text is meant to replace what older versions installed.
 FORMAT = 3
@@ -31,6 +29,8 @@ _TEXT = ("text", "varchar", "name")
 _LOOSE = ("bool", "bpchar", "numeric", "float4", "float8")
 _CHANNEL = "pgsignals:channel"
 _KEY = "pgsignals:key"
+# The column by which old and new rows are paired.
+_NUMBER = "pgs_n"
 
 
 # The settings of the writer's session that a value's text depends on, and the values we need.
@@ -256,7 +256,7 @@ def _rows(spec: Specification) -> sql.Composable:
         spec.table.key or spec.table.only or spec.tracked or spec.columns or spec.when is not None
     ):
         return sql.SQL("FROM pgs_new AS new")
-    number = "pgs_n"
+    number = _NUMBER
     while number in {column.name for column in spec.table.columns}:
         number += "_"
     return sql.SQL(
@@ -313,35 +313,23 @@ def _select(spec: Specification) -> sql.Composable:
     statement = sql.SQL("SELECT {} {} WHERE {}").format(
         sql.SQL(", ").join(fetched), _rows(spec), conditions
     )
-    return _Statement(
-        sql.SQL(
-            "IF pgs_try OPERATOR(pg_catalog.=) {by_variables} THEN\n"
-            "        IF {conditions} THEN\n          {assign}\n        END IF;\n"
-            "      ELSIF pgs_try OPERATOR(pg_catalog.=) {by_statement} THEN\n"
-            "        EXECUTE "
-        ).format(
-            by_variables=sql.SQL(str(common.BY_VARIABLES)),
-            by_statement=sql.SQL(str(common.BY_STATEMENT)),
-            conditions=conditions,
-            assign=assign,
-        ),
-        statement,
-        sql.SQL(f" INTO {into} USING {', '.join(_sides(spec))};\n      END IF;"),
+    return sql.SQL("").join(
+        (
+            sql.SQL(
+                "IF pgs_try OPERATOR(pg_catalog.=) {by_variables} THEN\n"
+                "        IF {conditions} THEN\n          {assign}\n        END IF;\n"
+                "      ELSIF pgs_try OPERATOR(pg_catalog.=) {by_statement} THEN\n"
+                "        EXECUTE "
+            ).format(
+                by_variables=sql.SQL(str(common.BY_VARIABLES)),
+                by_statement=sql.SQL(str(common.BY_STATEMENT)),
+                conditions=conditions,
+                assign=assign,
+            ),
+            sql.SQL(dollar_quoted(rendered(statement))),
+            sql.SQL(f" INTO {into} USING {', '.join(_sides(spec))};\n      END IF;"),
+        )
     )
-
-
-class _Statement(sql.Composable):
-    """A statement as a literal between two pieces of code."""
-
-    def __init__(
-        self, head: sql.Composable, statement: sql.Composable, tail: sql.Composable
-    ) -> None:
-        super().__init__((head, statement, tail))
-        self._parts = head, statement, tail
-
-    def as_string(self, context: Any) -> str:
-        head, statement, tail = (part.as_string(context) for part in self._parts)
-        return f"{head}{dollar_quoted(statement)}{tail}"
 
 
 def row_text(spec: Specification) -> tuple[sql.Composable, sql.Composable]:
@@ -359,14 +347,25 @@ _HEAD = _qualified(
 
 @dataclass(frozen=True)
 class Trigger:
-    """A compiled trigger: its ``hash``, and all the SQL that creates and drops it."""
+    """A compiled trigger: its ``hash``, and all the SQL that creates and drops it.
+
+    ``creation`` writes what creates it, which most starts have no use for.
+    """
 
     spec: Specification
     hash: str
     body: str
-    create: tuple[str, ...]
-    drop: tuple[str, ...]
-    comment: str
+    creation: Callable[[], Sequence[str]] = field(repr=False, compare=False)
+
+    @cached_property
+    def create(self) -> Sequence[str]:
+        """The statements that create the function and the trigger."""
+        return self.creation()
+
+    @property
+    def drop(self) -> Sequence[str]:
+        """The statements that remove both."""
+        return (drop_statement(self.spec.table.schema, self.name),)
 
     @property
     def name(self) -> str:
@@ -435,14 +434,38 @@ def _relation(spec: Specification, token: str) -> tuple[sql.Composable, ...]:
     return watched, own, sure
 
 
-def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Trigger:
+def _remembered(quick: sql.Composable, sure: sql.Composable) -> tuple[sql.Composable, ...]:
+    """Return SQL for ``_relation``'s tests by what the transaction knows already.
+
+    A transaction that has written to a partition holds a lock that keeps others from detaching it,
+    and asking for its root takes a fifth of a row trigger's time. Not where functions have their
+    owner's rights: anybody can set the parameter to anything.
+    """
+    parameter = sql.Literal(f"{_CHANNEL}.parts")
+    known = sql.SQL("pg_catalog.current_setting({}, true)").format(parameter)
+    entry = sql.SQL(_qualified("(',' || TG_RELID::pg_catalog.text || ',')"))
+    mine = sql.SQL("((pg_catalog.strpos({}, {}) OPERATOR(pg_catalog.>) 0) IS TRUE)")
+    # Some thousand partitions are not worth what copying a long text costs.
+    remember = sql.SQL(
+        "\n        IF (pg_catalog.octet_length({0}) OPERATOR(pg_catalog.>) 2000) IS NOT TRUE THEN"
+        "\n          pgs_text := pg_catalog.set_config("
+        "{2}, pg_catalog.concat({0}, {1}), true);"
+        "\n        END IF;"
+    )
+    return (
+        mine.format(known, entry),
+        sql.SQL("({} OR {})").format(quick, sure),
+        remember.format(known, entry, parameter),
+    )
+
+
+def compile_trigger(spec: Specification, search_path: str) -> Trigger:
     """Return the compiled trigger of ``spec``.
 
-    ``cursor`` only lends its connection to the quoting. Names in the watcher's condition are looked
-    up in ``search_path``, which is not part of the hash, so that roles with different search paths
-    agree on what is installed.
+    Names in the watcher's condition are looked up in ``search_path``, which is not part of the
+    hash, so that roles with different search paths agree on what is installed.
     """
-    body, token = _body(spec, cursor)
+    body, token = _body(_shape(spec))
     hashed = names.digest(
         str(FORMAT),
         spec.namespace,
@@ -456,19 +479,15 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     )
     name = names.object_name(hashed)
     body = body.replace(_CHANNEL, name).replace(_KEY, f"({names.channel_key(hashed)})")
+    return Trigger(spec, hashed, body, lambda: _creation(spec, hashed, body, token, search_path))
+
+
+def _creation(
+    spec: Specification, hashed: str, body: str, token: str, search_path: str
+) -> list[str]:
+    """Return the statements that create a trigger."""
+    name = names.object_name(hashed)
     function = sql.Identifier(spec.table.schema, name)
-    columns = {c.name for c in (*spec.table.key_columns, *spec.tracked, *spec.columns)}
-    comment = json.dumps(
-        {
-            "pgsignals": FORMAT,
-            "namespace": spec.namespace,
-            "op": spec.op,
-            "label": spec.label,
-            "hash": hashed,
-            "delivery": spec.transport.value,
-            "columns": sorted(columns),
-        }
-    )
     made = sql.SQL("CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n  {}AS {}").format(
         function,
         sql.SQL("").join(sql.SQL("{}\n  ").format(each) for each in _settings(spec, search_path)),
@@ -476,10 +495,10 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
     )
     table = sql.Identifier(spec.table.schema, spec.table.name)
     create: list[sql.Composable] = [
-        sql.SQL(creating(made.as_string(cursor), [table.as_string(cursor)], token)),
+        sql.SQL(creating(rendered(made), [rendered(table)], token)),
         # A role that adds a partition needs the right, since the trigger is cloned as that role.
         sql.SQL("GRANT EXECUTE ON FUNCTION {}() TO PUBLIC").format(function),
-        sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(comment)),
+        tagging(spec, hashed),
         *_triggers(spec, name),
     ]
     if spec.transport.durable:
@@ -488,31 +507,71 @@ def compile_trigger(spec: Specification, cursor: Cursor, search_path: str) -> Tr
         create += registration(
             spec.table.schema, hashed, layout_of(spec, hashed).encode(), spec.transport
         )
-    return Trigger(
-        spec,
-        hashed,
-        body,
-        tuple(statement.as_string(cursor) for statement in create),
-        (drop_statement(cursor, spec.table.schema, name),),
-        comment,
+    return [rendered(statement) for statement in create]
+
+
+def tagging(spec: Specification, hashed: str) -> sql.Composable:
+    """Return the statement that marks a function as ours and says what it is for."""
+    columns = {c.name for c in (*spec.table.key_columns, *spec.tracked, *spec.columns)}
+    tag = {
+        "pgsignals": FORMAT,
+        "namespace": spec.namespace,
+        "op": spec.op,
+        "label": spec.label,
+        "hash": hashed,
+        "delivery": spec.transport.value,
+        **({"rows": True} if spec.rows else {}),
+        "columns": sorted(columns),
+    }
+    function = sql.Identifier(spec.table.schema, names.object_name(hashed))
+    return sql.SQL("COMMENT ON FUNCTION {}() IS {}").format(function, sql.Literal(json.dumps(tag)))
+
+
+def _shape(spec: Specification) -> Specification:
+    """Return the specification without what its function's body does not depend on.
+
+    So most tables share their bodies, of which hundreds take long to write.
+    """
+    table, only = spec.table, spec.table.only
+    used = {*table.key, *(c.name for c in (*spec.tracked, *spec.columns))}
+    if only is not None:
+        name, accepted = only
+        used.add(name)
+        only = name, tuple(map(str, accepted))
+    own = replace(
+        table,
+        schema="",
+        name="",
+        oid=0,
+        # Names of our own must not be taken.
+        columns=tuple(c for c in table.columns if c.name in used or c.name.startswith(_NUMBER)),
+        only=only,
+        aliases={},
+        elsewhere={},
+        children=(Relation("", "", 0),) if table.children else (),
     )
+    return replace(spec, namespace="", label=None, model="", table=own)
 
 
 def _level(spec: Specification) -> str:
     return "ROW" if spec.row_level else "STATEMENT"
 
 
-def _body(spec: Specification, cursor: Cursor) -> tuple[str, str]:
+@lru_cache(maxsize=256)
+def _body(spec: Specification) -> tuple[str, str]:
     """Return the function's body, without its own names yet, and the placeholder in it.
 
     The placeholder is for the table's OID, which only CREATE FUNCTION knows.
     """
     select = _select(spec)
     # It must not occur in the rest of the text.
-    token, written = common.TABLES, select.as_string(cursor)
+    token, written = common.TABLES, rendered(select)
     while token in written:
         token = f"{token[:-1]}_}}"
     relation, mine, sure = _relation(spec, token)
+    remember: sql.Composable = sql.SQL("")
+    if spec.table.partitioned and spec.row_level and not spec.transport.durable:
+        mine, sure, remember = _remembered(mine, sure)
     # A message of a log has the table beside its payload, and so not in it.
     told = sql.SQL("") if spec.transport.durable else sql.SQL("""',"r":', {}, """).format(relation)
     first = common.BY_VARIABLES if spec.row_level else common.BY_STATEMENT
@@ -525,9 +584,10 @@ def _body(spec: Specification, cursor: Cursor) -> tuple[str, str]:
         key=sql.SQL(_KEY),
         mine=mine,
         sure=sure,
+        remember=remember,
         relation=relation,
     )
-    return body.as_string(cursor), token
+    return rendered(body), token
 
 
 def _settings(spec: Specification, search_path: str) -> list[sql.Composable]:
@@ -633,7 +693,7 @@ def registration(
     missing.
     """
     values: dict[str, sql.Composable] = {
-        "channel": sql.Literal(names.channel_key(hashed)),
+        "channel": sql.SQL(str(names.channel_key(hashed))),
         "present": sql.SQL(_PRESENT_ID[transport]),
         "definition": sql.Literal(definition),
         "function": sql.SQL(literal(f"{quoted_identifier(home)}.{names.object_name(hashed)}()")),
@@ -679,13 +739,14 @@ def fields(columns: Sequence[Column]) -> tuple[Field, ...]:
     )
 
 
-def drop_statement(cursor: Cursor, schema: str, name: str) -> str:
+def drop_statement(schema: str, name: str) -> str:
     """Return SQL that removes a function of ours and its trigger, whatever its table is called now.
 
     It drops by CASCADE, since dropping a trigger by itself takes owning the table.
     """
-    statement = sql.SQL("DROP FUNCTION IF EXISTS {}() CASCADE")
-    return statement.format(sql.Identifier(schema, name)).as_string(cursor)
+    return (
+        f"DROP FUNCTION IF EXISTS {quoted_identifier(schema)}.{quoted_identifier(name)}() CASCADE"
+    )
 
 
 def creating(statement: str, tables: Sequence[str], token: str) -> str:

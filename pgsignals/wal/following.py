@@ -15,10 +15,10 @@ from psycopg2.extensions import cursor as Cursor
 from ..core.errors import DatabaseError
 from ..core.events import Event, Gap, Message
 from ..core.logging import log
+from ..core.lsn import lsn_text
 from . import slots
 from .decoding import WalDecoder
 from .log import READ_ONCE, WalLog
-from .lsn import lsn_text
 from .places import Place
 from .reader import Entry, Run, WalPosition
 from .stream import PublicationMissing

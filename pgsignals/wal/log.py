@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -17,18 +17,18 @@ from ..consumers.consumer_store import ConsumerStore
 from ..consumers.log import Poll, Position
 from ..core.errors import DatabaseError
 from ..core.logging import log
+from ..core.lsn import lsn_text
 from ..postgres.session import Session
 from ..postgres.snapshot import Snapshot
 from ..triggers import names
 from ..triggers.names import INSERTS_PUBLICATION, PUBLICATION
 from . import slots
-from .lsn import lsn_text
 from .reader import WalPosition, WalReader, Watermark
 from .stream import SLOT_SHARE, PublicationMissing, ReplicationStream
 
 # After a turn that found something, the reader leaves the processor to the writers for so long:
 # otherwise each commit would wake it.
-PACE_SECONDS = 0.004
+PACE_SECONDS = 0.003
 # While receivers are behind, the part to wait of the time for which nobody has taken anything.
 _STUCK_SHARE = 1 / 8
 # How often the server is asked how far the log has come, and sent a sign of life.
@@ -125,8 +125,10 @@ class WalLog:
         # ``_as_of``.
         self._end, self._looked_at = 0, 0.0
         self._as_of: float | None = None
-        # Saved positions, each with the log's end when it had been saved.
+        # Saved positions, each with the log's end when it had been saved, and the latest position,
+        # whose end the next look gives: a statement for each would hold up reading.
         self._saved: deque[tuple[int, int]] = deque()
+        self._just_saved = 0
         self._beat_at = 0.0
         self._busy = False
         # How often what was read has been taken, and when that was noticed.
@@ -206,6 +208,9 @@ class WalLog:
         at = time.monotonic()
         [(self._end, flushed, self._shed, xmax)] = self._execute(_LOOK)
         self._looked_at, self._xmax = at, int(xmax)
+        if self._just_saved:
+            self._saved.append((self._just_saved, self._end))
+            self._just_saved = 0
         return int(flushed)
 
     def _keep_up(self, reader: WalReader, now: float) -> None:
@@ -236,10 +241,7 @@ class WalLog:
             # It is of another history, in which the log had come further.
             return
         if not self._saved or position.lsn > self._saved[-1][0]:
-            [(end,)] = self._execute(
-                f"SELECT {_LSN.format('pg_catalog.pg_current_wal_insert_lsn()')}"
-            )
-            self._saved.append((position.lsn, end))
+            self._just_saved = max(self._just_saved, position.lsn)
 
     def pause(self, worked: float) -> float:
         busy, self._busy = self._busy, False
@@ -291,6 +293,7 @@ class WalLog:
             # What the stream has given once, it does not give again.
             raise DatabaseError(READ_ONCE)
         self._saved.clear()
+        self._just_saved = 0
         self._look()
         self._as_of = None
         ahead = position.lsn > self._end
@@ -300,7 +303,7 @@ class WalLog:
         # Only now: a former holder that does not know of its end read on until its stream ended.
         self._look()
         found = WalReader(
-            self._read,
+            self._messages,
             lambda: self._stream.received,
             self._wait,
             self._is_secret,
@@ -423,9 +426,9 @@ class WalLog:
             self.unknown()
         return relation in self.wanted
 
-    def _read(self) -> tuple[int, bytes] | None:
+    def _messages(self) -> Iterator[tuple[int, bytes]]:
         try:
-            return self._stream.read()
+            yield from self._stream.messages()
         except PublicationMissing as error:
             self._give_up_slot(error)
             raise

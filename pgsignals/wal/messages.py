@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..consumers.decoding import Row
+from ..core.lsn import lsn_text
 from ..postgres.transaction import CONTEXT_MESSAGE, MUTED_MESSAGE
 from . import pgoutput
-from .lsn import lsn_text
+
+_MUTED, _CONTEXT = MUTED_MESSAGE.encode(), CONTEXT_MESSAGE.encode()
 
 
-@dataclass(frozen=True)
-class Sent(Row):
+class Sent(Row, frozen=True, gc=False):
     """A trigger's message at ``lsn``; its id is the LSN of its transaction's commit.
 
     ``number`` counts the changes of the transaction before.
@@ -53,9 +54,9 @@ def parse_message(
 ) -> Sent | Mute | Context | None:
     """Return the meaning of a message with our prefix; None for one that is not ours."""
     word, _, rest = message.content.partition(b" ")
-    if word == MUTED_MESSAGE.encode():
+    if word == _MUTED:
         return Mute(rest == b"on")
-    if word == CONTEXT_MESSAGE.encode():
+    if word == _CONTEXT:
         return Context(rest.decode(encoding, "replace"))
     if is_secret(word):
         return _sent(message.lsn, commit_lsn, rest, encoding, number)

@@ -306,15 +306,24 @@ _MESSAGE = Struct(">xBQ")
 _OLD_KEY, _NEW = b"KN"
 
 
-def _begin(data: bytes, encoding: str) -> tuple[Begin, int]:
-    final_lsn, at_us, xid = _BEGIN.unpack_from(data)
-    return Begin(final_lsn, at_us + _EPOCH_US, xid), _BEGIN.size
+def decode_begin(data: bytes) -> Begin:
+    """Return what ``decode`` returns for a Begin. Raises PayloadError."""
+    try:
+        final_lsn, at_us, xid = _BEGIN.unpack(data)
+    except StructError as error:
+        raise PayloadError(f"pgoutput: {len(data)} bytes for a Begin: {error}") from error
+    return Begin(final_lsn, at_us + _EPOCH_US, xid)
 
 
-def _commit(data: bytes, encoding: str) -> tuple[Commit, int]:
-    flags, lsn, end_lsn, at_us = _COMMIT.unpack_from(data)
-    _flags(flags, 0)
-    return Commit(lsn, end_lsn, at_us + _EPOCH_US), _COMMIT.size
+def decode_commit(data: bytes) -> Commit:
+    """Return what ``decode`` returns for a Commit. Raises PayloadError."""
+    try:
+        flags, lsn, end_lsn, at_us = _COMMIT.unpack(data)
+    except StructError as error:
+        raise PayloadError(f"pgoutput: {len(data)} bytes for a Commit: {error}") from error
+    if flags:
+        _flags(flags, 0)
+    return Commit(lsn, end_lsn, at_us + _EPOCH_US)
 
 
 def _origin(data: bytes, encoding: str) -> tuple[Origin, int]:
@@ -390,8 +399,8 @@ def _message(data: bytes, encoding: str) -> tuple[Message, int]:
 
 
 _DECODERS: dict[int, Callable[[bytes, str], tuple[Change, int]]] = {
-    ord("B"): _begin,
-    ord("C"): _commit,
+    ord("B"): lambda data, _: (decode_begin(data), len(data)),
+    ord("C"): lambda data, _: (decode_commit(data), len(data)),
     ord("O"): _origin,
     ord("R"): _relation,
     ord("Y"): _type,

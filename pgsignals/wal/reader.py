@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import msgspec
 
 from ..core.errors import PayloadError
 from ..core.events import Message
+from ..core.lsn import lsn_text, read_lsn
 from ..core.rows import UNCHANGED, Value, Values
 from ..postgres.snapshot import Snapshot
 from ..triggers.names import MESSAGE_PREFIX
 from . import pgoutput
-from .lsn import lsn_text, read_lsn
 from .messages import Context, Mute, Sent, parse_message
 
 # The most changes and bytes of a page, unless one change alone is longer.
@@ -86,15 +88,16 @@ class Watermark:
         return self.snapshot.sees(self.snapshot.xmax + distance)
 
 
-@dataclass
-class Transaction:
+class Transaction(msgspec.Struct, gc=False):
     """The transaction that is being read, ``count`` of whose changes have been read so far.
 
-    ``skipped``: it comes from another log. ``foreign``: it was replicated from another server.
-    ``muted`` and ``context`` are as of the latest change.
+    It committed at ``id``. ``skipped``: it comes from another log. ``foreign``: it was replicated
+    from another server. ``muted`` and ``context`` are as of the latest change.
     """
 
-    begin: pgoutput.Begin
+    id: int
+    at_us: int
+    txid: int
     skipped: bool = False
     count: int = 0
     foreign: bool = False
@@ -102,74 +105,64 @@ class Transaction:
     context: str = ""
 
 
-_TRUNCATE = ord("T")
+_BEGIN, _COMMIT = b"BC"
 # The bytes of a changed row's message that say what kind of change it is, and of which table.
 _HEAD = 5
 _OPS = {pgoutput.INSERT: "inserted", pgoutput.UPDATE: "updated", pgoutput.DELETE: "deleted"}
 
 
-class Run:
-    """Changes of rows that came one after another: see Changes.
+class Kind(NamedTuple):
+    """The kind of changes of a run: an operation on a table, which has these columns."""
 
-    ``data`` has their messages, all of which begin with ``head``.
+    op: str
+    relation: int
+    columns: tuple[str, ...]
+
+
+class Run(msgspec.Struct, gc=False):
+    """Changes of rows that came one after another in a transaction: see Changes.
+
+    ``data`` has their messages.
     """
 
-    __slots__ = (
-        "at_us",
-        "columns",
-        "context",
-        "data",
-        "first",
-        "foreign",
-        "head",
-        "id",
-        "kind",
-        "op",
-        "relation",
-        "transaction",
-        "txid",
-    )
+    kind: Kind
+    id: int
+    txid: int
+    at_us: int
+    foreign: bool
+    first: int
+    context: str
+    data: list[bytes]
 
-    def __init__(
-        self,
-        kind: int,
-        relation: int,
-        columns: tuple[str, ...],
-        transaction: Transaction,
-        txid: int,
-        first: int,
-    ) -> None:
-        self.kind = kind
-        self.op = _OPS.get(kind, "truncated")
-        self.relation = relation
-        self.columns = columns
-        self.txid = txid
-        self.at_us = transaction.begin.at_us
-        self.id = transaction.begin.final_lsn
-        self.first = first
-        self.context = transaction.context
-        self.foreign = transaction.foreign
-        self.transaction = transaction
-        self.head = b""
-        self.data: list[bytes] = []
+    @property
+    def op(self) -> str:
+        return self.kind.op
+
+    @property
+    def relation(self) -> int:
+        return self.kind.relation
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.kind.columns
 
     def singly(self) -> Iterator[Run]:
         """Yield a run of each change."""
         for number, each in enumerate(self.data):
-            single = copy(self)
-            single.first, single.data = self.first + number, [each]
-            yield single
+            yield msgspec.structs.replace(self, first=self.first + number, data=[each])
 
     def rows(self, wanted: Sequence[bool]) -> Iterator[tuple[Values, Values]]:
         data = self.data
         if self.op == "truncated":
             return iter([(None, None)])
-        if self.kind == pgoutput.UPDATE:
+        if self.op == "updated":
             return (_filled(*pgoutput.picked(each, wanted)) for each in data)
         return (pgoutput.picked(each, wanted) for each in data)
 
-    def single_rows(self, wanted: Sequence[bool]) -> Sequence[Sequence[Value]] | None:
-        return pgoutput.picked_rows(self.data, wanted)
+    def single_rows(
+        self, data: Sequence[bytes], wanted: Sequence[bool]
+    ) -> Sequence[Sequence[Value]] | None:
+        return pgoutput.picked_rows(data, wanted)
 
 
 def _filled(old: Values, new: Values) -> tuple[Values, Values]:
@@ -186,12 +179,13 @@ Entry = Sent | Run
 class WalReader:
     """Reads what a replication stream brings.
 
-    ``read`` returns the position and the bytes of the stream's next message, or None while there is
-    none, and ``received`` the LSN up to which all has come by then. ``wait`` waits a moment for
-    more. ``is_secret`` says whether a text is the secret of our triggers' messages, and ``forged``
-    is told of the LSN of a message with another. ``wanted`` says whether somebody reads the rows of
-    a table, which is new if it has just been described. ``txid`` returns a transaction's id, of
-    which the stream has the last 32 bits. ``encoding`` is the database's, in Python's terms.
+    ``messages`` yields the position and the bytes of each message of the stream that is here now;
+    behind the last, ``received`` returns the LSN up to which all has come. ``wait`` waits a moment
+    for more. ``is_secret`` says whether a text is the secret of our triggers' messages, and
+    ``forged`` is told of the LSN of a message with another. ``wanted`` says whether somebody reads
+    the rows of a table, which is new if it has just been described. ``txid`` returns a
+    transaction's id, of which the stream has the last 32 bits. ``encoding`` is the database's, in
+    Python's terms.
 
     Transactions that committed below ``present``, at which this reader began, may have been
     delivered by another process, unless it left the partition ``clean``. ``lost`` and ``ahead`` are
@@ -200,7 +194,7 @@ class WalReader:
 
     def __init__(
         self,
-        read: Callable[[], tuple[int, bytes] | None],
+        messages: Callable[[], Iterable[tuple[int, bytes]]],
         received: Callable[[], int],
         wait: Callable[[], None],
         is_secret: Callable[[bytes], bool],
@@ -215,7 +209,7 @@ class WalReader:
         lost: str = "",
         ahead: bool = False,
     ) -> None:
-        self._read = read
+        self._messages = messages
         self._received = received
         self._wait = wait
         self._is_secret = is_secret
@@ -234,8 +228,12 @@ class WalReader:
         self._count = self._size = 0
         # The position before them.
         self._behind = position
-        # The run that is being read, to which changes like its own are added.
+        # The run that is being read, to which changes like its own are added: those of its
+        # transaction that begin with ``_head``.
         self._run: Run | None = None
+        self._head = b""
+        # By the heads of changes, their kinds on this page; None if nobody reads them.
+        self._kinds: dict[bytes, Kind | None] = {}
         # The columns of each table, by its OID, as the latest description has them.
         self._columns: dict[int, tuple[str, ...]] = {}
         self._since = position.since
@@ -269,10 +267,10 @@ class WalReader:
         if transaction is None or not transaction.count:
             # What comes behind the former position, in its transaction, may not have come yet.
             return WalPosition(self._lsn, since=since) if self._lsn > former.lsn else former
-        begin, read = transaction.begin, transaction.count
-        if begin.final_lsn == former.commit_lsn:
+        commit_lsn, read = transaction.id, transaction.count
+        if commit_lsn == former.commit_lsn:
             read = max(read, former.messages)
-        return WalPosition(self._lsn, begin.final_lsn, read, since)
+        return WalPosition(self._lsn, commit_lsn, read, since)
 
     @property
     def at_end(self) -> bool:
@@ -329,7 +327,6 @@ class WalReader:
         position = self._reached
         self.turns += 1
         self._entries, self._count, self._size, self._run = [], 0, 0, None
-        self.fill()
         return position
 
     @property
@@ -349,52 +346,59 @@ class WalReader:
             return
         self._behind = self._reached
         self._more = False
-        read = self._read
-        for _ in range(MOST_READ):
-            if self._count >= PAGE_CHANGES or self._size >= PAGE_BYTES:
-                return
-            if self._held is not None and not self._enter(self._held):
-                return
-            found = read()
-            if found is None:
-                return
-            data = found[1]
+        # What is read may have become another since.
+        self._kinds.clear()
+        if self._held is not None and not self._enter(self._held):
+            return
+        for number, (_, data) in enumerate(self._messages(), 1):
             run = self._run
             # Nearly all that comes are changes like the one before, and each of them costs.
-            if run is not None and data[:_HEAD] == run.head:
-                run.transaction.count += 1
+            if run is not None and data[:_HEAD] == self._head:
+                self._present().count += 1
                 run.data.append(data)
                 self._count += 1
                 self._size += len(data)
             else:
                 self._take(data)
-        self._more = True
+                if self._held is not None:
+                    return
+            if self._count >= PAGE_CHANGES or self._size >= PAGE_BYTES or number >= MOST_READ:
+                self._more = True
+                return
 
     def _enter(self, begin: pgoutput.Begin) -> bool:
-        """Begin to read a transaction; return whether it need not wait for a later watermark."""
+        """Begin to read a transaction, unless it has to wait for a later watermark."""
         skipped = self._since is not None and self._since.sees(begin.xid)
         if self._until is not None and not self._until.sees(begin.xid):
             self._frozen, skipped = self._reached, True
         elif self._watermark is not None and not self._watermark.sees(begin.xid):
+            self._held = begin
             return False
-        self._transaction, self._held = Transaction(begin, skipped), None
+        self._held = None
+        self._transaction = Transaction(
+            begin.final_lsn, begin.at_us, self._txid(begin.xid), skipped
+        )
         return True
 
     def _take(self, data: bytes) -> None:
         kind = data[0]
         if kind in _OPS:
-            self._take_row(data, kind, self._present())
+            self._take_row(data, self._present())
             return
         # Whatever else comes ends a run of changes.
         self._run = None
-        change = pgoutput.decode(data, self._encoding)
-        if isinstance(change, pgoutput.Begin):
-            self._held = change
-        elif isinstance(change, pgoutput.Commit):
-            self._commit(change)
-        elif isinstance(change, pgoutput.Relation):
+        if kind == _BEGIN:
+            self._enter(pgoutput.decode_begin(data))
+        elif kind == _COMMIT:
+            self._commit(pgoutput.decode_commit(data))
+        else:
+            self._take_other(pgoutput.decode(data, self._encoding))
+
+    def _take_other(self, change: pgoutput.Change) -> None:
+        if isinstance(change, pgoutput.Relation):
             self._columns[change.oid] = tuple(column.name for column in change.columns)
             self._wanted(change.oid, True)
+            self._kinds.clear()
         elif isinstance(change, pgoutput.Message):
             if change.transactional and change.prefix == MESSAGE_PREFIX:
                 self._take_message(change, self._present())
@@ -409,7 +413,7 @@ class WalReader:
         return self._transaction
 
     def _commit(self, change: pgoutput.Commit) -> None:
-        if self._transaction is None or change.lsn != self._transaction.begin.final_lsn:
+        if self._transaction is None or change.lsn != self._transaction.id:
             raise PayloadError(f"a commit at {lsn_text(change.lsn)} that nothing began")
         self._transaction = None
         self._lsn = change.end_lsn
@@ -420,16 +424,12 @@ class WalReader:
         if transaction.skipped:
             return False
         former = self._former
-        return (
-            transaction.begin.final_lsn != former.commit_lsn or transaction.count > former.messages
-        )
+        return transaction.id != former.commit_lsn or transaction.count > former.messages
 
     def _take_message(self, change: pgoutput.Message, transaction: Transaction) -> None:
         number = transaction.count
         new = self._is_new(transaction)
-        found = parse_message(
-            change, self._is_secret, transaction.begin.final_lsn, self._encoding, number
-        )
+        found = parse_message(change, self._is_secret, transaction.id, self._encoding, number)
         if isinstance(found, Mute):
             transaction.muted = found.on
         elif isinstance(found, Context):
@@ -441,32 +441,46 @@ class WalReader:
             self._count += 1
             self._size += len(change.content)
 
-    def _take_row(self, data: bytes, kind: int, transaction: Transaction) -> None:
+    def _take_row(self, data: bytes, transaction: Transaction) -> None:
         number = transaction.count
+        self._run = None
         if not self._is_new(transaction) or transaction.muted:
-            self._run = None
             return
-        relation = pgoutput.relation_of(data)
-        if not self._wanted(relation, False):
-            self._run = None
-            return
-        run = self._run = self._begin_run(kind, relation, transaction, number)
-        run.head = data[:_HEAD]
-        run.data.append(data)
-        self._count += 1
-        self._size += len(data)
+        head = self._head = data[:_HEAD]
+        if head in self._kinds:
+            kind = self._kinds[head]
+        else:
+            kind = self._kinds[head] = self._kind(_OPS[data[0]], pgoutput.relation_of(data))
+        if kind is not None:
+            self._run = self._begin_run(kind, transaction, number, [data])
+            self._count += 1
+            self._size += len(data)
 
     def _take_truncate(self, change: pgoutput.Truncate, transaction: Transaction) -> None:
         number = transaction.count
         if self._is_new(transaction) and not transaction.muted:
             for relation in change.relations:
-                if self._wanted(relation, False):
-                    self._begin_run(_TRUNCATE, relation, transaction, number)
+                if (kind := self._kind("truncated", relation)) is not None:
+                    self._begin_run(kind, transaction, number, [])
                     self._count += 1
 
-    def _begin_run(self, kind: int, relation: int, transaction: Transaction, number: int) -> Run:
-        columns = self._columns.get(relation, ())
-        txid = self._txid(transaction.begin.xid)
-        run = Run(kind, relation, columns, transaction, txid, number)
+    def _kind(self, op: str, relation: int) -> Kind | None:
+        if not self._wanted(relation, False):
+            return None
+        return Kind(op, relation, self._columns.get(relation, ()))
+
+    def _begin_run(
+        self, kind: Kind, transaction: Transaction, number: int, data: list[bytes]
+    ) -> Run:
+        run = Run(
+            kind,
+            transaction.id,
+            transaction.txid,
+            transaction.at_us,
+            transaction.foreign,
+            number,
+            transaction.context,
+            data,
+        )
         self._entries.append(run)
         return run

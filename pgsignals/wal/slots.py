@@ -10,9 +10,9 @@ from typing import Any
 from psycopg2 import errors as pg
 
 from ..core.errors import DatabaseError
+from ..core.lsn import lsn_text, read_lsn
 from ..triggers.names import slot_name as slot_name
 from ..triggers.names import streams_slot as streams_slot
-from .lsn import lsn_text, read_lsn
 
 # Runs a statement, with its parameters, and returns its rows.
 Execute = Callable[[str, Sequence[Any]], Sequence[tuple[Any, ...]]]

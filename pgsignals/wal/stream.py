@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,12 +38,12 @@ from psycopg2 import errors as pg
 from psycopg2.extras import LogicalReplicationConnection
 
 from ..core.errors import DatabaseError, PrivilegeError
+from ..core.lsn import lsn_text
 from ..core.redaction import error_text
 from ..postgres.link import Link
 from ..postgres.session_settings import session_settings
 from ..postgres.waiter import Waiter
 from ..triggers.sql import SETTINGS
-from .lsn import lsn_text
 from .slots import SlotMissing, SlotTaken, copy, create
 
 # The server keeps a transaction's changes in memory up to this, and writes the rest to disk and
@@ -57,6 +57,8 @@ SLOT_SHARE = 0.7
 # "never", but a number of seconds up to this.
 _NEVER = 2**31 - 1
 _BEGIN = ord("B")
+# How many messages are read between two looks at the clock: less than a millisecond of work.
+_LEASE_MESSAGES = 100
 # Unlike the monotonic clock, this one goes on while the machine sleeps, as the server's does.
 _now: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_BOOTTIME)
@@ -107,8 +109,9 @@ class ReplicationStream(Link):
         self._answered = False
         # Whether a keepalive would move the position that the reading cursor tells.
         self._adrift = True
-        # At most this is that position; the commit of the transaction that is being read.
-        self._bound = self._commit = 0
+        # At most this is that position; and the Begin of the transaction that is being read, which
+        # has the position of its commit.
+        self._bound, self._begun = 0, b""
         #: Up to here the server had sent all it has for us when ``read`` last returned None.
         self.received = 0
         #: Up to here everything is acknowledged, durably.
@@ -224,36 +227,54 @@ class ReplicationStream(Link):
     def read(self) -> tuple[int, bytes] | None:
         """Return the position and the bytes of the next message; None if none is here now.
 
-        Call it until it returns None before each wait: the socket does not show what libpq has read
-        already. Raises DatabaseError once the stream has ended, or the lease has been missed.
+        Raises like ``messages``.
         """
-        self._require_lease()
+        return next(self.messages(), None)
+
+    def messages(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the position and the bytes of each message that is here now.
+
+        Go on to the end before each wait: the socket does not show what libpq has read already.
+        Raises DatabaseError once the stream has ended, or the lease has been missed.
+        """
+        # One generator, not a call for each message: there are three of them for a single row.
         read_message = self._reader.read_message
-        try:
-            # A call ends with a keepalive, and does not look whether more has arrived.
-            message = read_message() or read_message()
-            if message is None and self._encrypted:
-                # Of a record that OpenSSL has read, libpq may have taken a part (15.18 does, 17.11
-                # does not), and the socket does not show the rest.
-                message = read_message()
-        except psycopg2.Error as error:
-            raise self._ended(error) from error
-        if message is None:
-            end = self._reader.wal_end
-            if end > self.received:
-                self.received = end
-            if self._adrift:
-                self._bound = max(self._bound, end)
-            return None
-        start: int = message.data_start
-        payload: bytes = message.payload
-        if payload[0] == _BEGIN:
-            self._commit = int.from_bytes(payload[1:9], "big")
+        number = 0
+        while True:
+            if not number % _LEASE_MESSAGES:
+                self._require_lease()
+            number += 1
+            try:
+                # A call ends with a keepalive, and does not look whether more has arrived.
+                message = read_message() or read_message()
+                if message is None and self._encrypted:
+                    # Of a record that OpenSSL has read, libpq may have taken a part (15.18 does,
+                    # 17.11 does not), and the socket does not show the rest.
+                    message = read_message()
+            except psycopg2.Error as error:
+                raise self._ended(error) from error
+            if message is None:
+                break
+            start: int = message.data_start
+            payload: bytes = message.payload
+            if payload[0] == _BEGIN:
+                self._begun = payload
+            if self._adrift or not start:
+                self._drift(start)
+            yield start, payload
+        end = self._reader.wal_end
+        if end > self.received:
+            self.received = end
+        if self._adrift:
+            self._bound = max(self._bound, end)
+
+    def _drift(self, start: int) -> None:
+        """Note where a message lies before or behind which a keepalive is answered."""
         if self._adrift:
             # A keepalive may have come before this message. It was not beyond the commit.
-            self._bound = max(self._bound, self._commit, start)
+            commit = int.from_bytes(self._begun[1:9], "big")
+            self._bound = max(self._bound, commit, start)
         self._adrift = not start
-        return start, payload
 
     def confirm(self, lsn: int) -> None:
         """Note that everything up to ``lsn`` is acknowledged, durably; ``beat`` tells the server.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from confluent_kafka.admin import (
     NewTopic,
 )  # type: ignore[attr-defined]  # type: ignore[attr-defined]
 
-from pgsignals import BrokerError, ConfigurationError, Hub
+from pgsignals import BrokerError, ConfigurationError, Gap, Hub
 from pgsignals.cloudevents import from_cloudevent
 from pgsignals.testing.conformance import (
     DEADLINE,
@@ -320,6 +321,41 @@ def test_receivers_work_without_the_broker(
     assert not backend.ready
     assert hub.health().ready
     hub.stop(0.5)
+
+
+def test_a_gap_before_there_is_a_topic(kafka: Kafka, prefix: str) -> None:
+    """A topic that is made after a Gap gets it before its first event, once, and all of several."""
+
+    def kinds(table: str) -> list[str]:
+        wanted = f"{prefix}.public.{table}"
+        found = [each for each in read_all(kafka, prefix, total) if each.topic() == wanted]
+        return [dict(each.headers() or [])["ce_type"].decode() for each in found]
+
+    broadcaster = KafkaBroadcaster.from_url(f"{kafka.url}?prefix={prefix}&create=true&partitions=1")
+    first, last = (
+        Gap(*(datetime(2026, 1, day + n, tzinfo=timezone.utc) for n in (0, 1)), "retention")
+        for day in (1, 5)
+    )
+    broadcaster.announce(first)
+    assert broadcaster.flush(DEADLINE)
+    broadcaster.publish([make_event(0)])
+    assert broadcaster.flush(DEADLINE)
+    total = 2
+    assert kinds("conformance") == ["pgsignals.gap", "pgsignals.updated"]
+    broadcaster.announce(last)
+    broadcaster.publish([make_event(1), make_event(2, table="others"), make_event(3)])
+    assert broadcaster.flush(DEADLINE)
+    total = 7
+    gap, updated = "pgsignals.gap", "pgsignals.updated"
+    assert kinds("conformance") == [gap, updated, gap, updated, updated]
+    assert kinds("others") == [gap, updated]
+    [told] = [
+        json.loads(each.value() or b"")
+        for each in read_all(kafka, prefix, total)
+        if each.topic() == f"{prefix}.public.others" and each.key() is None
+    ]
+    assert (told["since"][:10], told["until"][:10]) == ("2026-01-01", "2026-01-06")
+    broadcaster.close()
 
 
 def test_what_is_deleted_before_it_is_read_is_a_gap(

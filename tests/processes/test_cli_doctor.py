@@ -214,7 +214,7 @@ def pooler(server: Server) -> Iterator[Pooler]:
 # ``pgsignals doctor``, which does not wait long for what never comes.
 IMPATIENT = """
 from pgsignals.cli import main
-from pgsignals.cli.checks import database
+from pgsignals.overview.checks import database
 database.ROUND_TRIP_SECONDS = 0.5
 main(prog_name="pgsignals")
 """

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pgsignals import Hub
-from pgsignals.cli.checks import Finding
-from pgsignals.cli.checks.outbox import _consumers, examine_outbox
 from pgsignals.outbox.inspection import ConsumerState, OutboxState
 from pgsignals.outbox.retention_settings import Retention
 from pgsignals.outbox.schema import RETENTION_BYTES, RETENTION_SECONDS
+from pgsignals.overview.checks import Finding
+from pgsignals.overview.checks.outbox import _consumers, examine_outbox
 from tests.conftest import Database
 from tests.forked import examined
 from tests.grants import documented_grants

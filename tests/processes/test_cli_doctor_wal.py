@@ -11,10 +11,10 @@ import pytest
 from psycopg2.sql import SQL, Identifier
 
 from pgsignals import Gap, Hub
-from pgsignals.cli.checks.findings import Finding
-from pgsignals.cli.checks.wal import examine_wal
 from pgsignals.consumers.slot_states import drop_slots
 from pgsignals.core.transport import Transport
+from pgsignals.overview.checks.findings import Finding
+from pgsignals.overview.checks.wal import examine_wal
 from pgsignals.testing import Server
 from tests.commands import Result
 from tests.conftest import Database, Recorder
@@ -211,7 +211,7 @@ def test_a_transaction_that_holds_it_back(
     other("BEGIN")
     other("INSERT INTO orders VALUES (1)")
     [(pid,)] = other("SELECT pg_backend_pid()")
-    monkeypatch.setattr("pgsignals.cli.checks.wal.OLD_TRANSACTION", "0 s")
+    monkeypatch.setattr("pgsignals.overview.checks.wal.OLD_TRANSACTION", "0 s")
     with configured(each_db, max_slot_wal_keep_size="64MB"):
         for _ in range(60):
             each_db("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1 << 20))")
@@ -234,7 +234,7 @@ def test_a_transaction_that_costs_the_slot(
     The consumer reads all that comes. When the transaction has ended, it gets a Gap, and goes on.
     """
     monkeypatch.setattr("pgsignals.outbox.housekeeping.EVERY_SECONDS", 0.1)
-    monkeypatch.setattr("pgsignals.cli.checks.wal.OLD_TRANSACTION", "0 s")
+    monkeypatch.setattr("pgsignals.overview.checks.wal.OLD_TRANSACTION", "0 s")
     settings = {"max_slot_wal_keep_size": "64MB", "max_wal_size": "64MB", "shared_buffers": "16MB"}
     with Server(each_version, settings) as server:
         db, other = connect(server.create_database()), connect(server.create_database())

@@ -62,10 +62,21 @@ CASES: dict[str, dict[int, list[str]]] = {
         2: ["retention", "--time", "1"],
     },
     "plugins": {0: ["plugins"], 2: ["plugins", "x"]},
+    "top": {0: ["top", "--once"], 2: ["top", "--every", "x"]},
+    "console": {2: ["console", "--port", "x"]},
     "demo": {0: ["demo", "--seconds", "0"], 2: ["demo", "--seconds", "x"]},
 }
 # What takes more than a command line, below or with the command's own tests.
-ELSEWHERE = {("relay", 0), ("relay", 1), ("backfill", 130), ("plugins", 1), ("demo", 1)}
+ELSEWHERE = {
+    ("relay", 0),
+    ("relay", 1),
+    ("backfill", 130),
+    ("plugins", 1),
+    ("demo", 1),
+    ("top", 1),
+    ("console", 0),
+    ("console", 1),
+}
 
 
 @pytest.fixture

@@ -96,6 +96,68 @@ def test_a_start_with_many_tables(dsn: str, db: Database, tables: int) -> None:
     assert Counted.count <= 12
 
 
+def test_a_first_start_asks_four_things_for_each_table(dsn: str, db: Database) -> None:
+    """A table to install on costs four messages, and nothing is read again for each."""
+    counts = []
+    for tables in (10, 20):
+        watched = [f"t{tables}_{number}" for number in range(tables)]
+        for each in watched:
+            db(f"CREATE TABLE {each} (id int PRIMARY KEY)")
+        triggers = compiled(dsn, watched)
+        connection = psycopg2.connect(dsn, cursor_factory=Counted)
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                Counted.count = 0
+                assert len(installer.install(cursor, "default", triggers)) == 3 * tables
+        finally:
+            connection.close()
+        counts.append(Counted.count)
+    assert counts[1] - counts[0] == 4 * 10
+
+
+def test_tables_that_are_alike_have_functions_of_their_own(dsn: str, db: Database) -> None:
+    """Texts that are written once for tables of one shape say nothing of any one of them."""
+    db(
+        "CREATE TABLE one (id int PRIMARY KEY, s text);"
+        "CREATE TABLE two (id int PRIMARY KEY, t text);"
+        "CREATE TABLE three (id int PRIMARY KEY, pgs_n int);"
+        "CREATE TABLE parts (id int PRIMARY KEY, s text) PARTITION BY HASH (id);"
+        "CREATE TABLE part PARTITION OF parts FOR VALUES WITH (MODULUS 1, REMAINDER 0)"
+    )
+    tables = ["one", "two", "three", "parts"]
+    seen = Recorder()
+    with Hub() as hub:
+        for table in (*tables, "again"):
+            hub.subscribe(seen, table)
+        hub.start(dsn, [*tables, watch("one", label="again")])
+        for number, table in enumerate(tables):
+            db(f"INSERT INTO {table} VALUES ({number}); UPDATE {table} SET id = id + 10")
+        found = seen.wait(10)
+    assert sorted((e.table, e.op, e.label or "", e.id) for e in found) == sorted(
+        (table, op, label, number + 10 * (op == "updated"))
+        for number, table in enumerate(tables)
+        for op in ("inserted", "updated")
+        for label in (("", "again") if table == "one" else ("",))
+    )
+
+
+def test_a_crash_of_the_server_after_a_start_undoes_no_trigger() -> None:
+    """Once installing has returned, the triggers of all tables outlive the server."""
+    tables = [f"t{number}" for number in range(8)]
+    with Server(fsync=True) as server:
+        dsn = server.create_database()
+        with session(dsn) as cursor:
+            for each in tables:
+                cursor.execute(f"CREATE TABLE {each} (id int PRIMARY KEY)")
+        assert len(install(dsn, tables)) == 24
+        server.stop("immediate")
+        server.start()
+        with session(dsn) as cursor:
+            cursor.execute(OURS)
+            assert len(cursor.fetchall()) == 24
+
+
 def until_deaf(db: Database, names: Sequence[str]) -> None:
     """Wait until the server has noticed that nobody listens to the triggers any more."""
     with session(db.dsn) as cursor:

@@ -258,7 +258,7 @@ class OddBackend:
     """A broker that raises, by each of its methods in turn, before it takes anything."""
 
     def __init__(self) -> None:
-        self.arrived = Recorder()
+        self.came = Recorder()
         self.raised = 0
 
     def __str__(self) -> str:
@@ -272,7 +272,7 @@ class OddBackend:
     def publish(self, events: Sequence[Event]) -> None:
         self._raise()
         for event in events:
-            self.arrived(event.id)
+            self.came(event.id)
 
     def flush(self, timeout: float) -> bool:
         self._raise()
@@ -299,7 +299,7 @@ def test_no_error_of_a_broadcaster_stops_anything(
     hub.subscribe(recorder, "items")
     hub.start(shop.dsn, ["items"], backends=[backend], **options(delivery))
     shop("INSERT INTO items VALUES (1)")
-    assert backend.arrived.wait(1) == [1]
+    assert backend.came.wait(1) == [1]
     [status] = eventually(lambda: hub.health().backends, lambda found: found[0].delivered == 1)
     assert (status.ready, status.error, status.failures) == (True, "", 2 * len(KINDS))
     assert hub.health().ready
@@ -471,7 +471,7 @@ def ends(hub: Hub, thread: str) -> None:
         (Dispatcher, "_attempt", "worker-[01]"),
         (Isolation, "_replace", "slow-call-monitor"),
         (Batcher, "flush", "batch(es)?"),
-        (Forwarder, "_done", "quiet://"),
+        (Forwarder, "_await_work", "quiet://"),
     ],
 )
 def test_a_thread_that_ends(
@@ -514,7 +514,7 @@ def test_a_thread_that_ends(
         (Retries, "_make", "retries"),
         (Batcher, "flush", "batches"),
         (housekeeping, "tidy", "housekeeper"),
-        (Forwarder, "_done", "quiet://"),
+        (Forwarder, "_await_work", "quiet://"),
     ],
 )
 def test_a_thread_of_outbox_delivery_that_ends(

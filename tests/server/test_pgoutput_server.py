@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from psycopg2.extensions import new_type, register_type
 from psycopg2.extras import LogicalReplicationConnection
 
+from pgsignals.core.lsn import read_lsn
 from pgsignals.testing import Server
-from pgsignals.wal.lsn import read_lsn
 from pgsignals.wal.pgoutput import (
     UNCHANGED,
     Begin,

@@ -18,11 +18,11 @@ import pytest
 from psycopg2.extras import LogicalReplicationConnection, wait_select
 
 from pgsignals.core.errors import ConnectError, DatabaseError
+from pgsignals.core.lsn import read_lsn
 from pgsignals.postgres.session import Session
 from pgsignals.postgres.waiter import Waiter
 from pgsignals.testing import Server
 from pgsignals.wal import stream as module
-from pgsignals.wal.lsn import read_lsn
 from pgsignals.wal.pgoutput import Begin, Commit, Insert, Message, Relation, decode
 from pgsignals.wal.slots import SlotMissing, SlotTaken, create, end_holder, look
 from pgsignals.wal.stream import ReplicationStream

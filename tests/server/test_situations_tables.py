@@ -64,6 +64,36 @@ def test_partition_that_is_attached_later(orders: Scene) -> None:
     assert orders.brief() == [("inserted", ("as", 1)), ("inserted", ("af", 2))]
 
 
+def test_what_a_transaction_knows_of_partitions_ends_with_them(orders: Scene) -> None:
+    """Partitions that a transaction has written to, and takes away and adds, are told apart."""
+    orders.watch("orders")
+    db = orders.db
+    db("BEGIN; INSERT INTO orders (id, region) VALUES (1, 'eu'), (2, 'us')")
+    db("SAVEPOINT here; INSERT INTO orders (id, region) VALUES (3, 'eu'); ROLLBACK TO here")
+    db("INSERT INTO orders_eu (id, region) VALUES (4, 'eu')")
+    db("SET CONSTRAINTS ALL IMMEDIATE; ALTER TABLE orders DETACH PARTITION orders_eu")
+    db("INSERT INTO orders_eu (id, region) VALUES (5, 'eu')")
+    db("ALTER TABLE orders ATTACH PARTITION orders_eu FOR VALUES IN ('eu')")
+    db("INSERT INTO orders (id, region) VALUES (6, 'eu')")
+    db("CREATE TABLE orders_af PARTITION OF orders FOR VALUES IN ('af')")
+    db("INSERT INTO orders (id, region) VALUES (7, 'af'); COMMIT")
+    assert [event.key["id"] for event in orders.events()] == [1, 2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("delivery", ["notify"])
+def test_partitions_of_anybody_never_break_a_write(orders: Scene) -> None:
+    """What a transaction knows of partitions may have been set to anything."""
+    orders.watch("orders")
+    [(name,)] = orders.db(
+        "SELECT tgname::text FROM pg_trigger WHERE tgrelid = 'orders'::regclass"
+        " AND tgname LIKE 'pgsignals%' AND tgtype & 4 > 0"
+    )
+    for number, setting in enumerate(("garbage", ",,", "1" * 5000, "€" * 3000)):
+        orders.db("SELECT set_config(%s, %s, false)", [f"{name}.parts", setting])
+        orders.db("INSERT INTO orders (id, region) VALUES (%s, 'eu')", [number])
+    assert [event.key["id"] for event in orders.events()] == [0, 1, 2, 3]
+
+
 def test_watching_a_partition(orders: Scene) -> None:
     """One partition alone, also for writes through its parent; beside a watcher of the parent."""
     orders.watch("orders_eu", watch("orders", "inserted", label="all"))

@@ -20,6 +20,7 @@ from pgsignals.testing import Server
 from tests.conftest import Database
 from tests.scene import Scene
 from tests.scene import items as items
+from tests.scene import orders as orders
 from tests.scene import scene as scene
 from tests.scene import writer as writer
 
@@ -136,6 +137,17 @@ def test_sequence_of_anybody_never_breaks_a_write(items: Scene, number: str) -> 
     items.db("SELECT set_config('pgsignals.sequence', %s, false)", [number])
     items.db("INSERT INTO items (id) VALUES (1)")
     assert items.brief() == [("inserted", 1)]
+
+
+@notify_only
+@pytest.mark.parametrize("number", ["garbage", "-5", "1e3", "9223372036854775807", " 7 ", "-", ""])
+def test_sequence_of_anybody_never_breaks_a_row_trigger(orders: Scene, number: str) -> None:
+    """In a row trigger, too, the counter may have been set to anything."""
+    orders.watch("orders")
+    orders.db("SELECT set_config('pgsignals.sequence', %s, false)", [number])
+    orders.db("INSERT INTO orders (id, region) VALUES (1, 'eu'), (2, 'us'), (3, 'eu')")
+    assert [event.key["id"] for event in orders.events()] == [1, 2, 3]
+    assert list(orders.gaps.items) == []
 
 
 def test_longest_context_still_leaves_room(items: Scene) -> None:

@@ -14,11 +14,11 @@ import pytest
 
 import pgsignals
 from pgsignals import Hub, StateError
-from pgsignals.cli.checks.wal import examine_wal
 from pgsignals.contrib.event_stream import View
 from pgsignals.contrib.replayed import LogFeed
 from pgsignals.contrib.resumable import open_feed
 from pgsignals.core.transport import Transport
+from pgsignals.overview.checks.wal import examine_wal
 from pgsignals.sources import wal_tail
 from pgsignals.testing import Server
 from pgsignals.testing.server import StopMode

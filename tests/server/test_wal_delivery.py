@@ -168,6 +168,38 @@ def test_a_transaction_longer_than_a_page(
     assert len(recorder.items) < rows + 5000
 
 
+def test_the_order_of_transactions_over_watchers(
+    hub: pgsignals.Hub, another: Callable[[], pgsignals.Hub], shop: Database, recorder: Recorder
+) -> None:
+    """Events of single rows come as their transactions committed, whatever watcher has them."""
+    watchers = [
+        pgsignals.watch("items", "inserted", label="some"),
+        pgsignals.watch("items", "inserted", "updated", label="more", extra=["n"]),
+    ]
+    away = another()
+    start(away, shop.dsn, *watchers)
+    away.stop()
+    for number in range(1, 4):
+        shop(f"INSERT INTO items VALUES ({number}, 'a', {number})")
+    shop("UPDATE items SET n = 9 WHERE id = 1")
+    shop("INSERT INTO items VALUES (4, 'a', 4), (5, 'a', 5)")
+    hub.subscribe(recorder, "some")
+    hub.subscribe(recorder, "more")
+    start(hub, shop.dsn, *watchers)
+    recorder.wait(11)
+    by_transaction: dict[int, set[tuple[Any, ...]]] = {}
+    for each in recorder.items:
+        by_transaction.setdefault(each.txid, set()).add((each.label, each.op, each.id))
+    assert [each.txid for each in recorder.items] == sorted(each.txid for each in recorder.items)
+    both = ("some", "more")
+    assert [*by_transaction.values()] == [
+        *({(label, "inserted", number) for label in both} for number in range(1, 4)),
+        {("more", "updated", 1)},
+        {(label, "inserted", number) for label in both for number in (4, 5)},
+    ]
+    assert len({each.position for each in recorder.items}) == 5
+
+
 def test_nothing_from_a_rollback(hub: pgsignals.Hub, shop: Database, recorder: Recorder) -> None:
     """Transactions and savepoints that are rolled back give no event."""
     hub.on("items")(recorder)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.conftest import Database
 from tests.consumers import CONSUME, LEASE, consumers, insert
 from tests.forked import Forked
 from tests.proxy import Proxy
+from tests.waiting import eventually
 from tests.wal import slots, until_saved
 
 
@@ -48,6 +50,12 @@ def test_a_standby_takes_over(items: Database, number: signal.Signals, most: flo
         assert slots(items, "active") == [True]
 
 
+def states(pid: int) -> set[str]:
+    """The states of a process's threads, as Linux has them."""
+    found = Path(f"/proc/{pid}/task").glob("*/stat")
+    return {each.read_text().rpartition(")")[2].split()[0] for each in found}
+
+
 def test_a_stopped_process_delivers_nothing_behind_its_lease(items: Database) -> None:
     """Its slot's session is ended; when it goes on it is a standby."""
     with consumers(items.dsn, items.dsn, delivery="wal", marking=True) as (active, standby):
@@ -55,6 +63,8 @@ def test_a_stopped_process_delivers_nothing_behind_its_lease(items: Database) ->
         until_saved(items)
         [reader] = slots(items, "active_pid")
         active.process.send_signal(signal.SIGSTOP)
+        # Its threads run on for a few milliseconds, within the lease.
+        eventually(lambda: states(active.process.pid), lambda found: found == {"T"})
         # More than fit into what it has read.
         waiting = [insert(items) for _ in range(200)]
         got = [standby.out() for _ in waiting]

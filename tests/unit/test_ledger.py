@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pgsignals.broadcasters.ledger import SentLedger
+from pgsignals.broadcasters.ledger import Chunk, ChunkLedger, SentLedger
 from pgsignals.testing.conformance import DEADLINE
 
 
@@ -83,3 +83,51 @@ def test_waiting_ends_with_a_failure(ledger: SentLedger[str]) -> None:
     assert not ledger.wait(DEADLINE)
     thread.join()
     assert ledger.unacknowledged == 1
+
+
+@pytest.fixture
+def chunks() -> tuple[ChunkLedger[str], list[Chunk]]:
+    """Chunks of two events each, of which the second alone has arrived, and of something else."""
+    made: ChunkLedger[str] = ChunkLedger()
+    found = [Chunk() for _ in range(4)]
+    for number, chunk in enumerate(found):
+        made.open(chunk)
+        chunk.uids += [f"{number}a", f"{number}b"]
+        made.known.update(chunk.uids)
+        chunk.left = 0 if number == 1 else 2
+    found[2].counts = False
+    return made, found
+
+
+def test_chunks_arrive_in_their_order(chunks: tuple[ChunkLedger[str], list[Chunk]]) -> None:
+    """What has arrived counts with all before it, once, and is known until then."""
+    ledger, [first, _, other, last] = chunks
+    assert ledger.arrived() == 0
+    first.left = 0
+    assert (ledger.arrived(), ledger.arrived()) == (4, 0)
+    assert ledger.known == {"2a", "2b", "3a", "3b"}
+    last.left = 0
+    assert ledger.arrived() == 0
+    other.left = 0
+    assert (ledger.arrived(), ledger.known) == (2, set())
+
+
+def test_what_arrived_behind_what_is_given_up(
+    chunks: tuple[ChunkLedger[str], list[Chunk]],
+) -> None:
+    """It is sent again, too, so that the events before it do not come behind it."""
+    ledger, [first, *_] = chunks
+    ledger.fail("refused")
+    ledger.give_up()
+    assert (ledger.known, ledger.arrived(), ledger.take_failure()) == (set(), 0, None)
+    first.left = 0
+    assert ledger.arrived() == 0
+
+
+def test_what_has_arrived_is_not_given_up(chunks: tuple[ChunkLedger[str], list[Chunk]]) -> None:
+    """What is before the first unfinished chunk stays known until it is counted."""
+    ledger, [first, *_] = chunks
+    first.left = 0
+    ledger.give_up()
+    assert ledger.known == {"0a", "0b", "1a", "1b"}
+    assert ledger.arrived() == 4

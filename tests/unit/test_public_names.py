@@ -14,14 +14,15 @@ PUBLIC = {
         " once receiver_failed run signal start status stop stream subscribe wait wait_for watch"
     ),
     "pgsignals.backoff": "Backoff",
-    "pgsignals.broadcasters": "Broadcaster Checkable",
-    "pgsignals.broadcasters.ledger": "SentLedger",
+    "pgsignals.broadcasters": "Broadcaster Checkable Pipelined",
+    "pgsignals.broadcasters.ledger": "Chunk ChunkLedger SentLedger",
     "pgsignals.broadcasters.outlet": "BackendStatus",
     "pgsignals.cli": "main",
     "pgsignals.cloudevents": (
-        "Received Writer attributes_of former_record_key from_cloudevent header_name read"
+        "Heading Received Writer attributes_of former_record_key from_cloudevent header_name read"
         " record_key to_cloudevent"
     ),
+    "pgsignals.console": "console",
     "pgsignals.contrib.alembic": "InstallWatchersOp UninstallWatchersOp",
     "pgsignals.contrib.django": "InstallWatchers start watchers",
     "pgsignals.contrib.flask": "PgSignals health position sse",

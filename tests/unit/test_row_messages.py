@@ -35,10 +35,8 @@ def cast(oid: int, text: str) -> Any:
 class Listed:
     """Changes that are given as values: see Changes."""
 
-    op: str
-    given: list[tuple[Values, Values]]
+    data: list[tuple[Values, Values]]
     columns: tuple[str, ...] = COLUMNS
-    relation: int = 1
     txid: int = 7
     at_us: int = 1_000_000
     id: int = 99
@@ -49,12 +47,14 @@ class Listed:
 
     def rows(self, wanted: Sequence[bool]) -> Iterator[tuple[Values, Values]]:
         self.asked.append(wanted)
-        for old, new in self.given:
+        for old, new in self.data:
             yield old and [*compress(old, wanted)], new and [*compress(new, wanted)]
 
-    def single_rows(self, wanted: Sequence[bool]) -> Sequence[Sequence[Value]] | None:
+    def single_rows(
+        self, data: Sequence[Any], wanted: Sequence[bool]
+    ) -> Sequence[Sequence[Value]] | None:
         found: list[Sequence[Value]] = []
-        for pair in self.rows(wanted):
+        for pair in Listed([*data], asked=self.asked).rows(wanted):
             [*rows] = [each for each in pair if each is not None]
             if len(rows) != 1 or UNCHANGED in rows[0]:
                 return None
@@ -133,7 +133,7 @@ def test_a_kept_payload_is_the_event_again(op: str, given_rows: list[Any], data:
             }[op]
         )
     own = decoder(op)
-    changes = Listed(op, pairs, context='{"who":"é"}')
+    changes = Listed(pairs, context='{"who":"é"}')
     messages = own.messages(changes, {"who": "é"})
     rows = 0
     for message in messages:
@@ -151,9 +151,45 @@ def test_a_kept_payload_is_the_event_again(op: str, given_rows: list[Any], data:
     assert rows == len(pairs)
 
 
+@given(st.sampled_from(["inserted", "deleted"]), st.lists(st.lists(ROWS, max_size=3), min_size=1))
+def test_transactions_are_read_together(op: str, given_rows: list[list[Any]]) -> None:
+    """Each has the message that it has alone, with its own number, time and rows."""
+    own = decoder(op)
+    runs = [
+        Listed(
+            [(None, row(*each)) if op == "inserted" else (row(*each), None) for each in rows],
+            txid=number,
+            id=100 + number,
+            at_us=number,
+            first=2 * number,
+        )
+        for number, rows in enumerate(given_rows)
+        if rows
+    ]
+    singly = [own.messages(run, {"who": "é"}) for run in runs]
+    if runs:
+        together = own.together(runs, {"who": "é"})
+        assert together is not None
+        assert [[each] for each in map(_said, together)] == [
+            [_said(each) for each in found] for found in singly
+        ]
+
+
+def _said(message: Any) -> tuple[Any, ...]:
+    rows = [*message.rows]
+    kept = [message.row_payload(number) for number in range(len(rows))]
+    return (rows, message.uid(0), message.at_us, message.context, message.position, kept)
+
+
+def test_what_cannot_be_read_together() -> None:
+    """One value of another type has all the transactions taken one by one."""
+    runs = [Listed([(None, row(1, "a", 1.5, True))]), Listed([(None, [b"t", b"1", b"one", b"a"])])]
+    assert decoder("inserted").together(runs, {}) is None
+
+
 def test_only_what_is_wanted_is_read() -> None:
     """Neither other columns, nor those behind the last one."""
-    changes = Listed("inserted", [(None, row(1, "a", 1.5, True))])
+    changes = Listed([(None, row(1, "a", 1.5, True))])
     [message] = decoder("inserted", ()).messages(changes, {})
     assert isinstance(message, Message)
     assert ([*message.rows], changes.asked) == ([(1,)], [(False, False, True)])
@@ -166,7 +202,7 @@ def test_rows_are_counted_in_their_transaction() -> None:
         (row(2, "a", None, None), row(2, "b", None, None)),
         (row(3, "a", None, None), row(4, "b", None, None)),
     ]
-    messages = decoder("updated", ("note",), (0,)).messages(Listed("updated", pairs), {})
+    messages = decoder("updated", ("note",), (0,)).messages(Listed(pairs), {})
     found = [m for m in messages if isinstance(m, Message)]
     assert [(m.first, [*m.rows], m.moved) for m in found] == [
         (6, [(2, "b", "a", "1")], False),
@@ -188,7 +224,7 @@ def test_rows_are_counted_in_their_transaction() -> None:
 )
 def test_what_the_log_lacks(op: str, old: Any, new: Any, columns: Any, says: str) -> None:
     """A value that did not come is never NULL: the watcher is broken, and says why."""
-    [found] = decoder(op, ("note",)).messages(Listed(op, [(old, new)], columns), {})
+    [found] = decoder(op, ("note",)).messages(Listed([(old, new)], columns), {})
     assert isinstance(found, Broken)
     assert says in found.error
 
@@ -200,7 +236,7 @@ def test_a_column_of_another_type() -> None:
         (None, [b"maybe", b"1", b"2", b"b"]),
         (None, [b"f", b"1", b"3", b"c"]),
     ]
-    first, second, problem = decoder("inserted").messages(Listed("inserted", pairs), {})
+    first, second, problem = decoder("inserted").messages(Listed(pairs), {})
     assert isinstance(first, Message)
     assert isinstance(second, Message)
     assert isinstance(problem, Broken)
@@ -213,7 +249,7 @@ def test_a_key_that_moves_beside_values_that_did_not_come() -> None:
         ([UNCHANGED, UNCHANGED, b"1", UNCHANGED], row(2, "a", 1.5, True))
     ]
     own = decoder("updated", ("note",), compared=False)
-    [message] = own.messages(Listed("updated", pairs), {})
+    [message] = own.messages(Listed(pairs), {})
     assert isinstance(message, Message)
     assert ([*message.rows], message.moved) == ([(2, 1, "a")], True)
     payload = message.row_payload(0)
@@ -225,7 +261,7 @@ def test_a_key_that_moves_beside_values_that_did_not_come() -> None:
 
 def test_rows_of_another_server() -> None:
     """What a subscription writes is for those alone who asked for it."""
-    changes = Listed("inserted", [(None, row(1, "a", 1.5, True))], foreign=True)
+    changes = Listed([(None, row(1, "a", 1.5, True))], foreign=True)
     assert decoder("inserted").messages(changes, {}) == []
     assert len(decoder("inserted", replicated=True).messages(changes, {})) == 1
 
@@ -238,5 +274,5 @@ def test_models_that_share_a_table() -> None:
         (row(2, "a", None, None), row(2, "b", None, None)),
         (row(3, "b", None, None), row(3, "a", None, None)),
     ]
-    messages = own.messages(Listed("updated", pairs), {})
+    messages = own.messages(Listed(pairs), {})
     assert [each[0] for m in messages if isinstance(m, Message) for each in m.rows] == [2, 3]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pgsignals.postgres.snapshot import Snapshot
 from pgsignals.wal.pgoutput import Begin, Commit, Insert
@@ -25,16 +25,15 @@ class Stream:
             )
         ]
 
-    def read(self) -> tuple[int, bytes] | None:
-        if not self._messages:
-            return None
-        found = self._messages.pop(0)
-        self.received = found[0] + 50
-        return found
+    def messages(self) -> Iterator[tuple[int, bytes]]:
+        while self._messages:
+            found = self._messages.pop(0)
+            self.received = found[0] + 50
+            yield found
 
     def reader(self, position: WalPosition) -> WalReader:
         return WalReader(
-            self.read,
+            self.messages,
             lambda: self.received,
             lambda: None,
             lambda text: False,
@@ -55,6 +54,7 @@ def read(reader: WalReader) -> list[int]:
     while entries := reader._entries:
         found += [each.txid for each in entries if isinstance(each, Run)]
         reader.turn(entries)
+        reader.fill()
     return found
 
 

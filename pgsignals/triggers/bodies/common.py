@@ -61,7 +61,7 @@ PROLOGUE = """
       IF pgs_try < @by_count@ AND NOT {mine} THEN
         IF NOT {sure} THEN
           RETURN NULL;
-        END IF;
+        END IF;{remember}
       END IF;
       -- One look at all that is out of the ordinary.
       IF pgs_try > @by_statement@ OR pg_catalog.concat(

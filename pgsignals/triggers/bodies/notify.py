@@ -54,11 +54,14 @@ _WORK = (
     + r"""
         END IF;
         -- Counts messages of the transaction, since PostgreSQL collapses notifications that are
-        -- equal. Anybody can set it to anything.
+        -- equal. Anybody can set it to anything: what is no number fails where a row is tried for
+        -- the first time, and only the second try looks, which takes as long as a row's text.
         pgs_sequence := 1;
         pgs_text := pg_catalog.current_setting('pgsignals.sequence', true);
-        IF pgs_text ~ '^[0-9]{{1,15}}$' THEN
-          pgs_sequence := pgs_text::pg_catalog.int8 + 1;
+        IF (CASE WHEN pgs_try < @by_statement@ THEN pgs_text <> ''
+          ELSE pgs_text ~ '^[0-9]{{1,15}}$' END)
+        THEN
+          pgs_sequence := pg_catalog.abs(pgs_text::pg_catalog.int8) + 1;
           pgs_later := true;
         ELSE
           pgs_text := @second@;

@@ -33,11 +33,14 @@ def examine(
     dsn: str,
     watchers: Sequence[Watcher],
     resolvers: Sequence[Resolver],
-    namespace: str,
+    namespace: str | None,
     transport: Transport = Transport.NOTIFY,
     capture: Capture | None = None,
 ) -> Iterator[Finding]:
-    """Run every check, one after the other; without a connection, that is the only finding."""
+    """Run every check, one after the other; without a connection, that is the only finding.
+
+    Without a namespace, the triggers of all are looked at.
+    """
     try:
         connection = connect(dsn)
     except ConnectError as error:
@@ -165,7 +168,7 @@ def _replication_role(cursor: Cursor) -> Outcome:
     )
 
 
-def _triggers(states: Sequence[State], namespace: str) -> Outcome:
+def _triggers(states: Sequence[State], namespace: str | None) -> Outcome:
     def listed(status: str) -> list[str]:
         return [
             f"{state.op} on {'.'.join(filter(None, (state.schema, state.table)))}"
@@ -192,7 +195,8 @@ def _triggers(states: Sequence[State], namespace: str) -> Outcome:
             f"stale: {'; '.join(stale)}",
             "Start the application that has them, or run `pgsignals uninstall`.",
         )
-    return ok(f"{len(states)} in namespace {namespace!r}, none that differs")
+    where = "all namespaces" if namespace is None else f"namespace {namespace!r}"
+    return ok(f"{len(states)} in {where}, none that differs")
 
 
 def _privileges(

@@ -11,6 +11,7 @@ from psycopg2.extensions import cursor as Cursor
 
 from ...consumers.slot_states import SlotState, dropping, read_slots
 from ...core.transport import Transport
+from ...core.units import size_text, time_text
 from ...triggers.catalogue import read_installed
 from ...triggers.installer import State
 from ...triggers.names import INSERTS_PUBLICATION, PUBLICATION, slot_name, streams_slot
@@ -18,7 +19,6 @@ from ...triggers.publications import has_identity
 from ...wal.privileges import lacks_replication
 from ...wal.server import BOUND, LOGICAL
 from ...wal.slots import Execute, in_the_way
-from ..units import size_text, time_text
 from .findings import FAIL, OK, WARN, Finding, Outcome, fail, ok, warn
 
 # For how long nobody may read from a slot before it is worth a word.

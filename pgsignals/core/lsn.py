@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.errors import PayloadError
+from .errors import PayloadError
 
 
 def read_lsn(text: str) -> int:
