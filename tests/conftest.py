@@ -78,7 +78,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     chosen, left = [], []
     for item in items:
-        version = getattr(item, "callspec", None) and item.callspec.params.get("each_version")  # type: ignore[attr-defined]
+        call: Any = getattr(item, "callspec", None)
+        version = None if call is None else call.params.get("each_version")
         others = item.nodeid.replace(f"pg{version}", "")
         now = VERSIONS[(zlib.crc32(others.encode()) + turn) % len(VERSIONS)]
         (chosen if version in (None, now) else left).append(item)

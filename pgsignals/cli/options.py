@@ -173,7 +173,7 @@ def given_watchers(
 
 
 class _WrongApp(click.ClickException):
-    """What ``--app`` names has no watchers: told in one line, without the usage."""
+    """An error of ``--app``, which is told in one line, without the usage."""
 
     exit_code = 2
 

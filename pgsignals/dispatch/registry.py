@@ -75,6 +75,7 @@ class Subscription:
     __slots__ = (
         "_cancel",
         "active",
+        "asked",
         "collects",
         "filters",
         "fn",
@@ -99,7 +100,8 @@ class Subscription:
         self.name = name
         self.target = target
         self.ops = ops
-        self.filters = filters
+        # As they were given, and by the types that the columns have.
+        self.asked = self.filters = filters
         self.active = True
         self.collects = collects
         self.retrying = retrying
@@ -215,13 +217,16 @@ class Registry:
         """
         with self._lock:
             before = self._topics, self._names
+            # A column may get another type while events are delivered: a filter that matches
+            # nothing any more must not keep them from all others.
+            running = self._topics is not None
             self._retried = retried
             self._topics = tuple(topics) if delivered else ()
             # Former topics stay known: after a reconnection, events of them may still be queued.
             self._names = self._names | _names(topics)
             self._routes.clear()
             try:
-                filters = {each: self._check(each) for each in self._subscriptions}
+                filters = {each: self._check(each, running) for each in self._subscriptions}
                 for (_, op), each in self._listeners.items():
                     if any(not isinstance(r, Subscription) for r in each.signal.receivers.values()):
                         self._check_delivered(
@@ -330,7 +335,7 @@ class Registry:
         return matches
 
     def _index(self, subscription: Subscription, filters: dict[str, Any]) -> None:
-        """Have a subscription found by other values."""
+        """Put a subscription into the indexes by other values."""
         indexes = [self._listeners[key].index for key in _keys(subscription)]
         for each in indexes:
             each.remove(subscription)
@@ -393,12 +398,12 @@ class Registry:
                     listeners.signal.disconnect(subscription)
                     listeners.subscribed.pop(id(subscription), None)
 
-    def _check(self, subscription: Subscription) -> dict[str, Any]:
+    def _check(self, subscription: Subscription, running: bool = False) -> dict[str, Any]:
         """Return the values of a subscription's filters by the columns' types.
 
-        Raises ReceiverError.
+        Raises ReceiverError; for a value that no column has, only if events are not ``running``.
         """
-        filters = subscription.filters
+        filters = subscription.asked
         if self._topics is None:
             return filters
         who = f"The {subscription.name}"
@@ -407,11 +412,15 @@ class Registry:
             _check_never_retried(subscription)
         for topic in self._check_delivered(who, subscription.target, subscription.ops):
             _check_filters(subscription, topic)
-            if filters:
+            try:
                 filters = {
                     name: _value(subscription, topic, name, value)
                     for name, value in filters.items()
                 }
+            except ReceiverError as error:
+                if not running:
+                    raise
+                log.warning("a receiver gets no event any more: %s", error)
         return filters
 
     def check_loop(self, name: str, fn: object) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy import orm
 import pgsignals
 from pgsignals import Hub
 from tests.conftest import Database, Recorder
+from tests.waiting import eventually
 
 
 class Status(Enum):
@@ -223,6 +224,26 @@ def test_a_filter_by_texts(
     db("INSERT INTO orders SELECT 3, status, uid, total, ok FROM orders WHERE id = 1")
     all_of_them.wait(3)
     assert len(found.items) == 1
+
+
+def test_a_column_that_gets_another_type(hub: Hub, dsn: str, db: Database) -> None:
+    """A filter goes by the new type as it was given, and one that fits no more stops nobody."""
+    db("CREATE TABLE items (id int PRIMARY KEY, n int)")
+    by_text, by_number, all_of_them = Recorder(), Recorder(), Recorder()
+    hub.subscribe(by_text, "items", "inserted", n="7")
+    hub.subscribe(by_number, "items", "inserted", n=7)
+    hub.subscribe(all_of_them, "items", "inserted")
+    hub.start(dsn, [pgsignals.watch("items", "inserted", extra=["n"])], heartbeat=0.2)
+    db("INSERT INTO items VALUES (1, 7)")
+    assert [by_text.wait(1)[0].id, by_number.wait(1)[0].id] == [1, 1]
+    db("ALTER TABLE items ALTER n TYPE text")
+    eventually(
+        lambda: db("INSERT INTO items SELECT max(id) + 1, '7' FROM items"),
+        lambda _: len(by_text.items) > 1 and by_text.items[-1].values["n"] == "7",
+    )
+    all_of_them.wait_until(lambda event: event.values["n"] == "7")
+    # Until the new type is known, events have values of the former one.
+    assert {event.values["n"] for event in by_number.items} == {7}
 
 
 def test_a_filter_by_a_key_of_several_columns(
